@@ -1,0 +1,60 @@
+"""Merging partial attention by log-sum-exp (SPEC 4): the primitive behind rings, decoding and streaming."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.types import AttentionOutput
+
+
+def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
+    """Attention over the keys of both partials, given attention over each.
+
+    With Z = exp(lse): `out = (Z_a out_a + Z_b out_b) / (Z_a + Z_b)`, `lse = log(Z_a + Z_b)`. The weight of b is
+    `sigmoid(lse_b - lse_a)`, which neither overflows nor needs an epsilon. Differentiable in all four tensors.
+
+    Args:
+        a: `out` `(B, N, H, D)`, `lse` `(B, H, N)`.
+        b: the same shapes, over other keys of the same queries.
+
+    Returns:
+        The merged partial; computed in fp32 (fp64 for fp64), `out` in a's dtype. Where both are empty it is empty:
+        `out` 0, `lse` -inf.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
+        raise ValueError(
+            "expected two partials of one shape, got "
+            f"out {tuple(a.out.shape)} and {tuple(b.out.shape)}, lse {tuple(a.lse.shape)} and {tuple(b.lse.shape)}"
+        )
+    dtype = torch.promote_types(a.lse.dtype, torch.float32)
+    lse_a, lse_b = a.lse.to(dtype), b.lse.to(dtype)
+    both_empty = torch.isneginf(lse_a) & torch.isneginf(lse_b)
+    # Zeros stand in where both are empty, so that no gradient passes through inf - inf.
+    safe_a, safe_b = lse_a.masked_fill(both_empty, 0.0), lse_b.masked_fill(both_empty, 0.0)
+    weight_b = torch.sigmoid(safe_b - safe_a).masked_fill(both_empty, 0.0)
+    weight_a = torch.sigmoid(safe_a - safe_b).masked_fill(both_empty, 0.0)
+    lse = torch.logaddexp(safe_a, safe_b).masked_fill(both_empty, -torch.inf)
+    out = a.out.to(dtype) * _per_row(weight_a) + b.out.to(dtype) * _per_row(weight_b)
+    return AttentionOutput(out.to(a.out.dtype), lse)
+
+
+def merge_into(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """`merge_attention` in place, in one pass over `out`, for accumulators that autograd does not watch.
+
+    Args:
+        out: accumulator `(..., D)`, fp32 or fp64; 0 where empty.
+        lse: accumulator `(..., 1)`; -inf where empty.
+        new_out: `(..., D)`, finite.
+        new_lse: `(..., 1)`.
+    """
+    weight = torch.sigmoid(new_lse - lse).nan_to_num_(nan=0.0)  # nan only for -inf - -inf: both empty
+    out.lerp_(new_out.to(out.dtype), weight)
+    lse.copy_(torch.logaddexp(lse, new_lse))
+
+
+def _per_row(weight: Tensor) -> Tensor:
+    return weight.transpose(1, 2).unsqueeze(-1)

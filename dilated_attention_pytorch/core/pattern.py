@@ -1,0 +1,248 @@
+"""The dilated pattern: which positions a branch keeps, and which keys a query sees.
+
+This is the only place in Python that knows the membership rule of LongNet (arXiv 2307.02486, section 2.2).
+Position n belongs to (branch i, head h) when `(n mod w_i) mod r_i == o_i(h)`; a query sees the members of its own
+segment in each branch it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core.validation import check_choice, check_positive_int, check_positive_ints
+from dilated_attention_pytorch.types import Offsets
+
+
+class Span(NamedTuple):
+    """Consecutive segments whose queries and keys fill the same slots.
+
+    Slot j of segment s is position `s * w + offset + j * r`. Queries are slots `[q_lo, q_hi)` and keys are slots
+    `[k_lo, k_hi)` of each of the `num_segments` segments from `first_segment` on.
+    """
+
+    first_segment: int
+    num_segments: int
+    q_lo: int
+    q_hi: int
+    k_lo: int
+    k_hi: int
+
+    def pairs(self, is_causal: bool) -> int:
+        """How many (query, key) pairs the span holds; a causal query at slot j sees the keys at slots up to j."""
+        num_q, num_k = self.q_hi - self.q_lo, self.k_hi - self.k_lo
+        if not is_causal:
+            return self.num_segments * num_q * num_k
+        # Queries before the last key see j + 1 - k_lo keys each, the later ones see all of them.
+        first, last = max(self.q_lo, self.k_lo), min(self.q_hi, self.k_hi)
+        climbing = max(0, last - first)
+        ramp = climbing * (first + 1 - self.k_lo) + climbing * (climbing - 1) // 2
+        saturated = max(0, self.q_hi - max(self.q_lo, self.k_hi)) * num_k
+        return self.num_segments * (ramp + saturated)
+
+
+@dataclass(frozen=True)
+class DilatedPattern:
+    """Branches of (segment length, dilation rate) and the residue each head keeps in each of them.
+
+    Args:
+        segment_lengths: w_i, one positive int a branch. They need not divide the sequence, nor nest.
+        dilation_rates: r_i, as many positive ints. They need not divide w_i.
+        num_heads: number of key/value heads; a group of query heads shares its key head's rows.
+        offsets: `"modulo"`, the paper's `h mod r`, or `"blocked"`, the official code's `h // ceil(H / r)`.
+
+    Raises:
+        ValueError: empty or unequal lists, a length or rate below 1, an unknown rule.
+        TypeError: a length, rate or head count that is not an int.
+
+    Example:
+        >>> pattern = DilatedPattern((4, 8), (1, 2), num_heads=2)
+        >>> pattern.keys_of(5, head=1, seq_len=8)
+        [range(4, 8), range(1, 8, 2)]
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    num_heads: int
+    offsets: Offsets = "modulo"
+
+    def __post_init__(self) -> None:
+        lengths = check_positive_ints("segment_lengths", self.segment_lengths)
+        rates = check_positive_ints("dilation_rates", self.dilation_rates)
+        if len(lengths) != len(rates):
+            raise ValueError(
+                "expected segment_lengths and dilation_rates of equal length, "
+                f"got {len(lengths)} lengths {list(lengths)} and {len(rates)} rates {list(rates)}"
+            )
+        check_positive_int("num_heads", self.num_heads)
+        check_choice("offsets", self.offsets, Offsets)
+        object.__setattr__(self, "segment_lengths", lengths)
+        object.__setattr__(self, "dilation_rates", rates)
+
+    @property
+    def branches(self) -> tuple[tuple[int, int], ...]:
+        """The (segment length, dilation rate) of each branch."""
+        return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
+
+    def offset(self, branch: int, head: int) -> int:
+        """The residue that key/value head `head` keeps in branch `branch`."""
+        rate = self.dilation_rates[branch]
+        return head % rate if self.offsets == "modulo" else head // -(-self.num_heads // rate)
+
+    def head_groups(self, branch: int) -> list[tuple[int, slice]]:
+        """The heads of a branch by the offset they share, as (offset, slice of heads)."""
+        rate = self.dilation_rates[branch]
+        if self.offsets == "modulo":
+            return [(o, slice(o, self.num_heads, rate)) for o in range(min(rate, self.num_heads))]
+        size = -(-self.num_heads // rate)
+        starts = range(0, self.num_heads, size)
+        return [(start // size, slice(start, min(start + size, self.num_heads), 1)) for start in starts]
+
+    def membership(self, positions: Tensor) -> Tensor:
+        """Which positions each (branch, head) keeps.
+
+        Args:
+            positions: int64 of any shape; negative positions (left padding) belong to nothing.
+
+        Returns:
+            Bool `(num_branches, num_heads, *positions.shape)`.
+        """
+        rows = []
+        for i, (length, rate) in enumerate(self.branches):
+            residue = (positions % length) % rate
+            offsets = [self.offset(i, h) for h in range(self.num_heads)]
+            rows.append(torch.stack([(residue == o) & (positions >= 0) for o in offsets]))
+        return torch.stack(rows)
+
+    def slots(self, branch: int, offset: int) -> int:
+        """How many positions a whole segment of the branch keeps for this offset."""
+        return max(0, -(-(self.segment_lengths[branch] - offset) // self.dilation_rates[branch]))
+
+    def keys_of(self, position: int, head: int, seq_len: int, *, is_causal: bool = False) -> list[range]:
+        """The key positions that one query sees, a range for each branch it belongs to.
+
+        Args:
+            position: the query, in `[0, seq_len)`.
+            head: key/value head.
+            seq_len: N.
+            is_causal: leave out later positions.
+        """
+        found = []
+        for i, (length, rate) in enumerate(self.branches):
+            offset, start = self.offset(i, head), position // length * length
+            if (position - start) % rate == offset:
+                stop = min(start + length, seq_len, position + 1 if is_causal else seq_len)
+                found.append(range(start + offset, stop, rate))
+        return found
+
+    def spans(self, branch: int, offset: int, q_range: tuple[int, int], k_range: tuple[int, int]) -> tuple[Span, ...]:
+        """The segments in which queries of one range meet keys of another, grouped where they look alike.
+
+        Args:
+            branch: branch index.
+            offset: the offset of the heads in question.
+            q_range: positions `[start, stop)` of the queries.
+            k_range: positions `[start, stop)` of the keys.
+
+        Returns:
+            At most nine spans, however long the ranges: all segments but those that a range's end cuts are alike.
+        """
+        return _spans(self, branch, offset, q_range, k_range)
+
+    def pairs(
+        self,
+        seq_len: int,
+        *,
+        is_causal: bool = False,
+        q_range: tuple[int, int] | None = None,
+        k_range: tuple[int, int] | None = None,
+    ) -> int:
+        """Number of (query, key) pairs over all branches and key/value heads, a key counted once a branch.
+
+        Args:
+            seq_len: N.
+            is_causal: count only keys that are not later than the query.
+            q_range: positions `[start, stop)` of the queries, all of them by default.
+            k_range: likewise for the keys.
+        """
+        whole = (0, seq_len)
+        return sum(
+            len(range(*heads.indices(self.num_heads))) * span.pairs(is_causal)
+            for i in range(len(self.branches))
+            for offset, heads in self.head_groups(i)
+            for span in self.spans(i, offset, q_range or whole, k_range or whole)
+        )
+
+    def coverage(self, seq_len: int) -> float:
+        """The share of (position, head) pairs that belong to at least one branch."""
+        if seq_len == 0:
+            return 1.0
+        if 1 in self.dilation_rates:
+            return 1.0
+        covered = 0
+        step = 1 << 20  # bounds the memory at any length
+        for start in range(0, seq_len, step):
+            positions = torch.arange(start, min(start + step, seq_len))
+            covered += int(self.membership(positions).any(0).sum())
+        return covered / (seq_len * self.num_heads)
+
+    @property
+    def keys_per_query(self) -> float:
+        """About how many keys one covered query sees in a long sequence: the sum of w_i / r_i^2 over the branches.
+
+        A position belongs to branch i with probability 1 / r_i and then sees w_i / r_i keys.
+        """
+        return sum(length / rate**2 for length, rate in self.branches)
+
+
+def slot_range(start: int, stop: int, base: int, rate: int, slots: int) -> tuple[int, int]:
+    """The slots j in `[0, slots)` whose position `base + j * rate` lies in `[start, stop)`."""
+    lo = min(max(0, -(-(start - base) // rate)), slots)
+    hi = min(max(lo, -(-(stop - base) // rate)), slots)
+    return lo, hi
+
+
+def group_spans(rows: Iterator[tuple[int, int, Sequence[int]]]) -> tuple[Span, ...]:
+    """Joins neighbouring (first segment, number of segments, slots) that fill the same slots."""
+    spans: list[Span] = []
+    for first, count, slots in rows:
+        q_lo, q_hi, k_lo, k_hi = slots
+        if q_lo >= q_hi or k_lo >= k_hi or count <= 0:
+            continue
+        if spans and spans[-1].first_segment + spans[-1].num_segments == first and spans[-1][2:] == tuple(slots):
+            spans[-1] = spans[-1]._replace(num_segments=spans[-1].num_segments + count)
+        else:
+            spans.append(Span(first, count, q_lo, q_hi, k_lo, k_hi))
+    return tuple(spans)
+
+
+@lru_cache(maxsize=4096)
+def _spans(
+    pattern: DilatedPattern, branch: int, offset: int, q_range: tuple[int, int], k_range: tuple[int, int]
+) -> tuple[Span, ...]:
+    length, rate = pattern.branches[branch]
+    slots = pattern.slots(branch, offset)
+    (q_start, q_stop), (k_start, k_stop) = q_range, k_range
+    if q_start >= q_stop or k_start >= k_stop or slots == 0:
+        return ()
+    first = max(q_start // length, k_start // length)
+    last = min((q_stop - 1) // length, (k_stop - 1) // length)
+    # Only a segment that holds an end of a range can be cut; between those all are whole and alike.
+    cut = sorted({first, last, *(p // length for p in (q_start, q_stop - 1, k_start, k_stop - 1))})
+
+    def rows() -> Iterator[tuple[int, int, Sequence[int]]]:
+        following = first
+        for s in (s for s in cut if first <= s <= last):
+            yield following, s - following, (0, slots, 0, slots)
+            base = s * length + offset
+            q_slots = slot_range(q_start, q_stop, base, rate, slots)
+            k_slots = slot_range(k_start, k_stop, base, rate, slots)
+            yield s, 1, (*q_slots, *k_slots)
+            following = s + 1
+
+    return group_spans(rows())

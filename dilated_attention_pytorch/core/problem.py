@@ -1,0 +1,39 @@
+"""One attention call with its tensors taken away: everything about it that is not data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.types import MixingGradient, Padding
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The validated settings that every backend takes beside the tensors.
+
+    Attributes:
+        pattern: the branches, for the key/value heads.
+        is_causal: hide later positions.
+        scale: the factor on q . k.
+        dropout_p: probability that an attention weight is dropped.
+        q_start: position of the first query.
+        k_start: position of the first key.
+        seq_len: N, the length of the whole sequence.
+        mixing_gradient: differentiate through the branch weights ("exact") or not ("detached").
+        padding: "none", or "zero_keys" for the official code's filled-up segments (SPEC 5).
+    """
+
+    pattern: DilatedPattern
+    is_causal: bool
+    scale: float
+    dropout_p: float
+    q_start: int
+    k_start: int
+    seq_len: int
+    mixing_gradient: MixingGradient
+    padding: Padding
+
+    def at(self, q_start: int, k_start: int, seq_len: int) -> Problem:
+        """The same settings for another range of the sequence."""
+        return replace(self, q_start=q_start, k_start=k_start, seq_len=seq_len)

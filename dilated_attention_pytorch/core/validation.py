@@ -1,0 +1,126 @@
+"""Checks of what users pass: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: object, options: Any) -> None:
+    """Raises unless `value` is one of the strings of the Literal `options`."""
+    allowed = get_args(options)
+    if value not in allowed:
+        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {value!r}")
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """The value as an int; bools and floats are refused."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # a traced int; comparing it would specialise the graph
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r}")
+    number = value.__index__()
+    if number < minimum:
+        raise ValueError(f"expected {name} to be at least {minimum}, got {number}")
+    return int(number)
+
+
+def check_positive_int(name: str, value: object) -> int:
+    """An int of at least 1."""
+    return check_int(name, value, 1)
+
+
+def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """A non-empty sequence of ints of at least 1."""
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise TypeError(f"expected {name} to be a sequence of ints, got {type(values).__name__} {values!r}")
+    if len(values) == 0:
+        raise ValueError(f"expected {name} to hold at least one branch, got an empty sequence")
+    return tuple(check_positive_int(f"{name}[{i}]", v) for i, v in enumerate(values))
+
+
+def check_probability(name: str, value: float) -> float:
+    """A float in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"expected {name} in [0, 1), got {value}")
+    return float(value)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
+    """Ranks, dtypes, devices and sizes of the three tensors agree."""
+    layout = "(total, H, D)" if packed else "(B, N, H, D)"
+    rank = 3 if packed else 4
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
+        if x.dim() != rank:
+            raise ValueError(f"expected {name} of shape {layout}, got {x.dim()} dimensions {tuple(x.shape)}")
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"expected {name} to be float16, bfloat16, float32 or float64, got {x.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"expected {name} to have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"expected {name} on q's device {q.device}, got {x.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"expected k and v of one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"expected q and k of one batch size, got {q.shape[0]} and {k.shape[0]}")
+    if packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"expected packed q and k of one total length, got {q.shape[0]} and {k.shape[0]}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"expected q and k of one head_dim, got {q.shape[-1]} and {k.shape[-1]}")
+    if q.shape[-1] == 0 or k.shape[-2] == 0 or q.shape[-2] == 0:
+        raise ValueError(f"expected at least one head and head_dim >= 1, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if q.shape[-2] % k.shape[-2] != 0:
+        raise ValueError(
+            f"expected q's heads to be a multiple of k's, got {q.shape[-2]} query and {k.shape[-2]} key heads"
+        )
+
+
+def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
+    """A bool (B, N) mask over the whole sequence, True = real."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected key_padding_mask to be a Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expected key_padding_mask of dtype torch.bool (True = real), got {mask.dtype}")
+    if tuple(mask.shape) != (batch, seq_len):
+        raise ValueError(f"expected key_padding_mask of shape (B, N) = {(batch, seq_len)}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"expected key_padding_mask on q's device {device}, got {mask.device}")
+
+
+def check_row_start(row_start: Tensor, batch: int) -> None:
+    """An int (B,) vector of the first real position of each row."""
+    if not isinstance(row_start, Tensor):
+        raise TypeError(f"expected row_start to be a Tensor, got {type(row_start).__name__}")
+    if row_start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expected row_start of dtype int32 or int64, got {row_start.dtype}")
+    if tuple(row_start.shape) != (batch,):
+        raise ValueError(f"expected row_start of shape (B,) = {(batch,)}, got {tuple(row_start.shape)}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
+    """Shape and dtype; the values are checked by `check_cu_seqlens_values` where they may be read."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"expected cu_seqlens to be a Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expected cu_seqlens of dtype int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"expected cu_seqlens of shape (num_sequences + 1,), got {tuple(cu_seqlens.shape)}")
+
+
+def check_cu_seqlens_values(bounds: list[int], total: int) -> None:
+    """Starts at 0, never falls, ends at the packed length."""
+    if bounds[0] != 0 or bounds[-1] != total:
+        raise ValueError(f"expected cu_seqlens to run from 0 to {total}, got {bounds[0]} to {bounds[-1]}")
+    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if b < a:
+            raise ValueError(f"expected cu_seqlens to be non-decreasing, got {a} then {b} at index {i + 1}")

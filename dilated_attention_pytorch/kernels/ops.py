@@ -1,0 +1,190 @@
+"""The attention op as PyTorch sees it: schema, fake kernel, autograd, FLOPs. Imports no Triton.
+
+One op with a `backend` argument: `torch.ops.dilated_attention_pytorch.attention`. Name it in a selective
+checkpointing policy to keep its result instead of computing it twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dilated_attention_pytorch.core import sdpa
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: Problem,
+    *,
+    key_padding_mask: Tensor | None,
+    row_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Calls the op; arguments as in `core.reference.attention`, and the backend's name."""
+    pattern = problem.pattern
+    return _attention(
+        q, k, v, key_padding_mask, row_start, cu_seqlens, seed,
+        list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.offsets, problem.is_causal,
+        problem.scale, problem.dropout_p, problem.q_start, problem.k_start, problem.seq_len,
+        problem.mixing_gradient, problem.padding, backend,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("dilated_attention_pytorch::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    row_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    offsets: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    q_start: int,
+    k_start: int,
+    seq_len: int,
+    mixing_gradient: str,
+    padding: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
+    problem = _problem(k, *settings, q_start, k_start, seq_len, mixing_gradient, padding)
+    out, lse = sdpa.forward(
+        q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
+    )
+    return out.to(q.dtype), lse
+
+
+@_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("dilated_attention_pytorch::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    row_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    offsets: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    q_start: int,
+    k_start: int,
+    seq_len: int,
+    mixing_gradient: str,
+    padding: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
+    problem = _problem(k, *settings, q_start, k_start, seq_len, mixing_gradient, padding)
+    grads = sdpa.backward(
+        grad_out, grad_lse, q, k, v, out, lse, problem, key_padding_mask=key_padding_mask, row_start=row_start,
+        cu_seqlens=cu_seqlens, seed=seed,
+    )  # fmt: skip
+    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.settings = inputs[7:]
+    ctx.set_materialize_grads(False)  # an unused lse costs nothing
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse, q, k, v, *extras = ctx.saved_tensors
+    none = (None,) * (len(extras) + len(ctx.settings))
+    if grad_out is None and grad_lse is None:
+        return None, None, None, *none
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _attention_backward(grad_out, grad_lse, out, lse, q, k, v, *extras, *ctx.settings)
+    return *grads, *none
+
+
+_attention.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _pairs(problem: Problem, q: Any, k: Any, cu_seqlens: Any) -> int:
+    """(query, key) pairs over a batch and its query heads; shifted or masked rows count as whole ones."""
+    group = q[2] // k[2]
+    lengths = [q[1]]
+    if isinstance(cu_seqlens, Tensor) and not isinstance(cu_seqlens, torch._subclasses.FakeTensor):
+        lengths = cu_seqlens.diff().tolist()
+    if cu_seqlens is not None:
+        per_sequence = [problem.pattern.pairs(n, is_causal=problem.is_causal) for n in lengths]
+    else:
+        q_range = (problem.q_start, problem.q_start + q[1])
+        k_range = (problem.k_start, problem.k_start + k[1])
+        per_sequence = [
+            problem.pattern.pairs(problem.seq_len, is_causal=problem.is_causal, q_range=q_range, k_range=k_range)
+        ]
+    return int(q[0]) * int(group) * sum(per_sequence)
+
+
+@register_flop_formula(torch.ops.dilated_attention_pytorch.attention, get_raw=True)
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None, **_: Any) -> int:
+    """4 D a pair: two products of a multiply and an add."""
+    return 4 * q.shape[-1] * _pairs(_problem(k, *args[4:15]), q.shape, k.shape, args[2])
+
+
+@register_flop_formula(torch.ops.dilated_attention_pytorch.attention_backward, get_raw=True)
+def _backward_flops(
+    grad_out: Any, grad_lse: Any, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None,
+    **_: Any,
+) -> int:  # fmt: skip
+    """2.5 times the forward: five products against its two."""
+    return 10 * q.shape[-1] * _pairs(_problem(k, *args[4:15]), q.shape, k.shape, args[2])
+
+
+def _problem(
+    k: Tensor,
+    segment_lengths: list[int],
+    dilation_rates: list[int],
+    offsets: Any,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    q_start: int,
+    k_start: int,
+    seq_len: int,
+    mixing_gradient: Any,
+    padding: Any,
+) -> Problem:
+    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), k.shape[2], offsets)
+    return Problem(
+        pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding
+    )  # fmt: skip
