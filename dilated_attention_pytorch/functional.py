@@ -156,7 +156,9 @@ def dilated_attention_with_lse(
     q, k, v = _autocast(q, k, v)
     check.check_qkv(q, k, v, packed=packed)
     check.check_choice("backend", backend, Backend)
-    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), int(k.shape[-2]), offsets)
+    lengths = check.check_positive_ints("segment_lengths", segment_lengths)
+    rates = check.check_positive_ints("dilation_rates", dilation_rates)
+    pattern = DilatedPattern(lengths, rates, k.shape[-2], offsets)
     if cu_seqlens is not None:
         if any(x is not None for x in (key_padding_mask, row_start, seq_len)) or q_start or k_start:
             raise ValueError(

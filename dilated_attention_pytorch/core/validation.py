@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -20,14 +21,13 @@ def check_choice(name: str, value: object, options: Any) -> None:
 
 def check_int(name: str, value: object, minimum: int) -> int:
     """The value as an int; bools and floats are refused."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # a traced int; comparing it would specialise the graph
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+    if isinstance(value, bool | Tensor) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
         raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r}")
-    number = value.__index__()
+    # A plain or traced int is kept as it is; other integer types (NumPy's) become one.
+    number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
     if number < minimum:
         raise ValueError(f"expected {name} to be at least {minimum}, got {number}")
-    return int(number)
+    return number
 
 
 def check_positive_int(name: str, value: object) -> int:
