@@ -1,0 +1,135 @@
+"""The sdpa backend on a CPU against the attention calls it cannot do without.
+
+    python benchmarks/cpu.py            # N = 16384 and 65536
+    python benchmarks/cpu.py --quick    # N = 16384 alone, fewer rounds
+
+"Calls alone" is torch's own attention on branches that already lie contiguous in memory, one call a branch: what is
+left when gathering, mixing and scattering cost nothing. Both are timed in turn, round by round, in one process; the
+ratio is the median of the rounds' ratios. Correctness is checked first, on the same inputs, against the reference at a
+shorter length, and no number is printed if it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch import DilatedPattern, dilated_attention
+from dilated_attention_pytorch.testing import peak_bytes, relative_norm
+
+HEADS, WIDTH = 8, 64
+LENGTHS, RATES = (2048, 4096, 8192, 16384), (1, 2, 4, 8)
+
+
+def inputs(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return tuple(torch.randn(1, n, HEADS, WIDTH, generator=generator) for _ in range(3))  # type: ignore[return-value]
+
+
+def gathered(x: Tensor) -> list[Tensor]:
+    """Each branch's rows, contiguous: `(segments, H, w / r, D)`."""
+    pattern = DilatedPattern(LENGTHS, RATES, HEADS)
+    branches = []
+    for i, (w, r) in enumerate(pattern.branches):
+        segments = x[0].unflatten(0, (-1, w))  # (segments, w, H, D)
+        heads = [segments[:, pattern.offset(i, h) :: r, h] for h in range(HEADS)]
+        branches.append(torch.stack(heads, 1).contiguous())
+    return branches
+
+
+def check(causal: bool) -> None:
+    q, k, v = (x[:, :2500] for x in inputs(4096))
+    pattern = {"segment_lengths": [512, 1024, 2048, 4096], "dilation_rates": RATES, "is_causal": causal}
+    want = dilated_attention(q.double(), k.double(), v.double(), backend="reference", **pattern)
+    error = relative_norm(dilated_attention(q, k, v, backend="sdpa", **pattern), want)
+    if not error < 1e-5:
+        sys.exit(f"the sdpa backend is wrong (relative norm {error:.1e}); no timing is printed")
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compare(n: int, causal: bool, rounds: int) -> tuple[float, float, float]:
+    """Median seconds of ours, median seconds of the calls alone, median ratio."""
+    q, k, v = inputs(n)
+    branches = list(zip(gathered(q), gathered(k), gathered(v), strict=True))
+
+    def ours() -> None:
+        dilated_attention(q, k, v, segment_lengths=LENGTHS, dilation_rates=RATES, is_causal=causal, backend="sdpa")
+
+    def alone() -> None:
+        for branch in branches:
+            F.scaled_dot_product_attention(*branch, is_causal=causal)
+
+    ours(), alone()  # warm up
+    pairs = [(seconds(ours), seconds(alone)) for _ in range(rounds)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
+
+
+def peak_mib(n: int, causal: bool) -> float:
+    """Peak memory that one forward adds to its inputs, in a process of its own."""
+    run = subprocess.run([sys.executable, __file__, "--peak", str(n), str(int(causal))], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    return float(run.stdout)
+
+
+def print_peak(n: int, causal: bool) -> None:
+    q, k, v = inputs(n)
+    dilated_attention(*(x[:, :64] for x in (q, k, v)), segment_lengths=[64], dilation_rates=[1])  # loads the kernels
+    forward = functools.partial(
+        dilated_attention, q, k, v, segment_lengths=LENGTHS, dilation_rates=RATES, is_causal=causal, backend="sdpa"
+    )
+    print(peak_bytes(forward) / 2**20)
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="N = 16384 alone, three rounds")
+    parser.add_argument("--peak", nargs=2, type=int, metavar=("N", "CAUSAL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(options.peak[0], bool(options.peak[1]))
+        return
+    for causal in (False, True):
+        check(causal)
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"B=1 H={HEADS} D={WIDTH} fp32, w={LENGTHS}, r={RATES}; forward, medians")
+    print(f"{'N':>6} {'mask':>7} {'sdpa s':>8} {'alone s':>8} {'ratio':>6} {'GFLOP/s':>8} {'peak MiB over inputs':>21}")
+    for n in (16384,) if options.quick else (16384, 65536):
+        for causal in (False, True):
+            ours, alone, ratio = compare(n, causal, 3 if options.quick else max(5, 3 * 65536 // n))
+            flops = 4 * WIDTH * DilatedPattern(LENGTHS, RATES, HEADS).pairs(n, is_causal=causal)
+            print(
+                f"{n:>6} {'causal' if causal else 'full':>7} {ours:8.3f} {alone:8.3f} {ratio:6.2f} "
+                f"{flops / ours / 1e9:8.0f} {peak_mib(n, causal):21.0f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Peak resident memory of a piece of code, from Linux's own account."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """How far `run()` raises the process's resident memory above where it stands, at its highest.
+
+    The result of `run` is kept until the peak is read. Linux alone.
+
+    Raises:
+        OSError: the kernel does not let a process reset its own peak.
+    """
+    _RESET.write_text("5")  # the documented way to set the peak (VmHWM) back to what is resident now
+    before = _read("VmRSS")
+    result = run()
+    peak = _read("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def _read(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
