@@ -118,7 +118,10 @@ def main() -> None:
         return
     for causal in (False, True):
         check(causal)
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    print(
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
+    )
     print(f"B=1 H={HEADS} D={WIDTH} fp32, w={LENGTHS}, r={RATES}; forward, medians")
     print(f"{'N':>6} {'mask':>7} {'sdpa s':>8} {'alone s':>8} {'ratio':>6} {'GFLOP/s':>8} {'peak MiB over inputs':>21}")
     for n in (16384,) if options.quick else (16384, 65536):

@@ -167,9 +167,7 @@ def dilated_attention_with_lse(
             )
         check.check_cu_seqlens(cu_seqlens, q.shape[0])
         q, k, v = q[None], k[None], v[None]
-    problem = _problem(
-        q, k, pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding
-    )
+    problem = _problem(q, k, pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
     if key_padding_mask is not None:
         check.check_key_padding_mask(key_padding_mask, q.shape[0], problem.seq_len, q.device)
     if row_start is not None:
@@ -183,14 +181,27 @@ def dilated_attention_with_lse(
         if cu_seqlens is not None:
             check.check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
         out, lse = reference.attention(
-            q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens,
+            q,
+            k,
+            v,
+            problem,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
             seed=seed_tensor,
-        )  # fmt: skip
+        )
     else:
         out, lse = ops.attention(
-            q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens,
-            seed=seed_tensor, backend=chosen,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            problem,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
+            seed=seed_tensor,
+            backend=chosen,
+        )
     return AttentionOutput(out[0], lse[0]) if packed else AttentionOutput(out, lse)
 
 

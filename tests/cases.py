@@ -73,7 +73,9 @@ def cases(draw: st.DrawFn, mode: str) -> Case:
     batch, width = draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 5]))
     if mode in ("dropout", "detached", "zero_keys"):
         # These three combine with how the sequence is given.
-        layouts = ["whole", "packed"] if mode == "zero_keys" else ["whole", "partial", "masked", "left_padded", "packed"]
+        layouts = (
+            ["whole", "packed"] if mode == "zero_keys" else ["whole", "partial", "masked", "left_padded", "packed"]
+        )
         options |= {
             "dropout": {"dropout_p": 0.4, "seed": draw(st.integers(-(2**62), 2**62))},
             "detached": {"mixing_gradient": "detached"},

@@ -20,10 +20,30 @@ def qkv(*shape, kv_heads=None, dtype=torch.float32, grad=True):
     return tuple(torch.randn(s, dtype=dtype, requires_grad=grad) for s in (shape, kv_shape, kv_shape))
 
 
-def op_arguments(q, k, v, *, mask=None, row_start=None, cu=None, seed=None, causal=True, p=0.0, gradient="exact",
-                 padding="none"):  # fmt: skip
-    return (q, k, v, mask, row_start, cu, seed, [8, 20], [1, 2], "modulo", causal, 0.4, p, 0, 0, q.shape[1], gradient,
-            padding, "sdpa")  # fmt: skip
+def op_arguments(
+    q, k, v, *, mask=None, row_start=None, cu=None, seed=None, causal=True, p=0.0, gradient="exact", padding="none"
+):
+    return (
+        q,
+        k,
+        v,
+        mask,
+        row_start,
+        cu,
+        seed,
+        [8, 20],
+        [1, 2],
+        "modulo",
+        causal,
+        0.4,
+        p,
+        0,
+        0,
+        q.shape[1],
+        gradient,
+        padding,
+        "sdpa",
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,8 +96,10 @@ def test_compiles_with_dynamic_lengths():
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda q, k, v: dilated_attention(q, k, v, is_causal=True, **PATTERN),
-        fullgraph=True, dynamic=True, backend="aot_eager",
-    )  # fmt: skip
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
     for n in (17, 30, 61):
         q, k, v = qkv(1, n, 2, 8, grad=False)
         torch.testing.assert_close(compiled(q, k, v), dilated_attention(q, k, v, is_causal=True, **PATTERN))

@@ -27,8 +27,11 @@ def brute_pairs(pattern, q_range, k_range, causal):
             members = [n for n in range(max(q_range[1], k_range[1], 0)) if (n % w) % r == o]
             total += sum(
                 n // w == m // w and (m <= n or not causal)
-                for n in members if n in range(*q_range) for m in members if m in range(*k_range)
-            )  # fmt: skip
+                for n in members
+                if n in range(*q_range)
+                for m in members
+                if m in range(*k_range)
+            )
     return total
 
 

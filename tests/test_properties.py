@@ -1,5 +1,7 @@
 """What must hold of any implementation: causality, padding, packing, parts, dropout (SPEC 2-4)."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,7 +116,7 @@ def test_merged_parts_equal_the_whole(causal, data):
     q, k, v = (x.requires_grad_() for x in qkv(2, n, heads, 4))
     whole = dilated_attention_with_lse(q, k, v, **options)
     outs, lses = [], []
-    for q_lo, q_hi in zip(q_cuts, q_cuts[1:], strict=False):
+    for q_lo, q_hi in itertools.pairwise(q_cuts):
         total = None
         for i in order:
             k_lo, k_hi = k_cuts[i], k_cuts[i + 1]
@@ -182,9 +184,7 @@ class TestDropout:
         sigma = (n * 0.1 * 0.9) ** 0.5
         assert abs(int((kept == 0).sum()) - 0.1 * n) < 6 * sigma
         torch.testing.assert_close(kept.max(), torch.tensor(1 / 128 / 0.9))
-        lse = dilated_attention_with_lse(
-            q, q, v, seed=9, segment_lengths=[128], dilation_rates=[1], dropout_p=0.1
-        ).lse
+        lse = dilated_attention_with_lse(q, q, v, seed=9, segment_lengths=[128], dilation_rates=[1], dropout_p=0.1).lse
         torch.testing.assert_close(lse, torch.full_like(lse, 128.0).log())  # the denominator is not dropped from
 
     def test_without_a_seed_torch_decides(self):

@@ -17,8 +17,11 @@ def ten_lines(q, k, v, lengths, rates, offset_of, causal):
             seen = []
             for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
                 if (n % w) % r == offset_of(i, h):
-                    seen += [m for m in range(k.shape[0]) if m // w == n // w and (m % w) % r == offset_of(i, h)
-                             and (m <= n or not causal)]  # fmt: skip
+                    seen += [
+                        m
+                        for m in range(k.shape[0])
+                        if m // w == n // w and (m % w) % r == offset_of(i, h) and (m <= n or not causal)
+                    ]
             if seen:
                 s = torch.stack([q[n, h] @ k[m, h] for m in seen]) * q.shape[-1] ** -0.5
                 out[n, h], lse[h, n] = s.softmax(0) @ v[seen, h], s.logsumexp(0)
@@ -46,9 +49,15 @@ def test_equals_the_loop(n, branches, heads, blocked, causal, seed):
 
     want_out, want_lse = ten_lines(q, k, v, lengths, rates, offset_of, causal)
     got = dilated_attention_with_lse(
-        q[None], k[None], v[None], segment_lengths=lengths, dilation_rates=rates, is_causal=causal,
-        offsets="blocked" if blocked else "modulo", backend="reference",
-    )  # fmt: skip
+        q[None],
+        k[None],
+        v[None],
+        segment_lengths=lengths,
+        dilation_rates=rates,
+        is_causal=causal,
+        offsets="blocked" if blocked else "modulo",
+        backend="reference",
+    )
     torch.testing.assert_close(got.out[0], want_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got.lse[0], want_lse, rtol=1e-12, atol=1e-12)
 
@@ -59,9 +68,15 @@ def test_gradients_of_the_reference_by_finite_differences(mixing_gradient):
 
     def attend(q, k, v):
         out, lse = dilated_attention_with_lse(
-            q, k, v, segment_lengths=[4, 9], dilation_rates=[1, 2], is_causal=True, backend="reference",
+            q,
+            k,
+            v,
+            segment_lengths=[4, 9],
+            dilation_rates=[1, 2],
+            is_causal=True,
+            backend="reference",
             mixing_gradient=mixing_gradient,
-        )  # fmt: skip
+        )
         return out, lse
 
     assert torch.autograd.gradcheck(attend, (q, k, v))

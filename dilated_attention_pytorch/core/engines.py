@@ -67,7 +67,7 @@ def forward(
     engine = name(q, bias, drop)
     if engine == "cpu_flash":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=_key_row(bias), scale=scale
+            q, k, v, 0.0, is_causal, attn_mask=_as_row(bias), scale=scale
         )
         if bias is not None:  # the kernel reports lse 0 for a row that sees no key
             empty = _empty_rows(bias, q.shape[2], is_causal)
@@ -76,9 +76,17 @@ def forward(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[:2]
     elif engine == "cuda_efficient":
         out, lse = torch.ops.aten._efficient_attention_forward(
-            *(x.transpose(1, 2) for x in (q, k, v)), None, None, None, None, None, 0.0, int(is_causal), True,
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            None,
+            None,
+            None,
+            None,
+            None,
+            0.0,
+            int(is_causal),
+            True,
             scale=scale,
-        )[:2]  # fmt: skip
+        )[:2]
         out, lse = out.transpose(1, 2), lse[:, :, : q.shape[2]]  # its lse is padded to a multiple of 32
     else:
         return _eager_forward(q, k, v, scale, is_causal, bias, drop)
@@ -115,22 +123,47 @@ def backward(
     rows = lse.squeeze(-1)
     if engine == "cpu_flash":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, rows, 0.0, is_causal, attn_mask=_key_row(bias), scale=scale
+            grad_out, q, k, v, out, rows, 0.0, is_causal, attn_mask=_as_row(bias), scale=scale
         )
     if engine == "cuda_flash":
         unused = torch.empty(2, dtype=torch.int64, device=q.device)  # the dropout state; nothing is dropped
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, rows.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, is_causal,
-            unused, unused, scale=scale,
-        )  # fmt: skip
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            rows.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            is_causal,
+            unused,
+            unused,
+            scale=scale,
+        )
     if engine == "cuda_efficient":
         unused = torch.zeros((), dtype=torch.int64, device=q.device)
         padded = torch.nn.functional.pad(rows, (0, -rows.shape[2] % 32), value=torch.inf)
         grads = torch.ops.aten._efficient_attention_backward(
-            *(x.transpose(1, 2) for x in (grad_out, q, k, v)), None, out.transpose(1, 2), None, None, q.shape[2],
-            k.shape[2], padded, 0.0, unused, unused, int(is_causal), False, scale=scale,
-        )[:3]  # fmt: skip
-        return tuple(x.transpose(1, 2) for x in grads)  # type: ignore[return-value]
+            *(x.transpose(1, 2) for x in (grad_out, q, k, v)),
+            None,
+            out.transpose(1, 2),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            padded,
+            0.0,
+            unused,
+            unused,
+            int(is_causal),
+            False,
+            scale=scale,
+        )[:3]
+        return tuple(x.transpose(1, 2) for x in grads)
     return _eager_backward(grad_out, q, k, v, out, lse, scale, is_causal, bias, drop, grad_lse)
 
 
@@ -138,7 +171,7 @@ def _has_flash(device: torch.device) -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _key_row(bias: Tensor | None) -> Tensor | None:
+def _as_row(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.transpose(-1, -2)
 
 
@@ -165,7 +198,7 @@ def _tiles(q: Tensor, num_keys: int) -> list[tuple[slice, slice]]:
 def _logits(q: Tensor, k: Tensor, scale: float, is_causal: bool, bias: Tensor | None, first: int) -> Tensor:
     s = (q @ k.transpose(-1, -2)) * scale
     if bias is not None:
-        s = s + _key_row(bias)
+        s = s + bias.transpose(-1, -2)
     if is_causal:
         query = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
         s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > query, -torch.inf)

@@ -114,7 +114,7 @@ def _zero_key_pieces(
         return
     read, written = zero_keys.strides(length, rate, num_queries)
     for segment in zero_keys.segments(length, rate, offset, num_queries):
-        first, count, num_slots = segment.first, segment.count, segment.queries
+        first, count, num_slots = segment.first_segment, segment.num_segments, segment.queries
         keys = Rows(first * read + offset, count, read, segment.keys, rate)
         if num_slots:
             queries = Rows(first * read + offset, count, read, num_slots, rate)

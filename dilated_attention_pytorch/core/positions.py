@@ -48,11 +48,11 @@ class RotaryPositions:
     The pairs that are rotated are the two halves of a head, channels (j, j + D / 2), as in GPT-NeoX; the paper's pairs
     (2j, 2j + 1) are the same up to an order of the channels.
 
-    xPos multiplies a logit by `zeta_j ** ((n - m) / scale_base)`, split into a factor for the query at n and one for the
-    key at m. Both grow or vanish exponentially with the position, so they need an origin near by. Ours is the middle of
-    `period` positions, the least common multiple of the segment lengths: all branches start a segment where a period
-    starts, so no query sees a key of another period and the origins cancel. (The official code takes the middle of the
-    current length, which moves while decoding.)
+    xPos multiplies a logit by `zeta_j ** ((n - m) / scale_base)`, split into a factor for the query at n and one for
+    the key at m. Both grow or vanish exponentially with the position, so they need an origin near by. Ours is the
+    middle of `period` positions, the least common multiple of the segment lengths: all branches start a segment where
+    a period starts, so no query sees a key of another period and the origins cancel. (The official code takes the
+    middle of the current length, which moves while decoding.)
 
     Args:
         head_dim: D, even.

@@ -55,7 +55,7 @@ def attention(
         k_real = key_padding_mask[:, problem.k_start : problem.k_start + k.shape[1]]
     seq_len = _sequence_lengths(q_pos, problem.seq_len, cu_seqlens)
 
-    logits, weights_of_pads, keeps = [], [], []
+    logits, num_zero_keys, keeps = [], [], []
     for branch in range(len(problem.pattern.branches)):
         seen, source, pads = _visibility(problem, branch, q_pos, k_pos, seq_len, group)
         seen = seen & (q_seq[:, None, :, None] == k_seq[:, None, None, :])
@@ -66,22 +66,23 @@ def attention(
         rows = queries if source is None else zero_keys.read_rows(queries, q_pos, source)
         s = torch.einsum("bnhd,bmhd->bhnm", rows, keys) * problem.scale
         logits.append(s.masked_fill(~seen, -torch.inf))
-        weights_of_pads.append(pads)
+        if pads is not None:
+            num_zero_keys.append(pads)
         if problem.dropout_p > 0.0:
             assert seed is not None
             keeps.append(_keep(problem, branch, seed, q_pos, k_pos, q_seq, q.shape[2]))
 
     stacked = torch.stack(logits)  # (branches, B, H, Nq, Nk)
-    pads_total = torch.stack(weights_of_pads) if weights_of_pads[0] is not None else None  # (branches, B, H, Nq)
+    zeros = torch.stack(num_zero_keys) if num_zero_keys else None  # (branches, B, H, Nq)
     # A zero key has logit 0, so it takes part in the maximum and in the sum, and carries no value.
     top = stacked.amax((0, -1)) if stacked.shape[-1] else stacked.new_full(stacked.shape[1:-1], -torch.inf)
-    if pads_total is not None:
-        top = torch.where(pads_total.sum(0) > 0, top.clamp_min(0.0), top)
+    if zeros is not None:
+        top = torch.where(zeros.sum(0) > 0, top.clamp_min(0.0), top)
     top = top.detach().masked_fill(torch.isneginf(top), 0.0)
     p = (stacked - top[None, ..., None]).exp()
     branch_sum = p.sum(-1)
-    if pads_total is not None:
-        branch_sum = branch_sum + pads_total * (-top).exp()
+    if zeros is not None:
+        branch_sum = branch_sum + zeros * (-top).exp()
     total = branch_sum.sum(0)
     empty = total == 0
     safe_total = total.masked_fill(empty, 1.0)
@@ -100,9 +101,7 @@ def attention(
     return AttentionOutput(out.to(q.dtype), lse)
 
 
-def _positions(
-    x: Tensor, start: int, row_start: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _positions(x: Tensor, start: int, row_start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Position in its sequence, and number of the sequence, of every row of x: two int64 `(B, N)`."""
     index = start + torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is not None:

@@ -7,9 +7,10 @@ the gradient of one softmax over all branches (SPEC 3).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Extras(NamedTuple):
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype the pieces run in: the input's, but fp32 for half precision on a CPU without AMX, where it is faster."""
+    """The dtype the pieces run in: the input's, but fp32 for half precision on a CPU without AMX, which is faster."""
     if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and not torch.cpu._is_amx_tile_supported():
         return torch.float32
     return dtype
@@ -123,14 +124,19 @@ def backward(
             # With the branch weights constant, a branch's softmax is differentiated around its own output.
             own, own_lse = _empty_result(tensors[0])
             _forward_part(part.problem, extras, *tensors, own, _rows_last(own_lse), branch)
-            _backward_part(
-                part.problem, extras, upstream, *tensors, own.to(q.dtype), results[1], *grads, branch
-            )  # fmt: skip
+            _backward_part(part.problem, extras, upstream, *tensors, own.to(q.dtype), results[1], *grads, branch)
     return dq, dk, dv
 
 
 def _forward_part(
-    problem: Problem, extras: Extras, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branch: int | None = None
+    problem: Problem,
+    extras: Extras,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    branch: int | None = None,
 ) -> None:
     for group, piece in _work(problem, q, k, branch):
         for call in _calls(piece, group, extras, q, k, v, out, lse):
@@ -173,9 +179,18 @@ def _backward_part(
         for call in _calls(piece, group, extras, q, k, v, out, lse, grad_out, grad_lse, dq, dk, dv):
             q_, k_, v_, bias, q_state, k_position, out_, lse_, grad_out_, grad_lse_, dq_, dk_, dv_ = call
             more_dq, more_dk, more_dv = engines.backward(
-                grad_out_, q_, k_, v_, out_, lse_, scale=problem.scale, is_causal=piece.is_causal, bias=bias,
-                drop=_dropout(problem, piece, q_state, k_position), grad_lse=grad_lse_,
-            )  # fmt: skip
+                grad_out_,
+                q_,
+                k_,
+                v_,
+                out_,
+                lse_,
+                scale=problem.scale,
+                is_causal=piece.is_causal,
+                bias=bias,
+                drop=_dropout(problem, piece, q_state, k_position),
+                grad_lse=grad_lse_,
+            )
             if piece.queries is not None:
                 dq_ += more_dq
             dk_ += more_dk
@@ -204,7 +219,7 @@ def _calls(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
-) -> Iterator[list]:
+) -> Iterator[list[Any]]:
     """The piece's views of everything, as one or several sets of `(b, H, L, D)`: where the strides of batch and segment
     do not fit together in one dimension, the shorter of the two is walked."""
     num_heads = k.shape[2]
@@ -216,7 +231,7 @@ def _calls(
             x = x.unflatten(2, (num_heads, -1))[:, :, :, group]
         return where.of(x, heads)
 
-    views = [
+    views: list[Any] = [
         rows(q, piece.queries),
         rows(k, piece.keys),
         rows(v, piece.keys),
@@ -264,7 +279,7 @@ def _parts(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         check_cu_seqlens_values(bounds, q.shape[1])
-        for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if start < stop:
                 rows = slice(start, stop)
                 yield Part(problem.at(0, 0, stop - start), _ALL, rows, rows, i)

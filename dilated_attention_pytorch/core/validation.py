@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -121,6 +122,6 @@ def check_cu_seqlens_values(bounds: list[int], total: int) -> None:
     """Starts at 0, never falls, ends at the packed length."""
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(f"expected cu_seqlens to run from 0 to {total}, got {bounds[0]} to {bounds[-1]}")
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         if b < a:
             raise ValueError(f"expected cu_seqlens to be non-decreasing, got {a} then {b} at index {i + 1}")

@@ -25,16 +25,16 @@ class Segment(NamedTuple):
     """Consecutive official segments that look alike, for one offset.
 
     Attributes:
-        first: index of the first of them.
-        count: how many.
+        first_segment: index of the first of them.
+        num_segments: how many.
         keys: real keys in slots `[0, keys)`.
         queries: real queries in slots `[0, queries)` whose output is kept.
         zero_query: slot of the filled-up query whose output is kept, or -1.
         num_zero_keys: m - keys.
     """
 
-    first: int
-    count: int
+    first_segment: int
+    num_segments: int
     keys: int
     queries: int
     zero_query: int
@@ -64,7 +64,7 @@ def segments(length: int, rate: int, offset: int, seq_len: int) -> tuple[Segment
     joined: list[Segment] = []
     for segment in each():
         if joined and joined[-1][2:] == segment[2:]:
-            joined[-1] = joined[-1]._replace(count=joined[-1].count + 1)
+            joined[-1] = joined[-1]._replace(num_segments=joined[-1].num_segments + 1)
         else:
             joined.append(segment)
     return tuple(joined)

@@ -32,11 +32,26 @@ def attention(
     """Calls the op; arguments as in `core.reference.attention`, and the backend's name."""
     pattern = problem.pattern
     return _attention(
-        q, k, v, key_padding_mask, row_start, cu_seqlens, seed,
-        list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.offsets, problem.is_causal,
-        problem.scale, problem.dropout_p, problem.q_start, problem.k_start, problem.seq_len,
-        problem.mixing_gradient, problem.padding, backend,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        key_padding_mask,
+        row_start,
+        cu_seqlens,
+        seed,
+        list(pattern.segment_lengths),
+        list(pattern.dilation_rates),
+        pattern.offsets,
+        problem.is_causal,
+        problem.scale,
+        problem.dropout_p,
+        problem.q_start,
+        problem.k_start,
+        problem.seq_len,
+        problem.mixing_gradient,
+        problem.padding,
+        backend,
+    )
 
 
 @torch.library.custom_op("dilated_attention_pytorch::attention", mutates_args=())
@@ -104,9 +119,19 @@ def _attention_backward(
     settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
     problem = _problem(k, *settings, q_start, k_start, seq_len, mixing_gradient, padding)
     grads = sdpa.backward(
-        grad_out, grad_lse, q, k, v, out, lse, problem, key_padding_mask=key_padding_mask, row_start=row_start,
-        cu_seqlens=cu_seqlens, seed=seed,
-    )  # fmt: skip
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        problem,
+        key_padding_mask=key_padding_mask,
+        row_start=row_start,
+        cu_seqlens=cu_seqlens,
+        seed=seed,
+    )
     dq, dk, dv = (grad.to(q.dtype) for grad in grads)
     return dq, dk, dv
 
@@ -163,9 +188,17 @@ def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = N
 
 @register_flop_formula(torch.ops.dilated_attention_pytorch.attention_backward, get_raw=True)
 def _backward_flops(
-    grad_out: Any, grad_lse: Any, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None,
+    grad_out: Any,
+    grad_lse: Any,
+    out: Any,
+    lse: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *args: Any,
+    out_val: Any = None,
     **_: Any,
-) -> int:  # fmt: skip
+) -> int:
     """2.5 times the forward: five products against its two."""
     return 10 * q.shape[-1] * _pairs(_problem(k, *args[4:15]), q.shape, k.shape, args[2])
 
@@ -185,6 +218,4 @@ def _problem(
     padding: Any,
 ) -> Problem:
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), k.shape[2], offsets)
-    return Problem(
-        pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding
-    )  # fmt: skip
+    return Problem(pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
