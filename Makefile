@@ -1,0 +1,97 @@
+# Everything a contributor runs. `make demo` and `make test` need python3 (3.11 or later) and set up the rest in .venv.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Two test workers share the machine, so each computes with one thread.
+JOBS ?= 2
+PYTEST_ARGS ?=
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Material prints a notice about MkDocs 2 otherwise.
+export NO_MKDOCS_2_WARNING := 1
+
+# $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
+step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
+
+.PHONY: help venv demo test lint format types docs figures bench-cpu dist clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make .venv with everything the other targets need
+
+# The recipe is redone when what it installs may have changed. The package itself is installed editable.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "error: expected Python 3.11 or later as '$(PYTHON)', found none. On Debian: apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: expected Python 3.11 or later, '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@# Debian ships python3 without ensurepip; python3-venv brings it.
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    rm -rf $(VENV); \
+	    if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	        $(PYTHON) -m venv $(VENV); \
+	    elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then \
+	        $(PYTHON) -m virtualenv -q $(VENV); \
+	    elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        echo "installing python3-venv"; \
+	        apt-get update -qq; \
+	        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null; \
+	        $(PYTHON) -m venv $(VENV); \
+	    else \
+	        echo "error: '$(PYTHON)' cannot make a virtual environment. Install its venv package (Debian: apt-get install python3-venv) and try again." >&2; \
+	        exit 1; \
+	    fi; \
+	fi
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@# hatchling comes first so that the build needs no isolated environment, whose contents nothing would pin.
+	@TIMEFORMAT='== venv: %1R s'; time { \
+	    $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt hatchling; \
+	    $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'; \
+	    $(BIN)/python -m pip check; }
+	@touch $@
+
+demo: $(STAMP) ## train the demo model (five minutes on two cores) into runs/demo
+	$(BIN)/dilated-attention train --preset demo --out runs/demo
+
+test: $(STAMP) ## run every check, cheap ones first
+	$(call step,ruff check,$(BIN)/ruff check .)
+	$(call step,ruff format,$(BIN)/ruff format --check .)
+	$(call step,mypy,$(BIN)/mypy)
+	$(call step,docs,$(BIN)/mkdocs build --strict --quiet)
+	$(call step,pytest,$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS))
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy, strict, on the package
+	$(BIN)/mypy
+
+docs: $(STAMP) ## build the site into site/, warnings are errors
+	$(BIN)/mkdocs build --strict
+
+figures: $(STAMP) ## draw docs/img anew from DilatedPattern
+	$(BIN)/python docs/figures.py
+
+bench-cpu: $(STAMP) ## time the CPU path against attention calls alone
+	$(BIN)/python benchmarks/cpu.py
+
+dist: $(STAMP) ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+clean: ## remove builds, caches and the environment; runs/ is kept
+	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
