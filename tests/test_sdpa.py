@@ -1,5 +1,7 @@
 """The sdpa backend against the reference: more than two thousand drawn calls in fp64, and half precision."""
 
+import itertools
+
 import pytest
 import torch
 from cases import MODES, Case, cases
@@ -18,6 +20,19 @@ def test_equals_the_reference(mode, data):
     want = case.run("reference")
     errors = case.errors(case.run("sdpa"), want)
     assert max(errors.values()) <= 1e-10, errors
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_range_of_a_short_segment(causal):
+    """All ways in which queries [a, b) can lie against keys [c, d) of five positions, in one and in two branches."""
+    ranges = [(a, b) for a in range(5) for b in range(a + 1, 6)]
+    for (a, b), (c, d) in itertools.product(ranges, ranges):
+        for lengths, rates in (([5], [1]), ([5, 3], [1, 1])):
+            options = {"segment_lengths": lengths, "dilation_rates": rates, "is_causal": causal}
+            case = Case((1, b - a, 1, 2), (1, d - c, 1, 2), options | {"q_start": a, "k_start": c, "seq_len": 5})
+            want = case.run("reference")
+            errors = case.errors(case.run("sdpa"), want)
+            assert max(errors.values()) <= 1e-10, (a, b, c, d, errors)
 
 
 def test_eager_tiles_equal_one_tile(monkeypatch):
