@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dilated_attention_pytorch import dilated_attention
-from dilated_attention_pytorch.core import engines, sdpa
+from dilated_attention_pytorch.core import engines
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -105,7 +105,7 @@ def test_empty_inputs_give_empty_outputs(shape, backend):
 def test_half_precision_runs_in_fp32_on_a_cpu_without_amx(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert sdpa.compute_dtype(cpu, torch.bfloat16) == torch.float32
+    assert engines.compute_dtype(cpu, torch.bfloat16) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert sdpa.compute_dtype(cpu, torch.bfloat16) == torch.bfloat16
-    assert sdpa.compute_dtype(cpu, torch.float64) == torch.float64
+    assert engines.compute_dtype(cpu, torch.bfloat16) == torch.bfloat16
+    assert engines.compute_dtype(cpu, torch.float64) == torch.float64

@@ -56,13 +56,6 @@ class Extras(NamedTuple):
     k_position: Tensor | None
 
 
-def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype the pieces run in: the input's, but fp32 for half precision on a CPU without AMX, which is faster."""
-    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and not torch.cpu._is_amx_tile_supported():
-        return torch.float32
-    return dtype
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -320,8 +313,7 @@ def _bias(problem: Problem, key_padding_mask: Tensor | None, k: Tensor) -> Tenso
 
 
 def _ready(x: Tensor) -> Tensor:
-    """In the dtype the pieces run in, each row's D values side by side."""
-    x = x.to(compute_dtype(x.device, x.dtype))
+    """Each row's D values side by side, as torch's kernels want them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,0 +1,18 @@
+"""LongNet (arXiv 2307.02486) and what is built on it."""
+
+from dilated_attention_pytorch.models.cache import KeyValueCache
+from dilated_attention_pytorch.models.checkpoint import load_pretrained, save_pretrained
+from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.generation import left_pad
+from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
+
+__all__ = [
+    "KeyValueCache",
+    "LongNet",
+    "LongNetConfig",
+    "LongNetEncoder",
+    "LongNetLM",
+    "left_pad",
+    "load_pretrained",
+    "save_pretrained",
+]

@@ -1,0 +1,165 @@
+"""Keys and values of earlier positions, as long as a later position can still see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 256  # rows of a first buffer; it doubles from there
+
+
+def first_visible(position: int, segment_lengths: Iterable[int]) -> int:
+    """The start of the oldest segment at `position`: neither its query nor any later one sees what lies before."""
+    return min(position // length * length for length in segment_lengths)
+
+
+class _Step(NamedTuple):
+    """What one forward does to every layer's buffers; rows of a buffer are counted from its own start.
+
+    Attributes:
+        first: position of the first key in sight.
+        lo: row of that key.
+        hi: row behind the last key held.
+        num_new: new positions. One is written behind the others; more of them fill the buffer anew.
+        capacity: rows the buffer must have, or 0 where it may stay; a new one takes over rows [lo, hi).
+        keep: number of keys at the end that stay.
+    """
+
+    first: int
+    lo: int
+    hi: int
+    num_new: int
+    capacity: int
+    keep: int
+
+
+class KeyValueCache:
+    """The key/value cache of a causal decoder with dilated attention.
+
+    A position sees only its own segment of each branch. Once the oldest of these segments ends, its rows are dropped,
+    so at most max(w_i) rows are held however long the sequence grows. New rows go into a buffer that is larger than
+    what it holds; attention reads a view of it.
+
+    Args:
+        segment_lengths: w_i of the model.
+        num_layers: of the model.
+        row_start: int `(B,)`, first real position of each row of a left-padded batch. Its rows stand at different
+            positions, so what is dropped is what no row needs.
+
+    Attributes:
+        length: positions seen so far.
+        start: first position held.
+        layers: one store a layer, for `MultiheadDilatedAttention.forward(cache=...)`.
+    """
+
+    def __init__(self, segment_lengths: Sequence[int], num_layers: int, *, row_start: Tensor | None = None) -> None:
+        self.segment_lengths = tuple(dict.fromkeys(segment_lengths))
+        self.row_start = row_start
+        self._firsts = [0] if row_start is None else sorted(set(row_start.tolist()))
+        self.length = 0
+        self.start = 0
+        self._base = 0  # position of the buffers' row 0
+        self._capacity = 0
+        self._step: _Step | None = None
+        longest = max(self.segment_lengths)
+        nested = all(longest % length == 0 for length in self.segment_lengths) and len(self._firsts) == 1
+        # Nested segments all end with the longest one, and the buffer starts empty there. Otherwise some rows are left
+        # over and have to move to the front now and then; the slack makes that rare: four rows moved a token at most.
+        self._limit = longest if nested else longest + max(1, longest // 4)
+        self.layers = [_LayerCache(self) for _ in range(num_layers)]
+
+    @property
+    def rows_held(self) -> int:
+        """Positions whose keys and values are held; at most max(w_i)."""
+        return self.length - self.start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        tensors = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def begin(self, num_new: int) -> None:
+        """Plans for `num_new` further positions; every layer then appends once, and `commit` ends it."""
+        if self._step is not None:
+            raise RuntimeError("expected a cache whose last forward ended, got one cut short by an error; make another")
+        lo, hi = self.start - self._base, self.length - self._base
+        keep = self.length + num_new - self._first_visible(self.length + num_new)
+        capacity = 0
+        if num_new == 1:
+            if hi == self._capacity:  # grow, or move what is held to the front
+                capacity = min(max(2 * (hi - lo), _SMALLEST), self._limit)
+                capacity = max(capacity, hi - lo + 1)
+        elif keep > self._capacity:
+            capacity = min(keep + _SMALLEST, self._limit)
+        self._step = _Step(self.start, lo, hi, num_new, capacity, keep)
+
+    def commit(self) -> None:
+        """Ends what `begin` started, when every layer has appended."""
+        step = self._require_step()
+        self.length += step.num_new
+        if step.capacity:
+            self._capacity = step.capacity
+        if step.num_new != 1:
+            self._base = self.length - step.keep
+        elif step.capacity:
+            self._base = step.first
+        self.start = self.length - step.keep
+        if step.keep == 0:
+            self._base = self.length
+        self._step = None
+
+    def _first_visible(self, position: int) -> int:
+        # Rows that have not started need nothing before their own start.
+        seen = [first + first_visible(max(0, position - first), self.segment_lengths) for first in self._firsts]
+        return min(*seen, position)
+
+    def _require_step(self) -> _Step:
+        if self._step is None:
+            raise RuntimeError("expected KeyValueCache.begin before a layer appends; pass the cache to the model")
+        return self._step
+
+
+class _LayerCache:
+    """One layer's buffers; the cache they belong to decides what happens to them."""
+
+    def __init__(self, cache: KeyValueCache) -> None:
+        self._cache = cache
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """All keys and values in sight, `(B, rows, H_kv, D)`, with the new ones, and the first one's position."""
+        step = self._cache._require_step()
+        self.keys, keys = _store(self.keys, key, step)
+        self.values, values = _store(self.values, value, step)
+        return keys, values, step.first
+
+
+def _store(buffer: Tensor | None, new: Tensor, step: _Step) -> tuple[Tensor | None, Tensor]:
+    """The buffer from now on, and the rows in sight."""
+    lo, hi = step.lo, step.hi
+    if step.num_new == 1:
+        if step.capacity:
+            larger = new.new_empty((new.shape[0], step.capacity, *new.shape[2:]))
+            if buffer is not None and hi > lo:
+                larger[:, : hi - lo] = buffer[:, lo:hi]
+            buffer, lo, hi = larger, 0, hi - lo
+        assert buffer is not None
+        buffer[:, hi] = new[:, 0]
+        return buffer, buffer[:, lo : hi + 1]
+    rows = new
+    if buffer is not None and hi > lo:
+        rows = torch.cat((buffer[:, lo:hi], new), 1)
+    if step.capacity:
+        buffer = new.new_empty((new.shape[0], step.capacity, *new.shape[2:]))
+    if buffer is not None and step.keep:
+        buffer[:, : step.keep] = rows[:, rows.shape[1] - step.keep :]
+    return buffer, rows

@@ -1,0 +1,198 @@
+"""Generation: sampling from a causal model token by token, with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core import validation as check
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.models.longnet import LongNetLM
+
+
+class Sampling(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`.
+
+    Attributes:
+        row_start: int `(B,)`, first real position of each left-padded row; see `left_pad`.
+        greedy: take the likeliest token; temperature, top_k and top_p then mean nothing and are refused.
+        temperature: divides the logits; above 0, 1 by default.
+        top_k: sample from the k likeliest tokens only.
+        top_p: sample from the fewest tokens that together have at least this probability, in (0, 1].
+        seed: of the samples; drawn from torch's generator when absent.
+        generator: a generator to sample with, in place of a seed.
+        eos_token: a row that has produced it produces nothing else; generation stops when every row has.
+    """
+
+    row_start: Tensor | None
+    greedy: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    generator: torch.Generator | None
+    eos_token: int | None
+
+
+def generate(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
+    """Continues a prompt and returns the new tokens.
+
+    The prompt runs as one forward; then every token costs about sum(w_i / r_i) keys a layer and head, however long the
+    sequence has become. The model is in evaluation mode meanwhile.
+
+    Args:
+        model: the model.
+        prompt: int `(B, N)`, N >= 1.
+        max_new_tokens: how many tokens to add, at most.
+        sampling: see `Sampling`.
+
+    Returns:
+        int64 `(B, T)`, T <= max_new_tokens, without the prompt.
+
+    Raises:
+        ValueError: a prompt or an option out of range.
+        TypeError: one of the wrong type.
+    """
+    new = list(stream(model, prompt, max_new_tokens, **sampling))
+    return torch.stack(new, 1) if new else prompt.new_empty((prompt.shape[0], 0), dtype=torch.int64)
+
+
+def stream(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Iterator[Tensor]:
+    """`generate`, giving out each token as it comes.
+
+    Arguments are checked at once. The model is in evaluation mode from the first token until the iterator is exhausted
+    or closed.
+
+    Args:
+        model: the model.
+        prompt: int `(B, N)`, N >= 1.
+        max_new_tokens: how many tokens to add, at most.
+        sampling: see `Sampling`.
+
+    Returns:
+        An iterator over int64 `(B,)`.
+    """
+    vocab_size = model.config.vocab_size
+    assert vocab_size is not None
+    check.check_int("max_new_tokens", max_new_tokens, 0)
+    model._check(prompt, packed=False)
+    if prompt.shape[1] == 0:
+        raise ValueError("expected a prompt of at least one token, got an empty one")
+    if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size):
+        raise ValueError(f"expected tokens in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
+    row_start = sampling.get("row_start")
+    if row_start is not None:
+        check.check_row_start(row_start, prompt.shape[0])
+        if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
+            raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
+    _check_sampling(sampling)
+    generator = sampling.get("generator")
+    seed = sampling.get("seed")
+    if seed is not None:
+        generator = torch.Generator(prompt.device).manual_seed(check.check_int("seed", seed, -(2**63)))
+    return _stream(model, prompt, max_new_tokens, sampling, generator)
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    unknown = sorted(set(sampling) - set(Sampling.__annotations__))
+    if unknown:
+        raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
+    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
+    if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):
+        raise ValueError("expected no temperature, top_k or top_p with greedy=True, which draws nothing")
+    check.check_positive_int("top_k", 1 if top_k is None else top_k)
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"expected top_p in (0, 1], got {top_p}")
+    if sampling.get("seed") is not None and sampling.get("generator") is not None:
+        raise ValueError("expected seed or generator, got both")
+
+
+def _stream(
+    model: LongNetLM, prompt: Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    training = [module for module in model.modules() if module.training]
+    greedy, eos_token = sampling.get("greedy", False), sampling.get("eos_token")
+    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
+    cache = model.make_cache(row_start=sampling.get("row_start"))
+    finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    tokens = prompt
+    try:
+        for module in training:
+            module.training = False
+        for _ in range(max_new_tokens):
+            # Entered anew for each token: while the caller has the iterator, its own grad mode holds.
+            with torch.inference_mode():
+                logits = model.logits(model.hidden(tokens, cache=cache)[:, -1])
+                if greedy:
+                    new = logits.argmax(-1)
+                else:
+                    probabilities = token_probabilities(logits, temperature, top_k, top_p)
+                    new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                if eos_token is not None:
+                    new = new.masked_fill(finished, eos_token)
+                    finished = finished | (new == eos_token)
+                tokens = new[:, None]
+            yield new.clone()  # outside inference mode, so that it is a tensor like any other
+            if eos_token is not None and bool(finished.all()):
+                return
+    finally:
+        for module in training:
+            module.training = True
+
+
+def token_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The distribution that a token is drawn from.
+
+    Args:
+        logits: `(B, vocab_size)`.
+        temperature: divides the logits.
+        top_k: keep the k likeliest tokens.
+        top_p: of these, keep the fewest that together have at least this probability; always one.
+
+    Returns:
+        `(B, vocab_size)`, fp32 (fp64), summing to 1.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if top_k is None and top_p is None:
+        return logits.softmax(-1)
+    size = logits.shape[-1]
+    best, tokens = logits.topk(size if top_k is None else min(top_k, size), -1)  # the likeliest first
+    probabilities = best.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill((before >= top_p) & (tokens != tokens[:, :1]), 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(-1, tokens, probabilities)
+
+
+def left_pad(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths as one batch for `generate`.
+
+    Args:
+        sequences: int tensors `(N_b,)`, none empty.
+        pad_token: what stands in front; nobody sees it.
+
+    Returns:
+        int64 `(B, N)`, and `row_start` int64 `(B,)`.
+
+    Raises:
+        ValueError: no sequence, or an empty one.
+    """
+    if not sequences or any(x.dim() != 1 or x.numel() == 0 for x in sequences):
+        raise ValueError(f"expected non-empty tensors of shape (N,), got shapes {[tuple(x.shape) for x in sequences]}")
+    longest = max(len(x) for x in sequences)
+    batch = torch.full((len(sequences), longest), pad_token, dtype=torch.int64, device=sequences[0].device)
+    for row, x in zip(batch, sequences, strict=True):
+        row[longest - len(x) :] = x
+    return batch, torch.tensor([longest - len(x) for x in sequences], device=batch.device)

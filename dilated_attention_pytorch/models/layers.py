@@ -1,0 +1,220 @@
+"""Pre-LN layers with MAGNETO's sub-LN, named as in the official checkpoints, and a stack of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dilated_attention_pytorch.core.positions import Rotation
+from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
+from dilated_attention_pytorch.types import Backend
+
+
+class FeedForward(nn.Module):
+    """`fc2(LayerNorm(activation(fc1(x))))`: the feed-forward network with sub-LN (arXiv 2210.06423, figure 2).
+
+    Args:
+        config: sizes, activation and epsilon.
+        gamma: gain of the xavier-normal start of both weights.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        gamma: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        width, inner = config.d_model, config.dim_feedforward
+        self.fc1 = nn.Linear(width, inner, device=device, dtype=dtype)
+        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(inner, width, device=device, dtype=dtype)
+        self.activation = F.relu if config.activation == "relu" else F.gelu
+        for linear in (self.fc1, self.fc2):
+            nn.init.xavier_normal_(linear.weight, gain=gamma)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d_model)` to the same."""
+        out: Tensor = self.fc2(self.ffn_layernorm(self.activation(self.fc1(x))))
+        return out
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention where asked for, feed-forward; each added to what came in.
+
+    Args:
+        config: sizes and options.
+        gamma: MAGNETO's gain. Cross-attention keeps 1, as in the official code.
+        cross_attention: whether the layer looks at a memory too.
+        backend: of the attention.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        gamma: float,
+        *,
+        cross_attention: bool = False,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+
+        def attention(gain: float) -> MultiheadDilatedAttention:
+            return MultiheadDilatedAttention(
+                config.d_model,
+                config.nhead,
+                config.attention_dropout,
+                segment_lengths=config.segment_lengths,
+                dilation_rates=config.dilation_rates,
+                num_kv_heads=config.num_kv_heads,
+                layer_norm_eps=config.layer_norm_eps,
+                gamma_init=gain,
+                positions=config.positions,
+                rotary_base=config.rotary_base,
+                scale_base=config.scale_base,
+                offsets=config.offsets,
+                mixing_gradient=config.mixing_gradient,
+                padding=config.padding,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+            )
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+
+        self.self_attn = attention(gamma)
+        self.self_attn_layer_norm = norm()
+        self.encoder_attn = attention(1.0) if cross_attention else None
+        self.encoder_attn_layer_norm = norm() if cross_attention else None
+        self.ffn = FeedForward(config, gamma, device=device, dtype=dtype)
+        self.final_layer_norm = norm()
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None = None,
+        row_start: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        rotation: Rotation | None = None,
+        cache: KeyValueStore | None = None,
+    ) -> Tensor:
+        """`(B, N, d_model)` to the same; arguments as in `MultiheadDilatedAttention.forward`.
+
+        Args:
+            x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
+            memory: like x, for the cross-attention.
+            is_causal: hide later positions, of x and of the memory.
+            key_padding_mask: bool `(B, N)`, True = real.
+            row_start: int `(B,)`.
+            cu_seqlens: int `(sequences + 1,)`.
+            rotation: shared by all layers.
+            cache: this layer's.
+        """
+        rows = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
+        h = self.self_attn_layer_norm(x)
+        h, _ = self.self_attn(h, h, h, is_causal=is_causal, rotation=rotation, cache=cache, **rows)
+        x = x + self._drop(h)
+        if self.encoder_attn is not None and self.encoder_attn_layer_norm is not None:
+            h = self.encoder_attn_layer_norm(x)
+            h, _ = self.encoder_attn(h, memory, memory, is_causal=is_causal, rotation=rotation, **rows)
+            x = x + self._drop(h)
+        return x + self._drop(self.ffn(self.final_layer_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout > 0.0 and self.training else x
+
+
+class LayerStack(nn.Module):
+    """Layers one after the other, and a LayerNorm at the end.
+
+    Args:
+        config: sizes and options.
+        num_layers: how many.
+        gamma: MAGNETO's gain.
+        cross_attention: whether the layers look at a memory.
+        backend: of the attention.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        num_layers: int,
+        gamma: float,
+        *,
+        cross_attention: bool = False,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Layer(config, gamma, cross_attention=cross_attention, backend=backend, device=device, dtype=dtype)
+            for _ in range(num_layers)
+        )
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None = None,
+        row_start: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        start: int = 0,
+        caches: Sequence[KeyValueStore] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Tensor:
+        """`(B, N, d_model)` to the same.
+
+        Args:
+            x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
+            memory: like x, for the cross-attention.
+            is_causal: hide later positions.
+            key_padding_mask: bool `(B, N)`, True = real.
+            row_start: int `(B,)`.
+            cu_seqlens: int `(sequences + 1,)`.
+            start: position of the first row.
+            caches: one a layer.
+            gradient_checkpointing: compute each layer again in the backward instead of keeping its activations.
+        """
+        # The rows stand at the same positions in every layer, so the tables are made once.
+        first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
+        rotation = first.rotation(x, start=start, row_start=row_start, cu_seqlens=cu_seqlens)
+        again = gradient_checkpointing and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            run = partial(
+                layer,
+                is_causal=is_causal,
+                key_padding_mask=key_padding_mask,
+                row_start=row_start,
+                cu_seqlens=cu_seqlens,
+                rotation=rotation,
+                cache=None if caches is None else caches[i],
+            )
+            x = checkpoint(run, x, memory, use_reentrant=False) if again else run(x, memory)
+        out: Tensor = self.layer_norm(x)
+        return out

@@ -1,0 +1,359 @@
+"""`nn.Module`s over the op, with the argument names of `torch.nn.MultiheadAttention` where they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, rotate, row_positions
+from dilated_attention_pytorch.functional import dilated_attention
+from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets, Padding
+
+
+class KeyValueStore(Protocol):
+    """What `MultiheadDilatedAttention` needs of one layer's cache; `models.cache` has ours."""
+
+    @property
+    def length(self) -> int:
+        """Positions seen before this call: where the new ones start."""
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Takes in `(B, n, H_kv, D)`; gives back all keys and values still in sight and the first one's position."""
+
+
+class DilatedAttention(nn.Module):
+    """Dilated attention (LongNet, arXiv 2307.02486, sections 2.2 and 2.3) as a module without parameters.
+
+    Args:
+        segment_lengths: w_i, in positions, one a branch.
+        dilation_rates: r_i, one a branch.
+        scale: factor on q . k; `D ** -0.5` by default.
+        offsets: `"modulo"` (the paper) or `"blocked"` (the official code and every published checkpoint).
+        attention_dropout: probability of dropping an attention weight, in training mode only.
+        mixing_gradient: `"exact"`, or `"detached"` as in the official code.
+        padding: `"none"`, or `"zero_keys"` for the numbers of published checkpoints.
+        backend: `"auto"`, `"reference"`, `"sdpa"` or `"triton"`.
+
+    Raises:
+        ValueError: lists that do not fit together, an unknown option, a probability outside [0, 1).
+        TypeError: an argument of the wrong type.
+
+    Example:
+        >>> attention = DilatedAttention([128, 512], [1, 4])
+        >>> q = k = v = torch.randn(1, 1000, 4, 32)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 1000, 4, 32])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        *,
+        scale: float | None = None,
+        offsets: Offsets = "modulo",
+        attention_dropout: float = 0.0,
+        mixing_gradient: MixingGradient = "exact",
+        padding: Padding = "none",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), 1, offsets)
+        check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
+        check.check_choice("padding", padding, Padding)
+        check.check_choice("backend", backend, Backend)
+        self.segment_lengths = pattern.segment_lengths
+        self.dilation_rates = pattern.dilation_rates
+        self.scale = scale
+        self.offsets: Offsets = offsets
+        self.attention_dropout = check.check_probability("attention_dropout", attention_dropout)
+        self.mixing_gradient: MixingGradient = mixing_gradient
+        self.padding: Padding = padding
+        self.backend: Backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        row_start: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        q_start: int = 0,
+        k_start: int = 0,
+        seq_len: int | None = None,
+        seed: int | Tensor | None = None,
+    ) -> Tensor:
+        """Attention of query over key and value; every argument as in `dilated_attention`.
+
+        Args:
+            query: `(B, N, H, D)`, or `(total, H, D)` with `cu_seqlens`.
+            key: `(B, N, H_kv, D)`.
+            value: like key.
+            is_causal: hide later keys.
+            key_padding_mask: bool `(B, N)`, **True = real** (`nn.MultiheadAttention` has it the other way round).
+            row_start: int `(B,)`, first real position of each left-padded row.
+            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
+            q_start: position of the first query.
+            k_start: position of the first key.
+            seq_len: length of the whole sequence.
+            seed: of the dropout mask.
+
+        Returns:
+            `(B, N, H, D)`.
+        """
+        return dilated_attention(
+            query,
+            key,
+            value,
+            segment_lengths=self.segment_lengths,
+            dilation_rates=self.dilation_rates,
+            is_causal=is_causal,
+            scale=self.scale,
+            offsets=self.offsets,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            seed=seed,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
+            q_start=q_start,
+            k_start=k_start,
+            seq_len=seq_len,
+            mixing_gradient=self.mixing_gradient,
+            padding=self.padding,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        parts = [f"segment_lengths={list(self.segment_lengths)}", f"dilation_rates={list(self.dilation_rates)}"]
+        usual = {"scale": None, "offsets": "modulo", "attention_dropout": 0.0, "mixing_gradient": "exact"}
+        for name, default in {**usual, "padding": "none", "backend": "auto"}.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
+        return ", ".join(parts)
+
+
+class MultiheadDilatedAttention(nn.Module):
+    """Projections around dilated attention, with MAGNETO's sub-LN (arXiv 2210.06423, section 2 and figure 2).
+
+    A LayerNorm over the whole width stands between the attention and `out_proj`. Weights start as xavier-normal, with
+    gain `gamma_init` for `v_proj` and `out_proj` and 1 for `q_proj` and `k_proj`; biases start at 0. Parameters are
+    named as in the official checkpoints: `q_proj`, `k_proj`, `v_proj`, `inner_attn_ln`, `out_proj`.
+
+    Args:
+        embed_dim: width of inputs and outputs.
+        num_heads: H, a divisor of embed_dim.
+        dropout: probability of dropping an attention weight, in training mode only.
+        bias: whether the projections have one.
+        segment_lengths: w_i, in positions, one a branch.
+        dilation_rates: r_i, one a branch.
+        num_kv_heads: H_kv, a divisor of num_heads; num_heads by default.
+        layer_norm: whether `inner_attn_ln` exists.
+        layer_norm_eps: its epsilon.
+        gamma_init: MAGNETO's gain.
+        positions: None, `"rotary"` (RoFormer) or `"xpos"` (causal attention only), of queries and keys.
+        rotary_base: longest wavelength over 2 pi.
+        scale_base: xPos's decay length, in positions.
+        scale: factor on q . k; `head_dim ** -0.5` by default.
+        offsets: as in `DilatedAttention`, as are the next three.
+        mixing_gradient: see `offsets`.
+        padding: see `offsets`.
+        backend: see `offsets`.
+        batch_first: only True; the argument is here so that code for `nn.MultiheadAttention` says what it means.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: sizes that do not divide, `batch_first=False`, an unknown option.
+        TypeError: an argument of the wrong type.
+
+    Example:
+        >>> attention = MultiheadDilatedAttention(64, 4, segment_lengths=[128, 512], dilation_rates=[1, 4])
+        >>> x = torch.randn(2, 1000, 64)
+        >>> attention(x, x, x, is_causal=True)[0].shape
+        torch.Size([2, 1000, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        num_kv_heads: int | None = None,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        positions: Positions | None = None,
+        rotary_base: float = 10_000.0,
+        scale_base: float = 512.0,
+        scale: float | None = None,
+        offsets: Offsets = "modulo",
+        mixing_gradient: MixingGradient = "exact",
+        padding: Padding = "none",
+        backend: Backend = "auto",
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = check.check_positive_int("embed_dim", embed_dim)
+        self.num_heads = check.check_positive_int("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads
+        if num_kv_heads is not None:
+            self.num_kv_heads = check.check_positive_int("num_kv_heads", num_kv_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"expected embed_dim to be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        if batch_first is not True:
+            raise ValueError(
+                f"expected batch_first=True, got {batch_first!r}: inputs are (B, N, embed_dim); transpose them first"
+            )
+        if positions is not None:
+            check.check_choice("positions", positions, Positions)
+        self.head_dim = embed_dim // num_heads
+        self.gamma_init = gamma_init
+        self.attention = DilatedAttention(
+            segment_lengths,
+            dilation_rates,
+            scale=scale,
+            offsets=offsets,
+            attention_dropout=check.check_probability("dropout", dropout),
+            mixing_gradient=mixing_gradient,
+            padding=padding,
+            backend=backend,
+        )
+        self.positions: Positions | None = positions
+        self.rotary = RotaryPositions.named(
+            positions, self.head_dim, self.attention.segment_lengths, rotary_base, scale_base
+        )
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.inner_attn_ln = (
+            nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype) if layer_norm else None
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """MAGNETO's initialisation (arXiv 2210.06423, figure 2)."""
+        for linear, gain in (
+            (self.q_proj, 1.0),
+            (self.k_proj, 1.0),
+            (self.v_proj, self.gamma_init),
+            (self.out_proj, self.gamma_init),
+        ):
+            nn.init.xavier_normal_(linear.weight, gain=gain)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.inner_attn_ln is not None:
+            self.inner_attn_ln.reset_parameters()
+
+    def rotation(
+        self, x: Tensor, *, start: int = 0, row_start: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Rotation | None:
+        """The rotation of rows x `(..., N, embed_dim)` from position `start` on; layers alike can share one."""
+        if self.rotary is None:
+            return None
+        rows = row_positions(x.shape[-2], start=start, row_start=row_start, cu_seqlens=cu_seqlens, device=x.device)
+        return self.rotary.rotation(rows, x.dtype)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        need_weights: bool = False,
+        *,
+        row_start: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        rotation: Rotation | None = None,
+        cache: KeyValueStore | None = None,
+    ) -> tuple[Tensor, None]:
+        """Attention of query over key and value, which are positions of one sequence.
+
+        **`key_padding_mask` is True where a token is real**, the opposite of `nn.MultiheadAttention`: a mask written
+        for it is passed as `~mask`.
+
+        Args:
+            query: `(B, N, embed_dim)`, or `(total, embed_dim)` with `cu_seqlens`.
+            key: like query. Position n of key stands beside position n of query, so cross attention takes a memory of
+                the query's length.
+            value: like key.
+            key_padding_mask: bool `(B, N)`, True = real.
+            is_causal: hide later keys.
+            need_weights: only False: weights are never formed.
+            row_start: int `(B,)`, first real position of each left-padded row.
+            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
+            rotation: what `self.rotation` gives for these rows, where a caller has it already.
+            cache: this layer's store of earlier keys and values; query, key and value are then the positions that
+                follow them.
+
+        Returns:
+            The output, shaped like query, and None, where `nn.MultiheadAttention` has the weights.
+
+        Raises:
+            ValueError: shapes or options that do not fit, `need_weights=True`.
+        """
+        if need_weights:
+            raise ValueError("expected need_weights=False, got True: attention weights are never formed here")
+        if query.shape[-1] != self.embed_dim:
+            raise ValueError(f"expected query of shape (..., N, {self.embed_dim}), got {tuple(query.shape)}")
+        if key.shape != query.shape or value.shape != query.shape:
+            raise ValueError(
+                "expected key and value of query's shape, since all three are positions of one sequence, got query "
+                f"{tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}; for ranges of one "
+                "sequence see dilated_attention's q_start and k_start"
+            )
+        if self.positions == "xpos" and not is_causal:
+            raise ValueError(
+                "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
+                "exponentially; take positions='rotary'"
+            )
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q_start = 0 if cache is None else cache.length
+        if rotation is None:
+            rotation = self.rotation(query, start=q_start, row_start=row_start, cu_seqlens=cu_seqlens)
+        if rotation is not None:
+            q, k = rotate(q, rotation.q_cos, rotation.q_sin), rotate(k, rotation.k_cos, rotation.k_sin)
+        k_start = 0
+        if cache is not None:
+            k, v, k_start = cache.append(k, v)
+        out = self.attention(
+            q,
+            k,
+            v,
+            is_causal,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
+            q_start=q_start,
+            k_start=k_start,
+        ).flatten(-2)
+        if self.inner_attn_ln is not None:
+            out = self.inner_attn_ln(out)
+        return self.out_proj(out), None
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
+        positions = "" if self.positions is None else f", positions={self.positions!r}"
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}{kv}{positions}"
