@@ -1,0 +1,43 @@
+"""`generate`: text from a trained run, as it is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dilated_attention_pytorch.cli.options import check_device
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: model.safetensors and config.json.")],
+    prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "def ",
+    max_bytes: Annotated[int, typer.Option("--bytes", min=1, help="How many bytes to add, at most.")] = 500,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest bytes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the fewest bytes of this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; another text each time without it.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+) -> None:
+    """Continue a prompt with a trained model."""
+    from dilated_attention_pytorch.models import LongNetLM, load_pretrained
+    from dilated_attention_pytorch.models.generation import Sampling
+    from dilated_attention_pytorch.training import byte_stream
+    from dilated_attention_pytorch.training.config import VOCAB_SIZE
+
+    model = load_pretrained(run, device=check_device(device))
+    if not isinstance(model, LongNetLM) or model.config.vocab_size != VOCAB_SIZE:
+        raise ValueError(f"expected a byte-level LongNetLM (vocab_size {VOCAB_SIZE}) in {run}, got {model.config}")
+    sampling = Sampling(top_k=top_k, top_p=top_p, seed=seed)
+    if temperature == 0:
+        sampling["greedy"] = True
+    else:
+        sampling["temperature"] = temperature
+    pieces = byte_stream(model, prompt, max_bytes, **sampling)
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

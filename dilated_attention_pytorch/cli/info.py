@@ -1,0 +1,78 @@
+"""`info`: what this machine and this installation give."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dilated_attention_pytorch import __version__
+from dilated_attention_pytorch.cli import options
+from dilated_attention_pytorch.cli.options import console, human_bytes
+from dilated_attention_pytorch.core.engines import compute_dtype
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.functional import choose_backend
+
+_PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
+
+
+def info(as_json: options.AsJson = False) -> None:
+    """Versions, devices, and which backend `auto` takes on each, and why."""
+    found = _look()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    versions = Table(title=f"dilated-attention-pytorch {__version__}", title_justify="left", show_header=False)
+    for name, version in found["versions"].items():
+        versions.add_row(name, version or "not installed")
+    console.print(versions)
+    devices = Table(title="devices", title_justify="left")
+    for name in ("device", "dtype", "computes in", "backend", "why"):
+        devices.add_column(name)
+    for row in found["devices"]:
+        devices.add_row(*(row[key] for key in ("device", "dtype", "computes_in", "backend", "reason")))
+    console.print(devices)
+    for note in found["notes"]:
+        console.print(note)
+
+
+def _look() -> dict[str, Any]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "system": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    rows, notes = [], []
+    names = {torch.device("cpu"): f"cpu ({torch.get_num_threads()} threads)"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        names[torch.device("cuda", i)] = f"cuda:{i} {properties.name}, {human_bytes(properties.total_memory)}"
+    for device, shown in names.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            choice = choose_backend(torch.empty(1, 1, 1, 1, device=device, dtype=dtype), _any_problem())
+            inner = compute_dtype(device, dtype)
+            rows.append({"device": shown, "dtype": _name(dtype), "computes_in": _name(inner)} | choice._asdict())
+            if inner != dtype:
+                notes.append(
+                    f"{_name(dtype)} on {device.type} is computed in {_name(inner)}: this CPU has no AMX, where "
+                    f"{_name(inner)} is faster; results are rounded to {_name(dtype)}"
+                )
+    return {"version": __version__, "versions": versions, "devices": rows, "notes": notes}
+
+
+def _any_problem() -> Problem:
+    """A plain causal call: no option that narrows the choice of backend."""
+    return Problem(
+        pattern=DilatedPattern((1,), (1,), 1), is_causal=True, scale=1.0, dropout_p=0.0, q_start=0, k_start=0,
+        seq_len=1, mixing_gradient="exact", padding="none",
+    )  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,80 @@
+"""What a training process knows of the others: nothing but its rank, their number and two collectives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """A process and its device among `size` of them.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and talks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)) > 0) if self.size > 1 else flag
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join(device: str | None = None) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a world of one; left again at the end.
+
+    Args:
+        device: `"cpu"`, `"cuda"` or `"cuda:1"`; by default CUDA where there is one. Under torchrun each process takes
+            the CUDA device of its local rank.
+
+    Raises:
+        ValueError: CUDA asked for where there is none, or one numbered device for several processes.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"expected a device this machine has, got {device!r}: torch finds no CUDA device here")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        if chosen.index is not None:
+            raise ValueError(f"expected device 'cuda' under torchrun, got {device!r} for {size} processes")
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        if mine:
+            dist.destroy_process_group()

@@ -1,0 +1,254 @@
+"""The training loop: exact to resume, alike on one process and many."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dilated_attention_pytorch.models import LongNetLM, save_pretrained
+from dilated_attention_pytorch.training import state as state_file
+from dilated_attention_pytorch.training.config import TrainConfig
+from dilated_attention_pytorch.training.corpus import Corpus
+from dilated_attention_pytorch.training.data import held_out_excerpts, training_excerpts
+from dilated_attention_pytorch.training.distributed import World
+from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
+from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
+from dilated_attention_pytorch.training.optimizer import adamw, learning_rate
+
+
+class Interrupted(Exception):
+    """A signal ended the run early; everything up to `step` is saved."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        self.step, self.signal_number = step, signal_number
+        super().__init__(f"interrupted after step {step}, which is saved; the same command goes on from there")
+
+
+class Result(NamedTuple):
+    """What a finished run leaves beside its files."""
+
+    model: LongNetLM
+    evaluation: Evaluation
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes; only rank 0's is."""
+
+    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
+        """The run starts, or goes on, after `step` steps."""
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """A line of the record."""
+
+    def step(self, step: int) -> None:
+        """A step is done."""
+
+    def stop(self) -> None:
+        """The run is over, well or not."""
+
+
+class Trainer:
+    """Trains a byte-level `LongNetLM` in a folder, from wherever the folder's last state ends.
+
+    The folder gets `state.pt` (for resume), `model.safetensors` and `config.json` (for use), `train.json` (what was
+    asked for) and `metrics.jsonl` (what happened).
+
+    Args:
+        config: of the run.
+        corpus: what it reads.
+        folder: what it writes.
+        world: from `distributed.join`.
+        tensorboard: also write TensorBoard events.
+        restart: start over, whatever the folder holds.
+        reporter: who is told how it goes.
+
+    Raises:
+        ValueError: the folder's run has another config or corpus; a batch that the ranks cannot share evenly.
+
+    Example:
+        >>> with join() as world:
+        ...     result = Trainer(preset("demo"), build_corpus(), Path("runs/demo"), world=world).run()
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        folder: Path,
+        *,
+        world: World,
+        tensorboard: bool = False,
+        restart: bool = False,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
+        self.tensorboard = tensorboard
+        self.reporter = reporter if world.is_main else None
+        self.micro_steps = config.micro_steps(world.size)
+        self.held_out = held_out_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
+        if config.cpu_threads and world.device.type == "cpu":
+            torch.set_num_threads(config.cpu_threads)
+        torch.manual_seed(config.seed)
+        # Made on the CPU, so that the start does not depend on the device.
+        model = LongNetLM(config.model_config(), gradient_checkpointing=config.gradient_checkpointing)
+        self.model = model.to(world.device)
+        self.optimizer = adamw(self.model, config)
+        self.step = 0
+        kept = None if restart else state_file.load_state(folder, config=config, fingerprint=corpus.fingerprint)
+        if kept is not None:
+            self.step = kept["step"]
+            self.model.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+        self.runner: nn.Module = self._runner()
+        self._signal = 0
+
+    def run(self) -> Result:
+        """Trains to the last step, saves, and returns the model.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came. The step in hand was finished and saved; a second signal ends at once.
+        """
+        config, main = self.config, self.world.is_main
+        log: MetricsLog | None = None
+        try:
+            if main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                log = MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
+                settings = json.dumps(state_file.plain(config) | {"corpus": self.corpus.fingerprint}, indent=1)
+                state_file.replace_text(self.folder / "train.json", settings + "\n")
+            if self.reporter is not None:
+                self.reporter.start(self.step, config, sum(p.numel() for p in self.model.parameters()))
+            with self._signals():
+                evaluation = self._loop(log)
+            return Result(self.model, evaluation)
+        finally:
+            if log is not None:
+                log.close()
+            if self.reporter is not None:
+                self.reporter.stop()
+
+    def _loop(self, log: MetricsLog | None) -> Evaluation:
+        config, evaluation = self.config, None
+        seen, since = self.step, time.perf_counter()
+        while self.step < config.steps:
+            rate = learning_rate(config, self.step)
+            loss, grad_norm = self._train_step(rate)
+            self.step += 1
+            last = self.step == config.steps
+            if last or self.step % config.log_every == 0:
+                mean_loss = float(self.world.sum(loss)) / self.world.size
+                now = time.perf_counter()
+                tokens = (self.step - seen) * config.batch_size * config.context
+                line = {"step": self.step, "loss": mean_loss, "bpb": mean_loss / math.log(2), "lr": rate}
+                line |= {"grad_norm": float(grad_norm), "tokens_per_s": round(tokens / (now - since), 1)}
+                self._record(log, line | {"memory_bytes": peak_memory(self.world.device)})
+                seen, since = self.step, now
+            if last or self.step % config.eval_every == 0:
+                paused = time.perf_counter()
+                evaluation = self._evaluate(log)
+                since += time.perf_counter() - paused
+            if self.reporter is not None:
+                self.reporter.step(self.step)
+            # Ranks agree on a signal, so that none is left waiting for another.
+            stop = self.world.any(bool(self._signal))
+            if stop or last or self.step % config.checkpoint_every == 0:
+                self.save()
+            if stop and not last:
+                raise Interrupted(self.step, self._signal or signal.SIGINT)
+        return evaluation if evaluation is not None else self._evaluate(None)
+
+    def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; this rank's mean loss and the gradient's norm."""
+        config, world = self.config, self.world
+        # Dropout's draws are a function of the step and the rank too: there is no random state to save.
+        torch.manual_seed(((config.seed * 1_000_003 + self.step) * 4099 + world.rank) % 2**63)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        share = config.batch_size // world.size
+        batch = training_excerpts(
+            self.corpus.train, context=config.context, seed=config.seed, step=self.step, batch_size=config.batch_size,
+            first=world.rank * share, count=share,
+        ).to(world.device)  # fmt: skip
+        total = torch.zeros((), device=world.device)
+        for i, tokens in enumerate(batch.split(config.micro_batch_size)):
+            # Gradients cross the wire once a step, with the last forward's.
+            waits = isinstance(self.runner, nn.parallel.DistributedDataParallel) and i + 1 < self.micro_steps
+            with self.runner.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+                with self._autocast():
+                    logits = self.runner(tokens[:, :-1])
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()) / self.micro_steps
+                loss.backward()
+            total += loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grad_norm
+
+    def save(self) -> None:
+        """Leaves the present step on disk: the state, and the model for use."""
+        if self.world.is_main:
+            state_file.save_state(
+                self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
+                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            )  # fmt: skip
+            save_pretrained(self.model, self.folder)
+        self.world.wait()
+
+    def _evaluate(self, log: MetricsLog | None) -> Evaluation:
+        result = evaluate(
+            self.model, self.held_out, self.world, batch_size=self.config.micro_batch_size, autocast=self._autocast
+        )
+        self._record(log, {"step": self.step, "val_loss": result.loss, "val_bpb": result.bits_per_byte})
+        return result
+
+    def _record(self, log: MetricsLog | None, line: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(line)
+            if self.reporter is not None:
+                self.reporter.metrics(line)
+
+    def _autocast(self) -> torch.autocast:
+        precision, kind = self.config.precision, self.world.device.type
+        enabled = precision == "bf16" or (precision == "auto" and kind == "cuda")
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
+
+    def _runner(self) -> nn.Module:
+        """The model as the training step calls it. Its parameters are the model's own."""
+        runner: Any = torch.compile(self.model) if self.config.compile else self.model
+        if self.world.size == 1:
+            return runner  # type: ignore[no-any-return]
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(runner, device_ids=devices)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Within, the first SIGINT or SIGTERM is a wish to stop after the step; the second acts as ever."""
+        previous: dict[signal.Signals, Any] = {}
+
+        def handle(number: int, frame: Any) -> None:
+            if self._signal:
+                signal.signal(number, previous[signal.Signals(number)])
+                os.kill(os.getpid(), number)
+            self._signal = number
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, handle)
+        except ValueError:  # not the main thread, which alone receives signals
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,16 @@
+"""Pictures of patterns and runs, with matplotlib (`pip install 'dilated-attention-pytorch[viz]'`)."""
+
+from dilated_attention_pytorch.viz.curves import loss_figure
+from dilated_attention_pytorch.viz.pattern import multiplicity, neighbours_figure, pattern_figure
+from dilated_attention_pytorch.viz.receptive import receptive_field, receptive_figure
+from dilated_attention_pytorch.viz.style import save
+
+__all__ = [
+    "loss_figure",
+    "multiplicity",
+    "neighbours_figure",
+    "pattern_figure",
+    "receptive_field",
+    "receptive_figure",
+    "save",
+]

@@ -1,0 +1,57 @@
+"""The loss curve of a run, from its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dilated_attention_pytorch.viz.style import GRID, INK, branch_color, style
+
+
+def loss_figure(metrics: Path | str) -> Figure:
+    """Bits per byte against the bytes trained on: each logged step, their running mean, and the held-out text.
+
+    Args:
+        metrics: a run's `metrics.jsonl`.
+
+    Raises:
+        ValueError: a file without a line of training.
+    """
+    lines: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    train = [(line["step"], line["bpb"]) for line in lines if "bpb" in line]
+    val = [(line["step"], line["val_bpb"]) for line in lines if "val_bpb" in line]
+    if not train:
+        raise ValueError(f"expected lines with 'bpb' in {metrics}, found none in {len(lines)} lines")
+    steps, losses = (np.array(column, dtype=float) for column in zip(*train, strict=True))
+    with style():
+        figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+        ax = figure.subplots()
+        ax.plot(steps, losses, color=branch_color(0), alpha=0.25, linewidth=0.8, label="training, each step")
+        width = max(1, len(losses) // 20)
+        if width > 1:
+            ax.plot(steps, _running_mean(losses, width), color=branch_color(0), label=f"training, mean of {width}")
+        if val:
+            x, y = zip(*val, strict=True)
+            ax.plot(x, y, color=branch_color(3), marker="o", markersize=4, label="held-out files")
+            ax.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (0, 7), textcoords="offset points", ha="center", color=INK)
+        # The first steps, near 8 bits, would flatten all the rest.
+        top = float(np.quantile(losses, 0.98)) if len(losses) > 50 else float(losses.max())
+        ax.set(xlabel="step", ylabel="bits per byte", xlim=(0, steps[-1] * 1.03))
+        ax.set_ylim(min(losses.min(), *(v for _, v in val), top) * 0.9, top * 1.05)
+        ax.grid(color=GRID, linewidth=0.5)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+    return figure
+
+
+def _running_mean(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
+    """The mean of each value and up to `width - 1` before it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))

@@ -1,0 +1,359 @@
+"""The training loop: exact resume, signals, many processes, what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dilated_attention_pytorch.models import LongNetLM, load_pretrained
+from dilated_attention_pytorch.training import (
+    PRESETS,
+    Corpus,
+    Interrupted,
+    TrainConfig,
+    Trainer,
+    build_corpus,
+    byte_stream,
+    evaluate,
+    held_out_excerpts,
+    preset,
+    write_text,
+)
+from dilated_attention_pytorch.training.distributed import World, join
+from dilated_attention_pytorch.training.metrics import read_metrics
+from dilated_attention_pytorch.training.optimizer import adamw, learning_rate
+
+ALONE = World(0, 1, torch.device("cpu"))
+TINY = TrainConfig(
+    d_model=32, nhead=2, num_layers=2, dim_feedforward=64, segment_lengths=(16, 64), dilation_rates=(1, 2), context=64,
+    batch_size=4, steps=6, warmup_steps=2, eval_every=3, eval_excerpts=4, log_every=1, checkpoint_every=2, dropout=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"def function_{i}(x):\n    return x + {i}\n" * 20)
+    return build_corpus(folder, val_fraction=0.3, cache=tmp_path_factory.mktemp("cache"))
+
+
+class Recorder:
+    """A reporter that can also do something after a step."""
+
+    def __init__(self, at: int = 0, action: Any = None) -> None:
+        self.at, self.action, self.lines = at, action, []
+
+    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
+        self.started = step, num_parameters
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+    def step(self, step: int) -> None:
+        if step == self.at and self.action is not None:
+            self.action()
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def curve(folder: Path) -> list[tuple[int, str, float]]:
+    """Everything of a record that does not depend on the clock."""
+    names = ("loss", "lr", "grad_norm", "val_loss", "val_bpb")
+    return [(line["step"], n, line[n]) for line in read_metrics(folder / "metrics.jsonl") for n in names if n in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_pretrained(folder).state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_saves_and_resume_is_exact(corpus: Corpus, tmp_path: Path) -> None:
+    """Six steps straight equal three, an interruption and three more: losses and weights bit for bit."""
+    straight = Trainer(TINY, corpus, tmp_path / "a", world=ALONE).run()
+    with pytest.raises(Interrupted, match="interrupted after step 3, which is saved"):
+        Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(3, interrupt)).run()
+    assert torch.load(tmp_path / "b" / "state.pt", weights_only=True)["step"] == 3
+    assert [line["step"] for line in read_metrics(tmp_path / "b" / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+    torch.manual_seed(99)  # whatever the process drew meanwhile
+    torch.rand(7)
+    recorder = Recorder()
+    resumed = Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=recorder).run()
+    assert recorder.started[0] == 3 and recorder.stopped
+    assert curve(tmp_path / "b") == curve(tmp_path / "a")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert resumed.evaluation == straight.evaluation
+
+
+def test_work_lost_after_the_last_checkpoint_is_done_again(corpus: Corpus, tmp_path: Path) -> None:
+    """A crash at step 5, saved at 4: the record's later lines, one of them half-written, are replaced."""
+    Trainer(TINY, corpus, tmp_path / "a", world=ALONE).run()
+
+    def crash() -> None:
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(5, crash)).run()
+    assert torch.load(tmp_path / "b" / "state.pt", weights_only=True)["step"] == 4
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    Trainer(TINY, corpus, tmp_path / "b", world=ALONE).run()
+    assert curve(tmp_path / "b") == curve(tmp_path / "a")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_finished_run_is_not_trained_again(corpus: Corpus, tmp_path: Path) -> None:
+    first = Trainer(TINY, corpus, tmp_path, world=ALONE).run()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = Trainer(TINY, corpus, tmp_path, world=ALONE).run()
+    assert again.evaluation == first.evaluation
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    Trainer(TINY, corpus, tmp_path, world=ALONE, restart=True).run()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(before.splitlines())
+
+
+def test_resume_refuses_another_run(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(TINY, steps=2, warmup_steps=0)
+    Trainer(config, corpus, tmp_path, world=ALONE).run()
+    with pytest.raises(
+        ValueError, match=r"learning_rate 0.001 \(now 0.002\), segment_lengths \[16, 64\] \(now \[32, 64\]\)"
+    ):
+        Trainer(replace(config, learning_rate=0.002, segment_lengths=(32, 64)), corpus, tmp_path, world=ALONE)
+    with pytest.raises(ValueError, match="the text has changed"):
+        Trainer(config, replace(corpus, fingerprint="other"), tmp_path, world=ALONE)
+    Trainer(replace(config, log_every=7), corpus, tmp_path, world=ALONE)  # changes what is written alone
+
+
+def test_what_a_run_writes(corpus: Corpus, tmp_path: Path) -> None:
+    result = Trainer(TINY, corpus, tmp_path, world=ALONE).run()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"state.pt", "model.safetensors", "config.json", "train.json", "metrics.jsonl"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert {"step", "loss", "bpb", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} == set(train[0])
+    assert train[0]["bpb"] == pytest.approx(train[0]["loss"] / math.log(2))
+    assert [line["step"] for line in lines if "val_bpb" in line] == [3, 6]
+    assert lines[-1]["val_bpb"] == result.evaluation.bits_per_byte
+    settings = json.loads((tmp_path / "train.json").read_text())
+    assert settings["corpus"] == corpus.fingerprint and settings["segment_lengths"] == [16, 64]
+    tokens = torch.randint(256, (1, 50))
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(tmp_path)(tokens), result.model.eval()(tokens))
+
+
+def test_accumulation_and_checkpointing_change_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    """Four sequences at once, one by one, or with activations computed again: the same gradients up to rounding."""
+    config = replace(TINY, steps=2, warmup_steps=0, dropout=0.0)
+    losses = {}
+    for name, change in {
+        "plain": {"micro_batch_size": 4},
+        "accumulated": {"micro_batch_size": 1},
+        "checkpointed": {"micro_batch_size": 4, "gradient_checkpointing": True},
+    }.items():
+        Trainer(replace(config, **change), corpus, tmp_path / name, world=ALONE).run()
+        losses[name] = [value for _, key, value in curve(tmp_path / name) if key in ("loss", "grad_norm")]
+    assert losses["accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["checkpointed"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_bits_per_byte_weigh_every_byte_alike(corpus: Corpus) -> None:
+    """Batched, with a short last excerpt, equal to one byte after another."""
+    torch.manual_seed(0)
+    model = LongNetLM(TINY.model_config())
+    excerpts = held_out_excerpts(corpus.val[:1500], context=64)
+    found = evaluate(model, excerpts, ALONE, batch_size=3)
+    assert model.training
+    nats, text = 0.0, 0
+    model.eval()
+    for excerpt in excerpts:
+        tokens = torch.from_numpy(excerpt.astype(np.int64))
+        with torch.no_grad():
+            rows = model(tokens[None, :-1])[0].double().log_softmax(-1)
+        nats -= float(rows[torch.arange(len(rows)), tokens[1:]].sum())
+        text += int((tokens[1:] != 0).sum())
+    assert found.num_bytes == text < 1499
+    assert found.loss == pytest.approx(nats / 1499, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / text, rel=1e-6)
+
+
+def test_it_learns(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(TINY, steps=40, warmup_steps=4, learning_rate=1e-2, dropout=0.0, batch_size=8, micro_batch_size=8)
+    result = Trainer(config, corpus, tmp_path, world=ALONE).run()
+    assert result.evaluation.bits_per_byte < 3.0  # 8 bits at the start
+
+
+def test_bf16_autocast_trains_on_a_cpu_too(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(TINY, steps=2, warmup_steps=0, dropout=0.0)
+    for precision in ("fp32", "bf16"):
+        Trainer(replace(config, precision=precision), corpus, tmp_path / precision, world=ALONE).run()
+    (_, _, fp32), *_ = curve(tmp_path / "fp32")
+    (_, _, bf16), *_ = curve(tmp_path / "bf16")
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.02)
+
+
+def test_tensorboard(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, steps=1, warmup_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(ImportError, match=r"pip install 'dilated-attention-pytorch\[track\]'"):
+            Trainer(config, corpus, tmp_path / "a", world=ALONE, tensorboard=True).run()
+    pytest.importorskip("tensorboard")
+    Trainer(config, corpus, tmp_path / "b", world=ALONE, tensorboard=True).run()
+    assert list((tmp_path / "b" / "tensorboard").glob("events.*"))
+
+
+def test_schedule_and_decay() -> None:
+    config = replace(TINY, steps=100, warmup_steps=10, learning_rate=1.0, final_rate=0.1)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
+    decayed, plain = adamw(LongNetLM(TINY.model_config()), TINY).param_groups
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in plain["params"]} == {1}
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+
+
+def test_config_is_checked() -> None:
+    assert set(PRESETS) >= {"demo"} and preset("demo").context >= 4096 and len(preset("demo").segment_lengths) >= 2
+    with pytest.raises(ValueError, match=r"expected preset to be one of .*'demo'.*, got 'huge'"):
+        preset("huge")
+    for change, message in (
+        ({"steps": 0}, "expected steps to be at least 1, got 0"),
+        ({"warmup_steps": 6}, "expected warmup_steps below steps, got 6 and 6"),
+        ({"learning_rate": 0.0}, "expected learning_rate above 0, got 0.0"),
+        ({"beta1": 1.0}, r"expected beta1 in \[0, 1\), got 1.0"),
+        ({"final_rate": 2.0}, r"expected final_rate in \[0, 1\], got 2.0"),
+        ({"weight_decay": -1.0}, "expected weight_decay of at least 0, got -1.0"),
+        ({"precision": "fp8"}, "expected precision to be one of .* got 'fp8'"),
+        ({"micro_batch_size": 3}, "expected batch_size to be a multiple of micro_batch_size, got 4 and 3"),
+        ({"dilation_rates": (1,)}, "of equal length, got 2 lengths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TINY, **change)
+    for change in ({"compile": 1}, {"grad_clip": "1"}, {"context": 64.0}):
+        with pytest.raises(TypeError, match=f"expected {next(iter(change))} to be"):
+            replace(TINY, **change)
+    changed = TINY.changed({"steps": "9", "learning_rate": "2e-4", "segment_lengths": "8,32", "compile": "true"})
+    assert changed == replace(TINY, steps=9, learning_rate=2e-4, segment_lengths=(8, 32), compile=True)
+    for name, text, message in (
+        ("stepz", "1", "expected a field of the training config, got 'stepz'"),
+        ("steps", "many", "expected an int for steps, got 'many'"),
+        ("compile", "yes", "expected true or false for compile, got 'yes'"),
+        ("segment_lengths", "8;9", "expected ints with commas between them for segment_lengths, got '8;9'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TINY.changed({name: text})
+    with pytest.raises(ValueError, match="expected batch_size to be a multiple of 3"):
+        TINY.micro_steps(3)
+
+
+def test_text_comes_as_it_is_written() -> None:
+    torch.manual_seed(0)
+    model = LongNetLM(TINY.model_config()).eval()
+    pieces = list(byte_stream(model, "dé", 40, seed=1))
+    assert "".join(pieces) == write_text(model, "dé", 40, seed=1).removeprefix("dé")
+    assert len(pieces) > 1 and all(pieces)
+    assert len("".join(pieces).encode()) <= 40 * 3  # a byte that is no UTF-8 becomes three
+
+
+def test_join_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="expected a device this machine has, got 'cuda'"), join("cuda"):
+        pass
+    with join() as world:
+        assert world == ALONE and world.is_main and world.any(True) and not world.any(False)
+
+
+DISTRIBUTED = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from dilated_attention_pytorch.training import TrainConfig, Trainer, Corpus
+from dilated_attention_pytorch.training.distributed import join
+import torch
+torch.set_num_threads(1)
+config, cache, out = TrainConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+with join("cpu") as world:
+    Trainer(config, Corpus.load(cache), out, world=world).run()
+"""
+
+
+def launch(processes: int, config: dict[str, Any], cache: Path, out: Path) -> None:
+    """What torchrun sets, without its launcher's own seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        env = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        command = [sys.executable, "-c", DISTRIBUTED, json.dumps(config), str(cache), str(out)]
+        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_two_processes_equal_one_on_the_joined_batch(corpus: Corpus, tmp_path: Path) -> None:
+    """Losses, gradient norms, evaluations and final weights of DDP over gloo, to fp32 rounding."""
+    config = replace(TINY, steps=3, warmup_steps=0, eval_every=3, dropout=0.0)
+    cache = Path(corpus.train.filename).parent
+    values = asdict(config)
+    launch(2, values, cache, tmp_path / "two")
+    one = Trainer(config, corpus, tmp_path / "one", world=ALONE).run()
+    assert curve(tmp_path / "two") == [
+        (step, name, pytest.approx(value, rel=1e-4)) for step, name, value in curve(tmp_path / "one")
+    ]
+    found = weights(tmp_path / "two")
+    for name, value in one.model.state_dict().items():
+        # AdamW divides by the gradient's own size: rounding of a tiny gradient can show, at a step's length.
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=config.learning_rate / 10, msg=name)
+
+
+def test_a_killed_process_loses_nothing_saved(corpus: Corpus, tmp_path: Path) -> None:
+    """SIGTERM to a real process: it saves the step in hand, and another process goes on from there."""
+    config = replace(TINY, steps=2000, checkpoint_every=2000, eval_every=2000)
+    values = asdict(config)
+    cache, out = Path(corpus.train.filename).parent, tmp_path / "run"
+    command = [sys.executable, "-c", DISTRIBUTED, json.dumps(values), str(cache), str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not ((out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) > 3):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Interrupted: interrupted after step" in errors
+    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(1, step + 1))
+    assert 0 < step < 2000 and Trainer(config, corpus, out, world=ALONE).step == step

@@ -1,0 +1,94 @@
+"""The pictures say what the pattern says, and are the same every time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dilated_attention_pytorch import DilatedPattern, dilated_attention
+from dilated_attention_pytorch.viz import (
+    loss_figure,
+    multiplicity,
+    neighbours_figure,
+    pattern_figure,
+    receptive_field,
+    receptive_figure,
+    save,
+)
+from dilated_attention_pytorch.viz.pattern import shares
+
+PATTERN = DilatedPattern((6, 16, 40), (1, 2, 5), num_heads=4)  # not nesting, rates that do not divide
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head", [0, 3])
+def test_multiplicity_is_the_keys_of_each_query(head: int, is_causal: bool) -> None:
+    counts = multiplicity(PATTERN, 45, head=head, is_causal=is_causal).sum(0)
+    for query in range(45):
+        expected = np.zeros(45, dtype=int)
+        for keys in PATTERN.keys_of(query, head, 45, is_causal=is_causal):
+            expected[list(keys)] += 1
+        assert np.array_equal(counts[query], expected)
+
+
+def test_shares_are_the_means_of_the_matrix() -> None:
+    exact = multiplicity(PATTERN, 48, head=1)
+    binned = shares(PATTERN, (0, 48), bins=8, head=1)
+    assert np.allclose(binned, exact.reshape(3, 8, 6, 8, 6).mean((2, 4)))
+    assert np.allclose(np.triu(shares(PATTERN, (0, 48), bins=8, head=1, is_causal=True)[0], 1), 0)
+
+
+def test_receptive_field_is_where_gradients_come_from() -> None:
+    """Two layers that mix heads, and the inputs that the output's gradient reaches."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 45, 4, 3, dtype=torch.float64, requires_grad=True)
+    mixed = x
+    for _ in range(2):
+        out = dilated_attention(
+            mixed, mixed, mixed, segment_lengths=PATTERN.segment_lengths, dilation_rates=PATTERN.dilation_rates,
+            is_causal=True, backend="reference",
+        )  # fmt: skip
+        mixed = mixed + out.mean(2, keepdim=True) + out
+    mixed[0, 37].sum().backward()
+    reached = (x.grad[0] != 0).any(-1).any(-1).numpy()
+    assert np.array_equal(receptive_field(PATTERN, 45, query=37, num_layers=2)[2], reached)
+
+
+def test_receptive_field_without_causality_is_symmetric() -> None:
+    fields = np.stack([receptive_field(PATTERN, 45, query=q, num_layers=1, is_causal=False)[1] for q in range(45)])
+    assert np.array_equal(fields, fields.T)
+
+
+def test_pictures_are_reproducible(tmp_path: Path) -> None:
+    lines = [{"step": s, "bpb": 8 / s, "loss": 5 / s} for s in range(1, 80)] + [{"step": 79, "val_bpb": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draws = {
+        "pattern": lambda: pattern_figure(PATTERN, 300, heads=(0, 1), spans=[(0, 300), (10, 50)], is_causal=True),
+        "neighbours": lambda: neighbours_figure(PATTERN, 2000, query=1999),
+        "receptive": lambda: receptive_figure(PATTERN, 2000, query=1500, num_layers=2),
+        "loss": lambda: loss_figure(tmp_path / "metrics.jsonl"),
+    }
+    for name, draw in draws.items():
+        first, second = (save(draw(), tmp_path / f"{name}{i}.png", dpi=40).read_bytes() for i in range(2))
+        assert first == second and first.startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))  # written whole, nothing left beside
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected heads in \[0, 4\), got 4"):
+        pattern_figure(PATTERN, 45, heads=(4,))
+    with pytest.raises(ValueError, match=r"expected spans within \[0, 45\), got \(0, 46\)"):
+        pattern_figure(PATTERN, 45, spans=[(0, 46)])
+    with pytest.raises(ValueError, match=r"expected query in \[0, 45\), got 45"):
+        receptive_field(PATTERN, 45, query=45, num_layers=1)
+    with pytest.raises(ValueError, match=r"expected query in \[0, 45\), got 45"):
+        neighbours_figure(PATTERN, 45, query=45)
+    with pytest.raises(ValueError, match=r"picture format such as \.png, got 'x\.doc'"):
+        save(pattern_figure(PATTERN, 20), tmp_path / "x.doc")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="expected lines with 'bpb'"):
+        loss_figure(tmp_path / "empty.jsonl")
