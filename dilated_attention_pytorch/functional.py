@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +13,6 @@ from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.types import AttentionOutput, Backend, MixingGradient, Offsets, Padding
-
-
-class BackendChoice(NamedTuple):
-    """Which backend a call takes, and why."""
-
-    backend: str
-    reason: str
 
 
 def dilated_attention(
@@ -176,8 +168,7 @@ def dilated_attention_with_lse(
         _check_zero_keys(problem, q, k, key_padding_mask, row_start)
     seed_tensor = _seed(seed, problem.dropout_p, q.device)
 
-    chosen = choose_backend(q, problem, backend).backend
-    if chosen == "reference":
+    if backend == "reference":
         if cu_seqlens is not None:
             check.check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
         out, lse = reference.attention(
@@ -200,27 +191,9 @@ def dilated_attention_with_lse(
             row_start=row_start,
             cu_seqlens=cu_seqlens,
             seed=seed_tensor,
-            backend=chosen,
+            backend=backend,
         )
     return AttentionOutput(out[0], lse[0]) if packed else AttentionOutput(out, lse)
-
-
-def choose_backend(q: Tensor, problem: Problem, backend: Backend = "auto") -> BackendChoice:
-    """The backend that a call on tensors like q takes.
-
-    Args:
-        q: any tensor with the call's device and dtype.
-        problem: the call's settings.
-        backend: what was asked for.
-
-    Raises:
-        NotImplementedError: `"triton"` before its kernels exist.
-    """
-    if backend == "triton":
-        raise NotImplementedError("the triton backend is not built yet (issue 3); backend='sdpa' computes the same")
-    if backend != "auto":
-        return BackendChoice(backend, "asked for by name")
-    return BackendChoice("sdpa", f"torch's own attention on {q.device.type}: linear memory, exact gradients")
 
 
 def _problem(

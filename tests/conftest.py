@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU the Triton kernels run in Triton's interpreter; the switch is read when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Under xdist the workers share the cores; more threads than cores makes every one of them slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -1,18 +1,47 @@
 """The op on a CUDA device, against the reference in fp64 on the same inputs."""
 
+import functools
+
 import pytest
 import torch
-from cases import MODES, cases
+import torch.nn.functional as F
+from cases import MODES, Case, cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
 from dilated_attention_pytorch.core import engines
+from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.testing import relative_norm
 
 pytestmark = pytest.mark.gpu
 
+HALF = (torch.float16, torch.bfloat16)
+SETTINGS = {"suppress_health_check": list(HealthCheck)}
+ALIGNED = {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]}
+RAGGED = {"segment_lengths": [300, 1000, 5792], "dilation_rates": [1, 3, 6]}
+
+
+def assert_within_rounding(case: Case, backend: str, dtype: torch.dtype) -> None:
+    """At most twice the reference's own error in the same dtype, plus what rounding P and dS to it may add."""
+    rounded = tuple(x.to(dtype).double() for x in case.tensors(torch.float64))
+    case.tensors = lambda target, device="cpu": tuple(x.to(device, target, copy=True) for x in rounded)
+    truth = case.run("reference", device="cuda")
+    scales = case.scales
+    ours, plain = case.run(backend, dtype, "cuda"), case.run("reference", dtype, "cuda")
+    ulp = torch.finfo(dtype).eps
+    for name, want in truth.items():
+        finite = torch.isfinite(want)
+        assert torch.equal(torch.isfinite(ours[name]), finite), name
+        want, got, base = (torch.where(finite, x.double(), 0.0) for x in (want, ours[name], plain[name]))
+        # Kernels round P and dS to the input's dtype before each product; the plain reference does not.
+        allowed = 2 * (base - want).norm() + ulp * (2 * want.norm() + 0.5 * scales.get(name, 0.0))
+        assert (got - want).norm() <= allowed, (name, float((got - want).norm()), float(allowed))
+
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, **SETTINGS)
 @given(data=st.data())
 def test_sdpa_equals_the_reference_in_fp64(mode, data):
     case = data.draw(cases(mode))
@@ -21,30 +50,187 @@ def test_sdpa_equals_the_reference_in_fp64(mode, data):
     assert max(errors.values()) <= 1e-10, errors
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, **SETTINGS)
 @given(data=st.data(), width=st.sampled_from([8, 40, 64, 128]))
 def test_sdpa_in_low_precision(dtype, mode, width, data):
-    """At most twice the reference's own error in the same dtype, plus a few ulps of the terms that cancel."""
     case = data.draw(cases(mode))
     case.q_shape, case.k_shape = (*case.q_shape[:-1], width), (*case.k_shape[:-1], width)
-    rounded = tuple(x.to(dtype).double() for x in case.tensors(torch.float64))
-    case.tensors = lambda target, device="cpu": tuple(x.to(device, target, copy=True) for x in rounded)
-    truth = case.run("reference", device="cuda")
-    truth_scales = case.scales
-    ours, plain = case.run("sdpa", dtype, "cuda"), case.run("reference", dtype, "cuda")
-    ulp = torch.finfo(dtype).eps
-    for name, want in truth.items():
-        finite = torch.isfinite(want)
-        assert torch.equal(torch.isfinite(ours[name]), finite), name
-        want, got, base = (torch.where(finite, x.double(), 0.0) for x in (want, ours[name], plain[name]))
-        # Flash rounds P and dS to the input's dtype before each product; the plain reference does not.
-        allowed = 2 * (base - want).norm() + ulp * (2 * want.norm() + 0.5 * truth_scales.get(name, 0.0))
-        assert (got - want).norm() <= allowed, name
+    assert_within_rounding(case, "sdpa", dtype)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "detached"])
+@settings(max_examples=10, **SETTINGS)
+@given(data=st.data(), width=st.sampled_from([16, 48, 64, 80, 128]))
+def test_triton_equals_the_reference(dtype, mode, width, data):
+    """Two hundred and ten configurations, gradients included."""
+    case = data.draw(cases(mode))
+    if case.options.get("mixing_gradient") == "detached":
+        del case.options["mixing_gradient"]
+    case.q_shape, case.k_shape = (*case.q_shape[:-1], width), (*case.k_shape[:-1], width)
+    assert_within_rounding(case, "triton", dtype)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tails", ["gaussian", "heavy"])
+@pytest.mark.parametrize("pattern", [{"segment_lengths": [4096], "dilation_rates": [1]}, ALIGNED, RAGGED])
+def test_errors_are_at_most_twice_those_of_torch_flash(pattern, tails, causal, width):
+    """A dense branch against flash itself; several branches against flash calls merged in fp32, as sdpa makes them."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = functools.partial(torch.randn, 1, 4096, 4, width, device="cuda", generator=generator)
+    # Products of three normals: most entries small, some very large.
+    q, k, v = (draw() * draw() * draw() if tails == "heavy" else draw() for _ in range(3))
+    cotangent = draw().bfloat16()
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+
+    def flash(q, k, v):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(
+                1, 2
+            )
+
+    def ours(backend, q, k, v):
+        return dilated_attention(q, k, v, is_causal=causal, backend=backend, **pattern)
+
+    is_dense = len(pattern["segment_lengths"]) == 1
+    results = []
+    for call, dtype in (
+        (functools.partial(ours, "reference"), torch.float64),
+        (flash if is_dense else functools.partial(ours, "sdpa"), torch.bfloat16),
+        (functools.partial(ours, "triton"), torch.bfloat16),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = call(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))))
+    for name, want, base, got in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert relative_norm(got, want) <= 2 * relative_norm(base, want), name
 
 
 def test_every_cuda_engine_is_used():
     half = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.float16)
     names = {engines.name(half), engines.name(half.float()), engines.name(half.double())}
     assert names == {"cuda_flash", "cuda_efficient", "eager"}
+
+
+def test_auto_takes_triton_and_says_why_not():
+    cuda = torch.device("cuda", 0)
+    assert choose_backend(cuda, torch.bfloat16, 64).backend == "triton"
+    assert "float64" in choose_backend(cuda, torch.float64, 64).reason
+    assert "detached" in choose_backend(cuda, torch.bfloat16, 64, mixing_gradient="detached").reason
+
+
+def qkv(n=4096, heads=4, width=64, dtype=torch.bfloat16, grad=True):
+    return tuple(torch.randn(1, n, heads, width, device="cuda", dtype=dtype, requires_grad=grad) for _ in range(3))
+
+
+@pytest.mark.parametrize("pattern", [ALIGNED, RAGGED])
+@pytest.mark.parametrize("causal", [False, True])
+def test_two_backwards_give_identical_bits(pattern, causal):
+    q, k, v = qkv()
+    cotangent = torch.randn_like(q)
+    first, second = (
+        torch.autograd.grad(dilated_attention(q, k, v, is_causal=causal, **pattern), (q, k, v), cotangent)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("pattern", [ALIGNED, RAGGED])
+@pytest.mark.parametrize("cut", [1, 700, 2048, 3001])
+def test_later_tokens_change_no_earlier_bit(pattern, cut):
+    q, k, v = qkv(grad=False)
+    results = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        early = dilated_attention(*leaves, is_causal=True, **pattern)[:, :cut]
+        grads = torch.autograd.grad(early.float().sum(), leaves)
+        results.append((early, *(g[:, :cut] for g in grads)))
+        for x in (q, k, v):
+            x[:, cut:] = 50 * torch.randn_like(x[:, cut:])
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("pattern", [ALIGNED, RAGGED])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cuda_graph_capture_and_replay(pattern, causal):
+    q, k, v = qkv(grad=False)
+    call = functools.partial(dilated_attention, is_causal=causal, **pattern)
+    for _ in range(2):
+        call(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(q, k, v)
+    for x in (q, k, v):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, call(q, k, v))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_compiles_without_a_graph_break(causal):
+    q, k, v = qkv()
+    call = functools.partial(dilated_attention, is_causal=causal, **ALIGNED)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), call(q, k, v))
+    compiled(q, k, v).float().sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+def test_opcheck():
+    q, k, v = qkv(n=200)
+    arguments = (q, k, v, None, None, None, None, [64, 128], [1, 2], "modulo", True, 0.125, 0.0, 0, 0, 200, "exact")
+    torch.library.opcheck(torch.ops.dilated_attention_pytorch.attention, (*arguments, "none", "triton"))
+
+
+def test_offsets_past_two_to_the_thirty_one():
+    """A packed QKV of more than 2^31 elements: the last rows are as right as the first."""
+    n, heads, width = 360_000, 32, 64
+    qkv_packed = torch.randn(1, n, 3, heads, width, device="cuda", dtype=torch.bfloat16)
+    assert qkv_packed.numel() > 2**31
+    q, k, v = qkv_packed.unbind(2)
+    pattern = {"segment_lengths": [256, 1000], "dilation_rates": [1, 4]}
+    out = dilated_attention(q, k, v, **pattern)
+    tail = 359_000  # a multiple of 1000 is not one of 256, so compare from the next common start on
+    start = tail // 32_000 * 32_000
+    want = dilated_attention(*(x[:, start:] for x in (q, k, v)), **pattern)
+    assert torch.equal(out[:, start:], want)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_peak_memory(causal, backward):
+    """Forward: out, lse and 64 MiB. With the backward: the gradients, a delta row and 5% of it all."""
+    n, heads, width = 262_144, 12, 64
+    q, k, v = qkv(n, heads, width)
+    cotangent = torch.randn_like(q)
+    pattern = {"segment_lengths": [2048, 4096, 8192, 16384, 32768], "dilation_rates": [1, 2, 4, 8, 16]}
+
+    def run():
+        out = dilated_attention(q, k, v, is_causal=causal, **pattern)
+        return torch.autograd.grad(out, (q, k, v), cotangent) if backward else out
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = run()
+    added = torch.cuda.max_memory_allocated() - before
+    one, row = n * heads * width * 2, n * heads * 4
+    if backward:
+        inputs = 4 * one  # q, k, v and the cotangent, allocated before
+        assert added + inputs <= 1.05 * (inputs + one + row + 3 * one + row), added
+    else:
+        assert added <= one + row + 64 * 2**20, added
+    del kept
+
+
+def test_lse_is_that_of_the_reference():
+    q, k, v = qkv(n=3000, grad=False)
+    got = dilated_attention_with_lse(q, k, v, is_causal=True, **RAGGED).lse
+    want = dilated_attention_with_lse(*(x.double() for x in (q, k, v)), is_causal=True, backend="reference", **RAGGED)
+    assert relative_norm(got, want.lse) < 1e-4

@@ -14,9 +14,7 @@ from dilated_attention_pytorch import __version__
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes
 from dilated_attention_pytorch.core.engines import compute_dtype
-from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.functional import choose_backend
+from dilated_attention_pytorch.kernels.choice import choose_backend
 
 _PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
 
@@ -55,7 +53,7 @@ def _look() -> dict[str, Any]:
         names[torch.device("cuda", i)] = f"cuda:{i} {properties.name}, {human_bytes(properties.total_memory)}"
     for device, shown in names.items():
         for dtype in (torch.float32, torch.bfloat16):
-            choice = choose_backend(torch.empty(1, 1, 1, 1, device=device, dtype=dtype), _any_problem())
+            choice = choose_backend(device, dtype, 64)
             inner = compute_dtype(device, dtype)
             rows.append({"device": shown, "dtype": _name(dtype), "computes_in": _name(inner)} | choice._asdict())
             if inner != dtype:
@@ -64,14 +62,6 @@ def _look() -> dict[str, Any]:
                     f"{_name(inner)} is faster; results are rounded to {_name(dtype)}"
                 )
     return {"version": __version__, "versions": versions, "devices": rows, "notes": notes}
-
-
-def _any_problem() -> Problem:
-    """A plain causal call: no option that narrows the choice of backend."""
-    return Problem(
-        pattern=DilatedPattern((1,), (1,), 1), is_causal=True, scale=1.0, dropout_p=0.0, q_start=0, k_start=0,
-        seq_len=1, mixing_gradient="exact", padding="none",
-    )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.types import MixingGradient, Padding
@@ -33,6 +35,25 @@ class Problem:
     seq_len: int
     mixing_gradient: MixingGradient
     padding: Padding
+
+    @staticmethod
+    def of(
+        num_kv_heads: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        offsets: Any,
+        is_causal: bool,
+        scale: float,
+        dropout_p: float,
+        q_start: int,
+        k_start: int,
+        seq_len: int,
+        mixing_gradient: Any,
+        padding: Any,
+    ) -> Problem:
+        """From the plain values that an op's schema can hold, in its order."""
+        pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), num_kv_heads, offsets)
+        return Problem(pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
 
     def at(self, q_start: int, k_start: int, seq_len: int) -> Problem:
         """The same settings for another range of the sequence."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dilated_attention_pytorch.core import sdpa
-from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels import flops
+from dilated_attention_pytorch.kernels.choice import choose_backend
 
 
 def attention(
@@ -77,8 +77,8 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
-    problem = _problem(k, *settings, q_start, k_start, seq_len, mixing_gradient, padding)
-    out, lse = sdpa.forward(
+    problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
+    out, lse = _implementation(q, problem, backend).forward(
         q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
     )
     return out.to(q.dtype), lse
@@ -117,8 +117,8 @@ def _attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
-    problem = _problem(k, *settings, q_start, k_start, seq_len, mixing_gradient, padding)
-    grads = sdpa.backward(
+    problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
+    grads = _implementation(q, problem, backend).backward(
         grad_out,
         grad_lse,
         q,
@@ -143,6 +143,20 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _implementation(q: Tensor, problem: Problem, backend: Any) -> Any:
+    """The module whose `forward` and `backward` serve a call; a function of the call alone, so both passes agree."""
+    choice = choose_backend(q.device, q.dtype, q.shape[-1], mixing_gradient=problem.mixing_gradient, backend=backend)
+    if choice.backend == "sdpa":
+        return sdpa
+    try:
+        from dilated_attention_pytorch.kernels.triton import launch
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(
+            f"backend='triton' needs the package {error.name!r}, which is not installed; backend='sdpa' computes it"
+        ) from error
+    return launch
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output, *inputs[:7])
     ctx.settings = inputs[7:]
@@ -163,59 +177,4 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _pairs(problem: Problem, q: Any, k: Any, cu_seqlens: Any) -> int:
-    """(query, key) pairs over a batch and its query heads; shifted or masked rows count as whole ones."""
-    group = q[2] // k[2]
-    lengths = [q[1]]
-    if isinstance(cu_seqlens, Tensor) and not isinstance(cu_seqlens, torch._subclasses.FakeTensor):
-        lengths = cu_seqlens.diff().tolist()
-    if cu_seqlens is not None:
-        per_sequence = [problem.pattern.pairs(n, is_causal=problem.is_causal) for n in lengths]
-    else:
-        q_range = (problem.q_start, problem.q_start + q[1])
-        k_range = (problem.k_start, problem.k_start + k[1])
-        per_sequence = [
-            problem.pattern.pairs(problem.seq_len, is_causal=problem.is_causal, q_range=q_range, k_range=k_range)
-        ]
-    return int(q[0]) * int(group) * sum(per_sequence)
-
-
-@register_flop_formula(torch.ops.dilated_attention_pytorch.attention, get_raw=True)
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any = None, **_: Any) -> int:
-    """4 D a pair: two products of a multiply and an add."""
-    return 4 * q.shape[-1] * _pairs(_problem(k, *args[4:15]), q.shape, k.shape, args[2])
-
-
-@register_flop_formula(torch.ops.dilated_attention_pytorch.attention_backward, get_raw=True)
-def _backward_flops(
-    grad_out: Any,
-    grad_lse: Any,
-    out: Any,
-    lse: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *args: Any,
-    out_val: Any = None,
-    **_: Any,
-) -> int:
-    """2.5 times the forward: five products against its two."""
-    return 10 * q.shape[-1] * _pairs(_problem(k, *args[4:15]), q.shape, k.shape, args[2])
-
-
-def _problem(
-    k: Tensor,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    offsets: Any,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    q_start: int,
-    k_start: int,
-    seq_len: int,
-    mixing_gradient: Any,
-    padding: Any,
-) -> Problem:
-    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), k.shape[2], offsets)
-    return Problem(pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
+flops.register_when_counted()

@@ -1,0 +1,438 @@
+"""The host side of the Triton backend: what to launch, with which configuration, in which order."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
+from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, launch_aligned
+from dilated_attention_pytorch.kernels.triton.configs import Config
+from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment, descriptor
+
+_LOG2E = 1.4426950408889634
+
+
+class Layout(NamedTuple):
+    """Where a call's rows lie: the arguments that masks and packing add to a kernel."""
+
+    key_mask: Tensor | None
+    row_start: Tensor | None
+    cu_seqlens: Tensor | None
+    seed: Tensor | None
+
+
+class Grid(NamedTuple):
+    """The programs of one branch.
+
+    Attributes:
+        num_sequences: rows of the batch, or packed sequences.
+        num_segments: segments of each that the range may touch.
+        num_tiles: tiles of each segment; of all sequences together when packed.
+        tile_ends: when packed, how many tiles the sequences up to each have; int32 on the device.
+        programs: number of programs for one head.
+    """
+
+    num_sequences: int
+    num_segments: int
+    num_tiles: int
+    tile_ends: Tensor | None
+    programs: int
+
+
+def check_supported(q: Tensor, problem: Problem) -> None:
+    """Raises NotImplementedError, naming a backend that can, for what the kernels cannot do."""
+    if problem.mixing_gradient != "exact":
+        raise NotImplementedError(
+            f"the triton backend has no mixing_gradient={problem.mixing_gradient!r}: "
+            "backend='sdpa' computes it, or take mixing_gradient='exact'"
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise NotImplementedError(
+            f"expected float16, bfloat16 or float32 for the triton backend, got {q.dtype}; backend='sdpa' computes it"
+        )
+    if q.shape[-1] > 256:
+        raise NotImplementedError(
+            f"expected a head_dim of at most 256 for the triton backend, got {q.shape[-1]}; backend='sdpa' computes it"
+        )
+    if q.device.type != "cuda" and not interpreting():
+        raise NotImplementedError(
+            f"expected CUDA tensors for the triton backend, got {q.device}; backend='sdpa' computes it"
+        )
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: Problem,
+    *,
+    key_padding_mask: Tensor | None = None,
+    row_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out in q's dtype and lse in fp32; arguments as in `core.reference.attention`."""
+    check_supported(q, problem)
+    if interpreting() and q.dtype == torch.bfloat16:  # tl.dot of bf16 is wrong there
+        q, k, v = q.float(), k.float(), v.float()
+        out, lse = forward(
+            q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
+        )
+        return out.bfloat16(), lse
+    q, k, v = _rows_ready(q), _rows_ready(k), _rows_ready(v)
+    layout = _layout(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
+    plan, (config,) = _aligned(("aligned_forward",), q, k, problem, layout)
+    if plan is not None:
+        return launch_aligned.forward(q, k, v, problem, plan, config, precision=precision(q))
+    branches = branch_order(problem)
+    # The densest branch writes every row when its rate is 1 and no row lies outside the range.
+    writes_all = covers_all(problem, branches[0], layout)
+    out = q.new_empty(q.shape) if writes_all else q.new_zeros(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    if not writes_all:
+        lse.fill_(-torch.inf)
+    if out.numel() == 0:
+        return out, lse.fill_(-torch.inf)
+    for rank, branch in enumerate(branches):
+        config = configs.candidates("forward", q)[0]
+        forward_branch(q, k, v, out, lse, problem, layout, branch, config, first=writes_all and rank == 0)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    *,
+    key_padding_mask: Tensor | None = None,
+    row_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in their dtypes, given what the forward returned."""
+    check_supported(q, problem)
+    if interpreting() and q.dtype == torch.bfloat16:
+        grads = backward(
+            grad_out.float(),
+            grad_lse,
+            q.float(),
+            k.float(),
+            v.float(),
+            out.float(),
+            lse,
+            problem,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
+            seed=seed,
+        )
+        dq, dk, dv = (x.bfloat16() for x in grads)
+        return dq, dk, dv
+    q, k, v, out, grad_out = (_rows_ready(x) for x in (q, k, v, out, grad_out))
+    layout = _layout(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
+    lse = lse.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.float().contiguous()
+    plan, (dq_config, dkv_config) = _aligned(("aligned_dq", "aligned_dkv"), q, k, problem, layout)
+    if plan is not None:
+        return launch_aligned.backward(
+            grad_out, grad_lse, q, k, v, out, lse, problem, plan, dq_config, dkv_config, precision=precision(q)
+        )
+    branches = branch_order(problem)
+    writes_all = covers_all(problem, branches[0], layout)
+    dq, dk, dv = (x.new_empty(x.shape) if writes_all else x.new_zeros(x.shape) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = compute_delta(out, grad_out, grad_lse)
+    for rank, branch in enumerate(branches):
+        config = configs.candidates("dq", q)[0]
+        first = writes_all and rank == 0
+        backward_branch_dq(grad_out, q, k, v, lse, delta, dq, problem, layout, branch, config, first=first)
+        config = configs.candidates("dkv", q)[0]
+        backward_branch_dkv(grad_out, q, k, v, lse, delta, dk, dv, problem, layout, branch, config, first=first)
+    return dq, dk, dv
+
+
+def forward_branch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    layout: Layout,
+    branch: int,
+    config: Config,
+    *,
+    first: bool,
+) -> None:
+    """Merges a branch into (out, lse), or writes it where it is the first."""
+    grid = _grid(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
+    even, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
+    _launch(
+        attention.branch_forward,
+        grid.programs * q.shape[2],
+        config,
+        q, k, v, k_view, v_view, out, lse, *_pointers(layout, grid),
+        *_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride()[:2], _mask_stride(layout),
+        *_sizes(q, k, problem, branch, grid), abs(problem.scale) * _LOG2E or 1e-30, *_dropout(problem),
+        **_flags(q, problem, layout, grid, config), FIRST=first, NEGATE=problem.scale < 0,
+        DESCRIPTORS=k_view is not None, EVEN=even,
+    )  # fmt: skip
+
+
+def compute_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`rowsum(out * grad_out) - grad_lse`, fp32 `(B, H, N)`."""
+    batch, n, heads, width = out.shape
+    delta = out.new_empty((batch, heads, n), dtype=torch.float32)
+    rows = 64
+    attention_backward.delta_kernel[(triton.cdiv(n, rows), heads, batch)](
+        out, grad_out, grad_lse, delta, *_strides(out), *_strides(grad_out), *delta.stride()[:2], n,
+        D=width, BLOCK_D=_block_d(out), BM=rows, GRAD_LSE=grad_lse is not None,
+    )  # fmt: skip
+    return delta
+
+
+def backward_branch_dq(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    problem: Problem,
+    layout: Layout,
+    branch: int,
+    config: Config,
+    *,
+    first: bool,
+) -> None:
+    """Adds a branch's share to dq, or writes it where it is the first."""
+    grid = _grid(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
+    even, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
+    _launch(
+        attention_backward.branch_backward_dq,
+        grid.programs * q.shape[2],
+        config,
+        q, k, v, k_view, v_view, grad_out, lse, delta, dq, *_pointers(layout, grid),
+        *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dq), *lse.stride()[:2],
+        _mask_stride(layout), *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E, problem.scale,
+        *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
+        DESCRIPTORS=k_view is not None, EVEN=even,
+    )  # fmt: skip
+
+
+def backward_branch_dkv(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    problem: Problem,
+    layout: Layout,
+    branch: int,
+    config: Config,
+    *,
+    first: bool,
+) -> None:
+    """Adds a branch's share to dk and dv, or writes it where it is the first."""
+    batch, n, heads, _ = q.shape
+    grid = _grid(problem, layout, branch, k.shape[0], k.shape[1], config.block_n, by_keys=True)
+    even, q_view, grad_view = _views(q, q, grad_out, problem, layout, branch, config, config.block_m)
+    rate = problem.pattern.dilation_rates[branch]
+    length = triton.cdiv(triton.cdiv(n, rate), 128) * 128
+    terms = q.new_empty((2, batch, heads, rate, length), dtype=torch.float32)
+    attention_backward.terms_kernel[(length // 128, rate, batch * heads)](lse, delta, terms, n, rate, length, BM=128)
+    if q_view is not None:
+        view = TensorDescriptor(terms, [2 * batch * heads * rate, length], [length, 1], [1, config.block_m])
+    _launch(
+        attention_backward.branch_backward_dkv,
+        grid.programs * k.shape[2],
+        config,
+        q, k, v, q_view, grad_view, terms if q_view is None else view, grad_out, dk, dv, *_pointers(layout, grid),
+        *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dk),
+        _mask_stride(layout), batch, length, *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E, problem.scale,
+        *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
+        DESCRIPTORS=q_view is not None, EARLY=config.early, EVEN=even,
+    )  # fmt: skip
+
+
+def _aligned(
+    kernels: tuple[str, ...], q: Tensor, k: Tensor, problem: Problem, layout: Layout
+) -> tuple[Alignment | None, list[Any]]:
+    """How one launch can walk all branches, and with which configurations; None where it cannot."""
+    nothing = None, [None] * len(kernels)
+    if layout.key_mask is not None or layout.row_start is not None or layout.cu_seqlens is not None or q.numel() == 0:
+        return nothing
+    plan = launch_aligned.alignment(problem, q.shape[1], k.shape[1])
+    if plan is None:
+        return nothing
+    chosen = []
+    for kernel in kernels:
+        fitting = [c for c in configs.candidates(kernel, q) if plan.fits(c.block_m) and plan.fits(c.block_n)]
+        # Among those, one whose tiles are not mostly empty on a short sequence.
+        filled = [c for c in fitting if max(c.block_m, c.block_n) * plan.rate <= plan.seq_len]
+        if not filled:
+            return nothing
+        chosen.append(filled[0])
+    return plan, chosen
+
+
+def branch_order(problem: Problem) -> list[int]:
+    """The branches, the densest first: it writes what the others add to."""
+    rates = problem.pattern.dilation_rates
+    return sorted(range(len(rates)), key=lambda i: rates[i])
+
+
+def covers_all(problem: Problem, branch: int, layout: Layout) -> bool:
+    """Whether every row of every tensor is a slot of the branch, so that its launch writes all of them."""
+    return problem.pattern.dilation_rates[branch] == 1 and layout.row_start is None and layout.cu_seqlens is None
+
+
+def _grid(problem: Problem, layout: Layout, branch: int, batch: int, count: int, tile: int, *, by_keys: bool) -> Grid:
+    length, rate = _length(problem, branch, count), problem.pattern.dilation_rates[branch]
+    if layout.cu_seqlens is not None:
+        return _packed_grid(layout.cu_seqlens, length, rate, tile, count)
+    start = problem.k_start if by_keys else problem.q_start
+    if layout.row_start is not None:
+        # Positions move down by row_start, to anywhere in [0, start]: the range may touch one segment more.
+        num_segments = triton.cdiv(count, length) + (1 if start else 0)
+    else:
+        num_segments = (start + count - 1) // length - start // length + 1
+    slots = triton.cdiv(min(length, count), rate)
+    num_tiles = triton.cdiv(slots, tile)
+    return Grid(batch, num_segments, num_tiles, None, batch * num_segments * num_tiles)
+
+
+def _packed_grid(cu_seqlens: Tensor, length: int, rate: int, tile: int, total: int) -> Grid:
+    """Tiles of every sequence, counted on the device without waiting for it; the host only bounds their number."""
+    lengths = cu_seqlens.diff()
+    segment = lengths.clamp(1, length)
+    tiles = (
+        (lengths + segment - 1) // segment * ((segment + rate - 1) // rate + tile - 1).div(tile, rounding_mode="floor")
+    )
+    num_sequences = lengths.numel()
+    # A sequence of n has at most 2n / g segments (n >= g), each of at most g / (rate * tile) + 1 tiles.
+    bound = 2 * total // (rate * tile) + total // length + 2 * num_sequences + 1
+    return Grid(num_sequences, 1, bound, tiles.cumsum(0).to(torch.int32), bound)
+
+
+def _length(problem: Problem, branch: int, count: int) -> int:
+    """A segment length that int32 arithmetic can take: one beyond the sequence is as good as the sequence's."""
+    return min(problem.pattern.segment_lengths[branch], max(1, problem.seq_len))
+
+
+def _layout(
+    q: Tensor,
+    problem: Problem,
+    key_padding_mask: Tensor | None,
+    row_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+) -> Layout:
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.contiguous().view(torch.uint8)
+    if row_start is not None:
+        row_start = row_start.to(q.device)
+    if cu_seqlens is not None:
+        if not cu_seqlens.is_cuda:  # on the device, reading it would make the host wait
+            check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
+        cu_seqlens = cu_seqlens.to(q.device)
+    return Layout(key_padding_mask, row_start, cu_seqlens, None if seed is None else seed.to(q.device))
+
+
+def _views(
+    q: Tensor, a: Tensor, b: Tensor, problem: Problem, layout: Layout, branch: int, config: Config, rows: int
+) -> tuple[bool, TensorDescriptor | None, TensorDescriptor | None]:
+    """Whether every tile of the branch is whole, and if so the views through which the copy engine loads a and b."""
+    n, rate = problem.seq_len, problem.pattern.dilation_rates[branch]
+    length = min(problem.pattern.segment_lengths[branch], n)
+    whole = q.shape[1] == n and problem.q_start == 0 and layout.row_start is None and layout.cu_seqlens is None
+    tiles = all(size % (rate * tile) == 0 for size in (n, length) for tile in (config.block_m, config.block_n))
+    even = whole and tiles and a.shape[1] == n and problem.padding == "none" and _block_d(q) == q.shape[3]
+    if not even or not config.descriptors:
+        return even, None, None
+    views = descriptor(a, rate, rows), descriptor(b, rate, rows)
+    return even, *(views if None not in views else (None, None))
+
+
+def _pointers(layout: Layout, grid: Grid) -> tuple[Tensor | None, ...]:
+    return layout.key_mask, layout.row_start, layout.cu_seqlens, grid.tile_ends, layout.seed
+
+
+def _sizes(q: Tensor, k: Tensor, problem: Problem, branch: int, grid: Grid) -> tuple[int, ...]:
+    return (
+        q.shape[2], k.shape[2], q.shape[1], k.shape[1], problem.q_start, problem.k_start,
+        _length(problem, branch, q.shape[1]), problem.pattern.dilation_rates[branch], branch,
+        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // problem.pattern.dilation_rates[branch],
+    )  # fmt: skip
+
+
+def _dropout(problem: Problem) -> tuple[int, float]:
+    return int(problem.dropout_p * 2**32), 1.0 / (1.0 - problem.dropout_p)
+
+
+def _flags(q: Tensor, problem: Problem, layout: Layout, grid: Grid, config: Config) -> dict[str, Any]:
+    return {
+        "D": q.shape[3],
+        "BLOCK_D": _block_d(q),
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "MODULO": problem.pattern.offsets == "modulo",
+        "CAUSAL": problem.is_causal,
+        "PACKED": layout.cu_seqlens is not None,
+        "ROW_START": layout.row_start is not None,
+        "KEY_MASK": layout.key_mask is not None,
+        "DROPOUT": layout.seed is not None and problem.dropout_p > 0.0,
+        "ZERO_KEYS": problem.padding == "zero_keys",
+        "SEARCH_STEPS": math.ceil(math.log2(grid.num_sequences + 1)) if layout.cu_seqlens is not None else 0,
+        "PRECISION": precision(q),
+    }
+
+
+def precision(q: Tensor) -> str:
+    """How fp32 products are computed: three tf32 products keep fp32's accuracy on the tensor cores."""
+    return "ieee" if q.dtype != torch.float32 or interpreting() else "tf32x3"
+
+
+def _launch(kernel: Any, programs: int, config: Config, *args: Any, **flags: Any) -> None:
+    options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    kernel[(programs,)](*args, **flags, num_warps=config.num_warps, num_stages=config.num_stages, **options)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _mask_stride(layout: Layout) -> int:
+    return 0 if layout.key_mask is None else layout.key_mask.stride(0)
+
+
+def _block_d(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.shape[3]))
+
+
+def _rows_ready(x: Tensor) -> Tensor:
+    """With each row's D values side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()

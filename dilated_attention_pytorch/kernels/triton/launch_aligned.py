@@ -1,0 +1,233 @@
+"""When lengths align, and how the kernels of `aligned.py` are launched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.triton import aligned
+from dilated_attention_pytorch.kernels.triton.configs import Config
+
+_LOG2E = 1.4426950408889634
+_WHOLE = 1 << 30  # a segment length that no sequence exceeds
+_MAX_RATE = 64
+
+
+class Alignment(NamedTuple):
+    """A pattern whose branches one launch can walk.
+
+    Attributes:
+        lengths: w_i, or a length beyond any sequence's for branches of one segment.
+        rates: r_i.
+        rate: R, their least common multiple.
+        multiple: the largest number of rows of a tile that every segment is a multiple of.
+        seq_len: N.
+    """
+
+    lengths: tuple[int, ...]
+    rates: tuple[int, ...]
+    rate: int
+    multiple: int
+    seq_len: int
+
+    def fits(self, rows: int) -> bool:
+        """Whether tiles of so many rows never straddle two segments."""
+        return self.multiple % rows == 0
+
+    def even(self, *tiles: int) -> bool:
+        """Whether the sequence is a whole number of such tiles, so that nothing is masked."""
+        return all(self.seq_len % (self.rate * rows) == 0 for rows in tiles)
+
+
+def alignment(problem: Problem, num_queries: int, num_keys: int) -> Alignment | None:
+    """How the branches of a whole, unmasked, non-causal sequence align; None where they do not."""
+    n = problem.seq_len
+    whole = num_queries == num_keys == n and problem.q_start == problem.k_start == 0
+    if not whole or problem.is_causal or problem.dropout_p > 0.0 or problem.padding != "none" or n == 0:
+        return None
+    rate = math.lcm(*problem.pattern.dilation_rates)
+    if rate > _MAX_RATE:
+        return None
+    multiple = 0  # gcd's neutral element: nothing to straddle
+    lengths = []
+    for length, _ in problem.pattern.branches:
+        if length >= n:
+            lengths.append(_WHOLE)
+            continue
+        if length % rate:
+            return None
+        multiple = math.gcd(multiple, length // rate)
+        lengths.append(length)
+    return Alignment(tuple(lengths), problem.pattern.dilation_rates, rate, multiple, n)
+
+
+def descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
+    """The view `[B * N / rate, rate * row]` of x `(B, N, H, D)` in tiles of `rows`; None where the copy engine cannot
+    have it."""
+    batch, n, heads, width = x.shape
+    sizes = (x.stride(0), x.stride(1), x.stride(2))
+    aligned_bytes = all(size * x.element_size() % 16 == 0 for size in sizes) and x.data_ptr() % 16 == 0
+    if not aligned_bytes or width & (width - 1) or width < 16 or n < rate:
+        return None
+    if n % rate or (batch > 1 and sizes[0] != n * sizes[1]):
+        return None
+    columns = (rate - 1) * sizes[1] + (heads - 1) * sizes[2] + width
+    return TensorDescriptor(x, [batch * (n // rate), columns], [rate * sizes[1], 1], [rows, width])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: Problem,
+    plan: Alignment,
+    config: Config,
+    *,
+    descriptors: bool = True,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """Out and lse by one launch."""
+    batch, n, heads, width = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, n), dtype=torch.float32)
+    even = plan.even(config.block_m, config.block_n)
+    k_view = v_view = None
+    if descriptors and (even or batch == 1):
+        k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
+    num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_m)
+    aligned.aligned_forward[(batch * heads * num_tiles * plan.rate,)](
+        q, k, v, k_view, v_view, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
+        n, n // plan.rate, heads, k.shape[2], num_tiles, abs(problem.scale) * _LOG2E or 1e-30,
+        **_flags(q, problem, plan, config, even, precision), NEGATE=problem.scale < 0,
+        DESCRIPTORS=k_view is not None and v_view is not None,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    plan: Alignment,
+    dq_config: Config,
+    dkv_config: Config,
+    *,
+    descriptors: bool = True,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv by two launches."""
+    rows = max(dq_config.block_m, dkv_config.block_m)
+    terms = terms_buffer(q, plan, rows)
+    dq = backward_dq(
+        grad_out, grad_lse, q, k, v, out, lse, terms, problem, plan, dq_config, descriptors=descriptors,
+        precision=precision,
+    )  # fmt: skip
+    dk, dv = backward_dkv(
+        grad_out, q, k, v, terms, problem, plan, dkv_config, descriptors=descriptors, precision=precision
+    )
+    return dq, dk, dv
+
+
+def terms_buffer(q: Tensor, plan: Alignment, rows: int) -> Tensor:
+    """Room for what the dK/dV pass needs of each query row, `[2, B, H, R, rows of a residue]`, in whole tiles."""
+    batch, n, heads, _ = q.shape
+    length = triton.cdiv(triton.cdiv(n, plan.rate), rows) * rows
+    return q.new_empty((2, batch, heads, plan.rate, length), dtype=torch.float32)
+
+
+def backward_dq(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    terms: Tensor,
+    problem: Problem,
+    plan: Alignment,
+    config: Config,
+    *,
+    descriptors: bool = True,
+    precision: str = "ieee",
+) -> Tensor:
+    """dq; fills terms."""
+    batch, n, heads, _ = q.shape
+    dq = q.new_empty(q.shape)
+    even = plan.even(config.block_m, config.block_n)
+    k_view = v_view = None
+    if descriptors and (even or batch == 1):
+        k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
+    num_tiles = terms.shape[4] // config.block_m
+    aligned.aligned_backward_dq[(batch * heads * num_tiles * plan.rate,)](
+        q, k, v, k_view, v_view, out, grad_out, lse, grad_lse, terms, dq,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
+        *dq.stride()[:3], *lse.stride()[:2], n, n // plan.rate, terms.shape[4], heads, k.shape[2], num_tiles,
+        problem.scale * _LOG2E, problem.scale, **_flags(q, problem, plan, config, even, precision),
+        GRAD_LSE=grad_lse is not None, DESCRIPTORS=k_view is not None and v_view is not None,
+    )  # fmt: skip
+    return dq
+
+
+def backward_dkv(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Tensor,
+    problem: Problem,
+    plan: Alignment,
+    config: Config,
+    *,
+    descriptors: bool = True,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """dk and dv."""
+    batch, n, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    even = plan.even(config.block_m, config.block_n)
+    q_view = grad_view = None
+    if descriptors and (even or batch == 1):
+        q_view, grad_view = descriptor(q, plan.rate, config.block_m), descriptor(grad_out, plan.rate, config.block_m)
+    length = terms.shape[4]
+    terms_view = TensorDescriptor(terms, [2 * batch * heads * plan.rate, length], [length, 1], [1, config.block_m])
+    num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_n)
+    aligned.aligned_backward_dkv[(batch * kv_heads * num_tiles * plan.rate,)](
+        q, k, v, q_view, grad_view, grad_out, terms_view, dk, dv,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
+        n, n // plan.rate, batch, heads, kv_heads, num_tiles, problem.scale * _LOG2E, problem.scale,
+        **_flags(q, problem, plan, config, even, precision), GROUP=heads // kv_heads, EARLY=config.early,
+        DESCRIPTORS=q_view is not None and grad_view is not None,
+    )  # fmt: skip
+    return dk, dv
+
+
+def _flags(q: Tensor, problem: Problem, plan: Alignment, config: Config, even: bool, precision: str) -> dict[str, Any]:
+    options: dict[str, Any] = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    return options | {
+        "LENGTHS": plan.lengths,
+        "RATES": plan.rates,
+        "R": plan.rate,
+        "D": q.shape[3],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "MODULO": problem.pattern.offsets == "modulo",
+        "EVEN": even,
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

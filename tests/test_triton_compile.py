@@ -1,0 +1,143 @@
+"""Compiles the kernels for GPUs that need not be there and reads what the assembler says of them.
+
+Each architecture is one subprocess: the interpreter's tests live in this one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:  # not imported: the interpreter's switch is read then
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+REGISTERS = 255
+
+
+def compile_all(capability: int) -> None:
+    """Prints one line of JSON for each kernel of the tables at D = 64 and 128."""
+    import re
+    import tempfile
+    from pathlib import Path
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    from dilated_attention_pytorch.core.pattern import DilatedPattern
+    from dilated_attention_pytorch.core.problem import Problem
+    from dilated_attention_pytorch.kernels.triton import configs, launch, launch_aligned
+
+    class NoGPU:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    driver.set_active(NoGPU())
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    original = jit.JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage, sass = (
+                subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                for flag in ("-res-usage", "-sass")
+            )
+        report = {
+            "kernel": self.__name__,
+            "d": width,
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+            "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+            "shared": kernel.metadata.shared,
+            "hgmma": len(re.findall(r"\bHGMMA", sass)),
+            "hmma": len(re.findall(r"\bHMMA", sass)),
+            "copies": len(re.findall(r"\bUTMALDG", sass)),
+        }
+        print(json.dumps(report), flush=True)
+        return kernel
+
+    jit.JITFunction.run = run
+    n, lengths, rates = 65536, (2048, 4096, 8192), (1, 2, 4)
+    for width, heads in ((64, 12), (128, 6)):
+        q = torch.empty(1, n, heads, width, dtype=torch.bfloat16)
+        lse = torch.empty(1, heads, n)
+        layout = launch.Layout(None, None, None, None)
+
+        def config(name, q=q):
+            return configs.candidates(name, q)[0]
+
+        for is_causal in (False, True):
+            problem = Problem(
+                DilatedPattern(lengths, rates, heads), is_causal, width**-0.5, 0.0, 0, 0, n, "exact", "none"
+            )
+            launch.forward_branch(q, q, q, q, lse, problem, layout, 1, config("forward"), first=False)
+            launch.backward_branch_dq(q, q, q, q, lse, lse, q, problem, layout, 1, config("dq"), first=False)
+            launch.backward_branch_dkv(q, q, q, q, lse, lse, q, q, problem, layout, 1, config("dkv"), first=False)
+            plan = launch_aligned.alignment(problem, n, n)
+            if plan is not None:
+                launch_aligned.forward(q, q, q, problem, plan, config("aligned_forward"))
+                launch_aligned.backward(
+                    q, None, q, q, q, q, lse, problem, plan, config("aligned_dq"), config("aligned_dkv")
+                )
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def compiled(request) -> tuple[int, list[dict]]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, __file__, str(request.param)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    return request.param, [r for r in reports if r["kernel"].startswith(("branch", "aligned"))]
+
+
+def test_every_kernel_compiles(compiled):
+    assert {r["kernel"] for r in compiled[1]} == {
+        "branch_forward", "branch_backward_dq", "branch_backward_dkv", "aligned_forward", "aligned_backward_dq",
+        "aligned_backward_dkv",
+    }  # fmt: skip
+
+
+def test_products_run_on_tensor_cores(compiled):
+    capability, reports = compiled
+    unit = "hgmma" if capability == 90 else "hmma"
+    assert [r for r in reports if r[unit] == 0] == []
+
+
+def test_shared_memory_fits(compiled):
+    capability, reports = compiled
+    assert [r for r in reports if r["shared"] > SHARED_LIMIT[capability]] == []
+
+
+def test_nothing_spills_on_hopper(compiled):
+    capability, reports = compiled
+    if capability != 90:
+        pytest.skip("the tables are tuned for Hopper")
+    assert [r for r in reports if r["spills"] or r["stack"] or r["registers"] > REGISTERS] == []
+
+
+def test_the_copy_engine_loads_on_hopper(compiled):
+    capability, reports = compiled
+    if capability == 90:
+        assert [r for r in reports if r["copies"] == 0] == []
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]))

@@ -1,0 +1,213 @@
+"""The Triton kernels in Triton's interpreter, every mode against the dense reference: out, lse and gradients."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs the kernels themselves", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+triton = pytest.importorskip("triton")
+if type(triton.language.cdiv).__name__ != "InterpretedFunction":
+    pytest.skip("Triton was imported before its interpreter was switched on", allow_module_level=True)
+
+from dilated_attention_pytorch.core import reference
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.triton import launch, launch_aligned
+
+
+def make_problem(lengths, rates, kv_heads, d, seq_len, *, offsets="modulo", **changes) -> Problem:
+    settings = dict(
+        is_causal=False, scale=d**-0.5, dropout_p=0.0, q_start=0, k_start=0, seq_len=seq_len, mixing_gradient="exact",
+        padding="none",
+    )  # fmt: skip
+    return Problem(DilatedPattern(lengths, rates, kv_heads, offsets), **(settings | changes))
+
+
+def oracle(inputs: list[Tensor], problem: Problem, layout: dict, dtype: torch.dtype) -> list[Tensor]:
+    """out, lse, dq, dk, dv of the reference in a dtype; lse 0 where it is -inf."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs[:3])
+    grad_out, grad_lse = (x.to(dtype) for x in inputs[3:])
+    out, lse = reference.attention(q, k, v, problem, **layout)
+    seen = torch.isfinite(lse)
+    total = (out * grad_out).sum() + (lse.masked_fill(~seen, 0.0) * grad_lse).sum()
+    grads = torch.autograd.grad(total, (q, k, v))
+    return [out.detach(), lse.detach().masked_fill(~seen, 0.0), *grads]
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    if b.numel() == 0 or float(b.abs().max()) == 0.0:
+        return float(a.abs().max()) if a.numel() else 0.0
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def check(
+    batch, n, heads, d, lengths, rates, *, kv_heads=None, n_keys=None, dtype=torch.float32, layout=None, **changes
+) -> None:
+    kv_heads, n_keys, layout = kv_heads or heads, n_keys or n, dict(layout or {})
+    end = max(changes.get("q_start", 0) + n, changes.get("k_start", 0) + n_keys)
+    problem = make_problem(lengths, rates, kv_heads, d, changes.pop("seq_len", end), **changes)
+    if problem.dropout_p:
+        layout["seed"] = torch.tensor(-(2**40) - 12345)
+    generator = torch.Generator().manual_seed(n + 31 * d)
+    shapes = (batch, n, heads, d), (batch, n_keys, kv_heads, d), (batch, n_keys, kv_heads, d), (batch, n, heads, d)
+    inputs = [torch.randn(s, generator=generator).to(dtype) for s in (*shapes, (batch, heads, n))]
+    q, k, v, grad_out, grad_lse = inputs
+    out, lse = launch.forward(q, k, v, problem, **layout)
+    grads = launch.backward(grad_out, grad_lse.float(), q, k, v, out, lse, problem, **layout)
+    assert (out.dtype, lse.dtype, *(g.dtype for g in grads)) == (dtype, torch.float32, dtype, dtype, dtype)
+    exact = oracle(inputs, problem, layout, torch.float64)
+    assert torch.equal(torch.isneginf(lse), torch.isneginf(reference.attention(q, k, v, problem, **layout).lse))
+    mine = [out, lse.masked_fill(torch.isneginf(lse), 0.0), *grads]
+    # Ten times what the reference itself loses in fp32; half precision rounds P and dS besides the result.
+    same = [error(a, b) for a, b in zip(oracle(inputs, problem, layout, torch.float32), exact, strict=True)]
+    floor = {torch.float32: 1e-6, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[dtype]
+    for name, a, b, loss in zip(("out", "lse", "dq", "dk", "dv"), mine, exact, same, strict=True):
+        assert error(a, b) <= max(10 * loss, floor), name
+
+
+CAUSAL = {"is_causal": True}
+
+
+@pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+class TestPattern:
+    def test_odd_lengths(self, changes):
+        check(1, 53, 3, 16, (7, 23, 100), (2, 3, 5), **changes)
+
+    def test_grouped_heads_and_batch(self, changes):
+        check(2, 43, 4, 16, (16, 48), (1, 2), kv_heads=2, **changes)
+
+    def test_blocked_offsets_and_rate_beyond_length(self, changes):
+        check(1, 37, 3, 24, (7, 23, 100), (1, 3, 40), offsets="blocked", **changes)
+
+    def test_whole_tiles(self, changes):
+        check(1, 64, 2, 16, (32, 64), (1, 2), **changes)
+
+    def test_fewer_rows_than_a_tile(self, changes):
+        check(1, 5, 3, 16, (8, 24), (1, 2), **changes)
+
+
+@pytest.mark.parametrize("d", [8, 48, 80])
+def test_head_width(d):
+    check(1, 21, 2, d, (8, 24), (1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    check(1, 37, 2, 16, (16, 40), (1, 3), dtype=dtype)
+
+
+def test_dropout():
+    check(1, 37, 2, 16, (16, 40), (1, 2), dropout_p=0.3, **CAUSAL)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale(scale):
+    check(1, 29, 3, 16, (8, 24), (1, 2), scale=scale)
+
+
+class TestMasks:
+    def mask(self, batch, n):
+        mask = torch.rand(batch, n, generator=torch.Generator().manual_seed(0)) > 0.3
+        mask[-1] = False
+        return {"key_padding_mask": mask}
+
+    @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+    def test_key_padding(self, changes):
+        check(2, 37, 2, 16, (16, 40), (1, 3), layout=self.mask(2, 37), **changes)
+
+    def test_left_padding(self):
+        check(2, 37, 2, 16, (16, 40), (1, 3), layout={"row_start": torch.tensor([5, 37])}, **CAUSAL)
+
+    def test_left_padding_of_a_partial_range_with_a_mask(self):
+        layout = self.mask(2, 60) | {"row_start": torch.tensor([7, 2])}
+        layout["key_padding_mask"][1, 10:] = True
+        check(2, 20, 2, 16, (16, 40), (1, 2), n_keys=37, q_start=13, k_start=5, seq_len=60, layout=layout)
+
+    @pytest.mark.parametrize("changes", [{}, CAUSAL | {"dropout_p": 0.3}], ids=["full", "causal dropout"])
+    def test_packed(self, changes):
+        check(1, 47, 2, 16, (16, 40), (1, 3), layout={"cu_seqlens": torch.tensor([0, 17, 17, 18, 47])}, **changes)
+
+
+class TestPartialRanges:
+    def test_decoding(self):
+        check(1, 1, 2, 16, (16, 40), (1, 2), n_keys=65, q_start=64, **CAUSAL)
+
+    def test_keys_before_and_after(self):
+        check(1, 20, 2, 16, (16, 40), (1, 2), n_keys=37, q_start=3, k_start=11, seq_len=80)
+
+    def test_queries_without_keys(self):
+        check(1, 20, 2, 16, (16,), (1,), n_keys=10, q_start=30, k_start=0)
+
+
+class TestZeroKeys:
+    @pytest.mark.parametrize("offsets", ["modulo", "blocked"])
+    @pytest.mark.parametrize("first", [1, 2])
+    def test_whole(self, offsets, first):
+        check(1, 41, 4, 16, (7, 20, 100), (first, 3, 4), padding="zero_keys", offsets=offsets)
+
+    def test_packed(self):
+        layout = {"cu_seqlens": torch.tensor([0, 5, 30, 41])}
+        check(1, 41, 4, 16, (7, 20, 100), (2, 3, 4), padding="zero_keys", layout=layout)
+
+
+class TestAligned:
+    """The one-launch kernels: the plan must choose them."""
+
+    @pytest.mark.parametrize(
+        ("n", "d", "batch", "kv_heads"),
+        [(64, 16, 1, 4), (64, 32, 2, 2), (61, 16, 1, 2), (62, 24, 2, 2)],
+        ids=["even", "even batch grouped", "ragged", "ragged batch width"],
+    )
+    def test_walk(self, n, d, batch, kv_heads):
+        lengths, rates = (32, 64, 1000), (1, 2, 2)
+        problem = make_problem(lengths, rates, kv_heads, d, n)
+        plan = launch_aligned.alignment(problem, n, n)
+        assert plan is not None
+        assert plan.fits(16)
+        check(batch, n, 4, d, lengths, rates, kv_heads=kv_heads)
+
+    def test_without_rate_one(self):
+        check(1, 64, 4, 16, (32, 64), (2, 4), offsets="blocked")
+
+    @pytest.mark.parametrize(
+        "changes", [CAUSAL, {"dropout_p": 0.1}, {"q_start": 1}, {"padding": "zero_keys"}], ids=lambda c: next(iter(c))
+    )
+    def test_other_modes_take_the_general_kernels(self, changes):
+        assert launch_aligned.alignment(make_problem((32, 64), (1, 2), 2, 16, 64, **changes), 64, 64) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_pattern(seed):
+    choose = random.Random(seed)
+    branches = choose.randint(1, 3)
+    check(
+        choose.randint(1, 2), choose.randint(3, 45), 4, 16,
+        tuple(choose.randint(1, 60) for _ in range(branches)), tuple(choose.randint(1, 6) for _ in range(branches)),
+        kv_heads=choose.choice([1, 2, 4]), is_causal=choose.random() < 0.5,
+        offsets=choose.choice(["modulo", "blocked"]),
+    )  # fmt: skip
+
+
+def test_strided_inputs_past_the_heads():
+    """Heads cut out of a packed projection: rows are not contiguous."""
+    packed = torch.randn(1, 64, 3, 2, 16)
+    problem = make_problem((32, 64), (1, 2), 2, 16, 64)
+    q, k, v = packed.unbind(2)
+    out, lse = launch.forward(q, k, v, problem)
+    expected = reference.attention(q, k, v, problem)
+    torch.testing.assert_close(out, expected.out)
+    torch.testing.assert_close(lse, expected.lse)
+
+
+def test_detached_mixing_names_the_backend_that_can():
+    q = torch.randn(1, 8, 1, 16)
+    problem = make_problem((8,), (1,), 1, 16, 8, mixing_gradient="detached")
+    with pytest.raises(NotImplementedError, match="sdpa"):
+        launch.forward(q, q, q, problem)
