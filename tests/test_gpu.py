@@ -15,11 +15,16 @@ from dilated_attention_pytorch.core import engines
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.testing import relative_norm
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch's own, when a backward thread is the first to need cuBLAS.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"),
+]
 
 HALF = (torch.float16, torch.bfloat16)
 SETTINGS = {"suppress_health_check": list(HealthCheck)}
-ALIGNED = {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]}
+DENSE = {"segment_lengths": [2048], "dilation_rates": [1]}
+ALIGNED = {"segment_lengths": [512, 1024, 8192], "dilation_rates": [1, 2, 4]}
 RAGGED = {"segment_lengths": [300, 1000, 5792], "dilation_rates": [1, 3, 6]}
 
 
@@ -37,6 +42,8 @@ def assert_within_rounding(case: Case, backend: str, dtype: torch.dtype) -> None
         want, got, base = (torch.where(finite, x.double(), 0.0) for x in (want, ours[name], plain[name]))
         # Kernels round P and dS to the input's dtype before each product; the plain reference does not.
         allowed = 2 * (base - want).norm() + ulp * (2 * want.norm() + 0.5 * scales.get(name, 0.0))
+        if name == "lse":  # the device's exp2 and log2 are good to a few ulps of 1, whatever the lse
+            allowed = allowed + 4 * torch.finfo(torch.float32).eps * want.numel() ** 0.5
         assert (got - want).norm() <= allowed, (name, float((got - want).norm()), float(allowed))
 
 
@@ -76,11 +83,11 @@ def test_triton_equals_the_reference(dtype, mode, width, data):
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tails", ["gaussian", "heavy"])
-@pytest.mark.parametrize("pattern", [{"segment_lengths": [4096], "dilation_rates": [1]}, ALIGNED, RAGGED])
+@pytest.mark.parametrize("pattern", [DENSE, ALIGNED, RAGGED])
 def test_errors_are_at_most_twice_those_of_torch_flash(pattern, tails, causal, width):
     """A dense branch against flash itself; several branches against flash calls merged in fp32, as sdpa makes them."""
     generator = torch.Generator("cuda").manual_seed(0)
-    draw = functools.partial(torch.randn, 1, 4096, 4, width, device="cuda", generator=generator)
+    draw = functools.partial(torch.randn, 1, 2048, 2, width, device="cuda", generator=generator)
     # Products of three normals: most entries small, some very large.
     q, k, v = (draw() * draw() * draw() if tails == "heavy" else draw() for _ in range(3))
     cotangent = draw().bfloat16()
