@@ -176,7 +176,8 @@ def branch_backward_dkv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, KEY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
         tl.program_id(0), num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries,

@@ -257,7 +257,7 @@ def backward_branch_dkv(
     first: bool,
 ) -> None:
     """Adds a branch's share to dk and dv, or writes it where it is the first."""
-    batch, n, heads, _ = q.shape
+    batch, n, heads = q.shape[:3]
     grid = _grid(problem, layout, branch, k.shape[0], k.shape[1], config.block_n, by_keys=True)
     even, q_view, grad_view = _views(q, q, grad_out, problem, layout, branch, config, config.block_m)
     rate = problem.pattern.dilation_rates[branch]
@@ -272,8 +272,8 @@ def backward_branch_dkv(
         config,
         q, k, v, q_view, grad_view, terms if q_view is None else view, grad_out, dk, dv, *_pointers(layout, grid),
         *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dk),
-        _mask_stride(layout), batch, length, *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E, problem.scale,
-        *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
+        _mask_stride(layout), batch, length, *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E,
+        problem.scale, *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
         DESCRIPTORS=q_view is not None, EARLY=config.early, EVEN=even,
     )  # fmt: skip
 

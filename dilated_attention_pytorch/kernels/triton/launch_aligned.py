@@ -93,7 +93,7 @@ def forward(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Out and lse by one launch."""
-    batch, n, heads, width = q.shape
+    batch, n, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, n), dtype=torch.float32)
     even = plan.even(config.block_m, config.block_n)
