@@ -13,6 +13,11 @@ from dilated_attention_pytorch.types import AttentionOutput
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.models import LongNet, LongNetConfig, LongNetEncoder, LongNetLM
+    from dilated_attention_pytorch.ring_attention import (
+        RingAttentionConfig,
+        RingDilatedAttention,
+        RingDistributedDilatedAttention,
+    )
 
 __version__ = "0.3.0.dev0"
 
@@ -25,13 +30,21 @@ __all__ = [
     "LongNetEncoder",
     "LongNetLM",
     "MultiheadDilatedAttention",
+    "RingAttentionConfig",
+    "RingDilatedAttention",
+    "RingDistributedDilatedAttention",
     "dilated_attention",
     "dilated_attention_with_lse",
     "merge_attention",
 ]
 
 # Loaded when first asked for, so that importing the op costs no more than it must.
-_LAZY = dict.fromkeys(["LongNet", "LongNetConfig", "LongNetEncoder", "LongNetLM"], "dilated_attention_pytorch.models")
+_LAZY = dict.fromkeys(
+    ["LongNet", "LongNetConfig", "LongNetEncoder", "LongNetLM"], "dilated_attention_pytorch.models"
+) | dict.fromkeys(
+    ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
+    "dilated_attention_pytorch.ring_attention",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -145,7 +145,7 @@ def dilated_attention_with_lse(
         >>> torch.testing.assert_close(merge_attention(left, right).out, whole.out)
     """
     packed = cu_seqlens is not None
-    q, k, v = _autocast(q, k, v)
+    q, k, v = in_autocast_dtype(q, k, v)
     check.check_qkv(q, k, v, packed=packed)
     check.check_choice("backend", backend, Backend)
     lengths = check.check_positive_ints("segment_lengths", segment_lengths)
@@ -271,7 +271,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, floating tensors in autocast's dtype, as torch's own attention takes them (fp64 stays)."""
     if not isinstance(tensors[0], Tensor):
         return tensors

@@ -1,0 +1,51 @@
+"""One sequence over many ranks: exact dilated attention on contiguous shards, with exact gradients.
+
+Everything is loaded when first asked for: the configuration and the abstract base need no torch.distributed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
+    from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
+    from dilated_attention_pytorch.ring_attention.distributed import RingDistributedDilatedAttention
+    from dilated_attention_pytorch.ring_attention.plan import RingPlan
+    from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
+    from dilated_attention_pytorch.ring_attention.utils.communication import RingError, counting
+    from dilated_attention_pytorch.ring_attention.utils.lse import LSEAccumulator
+
+_HERE = "dilated_attention_pytorch.ring_attention"
+_LAZY = {
+    "BaseRingAttention": f"{_HERE}.base",
+    "LSEAccumulator": f"{_HERE}.utils.lse",
+    "RingAttentionConfig": f"{_HERE}.config",
+    "RingDilatedAttention": f"{_HERE}.production",
+    "RingDistributedDilatedAttention": f"{_HERE}.distributed",
+    "RingError": f"{_HERE}.utils.communication",
+    "RingPlan": f"{_HERE}.plan",
+    "counting": f"{_HERE}.utils.communication",
+}
+
+__all__ = [
+    "BaseRingAttention",
+    "LSEAccumulator",
+    "RingAttentionConfig",
+    "RingDilatedAttention",
+    "RingDistributedDilatedAttention",
+    "RingError",
+    "RingPlan",
+    "counting",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

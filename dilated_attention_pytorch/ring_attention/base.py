@@ -1,0 +1,137 @@
+"""What every ring attention is: a configuration, and one method that attends on this rank's shard."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.core import validation
+from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
+from dilated_attention_pytorch.types import AttentionOutput
+
+
+class BaseRingAttention(nn.Module, ABC):
+    """Dilated attention on one rank's contiguous shard of a sequence.
+
+    A subclass says how the rows of other ranks are reached, in `attend`; what users pass is checked here.
+
+    Args:
+        config: see `RingAttentionConfig`.
+    """
+
+    def __init__(self, config: RingAttentionConfig) -> None:
+        super().__init__()
+        if not isinstance(config, RingAttentionConfig):
+            raise TypeError(f"expected config to be a RingAttentionConfig, got {type(config).__name__}")
+        self.config = config
+
+    @abstractmethod
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None,
+        seed: int | Tensor | None,
+    ) -> AttentionOutput:
+        """Attention of this rank's queries over the whole sequence's keys; arguments as in `forward`, checked."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        row_start: None = None,
+        cu_seqlens: None = None,
+        q_start: int = 0,
+        k_start: int = 0,
+    ) -> Tensor:
+        """Attention of this rank's queries over the keys of all ranks.
+
+        Takes what `DilatedAttention` takes, so that it can stand in its place in a `MultiheadDilatedAttention`.
+
+        Args:
+            query: `(B, n, H, D)`, this rank's positions; the ranks' shards follow one another in rank order.
+            key: `(B, n, H_kv, D)`, H a multiple of H_kv.
+            value: like key.
+            is_causal: hide keys later than the query in the whole sequence.
+            key_padding_mask: bool `(B, n)` for this rank's positions, True = real.
+            seed: of the dropout mask, the same on every rank; drawn on the first rank when absent.
+            row_start: only None: left padding is not sharded.
+            cu_seqlens: only None: packed sequences are not sharded.
+            q_start: only 0: where a shard starts follows from the ranks before it.
+            k_start: likewise.
+
+        Returns:
+            `(B, n, H, D)` in the query's dtype: what one device would give for these positions.
+
+        Raises:
+            ValueError: shapes, devices or options that do not fit.
+            TypeError: an argument of the wrong type or dtype.
+            RingError: ranks that disagree, died or came too late.
+        """
+        if row_start is not None or cu_seqlens is not None or q_start != 0 or k_start != 0:
+            raise ValueError(
+                "expected no row_start, cu_seqlens, q_start or k_start in ring attention: it takes whole rows of one "
+                "sequence each, right-padded through key_padding_mask, of which every rank holds a shard"
+            )
+        return self.with_lse(query, key, value, is_causal, key_padding_mask, seed=seed).out
+
+    def with_lse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+    ) -> AttentionOutput:
+        """`forward` together with the log-sum-exp `(B, H, n)`; both are differentiable."""
+        validation.check_qkv(query, key, value, packed=False)
+        if query.shape[1] != key.shape[1]:
+            raise ValueError(
+                "expected query, key and value of the same positions, got "
+                f"{query.shape[1]} queries and {key.shape[1]} keys"
+            )
+        if not isinstance(is_causal, bool):
+            raise TypeError(f"expected is_causal to be a bool, got {type(is_causal).__name__} {is_causal!r}")
+        if key_padding_mask is not None:
+            validation.check_key_padding_mask(key_padding_mask, query.shape[0], query.shape[1], query.device)
+        if isinstance(seed, Tensor):
+            if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
+                raise TypeError(f"expected seed to be an int or an integer scalar tensor, got {seed.dtype}")
+        elif seed is not None:
+            validation.check_int("seed", seed, -(2**63))
+        return self.attend(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask, seed=seed)
+
+    def dropout_p(self) -> float:
+        """The probability in force: the configuration's in training mode, else 0."""
+        return self.config.dropout if self.training else 0.0
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        config = self.config
+        return (
+            f"segment_lengths={list(config.segment_lengths)}, dilation_rates={list(config.dilation_rates)}, "
+            f"mode={config.mode!r}"
+        )
+
+
+def drawn_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed as an int64 scalar, drawn from torch's generator when absent; None where nothing is dropped."""
+    if dropout_p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.reshape(()).to(device, torch.int64)
+    if seed is None:
+        return torch.randint(-(2**62), 2**62, (), device=device)
+    return torch.tensor(seed, dtype=torch.int64, device=device)

@@ -1,0 +1,87 @@
+"""Settings of ring attention, checked once and then frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dilated_attention_pytorch.core import validation
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.types import Backend, Offsets
+
+Mode = Literal["auto", "sparse", "ring", "gather"]
+RemoteRows = Literal["keep", "refetch"]
+Check = Literal["first", "always", "never"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingAttentionConfig:
+    """What a ring of ranks computes, and how rows travel between them.
+
+    Args:
+        segment_lengths: w_i, in positions of the whole sequence, one a branch.
+        dilation_rates: r_i, one a branch.
+        offsets: `"modulo"` (the paper) or `"blocked"` (the official code and every published checkpoint).
+        scale: factor on q . k; `D ** -0.5` by default.
+        dropout: probability of dropping an attention weight, in training mode only. The mask is a function of global
+            positions, so it does not depend on the world size.
+        mode: `"sparse"` fetches the rows a rank's heads keep, in one exchange, while local attention runs; `"ring"`
+            fetches the same rows from one rank after another, so that those of two ranks at most are held;
+            `"gather"` fetches all of K and V; `"auto"` decides from the plan's bytes.
+        gradient_dtype: what gradients of remote rows travel in, whatever they were computed in. None: fp32, and fp64
+            for fp64 inputs. They are summed in fp32 (fp64) always.
+        remote_rows: `"keep"` saves fetched rows for the backward, `"refetch"` saves memory and fetches them again, as
+            mode `"ring"` always does.
+        check: when ranks compare what they are about to do. `"first"`: at a group's first call and whenever a rank's
+            call differs from its previous one on that group. Something has to change on some rank for a disagreement
+            to appear, so none passes unseen; where the others saw no change, it ends in a timeout. `"always"`: at every
+            exchange, so that every disagreement is named, and so that shards may change length on one rank alone.
+            `"never"`: not at all; shards are then taken to be equally long.
+        timeout: seconds a rank waits for the others before it raises.
+        backend: `"auto"`, `"sdpa"` or `"triton"`.
+
+    Raises:
+        ValueError: lists that do not fit together, an unknown option, a number out of range.
+        TypeError: an argument of the wrong type.
+
+    Example:
+        >>> RingAttentionConfig(segment_lengths=[2048, 32768], dilation_rates=[1, 4]).mode
+        'sparse'
+    """
+
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    offsets: Offsets = "modulo"
+    scale: float | None = None
+    dropout: float = 0.0
+    mode: Mode = "sparse"
+    gradient_dtype: torch.dtype | None = None
+    remote_rows: RemoteRows = "keep"
+    check: Check = "first"
+    timeout: float = 600.0
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        pattern = DilatedPattern(tuple(self.segment_lengths), tuple(self.dilation_rates), 1, self.offsets)
+        object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
+        object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        validation.check_choice("mode", self.mode, Mode)
+        validation.check_choice("remote_rows", self.remote_rows, RemoteRows)
+        validation.check_choice("check", self.check, Check)
+        validation.check_choice("backend", self.backend, Backend)
+        if self.backend == "reference":
+            raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
+        object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))
+        if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
+            raise TypeError(f"expected scale to be a float, got {type(self.scale).__name__} {self.scale!r}")
+        if self.gradient_dtype is not None and self.gradient_dtype not in validation.FLOAT_DTYPES:
+            raise TypeError(
+                f"expected gradient_dtype to be a floating torch.dtype or None, got {self.gradient_dtype!r}"
+            )
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float):
+            raise TypeError(f"expected timeout to be a number of seconds, got {self.timeout!r}")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"expected timeout to be positive and finite, got {self.timeout}")

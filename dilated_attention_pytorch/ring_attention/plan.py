@@ -1,0 +1,312 @@
+"""Which rows travel between which ranks, and where each remote branch finds them on arrival.
+
+A *unit* is one (position, key/value head): K and V of it, for the whole batch, travel together. A rank needs the units
+that its queries' segments show and that it does not hold; a unit that several branches show travels once. The plan
+follows from the pattern, the shard bounds, the rank and causality alone, so every rank knows every message's length.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+
+
+class Meeting(NamedTuple):
+    """The queries of one shard and the remote keys that meet in one segment of a branch, as positions."""
+
+    segment: int
+    queries: range
+    keys: tuple[range, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Units that travel between two ranks, ordered by head and then by position.
+
+    Attributes:
+        positions: for each key/value head its positions, int64 ascending; heads that keep the same share a tensor.
+        starts: where each head's units start in the message; one more entry holds the total.
+    """
+
+    positions: tuple[Tensor, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many units the message holds."""
+        return self.starts[-1]
+
+    def index(self) -> tuple[Tensor, Tensor]:
+        """The position and the head of each unit."""
+        heads = torch.arange(len(self.positions)).repeat_interleave(torch.tensor([len(p) for p in self.positions]))
+        return torch.cat(self.positions), heads
+
+
+class Piece(NamedTuple):
+    """Plain attention, no mask: queries of one segment over its remote keys, for heads with equally many of both.
+
+    Attributes:
+        branch: the branch it belongs to.
+        heads: `(h,)`, key/value heads.
+        queries: `(h, Lq)`, rows of this rank's shard.
+        keys: `(h, Lk)`, units of what arrived.
+    """
+
+    branch: int
+    heads: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """The plan of one rank.
+
+    Args:
+        pattern: the branches, for the key/value heads.
+        bounds: where the shards start; one more entry holds the sequence's length.
+        rank: whose plan it is.
+        is_causal: queries see no later keys, so nothing travels to an earlier rank.
+        device: where index tensors live; the CPU by default.
+    """
+
+    pattern: DilatedPattern
+    bounds: tuple[int, ...]
+    rank: int
+    is_causal: bool
+    device: torch.device | None = None
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks share the sequence."""
+        return len(self.bounds) - 1
+
+    @property
+    def seq_len(self) -> int:
+        """N."""
+        return self.bounds[-1]
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """The positions `[start, stop)` of this rank."""
+        return self.bounds[self.rank], self.bounds[self.rank + 1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many positions each rank has."""
+        return tuple(b - a for a, b in itertools.pairwise(self.bounds))
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The other ranks, ascending."""
+        return tuple(p for p in range(self.world_size) if p != self.rank)
+
+    @cached_property
+    def arriving(self) -> dict[int, Units]:
+        """The units that come from each peer."""
+        return {peer: travelling(self.pattern, self.bounds, self.rank, peer, self.is_causal) for peer in self.peers}
+
+    @cached_property
+    def leaving(self) -> dict[int, Units]:
+        """The units that go to each peer."""
+        return {peer: travelling(self.pattern, self.bounds, peer, self.rank, self.is_causal) for peer in self.peers}
+
+    @cached_property
+    def leaving_index(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Row of the shard and head of each unit that goes to each peer, on the device."""
+        found = {}
+        for peer, units in self.leaving.items():
+            positions, heads = units.index()
+            found[peer] = (positions - self.shard[0]).to(self.device), heads.to(self.device)
+        return found
+
+    @cached_property
+    def arriving_positions(self) -> dict[int, Tensor]:
+        """Position of each unit that comes from each peer, on the device; masks and dropout ask for it."""
+        return {peer: units.index()[0].to(self.device) for peer, units in self.arriving.items()}
+
+    @cached_property
+    def anything_moves(self) -> bool:
+        """Whether any rank needs anything of another: the same answer on every rank."""
+        return any(
+            next(_meetings(self.pattern, self.bounds, rank, i, offset, self.is_causal), None) is not None
+            for rank in range(self.world_size)
+            for i in range(len(self.pattern.branches))
+            for offset, _ in self.pattern.head_groups(i)
+        )
+
+    @cached_property
+    def largest_arrival(self) -> int:
+        """Units that come to the rank to which most come: the same answer on every rank."""
+        totals = [0] * self.world_size
+        for receiver, owner in itertools.permutations(range(self.world_size), 2):
+            totals[receiver] += travelling(self.pattern, self.bounds, receiver, owner, self.is_causal).count
+        return max(totals)
+
+    def received_bytes(self, batch: int, head_dim: int, element_size: int) -> int:
+        """Bytes of K and V that come to this rank in a forward; gradients go the other way, at their own width."""
+        return sum(u.count for u in self.arriving.values()) * unit_bytes(batch, head_dim, element_size)
+
+    def sent_bytes(self, batch: int, head_dim: int, element_size: int) -> int:
+        """Bytes of K and V that leave this rank in a forward."""
+        return sum(u.count for u in self.leaving.values()) * unit_bytes(batch, head_dim, element_size)
+
+    def pieces(self, owners: tuple[int, ...]) -> tuple[Piece, ...]:
+        """The attention over the units of some peers, which lie one peer after another in what arrived."""
+        found = self._pieces
+        if owners not in found:
+            found[owners] = tuple(self._find_pieces(owners))
+        return found[owners]
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+        return {}
+
+    def _find_pieces(self, owners: tuple[int, ...]) -> Iterator[Piece]:
+        start = self.shard[0]
+        firsts = dict(
+            zip(owners, itertools.accumulate((self.arriving[o].count for o in owners), initial=0), strict=False)
+        )
+        for branch in range(len(self.pattern.branches)):
+            # Heads of other offsets may keep one row more or less; those alike share a call.
+            alike: dict[tuple[int, int, int], list[tuple[int, Tensor, Tensor]]] = {}
+            for offset, heads in self.pattern.head_groups(branch):
+                for meeting in _meetings(self.pattern, self.bounds, self.rank, branch, offset, self.is_causal):
+                    queries = _tensor(meeting.queries) - start
+                    for head in range(*heads.indices(self.pattern.num_heads)):
+                        keys = self._find_keys(meeting.keys, head, firsts)
+                        if len(keys):
+                            alike.setdefault((meeting.segment, len(queries), len(keys)), []).append(
+                                (head, queries, keys)
+                            )
+            for rows in alike.values():
+                heads_, queries_, keys_ = zip(*rows, strict=True)
+                yield Piece(
+                    branch,
+                    torch.tensor(heads_).to(self.device),
+                    torch.stack(queries_).to(self.device),
+                    torch.stack(keys_).to(self.device),
+                )
+
+    def _find_keys(self, keys: tuple[range, ...], head: int, firsts: dict[int, int]) -> Tensor:
+        """Where a head's keys lie among the units of the owners."""
+        found = []
+        for owner, first in firsts.items():
+            units = self.arriving[owner]
+            for part in keys:
+                inside = _clip(part, self.bounds[owner], self.bounds[owner + 1])
+                if len(inside):
+                    at = torch.searchsorted(units.positions[head], _tensor(inside))
+                    found.append(at + (first + units.starts[head]))
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+@lru_cache(maxsize=8)  # each holds index tensors on the device
+def plan_for(
+    pattern: DilatedPattern, bounds: tuple[int, ...], rank: int, is_causal: bool, device: torch.device
+) -> RingPlan:
+    """The plan, computed once; a layer's index tensors are its neighbours' too."""
+    return RingPlan(pattern, bounds, rank, is_causal, device)
+
+
+@lru_cache(maxsize=128)
+def travelling(pattern: DilatedPattern, bounds: tuple[int, ...], receiver: int, owner: int, is_causal: bool) -> Units:
+    """The units that one rank needs of another."""
+    start, stop = bounds[owner], bounds[owner + 1]
+    ranges: dict[tuple[int, int], list[range]] = {}
+    offsets_of_head: list[list[tuple[int, int]]] = [[] for _ in range(pattern.num_heads)]
+    for i in range(len(pattern.branches)):
+        for offset, heads in pattern.head_groups(i):
+            inside = [
+                clipped
+                for meeting in _meetings(pattern, bounds, receiver, i, offset, is_causal)
+                for part in meeting.keys
+                if len(clipped := _clip(part, start, stop))
+            ]
+            if inside:
+                ranges[i, offset] = inside
+                for head in range(*heads.indices(pattern.num_heads)):
+                    offsets_of_head[head].append((i, offset))
+    unions: dict[tuple[tuple[int, int], ...], Tensor] = {}
+    positions = []
+    for kept in map(tuple, offsets_of_head):
+        if kept not in unions:
+            marks = torch.zeros(stop - start, dtype=torch.bool)
+            for part in itertools.chain.from_iterable(ranges[key] for key in kept):
+                marks[part.start - start : part.stop - start : part.step] = True
+            unions[kept] = marks.nonzero().flatten() + start
+        positions.append(unions[kept])
+    return Units(tuple(positions), tuple(itertools.accumulate((len(p) for p in positions), initial=0)))
+
+
+def _meetings(
+    pattern: DilatedPattern, bounds: tuple[int, ...], rank: int, branch: int, offset: int, is_causal: bool
+) -> Iterator[Meeting]:
+    """Where a rank's queries meet remote keys: only a segment that an end of the shard cuts has any, so two at most."""
+    (length, rate), shard = pattern.branches[branch], (bounds[rank], bounds[rank + 1])
+    found: dict[int, tuple[range, list[range]]] = {}
+    for keys in ((0, shard[0]), (shard[1], bounds[-1])):
+        if is_causal and keys[0] >= shard[1]:
+            continue
+        for span in pattern.spans(branch, offset, shard, keys):
+            assert span.num_segments == 1
+            base = span.first_segment * length + offset
+            queries = range(base + span.q_lo * rate, base + span.q_hi * rate, rate)
+            parts = found.setdefault(span.first_segment, (queries, []))[1]
+            parts.append(range(base + span.k_lo * rate, base + span.k_hi * rate, rate))
+    for segment, (queries, parts) in found.items():
+        yield Meeting(segment, queries, tuple(parts))
+
+
+def _clip(part: range, start: int, stop: int) -> range:
+    """The positions of a range that lie in `[start, stop)`."""
+    first = max(part.start, part.start - (part.start - start) // part.step * part.step)
+    return range(first, max(first, min(part.stop, stop)), part.step)
+
+
+def _tensor(part: range) -> Tensor:
+    return torch.arange(part.start, part.stop, part.step)
+
+
+def unit_bytes(batch: int, head_dim: int, element_size: int) -> int:
+    """Bytes of a unit: a row of K and a row of V for every sequence of the batch."""
+    return 2 * batch * head_dim * element_size
+
+
+def closed_form_units(pattern: DilatedPattern, seq_len: int, world_size: int) -> int | None:
+    """Units that come to each rank without causality, by `H * sum (w_i - w_{i-1}) / r_i` over the remote branches.
+
+    `w_{-1}` is the shard's length n. None where the formula does not hold: it takes shards of equal length, remote
+    segments and their rates that nest in one another and in N and n, modulo offsets, and rates that grow with w.
+    """
+    shard, rest = divmod(seq_len, world_size)
+    branches = sorted({(min(w, seq_len), r) for w, r in pattern.branches if min(w, seq_len) > shard})
+    local = [w for w, _ in pattern.branches if min(w, seq_len) <= shard]
+    lengths, rates = [shard, *(w for w, _ in branches)], [r for _, r in branches]
+    nested = (
+        rest == 0
+        and shard > 0
+        and (pattern.offsets == "modulo" or not branches)
+        and all(shard % w == 0 for w in local)
+        and all(b % a == 0 and b > a for a, b in itertools.pairwise(lengths))
+        and all(b % a == 0 for a, b in itertools.pairwise(rates))
+        and all(shard % r == 0 for r in rates)
+        and (not branches or seq_len % lengths[-1] == 0)
+    )
+    if not nested:
+        return None
+    return pattern.num_heads * sum((b - a) // r for (a, b), r in zip(itertools.pairwise(lengths), rates, strict=True))
+
+
+def equal_bounds(seq_len: int, world_size: int) -> tuple[int, ...]:
+    """Bounds of shards as `torch.chunk` cuts them: equally long, the last ones shorter or empty."""
+    size = -(-seq_len // world_size)
+    return tuple(min(i * size, seq_len) for i in range(world_size + 1))

@@ -1,0 +1,131 @@
+"""Ring attention as users take it: a module without parameters, the same result for every world size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_attention_pytorch.functional import dilated_attention_with_lse, in_autocast_dtype
+from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.ring_attention import op
+from dilated_attention_pytorch.ring_attention.base import BaseRingAttention, drawn_seed
+from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
+from dilated_attention_pytorch.types import AttentionOutput
+
+
+class RingDilatedAttention(BaseRingAttention):
+    """Exact dilated attention over a sequence of which every rank holds one contiguous shard, in rank order.
+
+    Shards may be of any lengths. Rows travel only where a segment spans ranks, and of those only the rows that a rank's
+    heads keep. Gradients of remote rows return to their owners. A group of one rank, or none, computes
+    `dilated_attention` on the whole sequence.
+
+    Args:
+        config: see `RingAttentionConfig`.
+        process_group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`. Never the world by itself.
+        mesh_dim: name of the mesh's dimension over which sequences are sharded.
+
+    Raises:
+        TypeError: neither a group nor a mesh.
+        ValueError: a mesh of several dimensions without `mesh_dim`.
+
+    Example:
+        >>> from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention
+        >>> attention = RingDilatedAttention(RingAttentionConfig(segment_lengths=[128, 512], dilation_rates=[1, 4]))
+        >>> q = k = v = torch.randn(1, 1000, 4, 32)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 1000, 4, 32])
+    """
+
+    def __init__(
+        self,
+        config: RingAttentionConfig,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        *,
+        mesh_dim: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        group = group_of(process_group, mesh_dim)
+        self.world_size: int = 1 if group is None else group.size()
+        self.rank: int = 0 if group is None else group.rank()
+        # The name alone: a module with a group in it could be neither copied nor pickled.
+        self.group_name = "" if group is None else op.group_name_of(group)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None,
+        seed: int | Tensor | None,
+    ) -> AttentionOutput:
+        """See `BaseRingAttention`."""
+        config, dropout_p = self.config, self.dropout_p()
+        if self.world_size == 1:
+            return dilated_attention_with_lse(
+                query,
+                key,
+                value,
+                segment_lengths=config.segment_lengths,
+                dilation_rates=config.dilation_rates,
+                is_causal=is_causal,
+                scale=config.scale,
+                offsets=config.offsets,
+                dropout_p=dropout_p,
+                seed=seed,
+                key_padding_mask=key_padding_mask,
+                backend=config.backend,
+            )
+        query, key, value = in_autocast_dtype(query, key, value)
+        scale = float(query.shape[-1]) ** -0.5 if config.scale is None else float(config.scale)
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        wire = config.gradient_dtype
+        out, lse, *_ = op.ring_attention(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            drawn_seed(seed, dropout_p, query.device),
+            list(config.segment_lengths),
+            list(config.dilation_rates),
+            config.offsets,
+            is_causal,
+            scale,
+            dropout_p,
+            self.group_name,
+            config.mode,
+            "" if wire is None else str(wire).removeprefix("torch."),
+            requires_grad and config.remote_rows == "keep",
+            requires_grad,
+            seed is not None,
+            config.check,
+            float(config.timeout),
+            choose_backend(query.device, query.dtype, query.shape[-1], backend=config.backend).backend,
+        )
+        return AttentionOutput(out, lse)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{super().extra_repr()}, rank={self.rank}, world_size={self.world_size}"
+
+
+def group_of(group: ProcessGroup | DeviceMesh | None, mesh_dim: str | None) -> ProcessGroup | None:
+    """The process group meant."""
+    if isinstance(group, DeviceMesh):
+        if mesh_dim is None and group.ndim != 1:
+            raise ValueError(
+                f"expected mesh_dim with a DeviceMesh of {group.ndim} dimensions, got None; its dimensions are "
+                f"{group.mesh_dim_names}"
+            )
+        return group.get_group(mesh_dim)
+    if mesh_dim is not None:
+        raise ValueError(f"expected a DeviceMesh with mesh_dim={mesh_dim!r}, got {type(group).__name__}")
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"expected process_group to be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"
+        )
+    return group

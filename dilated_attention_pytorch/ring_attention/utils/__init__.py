@@ -1,0 +1,1 @@
+"""What the ring modules are built from."""

@@ -1,0 +1,213 @@
+"""Every byte that ring attention puts on the wire, in one place and counted by purpose.
+
+Messages are flat byte buffers with sizes that both ends derive from the plan, so one code path serves every dtype and
+backend. Nothing here checks what the bytes mean: `handshake` compares the plans before any of them move.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
+
+
+class RingError(RuntimeError):
+    """Ranks that disagree, died or came too late. The group is not fit for further exchanges after the last two."""
+
+
+@dataclass
+class Traffic:
+    """Bytes this rank sent to and received from other ranks, by purpose: "rows", "gradients", "mask", "seed".
+
+    Attributes:
+        sent: bytes by purpose.
+        received: bytes by purpose.
+        calls: exchanges by purpose.
+    """
+
+    sent: dict[str, int] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def count(self, purpose: str, sent: int, received: int) -> None:
+        """Adds one exchange."""
+        for table, amount in ((self.sent, sent), (self.received, received), (self.calls, 1)):
+            table[purpose] = table.get(purpose, 0) + amount
+
+
+_lock = threading.Lock()  # on CUDA the backward runs in a thread of its own
+_counters: list[Traffic] = []
+
+
+@contextmanager
+def counting() -> Iterator[Traffic]:
+    """Counts what this process moves inside the `with`."""
+    traffic = Traffic()
+    with _lock:
+        _counters.append(traffic)
+    try:
+        yield traffic
+    finally:
+        with _lock:
+            # By identity: two counters may hold equal numbers.
+            _counters[:] = [t for t in _counters if t is not traffic]
+
+
+def _count(purpose: str, sent: int, received: int) -> None:
+    with _lock:
+        for traffic in _counters:
+            traffic.count(purpose, sent, received)
+
+
+class Channel:
+    """One process group as one call of ring attention uses it.
+
+    Args:
+        group: the process group.
+        timeout: seconds.
+        label: what the call is doing, for errors: "forward, step 3".
+        explain: called with a failure's message and returns what the ranks know about it.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, timeout: float, label: str, explain: Callable[[str], str] | None = None
+    ) -> None:
+        self.group = group
+        self.rank: int = group.rank()
+        self.world_size: int = group.size()
+        self.timeout = timedelta(seconds=timeout)
+        self.label = label
+        self._explain = explain
+
+    def exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Pending:
+        """Starts one all-to-all; the caller goes on computing and asks the result to `wait`.
+
+        Args:
+            send: rows for all ranks, one rank after another, contiguous.
+            sent: how many rows go to each rank.
+            received: how many come from each.
+            purpose: what they are counted as.
+
+        Returns:
+            Rows from all ranks, one after another, once they are there.
+        """
+        result = send.new_empty((sum(received), *send.shape[1:]))
+        row = send[:1].numel() * send.element_size() if send.shape[0] else _row_bytes(send)
+        outgoing, incoming = [n * row for n in sent], [n * row for n in received]
+        away = sum(outgoing) - outgoing[self.rank], sum(incoming) - incoming[self.rank]
+        _count(purpose, *away)
+        pending = Pending(self, result, send, purpose, dict(enumerate(incoming)))
+        pending.start(lambda: self._all_to_all(as_bytes(result), as_bytes(send), incoming, outgoing))
+        return pending
+
+    def gather(self, x: Tensor, purpose: str) -> Pending:
+        """Starts an all-gather of equally shaped tensors; the result has the ranks in a new first dimension."""
+        x = x.contiguous()
+        result = x.new_empty((self.world_size, *x.shape))
+        size = x.numel() * x.element_size()
+        _count(purpose, size * (self.world_size - 1), size * (self.world_size - 1))
+        pending = Pending(self, result, x, purpose, dict.fromkeys(range(self.world_size), size))
+        pending.start(lambda: self._all_gather(as_bytes(result), as_bytes(x)))
+        return pending
+
+    def broadcast(self, x: Tensor, purpose: str) -> Pending:
+        """Starts a broadcast of the first rank's tensor."""
+        result = x.clone()
+        size = x.numel() * x.element_size()
+        first = self.rank == 0
+        _count(purpose, size * (self.world_size - 1) * first, size * (not first))
+        pending = Pending(self, result, x, purpose, {0: size})
+        pending.start(lambda: self._broadcast(as_bytes(result)))
+        return pending
+
+    # The group's own methods, which are what torch.distributed's functions call: only they take a timeout.
+
+    def _all_to_all(self, result: Tensor, send: Tensor, incoming: list[int], outgoing: list[int]) -> Any:
+        options = AllToAllOptions()
+        options.timeout, options.asyncOp = self.timeout, True
+        return self.group.alltoall_base(result, send, incoming, outgoing, options)
+
+    def _all_gather(self, result: Tensor, send: Tensor) -> Any:
+        options = AllgatherOptions()
+        options.timeout, options.asyncOp = self.timeout, True
+        return self.group._allgather_base(result, send, options)
+
+    def _broadcast(self, x: Tensor) -> Any:
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout, options.asyncOp = 0, 0, self.timeout, True
+        return self.group.broadcast([x], options)
+
+    def failed(self, purpose: str, incoming: dict[int, int], cause: BaseException) -> RingError:
+        """The error for an exchange that did not come to its end."""
+        expected = ", ".join(f"{n} from rank {p}" for p, n in incoming.items() if n and p != self.rank) or "none"
+        message = (
+            f"ring attention ({self.label}): the exchange of {purpose} failed on rank {self.rank} "
+            f"of {self.world_size}; bytes expected: {expected}"
+        )
+        known = "" if self._explain is None else self._explain(message)
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        return RingError(f"{message}. {known}The transport says: {reason}")
+
+
+class Pending:
+    """An exchange that is under way. Its buffers live until `wait` has returned."""
+
+    def __init__(self, channel: Channel, result: Tensor, send: Tensor, purpose: str, incoming: dict[int, int]) -> None:
+        self._channel = channel
+        self._result = result
+        self._send: Tensor | None = send
+        self._purpose = purpose
+        self._incoming = incoming
+        self._work: Any = None
+
+    def start(self, launch: Callable[[], Any]) -> None:
+        """Launches the collective."""
+        try:
+            self._work = launch()
+        except RuntimeError as error:
+            raise self._channel.failed(self._purpose, self._incoming, error) from error
+
+    def wait(self) -> Tensor:
+        """The result; on CUDA the current stream waits, not the host."""
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise self._channel.failed(self._purpose, self._incoming, error) from error
+            self._work = self._send = None
+        return self._result
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The tensor's memory as a flat uint8 tensor."""
+    assert x.is_contiguous()
+    return x.view(-1).view(torch.uint8)
+
+
+def _row_bytes(x: Tensor) -> int:
+    """Bytes of a row of a tensor that has none."""
+    return x.shape[1:].numel() * x.element_size()
+
+
+def priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A twin of an NCCL group whose kernels run on a high-priority stream; any other group itself.
+
+    An exchange then takes multiprocessors as attention's tiles free them, where it would else wait for the kernel to
+    end. Collective over the group.
+    """
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    if device.type != "cuda" or "nccl" not in dist.get_backend(group):
+        return group
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    ranks = dist.get_process_group_ranks(group)
+    twin = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
+    assert isinstance(twin, dist.ProcessGroup)
+    return twin

@@ -1,0 +1,168 @@
+"""What the ranks compare before data moves, and how they find out who is missing.
+
+Both go through the process group's store, on the host: no device is synchronised, the missing are known by name, and
+the store outlives a rank that dies (torchrun keeps it in the agent).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed import distributed_c10d
+
+from dilated_attention_pytorch.ring_attention.utils.communication import Channel, RingError
+
+_GRACE = 1.0  # seconds in which ranks that failed together hear of one another
+
+
+@dataclass
+class State:
+    """What a rank remembers of a group between calls.
+
+    Attributes:
+        store: the group's store, on a connection of its own where the store allows it.
+        step: exchanges begun.
+        handshakes: fingerprints compared.
+        previous: the fingerprint of the last exchange.
+        lengths: the shards' lengths then.
+    """
+
+    store: Store
+    step: int = 0
+    handshakes: int = 0
+    previous: str = ""
+    lengths: tuple[int, ...] = field(default=())
+
+
+_states: WeakKeyDictionary[dist.ProcessGroup, State] = WeakKeyDictionary()
+
+
+def state_of(group: dist.ProcessGroup) -> State:
+    """The group's state, begun when first asked for."""
+    if group not in _states:
+        store = distributed_c10d._world.pg_map[group][1]
+        # A wait holds the connection, which others (NCCL's watchdog) share.
+        with suppress(Exception):
+            store = store.clone()  # type: ignore[attr-defined]  # the stub lacks it
+        _states[group] = State(store)
+    return _states[group]
+
+
+def begin(
+    group: dist.ProcessGroup,
+    fingerprint: dict[str, Any],
+    length: int,
+    row_bytes: int,
+    *,
+    phase: str,
+    check: str,
+    timeout: float,
+) -> tuple[Channel, tuple[int, ...]]:
+    """Opens an exchange: compares fingerprints where `check` asks for it.
+
+    Args:
+        group: the process group.
+        fingerprint: everything that must be the same on every rank, by the name an error will give it.
+        length: positions of this rank's shard.
+        row_bytes: bytes of K and V of a position.
+        phase: "forward" or "backward".
+        check: as in `RingAttentionConfig`.
+        timeout: seconds.
+
+    Returns:
+        The channel to exchange through, and every rank's length.
+
+    Raises:
+        RingError: on every rank alike, for fingerprints that differ; on those that wait, for ranks that do not come.
+    """
+    state = state_of(group)
+    state.step += 1
+    label = f"{phase}, step {state.step}"
+    channel = Channel(group, timeout, label, lambda message: _explain(state, group, message))
+    mine = json.dumps({"phase": phase, **fingerprint, "length": length})
+    if check == "never":
+        return channel, (length,) * group.size()
+    if check == "always" or mine != state.previous:
+        state.lengths = _compare(state, group, mine, length * row_bytes, label, timeout)
+        state.previous = mine
+    return channel, state.lengths
+
+
+def _compare(
+    state: State, group: dist.ProcessGroup, mine: str, size: int, label: str, timeout: float
+) -> tuple[int, ...]:
+    state.handshakes += 1
+    number, rank, ranks = state.handshakes, group.rank(), range(group.size())
+    keys = [f"ring/{number}/{r}" for r in ranks]
+    name = f"ring attention ({label}): comparing plans"
+    try:
+        state.store.set(keys[rank], mine)
+        try:
+            state.store.wait(keys, timedelta(seconds=timeout))
+        except dist.DistStoreError:
+            missing = [r for r in ranks if not state.store.check([keys[r]])]
+            if missing:
+                raise _late(state, f"ring/{number}/given_up", name, missing, size, timeout) from None
+        if state.store.check([f"ring/{number}/given_up"]):
+            raise RingError(state.store.get(f"ring/{number}/given_up").decode())
+        # Who has posted this number has read the one before the last.
+        if number > 2:
+            state.store.delete_key(f"ring/{number - 2}/{rank}")
+        all_of_them = [json.loads(text) for text in state.store.multi_get(keys)]
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise RingError(f"{name} on rank {rank} failed: the group's store is gone ({error})") from error
+    lengths = tuple(one.pop("length") for one in all_of_them)
+    differing = [field for field in _fields(all_of_them) if len({_shown(one, field) for one in all_of_them}) > 1]
+    if differing:
+        raise RingError(f"{name}: ranks disagree on " + "; on ".join(_who_says_what(all_of_them, f) for f in differing))
+    return lengths
+
+
+def _late(state: State, key: str, name: str, missing: list[int], size: int, timeout: float) -> RingError:
+    """The error for ranks that did not come; left in the store, so that one that comes late reads it too."""
+    message = (
+        f"{name}: ranks {missing} did not come within {timeout:g} s (dead, late, or making another call); "
+        f"a shard like this rank's holds {size} bytes of K and V that would have travelled with each"
+    )
+    # The first to give up decides what everybody reads.
+    return RingError(state.store.compare_set(key, "", message).decode())
+
+
+def _fields(fingerprints: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for one in fingerprints for name in one))
+
+
+def _shown(fingerprint: dict[str, Any], name: str) -> str:
+    return repr(fingerprint[name]) if name in fingerprint else "nothing"
+
+
+def _who_says_what(fingerprints: list[dict[str, Any]], name: str) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, one in enumerate(fingerprints):
+        ranks.setdefault(_shown(one, name), []).append(rank)
+    return f"{name}: " + ", ".join(f"{value} on ranks {who}" for value, who in ranks.items())
+
+
+def _explain(state: State, group: dist.ProcessGroup, message: str) -> str:
+    """Which ranks failed at this step as well, and so which did not even come this far."""
+    try:
+        keys = [f"ring/failed/{state.step}/{r}" for r in range(group.size())]
+        early = any(state.store.check([key]) for key in keys)
+        state.store.set(keys[group.rank()], message)
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline and not state.store.check(keys):
+            time.sleep(0.02)
+        silent = [r for r, key in enumerate(keys) if not state.store.check([key])]
+    except RuntimeError as error:
+        return f"The group's store is gone too, perhaps with a rank that died ({str(error).splitlines()[0]}). "
+    if silent:
+        return f"Ranks {silent} did not report: dead or late. "
+    return "Every rank reports a failure; this one came after another had given up. " if early else ""

@@ -1,0 +1,1 @@
+"""Ways to compute a rank's share."""

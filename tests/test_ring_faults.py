@@ -1,0 +1,101 @@
+"""Nothing is silent: ranks that disagree all raise the same error, and a rank that is missing is named in time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ring_pool import Pool
+
+from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool(3, [3], "ring_tasks")
+    yield pool
+    pool.close()
+
+
+DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "shape": ({"shape": (3, 8, 2, 4)}, "shape of query"),
+    "heads": ({"shape": (2, 8, 4, 4)}, "shape of key and value"),
+    "dtype": ({"dtype": torch.float32}, "dtype"),
+    "branch": ({"segment_lengths": [32]}, "segment_lengths"),
+    "causal": ({"is_causal": True}, "is_causal"),
+    "requires_grad": ({"grad": False}, "requires_grad"),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_disagreement_is_one_error_everywhere(pool: Pool, name: str) -> None:
+    change, field = DISAGREEMENTS[name]
+    errors = pool.run("disagree", 3, {1: change}, "always")
+    assert len(set(errors)) == 1, errors
+    assert re.search(rf"disagree on .*{field}.*: .* on ranks \[0, 2\], .* on ranks \[1\]", errors[0]), errors[0]
+    # The group is as good as before.
+    assert set(pool.run("disagree", 3, {}, "always")) == {"no error"}
+
+
+def test_disagreement_all_see_is_found_at_first_sight(pool: Pool) -> None:
+    changes = {rank: {"segment_lengths": [30 + rank % 2]} for rank in range(3)}
+    errors = pool.run("disagree", 3, changes, "first")
+    assert len(set(errors)) == 1 and "segment_lengths: [30] on ranks [0, 2], [31] on ranks [1]" in errors[0]
+
+
+@pytest.mark.slow
+def test_disagreement_one_rank_sees_is_not_silent_either() -> None:
+    """The others go on with what they agreed on before; all of them end in an error within the timeout."""
+    pool = Pool(3, [3], "ring_tasks")
+    try:
+        pool.start("disagree", 3, {1: {"segment_lengths": [32]}}, "first")
+        errors = pool.results(limit=30)
+    finally:
+        pool.close()
+    assert "ranks [0, 2] did not come within 5 s" in errors[1]
+    for rank in (0, 2):
+        assert "the exchange of rows failed" in errors[rank] and "bytes expected" in errors[rank], errors[rank]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+@pytest.mark.parametrize(
+    ("where", "check"), [("compare", "always"), ("compare", "first"), ("exchange", "first"), ("backward", "first")]
+)
+def test_missing_rank_is_named_within_the_timeout(how: str, where: str, check: str) -> None:
+    pool = Pool(3, [3], "ring_tasks")
+    try:
+        pool.start("fail_at", 1, how, where, check)
+        results = pool.results(limit=60, dead=[1] if how == "dies" else [])
+    finally:
+        pool.close()
+    for rank in (0, 2):
+        message, seconds = results[rank]
+        assert seconds < 5.5, (seconds, message)
+        assert re.search(r"(forward|backward), step \d+", message), message
+        assert re.search(r"anks \[1\]", message), message
+        assert re.search(r"bytes", message), message
+    if how == "sleeps":
+        assert "no error" not in results[1][0]
+
+
+def test_bad_input() -> None:
+    pattern: dict[str, Any] = {"segment_lengths": [8], "dilation_rates": [1]}
+    for wrong in ({"mode": "dense"}, {"timeout": 0}, {"backend": "reference"}, {"check": True}, {"dropout": 1.0}):
+        with pytest.raises(ValueError, match="expected"):
+            RingAttentionConfig(**pattern, **wrong)
+    with pytest.raises(TypeError, match="gradient_dtype"):
+        RingAttentionConfig(**pattern, gradient_dtype=torch.int32)
+    with pytest.raises(TypeError, match="process_group"):
+        RingDilatedAttention(RingAttentionConfig(**pattern), "world")  # type: ignore[arg-type]
+    attention = RingDilatedAttention(RingAttentionConfig(**pattern))
+    x = torch.zeros(1, 8, 2, 4)
+    with pytest.raises(ValueError, match="key_padding_mask"):
+        attention(x, x, x, key_padding_mask=torch.ones(1, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        attention(x, x, x, q_start=8)
+    with pytest.raises(ValueError, match="same positions"):
+        attention(x, x[:, :4], x[:, :4])
