@@ -19,7 +19,7 @@ if type(triton.language.cdiv).__name__ != "InterpretedFunction":
 from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels.triton import launch, launch_aligned
+from dilated_attention_pytorch.kernels.triton import configs, launch, launch_aligned, replay
 
 
 def make_problem(lengths, rates, kv_heads, d, seq_len, *, offsets="modulo", **changes) -> Problem:
@@ -183,6 +183,14 @@ class TestAligned:
         assert launch_aligned.alignment(make_problem((32, 64), (1, 2), 2, 16, 64, **changes), 64, 64) is None
 
 
+@pytest.mark.parametrize("n", [32, 61], ids=["even", "ragged"])
+def test_long_causal_sequences_launch_by_branch(n, monkeypatch):
+    monkeypatch.setattr(configs, "SHORT_CAUSAL", 0)
+    replay._tapes.clear()
+    check(1, n, 2, 16, (32, 64), (1, 2), **CAUSAL)
+    replay._tapes.clear()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_pattern(seed):
     choose = random.Random(seed)
@@ -211,3 +219,30 @@ def test_detached_mixing_names_the_backend_that_can():
     problem = make_problem((8,), (1,), 1, 16, 8, mixing_gradient="detached")
     with pytest.raises(NotImplementedError, match="sdpa"):
         launch.forward(q, q, q, problem)
+
+
+class TestReplay:
+    """A second call of a kind plays back the first one's launches on other tensors."""
+
+    @pytest.mark.parametrize("lengths", [(32, 64), (7, 23)], ids=["aligned", "general"])
+    @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+    def test_other_tensors(self, lengths, changes):
+        problem = make_problem(lengths, (1, 2), 2, 16, 64, **changes)
+        replay._tapes.clear()
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            inputs = [torch.randn(1, 64, 2, 16, generator=generator) for _ in range(4)]
+            inputs.append(torch.randn(1, 2, 64, generator=generator))
+            out, lse = launch.forward(*inputs[:3], problem)
+            grads = launch.backward(inputs[3], inputs[4], *inputs[:3], out, lse, problem)
+            assert len(replay._tapes) == 2
+            for a, b in zip((out, lse, *grads), oracle(inputs, problem, {}, torch.float64), strict=True):
+                assert error(a, b) < 1e-5
+
+    def test_equal_inputs_leave_no_tape(self):
+        q, k, v = torch.randn(3, 1, 40, 2, 16).unbind(0)
+        problem = make_problem((7, 23), (1, 2), 2, 16, 40)
+        launch.forward(q, q, q, problem)
+        launch.forward(q, k, v, problem)
+        expected = reference.attention(q, v, k, problem)
+        torch.testing.assert_close(launch.forward(q, v, k, problem)[0], expected.out)

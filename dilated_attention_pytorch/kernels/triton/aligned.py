@@ -23,10 +23,10 @@ _RUNTIME = ["seq_len", "view_rows", "num_heads", "num_kv_heads", "num_batches", 
 
 @triton.jit
 def walk(
-    position, residue, kv_head, num_kv_heads, seq_len,
+    position, residue, kv_head, num_kv_heads, reach,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, MODULO: tl.constexpr,
 ):  # fmt: skip
-    """The branches that a tile at a position with a residue belongs to.
+    """The branches that a tile at a position with a residue belongs to, and their keys before position reach.
 
     Returns:
         number of steps of the walk; for each branch the step it begins at, its segment's first row in the view, its
@@ -39,7 +39,7 @@ def walk(
     for i in tl.static_range(len(RATES)):
         offset = head_offset(kv_head, RATES[i], num_kv_heads, MODULO)
         start = position // LENGTHS[i] * LENGTHS[i]
-        size = tl.minimum(seq_len - start, LENGTHS[i])
+        size = tl.minimum(reach - start, LENGTHS[i])
         member = residue % RATES[i] == offset
         begins = begins + (tl.where(member, total, _NEVER),)
         rows = rows + (start // R,)
@@ -79,9 +79,13 @@ def aligned_forward(
     out_batch, out_row, out_head, lse_batch, lse_head, seq_len, view_rows, num_heads, num_kv_heads, num_tiles, qk_scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, NEGATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, residue, first = tile_of(tl.program_id(0), num_tiles, num_heads, R, BM)
+    reach = seq_len
+    if CAUSAL:  # the tiles with most keys first
+        first = (num_tiles - 1) * BM - first
+        reach = tl.minimum(seq_len, (first + BM) * R)
     kv_head = head // (num_heads // num_kv_heads)
     batch64 = batch.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -100,9 +104,7 @@ def aligned_forward(
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
 
-    steps, begins, rows, offsets = walk(
-        first * R, residue, kv_head, num_kv_heads, seq_len, LENGTHS, RATES, R, BN, MODULO
-    )
+    steps, begins, rows, offsets = walk(first * R, residue, kv_head, num_kv_heads, reach, LENGTHS, RATES, R, BN, MODULO)
     n = tl.arange(0, BN)
     k_at = k + batch64 * k_batch + kv_head * k_head
     v_at = v + batch64 * v_batch + kv_head * v_head
@@ -122,11 +124,15 @@ def aligned_forward(
             k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps, mask=load_mask, other=0.0)
             v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps, mask=load_mask, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if not EVEN:
+        if CAUSAL:
+            # A tile of slots has a diagonal whatever the residues are. Rows past the end are later than any query.
+            if row + BN > first:
+                s = tl.where(position + (n * R)[None, :] <= positions[:, None], s, -float("inf"))
+        elif not EVEN:
             # Segments other than the sequence's last are whole numbers of tiles.
             if position + (BN - 1) * R >= seq_len:
                 s = tl.where((position + n * R < seq_len)[None, :], s, -float("inf"))
-        p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, not EVEN)
+        p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     result, result_lse = finish(acc, m, l)

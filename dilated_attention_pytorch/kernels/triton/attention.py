@@ -14,6 +14,7 @@ from dilated_attention_pytorch.kernels.triton.geometry import (
     LOG2E,
     absorb,
     head_offset,
+    load_tile,
     locate,
     row_hash,
     segment_slots,
@@ -61,7 +62,7 @@ def branch_forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, KEY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, NEGATE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    VIEW: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
         tl.program_id(0), num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
@@ -122,11 +123,9 @@ def branch_forward(
         split = tl.minimum(split, k_lo + tl.maximum(first + 1 - k_lo, 0) // BN * BN)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
-    # Row and column of slot 0 in the views [rows / rate, rate * row] of K and V.
-    view_row = batch * view_rows + (base - k_begin) // rate
-    view_residue = (base - k_begin) % rate
-    k_column = view_residue * k_row + kv_head * k_head
-    v_column = view_residue * v_row + kv_head * v_head
+    # Row and residue of slot 0 in the views of K and V.
+    view_row = (base - k_begin) // rate
+    residue = (base - k_begin) % rate
     k_at = k + batch64 * k_batch + kv_head * k_head + k_first * k_row
     v_at = v + batch64 * v_batch + kv_head * v_head + k_first * v_row
     k_steps = (n * rate).to(tl.int64)[:, None] * k_row + d[None, :]
@@ -134,9 +133,14 @@ def branch_forward(
     for masked in tl.static_range(2):
         if masked == 0 or CAUSAL or not EVEN:
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
-                if DESCRIPTORS:
-                    k_tile = k_view.load([view_row + start, k_column])
-                    v_tile = v_view.load([view_row + start, v_column])
+                if VIEW:
+                    row = view_row + start
+                    k_tile = load_tile(
+                        k_view, batch, view_rows, row, residue, kv_head, k_row, k_head, BN, BLOCK_D, VIEW
+                    )
+                    v_tile = load_tile(
+                        v_view, batch, view_rows, row, residue, kv_head, v_row, v_head, BN, BLOCK_D, VIEW
+                    )
                 else:
                     hop = (start * rate).to(tl.int64)
                     load_mask = d_mask

@@ -13,6 +13,7 @@ from dilated_attention_pytorch.kernels.triton.geometry import (
     LOG2E,
     absorb,
     head_offset,
+    load_tile,
     locate,
     row_hash,
     segment_slots,
@@ -71,7 +72,7 @@ def branch_backward_dq(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, KEY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    VIEW: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
         tl.program_id(0), num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
@@ -118,10 +119,8 @@ def branch_backward_dq(
         split = tl.minimum(split, k_lo + tl.maximum(first + 1 - k_lo, 0) // BN * BN)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
-    view_row = batch * view_rows + (base - k_begin) // rate
-    view_residue = (base - k_begin) % rate
-    k_column = view_residue * k_row + kv_head * k_head
-    v_column = view_residue * v_row + kv_head * v_head
+    view_row = (base - k_begin) // rate
+    residue = (base - k_begin) % rate
     k_at = k + batch64 * k_batch + kv_head * k_head + k_first * k_row
     v_at = v + batch64 * v_batch + kv_head * v_head + k_first * v_row
     k_steps = (n * rate).to(tl.int64)[:, None] * k_row + d[None, :]
@@ -130,9 +129,14 @@ def branch_backward_dq(
     for masked in tl.static_range(2):
         if masked == 0 or CAUSAL or not EVEN:
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
-                if DESCRIPTORS:
-                    k_tile = k_view.load([view_row + start, k_column])
-                    v_tile = v_view.load([view_row + start, v_column])
+                if VIEW:
+                    row = view_row + start
+                    k_tile = load_tile(
+                        k_view, batch, view_rows, row, residue, kv_head, k_row, k_head, BN, BLOCK_D, VIEW
+                    )
+                    v_tile = load_tile(
+                        v_view, batch, view_rows, row, residue, kv_head, v_row, v_head, BN, BLOCK_D, VIEW
+                    )
                 else:
                     hop = (start * rate).to(tl.int64)
                     load_mask = d_mask
@@ -176,8 +180,7 @@ def branch_backward_dkv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, KEY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VIEW: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
         tl.program_id(0), num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries,
@@ -220,7 +223,7 @@ def branch_backward_dkv(
     out_first = (row_base + out_base - q_begin).to(tl.int64)
     q_steps = (m * rate).to(tl.int64)[:, None] * q_row + d[None, :]
     grad_steps = (m * rate).to(tl.int64)[:, None] * grad_row + d[None, :]
-    # The memory row of slot q_lo, which is not negative, as a row and a column of views `[rows / rate, rate * row]`.
+    # The memory row of slot q_lo, which is not negative, as a row and a residue of the views.
     out_row = row_base + out_base - q_begin + q_lo * rate
     view_row = out_row // rate - q_lo
     view_residue = out_row % rate
@@ -235,19 +238,23 @@ def branch_backward_dkv(
         delta_at = terms_at + num_batches.to(tl.int64) * num_heads * rate * terms_length
         # A row past the last query has lse +inf: its weights vanish without a mask.
         for start in tl.range(begin, q_hi, BM):
-            if DESCRIPTORS:
-                at = batch * view_rows + view_row + start
-                q_tile = q_view.load([at, view_residue * q_row + head * q_head])
-                grad_tile = grad_view.load([at, view_residue * grad_row + head * grad_head])
-                row_lse = terms.load([lse_at, view_row + start]).reshape(BM)
-                row_delta = terms.load([num_batches * num_heads * rate + lse_at, view_row + start]).reshape(BM)
+            inside = start + m < q_hi
+            if VIEW:
+                row = view_row + start
+                q_tile = load_tile(q_view, batch, view_rows, row, view_residue, head, q_row, q_head, BM, BLOCK_D, VIEW)
+                grad_tile = load_tile(
+                    grad_view, batch, view_rows, row, view_residue, head, grad_row, grad_head, BM, BLOCK_D, VIEW
+                )
             else:
                 hop = (start * rate).to(tl.int64)
-                inside = start + m < q_hi
                 q_mask = (start + m < q_real)[:, None] & d_mask
                 q_tile = tl.load(q_at + hop * q_row + q_steps, mask=q_mask, other=0.0)
                 grad_mask = inside[:, None] & d_mask
                 grad_tile = tl.load(grad_at + hop * grad_row + grad_steps, mask=grad_mask, other=0.0)
+            if VIEW == 2:
+                row_lse = terms.load([lse_at, row]).reshape(BM)
+                row_delta = terms.load([num_batches * num_heads * rate + lse_at, row]).reshape(BM)
+            else:
                 row_lse = tl.load(terms + terms_at + start + m, mask=inside, other=float("inf"))
                 row_delta = tl.load(terms + delta_at + start + m, mask=inside, other=0.0)
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)

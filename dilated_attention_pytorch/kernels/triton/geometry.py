@@ -110,6 +110,18 @@ def segment_slots(
 
 
 @triton.jit
+def load_tile(
+    view, batch, view_rows, row, residue, head, row_stride, head_stride,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VIEW: tl.constexpr,
+):  # fmt: skip
+    """Rows of one residue and head through the copy engine, from a view of rank VIEW (`launch_aligned.descriptor`)."""
+    if VIEW == 5:
+        return view.load([batch, residue, head, row, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        return view.load([batch * view_rows + row, residue * row_stride + head * head_stride])
+
+
+@triton.jit
 def mix(x):
     """`core.dropout.mix` on uint32."""
     x = x ^ (x >> 16)

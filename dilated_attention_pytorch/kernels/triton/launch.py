@@ -12,11 +12,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
-from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, launch_aligned
+from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, launch_aligned, replay
 from dilated_attention_pytorch.kernels.triton.configs import Config
-from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment, descriptor
+from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment, descriptor, strided_view
 
 _LOG2E = 1.4426950408889634
+# Read once: the kernels above were decorated under it, and Triton looks its settings up in the environment each time.
+_INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
 class Layout(NamedTuple):
@@ -69,7 +71,7 @@ def check_supported(q: Tensor, problem: Problem) -> None:
 
 def interpreting() -> bool:
     """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
+    return _INTERPRETING
 
 
 def forward(
@@ -85,6 +87,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Out in q's dtype and lse in fp32; arguments as in `core.reference.attention`."""
     check_supported(q, problem)
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return forward(
+                q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens,
+                seed=seed,
+            )  # fmt: skip
     if interpreting() and q.dtype == torch.bfloat16:  # tl.dot of bf16 is wrong there
         q, k, v = q.float(), k.float(), v.float()
         out, lse = forward(
@@ -93,20 +101,29 @@ def forward(
         return out.bfloat16(), lse
     q, k, v = _rows_ready(q), _rows_ready(k), _rows_ready(v)
     layout = _layout(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
-    plan, (config,) = _aligned(("aligned_forward",), q, k, problem, layout)
+
+    def record() -> tuple[Tensor, ...]:
+        return _forward(q, k, v, problem, layout)
+
+    if not _repeatable(q, k, layout):
+        return record()  # type: ignore[return-value]
+    return replay.call(("forward", problem), (q, k, v, layout.seed), record)  # type: ignore[return-value]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: Layout) -> tuple[Tensor, Tensor]:
+    short = q.numel() <= configs.SHORT_CAUSAL
+    plan, (config,) = _aligned(("aligned_forward",), q, k, problem, layout, causal=short)
     if plan is not None:
         return launch_aligned.forward(q, k, v, problem, plan, config, precision=precision(q))
     branches = branch_order(problem)
     # The densest branch writes every row when its rate is 1 and no row lies outside the range.
     writes_all = covers_all(problem, branches[0], layout)
-    out = q.new_empty(q.shape) if writes_all else q.new_zeros(q.shape)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    if not writes_all:
-        lse.fill_(-torch.inf)
+    out = replay.empty(q, q.shape, fill=None if writes_all else 0.0)
+    lse = replay.empty(q, (q.shape[0], q.shape[2], q.shape[1]), torch.float32, fill=None if writes_all else -torch.inf)
     if out.numel() == 0:
-        return out, lse.fill_(-torch.inf)
+        return out, lse
     for rank, branch in enumerate(branches):
-        config = configs.candidates("forward", q)[0]
+        config = configs.candidates("forward", q, problem.is_causal)[0]
         forward_branch(q, k, v, out, lse, problem, layout, branch, config, first=writes_all and rank == 0)
     return out, lse
 
@@ -128,21 +145,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their dtypes, given what the forward returned."""
     check_supported(q, problem)
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return backward(
+                grad_out, grad_lse, q, k, v, out, lse, problem, key_padding_mask=key_padding_mask,
+                row_start=row_start, cu_seqlens=cu_seqlens, seed=seed,
+            )  # fmt: skip
     if interpreting() and q.dtype == torch.bfloat16:
         grads = backward(
-            grad_out.float(),
-            grad_lse,
-            q.float(),
-            k.float(),
-            v.float(),
-            out.float(),
-            lse,
-            problem,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            seed=seed,
-        )
+            grad_out.float(), grad_lse, q.float(), k.float(), v.float(), out.float(), lse, problem,
+            key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed,
+        )  # fmt: skip
         dq, dk, dv = (x.bfloat16() for x in grads)
         return dq, dk, dv
     q, k, v, out, grad_out = (_rows_ready(x) for x in (q, k, v, out, grad_out))
@@ -150,6 +163,27 @@ def backward(
     lse = lse.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.float().contiguous()
+
+    def record() -> tuple[Tensor, ...]:
+        return _backward(grad_out, grad_lse, q, k, v, out, lse, problem, layout)
+
+    if not _repeatable(q, k, layout):
+        return record()  # type: ignore[return-value]
+    inputs = (grad_out, grad_lse, q, k, v, out, lse, layout.seed)
+    return replay.call(("backward", problem), inputs, record)  # type: ignore[return-value]
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
     plan, (dq_config, dkv_config) = _aligned(("aligned_dq", "aligned_dkv"), q, k, problem, layout)
     if plan is not None:
         return launch_aligned.backward(
@@ -157,15 +191,17 @@ def backward(
         )
     branches = branch_order(problem)
     writes_all = covers_all(problem, branches[0], layout)
-    dq, dk, dv = (x.new_empty(x.shape) if writes_all else x.new_zeros(x.shape) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+    nothing = q.numel() == 0 or k.numel() == 0
+    fill = None if writes_all and not nothing else 0.0
+    dq, dk, dv = (replay.empty(x, x.shape, fill=fill) for x in (q, k, v))
+    if nothing:
+        return dq, dk, dv
     delta = compute_delta(out, grad_out, grad_lse)
     for rank, branch in enumerate(branches):
-        config = configs.candidates("dq", q)[0]
+        config = configs.candidates("dq", q, problem.is_causal)[0]
         first = writes_all and rank == 0
         backward_branch_dq(grad_out, q, k, v, lse, delta, dq, problem, layout, branch, config, first=first)
-        config = configs.candidates("dkv", q)[0]
+        config = configs.candidates("dkv", q, problem.is_causal)[0]
         backward_branch_dkv(grad_out, q, k, v, lse, delta, dk, dv, problem, layout, branch, config, first=first)
     return dq, dk, dv
 
@@ -185,7 +221,7 @@ def forward_branch(
 ) -> None:
     """Merges a branch into (out, lse), or writes it where it is the first."""
     grid = _grid(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
-    even, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
+    even, view, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
     _launch(
         attention.branch_forward,
         grid.programs * q.shape[2],
@@ -194,17 +230,18 @@ def forward_branch(
         *_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride()[:2], _mask_stride(layout),
         *_sizes(q, k, problem, branch, grid), abs(problem.scale) * _LOG2E or 1e-30, *_dropout(problem),
         **_flags(q, problem, layout, grid, config), FIRST=first, NEGATE=problem.scale < 0,
-        DESCRIPTORS=k_view is not None, EVEN=even,
+        VIEW=view, EVEN=even,
     )  # fmt: skip
 
 
 def compute_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """`rowsum(out * grad_out) - grad_lse`, fp32 `(B, H, N)`."""
     batch, n, heads, width = out.shape
-    delta = out.new_empty((batch, heads, n), dtype=torch.float32)
+    delta = replay.empty(out, (batch, heads, n), torch.float32)
     rows = 64
-    attention_backward.delta_kernel[(triton.cdiv(n, rows), heads, batch)](
-        out, grad_out, grad_lse, delta, *_strides(out), *_strides(grad_out), *delta.stride()[:2], n,
+    replay.launch(
+        attention_backward.delta_kernel, (triton.cdiv(n, rows), heads, batch), out, grad_out, grad_lse, delta,
+        *_strides(out), *_strides(grad_out), *delta.stride()[:2], n,
         D=width, BLOCK_D=_block_d(out), BM=rows, GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
     return delta
@@ -227,16 +264,16 @@ def backward_branch_dq(
 ) -> None:
     """Adds a branch's share to dq, or writes it where it is the first."""
     grid = _grid(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
-    even, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
+    even, view, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
     _launch(
         attention_backward.branch_backward_dq,
         grid.programs * q.shape[2],
         config,
         q, k, v, k_view, v_view, grad_out, lse, delta, dq, *_pointers(layout, grid),
         *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dq), *lse.stride()[:2],
-        _mask_stride(layout), *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E, problem.scale,
-        *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
-        DESCRIPTORS=k_view is not None, EVEN=even,
+        _mask_stride(layout), *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E,
+        problem.scale, *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
+        VIEW=view, EVEN=even,
     )  # fmt: skip
 
 
@@ -257,40 +294,58 @@ def backward_branch_dkv(
     first: bool,
 ) -> None:
     """Adds a branch's share to dk and dv, or writes it where it is the first."""
-    batch, n, heads = q.shape[:3]
+    batch, n, heads, _ = q.shape
     grid = _grid(problem, layout, branch, k.shape[0], k.shape[1], config.block_n, by_keys=True)
-    even, q_view, grad_view = _views(q, q, grad_out, problem, layout, branch, config, config.block_m)
+    even, rank, q_view, grad_view = _views(q, q, grad_out, problem, layout, branch, config, config.block_m)
     rate = problem.pattern.dilation_rates[branch]
     length = triton.cdiv(triton.cdiv(n, rate), 128) * 128
-    terms = q.new_empty((2, batch, heads, rate, length), dtype=torch.float32)
-    attention_backward.terms_kernel[(length // 128, rate, batch * heads)](lse, delta, terms, n, rate, length, BM=128)
-    if q_view is not None:
+    terms = replay.empty(q, (2, batch, heads, rate, length), torch.float32)
+    replay.launch(
+        attention_backward.terms_kernel,
+        (length // 128, rate, batch * heads),
+        lse,
+        delta,
+        terms,
+        n,
+        rate,
+        length,
+        BM=128,
+    )
+    if rank == 2:
         view = TensorDescriptor(terms, [2 * batch * heads * rate, length], [length, 1], [1, config.block_m])
     _launch(
         attention_backward.branch_backward_dkv,
         grid.programs * k.shape[2],
         config,
-        q, k, v, q_view, grad_view, terms if q_view is None else view, grad_out, dk, dv, *_pointers(layout, grid),
+        q, k, v, q_view, grad_view, view if rank == 2 else terms, grad_out, dk, dv, *_pointers(layout, grid),
         *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dk),
         _mask_stride(layout), batch, length, *_sizes(q, k, problem, branch, grid), problem.scale * _LOG2E,
         problem.scale, *_dropout(problem), **_flags(q, problem, layout, grid, config), FIRST=first,
-        DESCRIPTORS=q_view is not None, EARLY=config.early, EVEN=even,
+        VIEW=rank, EARLY=config.early, EVEN=even,
     )  # fmt: skip
 
 
+def _repeatable(q: Tensor, k: Tensor, layout: Layout) -> bool:
+    """Whether the call's launches depend on its problem and the layout of its tensors alone."""
+    packed = layout.key_mask is not None or layout.row_start is not None or layout.cu_seqlens is not None
+    return not packed and q.numel() > 0 and k.numel() > 0
+
+
 def _aligned(
-    kernels: tuple[str, ...], q: Tensor, k: Tensor, problem: Problem, layout: Layout
+    kernels: tuple[str, ...], q: Tensor, k: Tensor, problem: Problem, layout: Layout, *, causal: bool = False
 ) -> tuple[Alignment | None, list[Any]]:
     """How one launch can walk all branches, and with which configurations; None where it cannot."""
     nothing = None, [None] * len(kernels)
     if layout.key_mask is not None or layout.row_start is not None or layout.cu_seqlens is not None or q.numel() == 0:
         return nothing
-    plan = launch_aligned.alignment(problem, q.shape[1], k.shape[1])
+    plan = launch_aligned.alignment(problem, q.shape[1], k.shape[1], causal=causal)
     if plan is None:
         return nothing
     chosen = []
     for kernel in kernels:
-        fitting = [c for c in configs.candidates(kernel, q) if plan.fits(c.block_m) and plan.fits(c.block_n)]
+        fitting = [
+            c for c in configs.candidates(kernel, q, problem.is_causal) if plan.fits(c.block_m) and plan.fits(c.block_n)
+        ]
         # Among those, one whose tiles are not mostly empty on a short sequence.
         filled = [c for c in fitting if max(c.block_m, c.block_n) * plan.rate <= plan.seq_len]
         if not filled:
@@ -364,17 +419,22 @@ def _layout(
 
 def _views(
     q: Tensor, a: Tensor, b: Tensor, problem: Problem, layout: Layout, branch: int, config: Config, rows: int
-) -> tuple[bool, TensorDescriptor | None, TensorDescriptor | None]:
-    """Whether every tile of the branch is whole, and if so the views through which the copy engine loads a and b."""
+) -> tuple[bool, int, TensorDescriptor | None, TensorDescriptor | None]:
+    """Whether every tile of the branch is whole, and the views through which the copy engine loads a and b, with
+    their rank; rank 0 where it does not."""
     n, rate = problem.seq_len, problem.pattern.dilation_rates[branch]
     length = min(problem.pattern.segment_lengths[branch], n)
     whole = q.shape[1] == n and problem.q_start == 0 and layout.row_start is None and layout.cu_seqlens is None
     tiles = all(size % (rate * tile) == 0 for size in (n, length) for tile in (config.block_m, config.block_n))
-    even = whole and tiles and a.shape[1] == n and problem.padding == "none" and _block_d(q) == q.shape[3]
-    if not even or not config.descriptors:
-        return even, None, None
+    whole = whole and a.shape[1] == n and problem.padding == "none"
+    even = whole and tiles and _block_d(q) == q.shape[3]
+    if not whole or not config.descriptors:
+        return even, 0, None, None
     views = descriptor(a, rate, rows), descriptor(b, rate, rows)
-    return even, *(views if None not in views else (None, None))
+    if even and None not in views:
+        return even, 2, *views
+    views = strided_view(a, rate, rows, _block_d(q)), strided_view(b, rate, rows, _block_d(q))
+    return (even, 5, *views) if None not in views else (even, 0, None, None)
 
 
 def _pointers(layout: Layout, grid: Grid) -> tuple[Tensor | None, ...]:
@@ -418,7 +478,9 @@ def precision(q: Tensor) -> str:
 
 def _launch(kernel: Any, programs: int, config: Config, *args: Any, **flags: Any) -> None:
     options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    kernel[(programs,)](*args, **flags, num_warps=config.num_warps, num_stages=config.num_stages, **options)
+    replay.launch(
+        kernel, (programs,), *args, **flags, num_warps=config.num_warps, num_stages=config.num_stages, **options
+    )
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

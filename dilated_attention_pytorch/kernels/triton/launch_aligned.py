@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels.triton import aligned
+from dilated_attention_pytorch.kernels.triton import aligned, replay
 from dilated_attention_pytorch.kernels.triton.configs import Config
 
 _LOG2E = 1.4426950408889634
@@ -45,11 +45,21 @@ class Alignment(NamedTuple):
         return all(self.seq_len % (self.rate * rows) == 0 for rows in tiles)
 
 
-def alignment(problem: Problem, num_queries: int, num_keys: int) -> Alignment | None:
-    """How the branches of a whole, unmasked, non-causal sequence align; None where they do not."""
+def alignment(problem: Problem, num_queries: int, num_keys: int, *, causal: bool = False) -> Alignment | None:
+    """How the branches of a whole, unmasked sequence align; None where they do not, or where it is causal.
+
+    Args:
+        causal: whether that is no obstacle.
+    """
     n = problem.seq_len
     whole = num_queries == num_keys == n and problem.q_start == problem.k_start == 0
-    if not whole or problem.is_causal or problem.dropout_p > 0.0 or problem.padding != "none" or n == 0:
+    if (
+        not whole
+        or (problem.is_causal and not causal)
+        or problem.dropout_p > 0.0
+        or problem.padding != "none"
+        or n == 0
+    ):
         return None
     rate = math.lcm(*problem.pattern.dilation_rates)
     if rate > _MAX_RATE:
@@ -81,6 +91,18 @@ def descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
     return TensorDescriptor(x, [batch * (n // rate), columns], [rate * sizes[1], 1], [rows, width])
 
 
+def strided_view(x: Tensor, rate: int, rows: int, block_d: int) -> TensorDescriptor | None:
+    """The view `[B, rate, H, N / rate, D]` of x `(B, N, H, D)` in tiles of `rows`; None where the copy engine cannot
+    have it. Unlike `descriptor`'s it takes any D: columns from D on come as zeros."""
+    batch, n, heads, width = x.shape
+    strides = (x.stride(0), x.stride(1), x.stride(2), rate * x.stride(1))
+    if any(size * x.element_size() % 16 for size in strides) or x.data_ptr() % 16 or n % rate:
+        return None
+    if block_d * x.element_size() > 512 or any(size * x.element_size() >= 1 << 40 for size in strides):
+        return None
+    return TensorDescriptor(x, [batch, rate, heads, n // rate, width], [*strides, 1], [1, 1, 1, rows, block_d])
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -94,18 +116,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse by one launch."""
     batch, n, heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, heads, n), dtype=torch.float32)
+    out = replay.empty(q, q.shape)
+    lse = replay.empty(q, (batch, heads, n), torch.float32)
     even = plan.even(config.block_m, config.block_n)
     k_view = v_view = None
     if descriptors and (even or batch == 1):
         k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
     num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_m)
-    aligned.aligned_forward[(batch * heads * num_tiles * plan.rate,)](
-        q, k, v, k_view, v_view, out, lse,
+    replay.launch(
+        aligned.aligned_forward, (batch * heads * num_tiles * plan.rate,), q, k, v, k_view, v_view, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
         n, n // plan.rate, heads, k.shape[2], num_tiles, abs(problem.scale) * _LOG2E or 1e-30,
-        **_flags(q, problem, plan, config, even, precision), NEGATE=problem.scale < 0,
+        **_flags(q, problem, plan, config, even, precision), NEGATE=problem.scale < 0, CAUSAL=problem.is_causal,
         DESCRIPTORS=k_view is not None and v_view is not None,
     )  # fmt: skip
     return out, lse
@@ -144,7 +166,7 @@ def terms_buffer(q: Tensor, plan: Alignment, rows: int) -> Tensor:
     """Room for what the dK/dV pass needs of each query row, `[2, B, H, R, rows of a residue]`, in whole tiles."""
     batch, n, heads, _ = q.shape
     length = triton.cdiv(triton.cdiv(n, plan.rate), rows) * rows
-    return q.new_empty((2, batch, heads, plan.rate, length), dtype=torch.float32)
+    return replay.empty(q, (2, batch, heads, plan.rate, length), torch.float32)
 
 
 def backward_dq(
@@ -165,14 +187,15 @@ def backward_dq(
 ) -> Tensor:
     """dq; fills terms."""
     batch, n, heads, _ = q.shape
-    dq = q.new_empty(q.shape)
+    dq = replay.empty(q, q.shape)
     even = plan.even(config.block_m, config.block_n)
     k_view = v_view = None
     if descriptors and (even or batch == 1):
         k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
     num_tiles = terms.shape[4] // config.block_m
-    aligned.aligned_backward_dq[(batch * heads * num_tiles * plan.rate,)](
-        q, k, v, k_view, v_view, out, grad_out, lse, grad_lse, terms, dq,
+    replay.launch(
+        aligned.aligned_backward_dq, (batch * heads * num_tiles * plan.rate,), q, k, v, k_view, v_view, out, grad_out,
+        lse, grad_lse, terms, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
         *dq.stride()[:3], *lse.stride()[:2], n, n // plan.rate, terms.shape[4], heads, k.shape[2], num_tiles,
         problem.scale * _LOG2E, problem.scale, **_flags(q, problem, plan, config, even, precision),
@@ -197,7 +220,7 @@ def backward_dkv(
     """dk and dv."""
     batch, n, heads, _ = q.shape
     kv_heads = k.shape[2]
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dk, dv = replay.empty(k, k.shape), replay.empty(v, v.shape)
     even = plan.even(config.block_m, config.block_n)
     q_view = grad_view = None
     if descriptors and (even or batch == 1):
@@ -205,8 +228,9 @@ def backward_dkv(
     length = terms.shape[4]
     terms_view = TensorDescriptor(terms, [2 * batch * heads * plan.rate, length], [length, 1], [1, config.block_m])
     num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_n)
-    aligned.aligned_backward_dkv[(batch * kv_heads * num_tiles * plan.rate,)](
-        q, k, v, q_view, grad_view, grad_out, terms_view, dk, dv,
+    replay.launch(
+        aligned.aligned_backward_dkv, (batch * kv_heads * num_tiles * plan.rate,), q, k, v, q_view, grad_view,
+        grad_out, terms_view, dk, dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
         n, n // plan.rate, batch, heads, kv_heads, num_tiles, problem.scale * _LOG2E, problem.scale,
         **_flags(q, problem, plan, config, even, precision), GROUP=heads // kv_heads, EARLY=config.early,

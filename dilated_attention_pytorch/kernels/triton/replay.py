@@ -1,0 +1,189 @@
+"""Doing a call's launches again without preparing them again.
+
+What a call allocates and launches depends on its problem and on the layout of its tensors alone. The first call of a
+kind writes that down on a tape; a later one looks the tape up, allocates, puts its own pointers in and launches the
+compiled kernels directly. That spares the host most of what a launch costs: sizing grids, choosing configurations,
+describing views, and Triton's own binding and specialisation of some sixty arguments.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_KEPT = 512  # tapes; sequence lengths may never repeat
+_tapes: dict[Hashable, Tape] = {}
+_local = threading.local()
+
+
+class Tape:
+    """The allocations and launches of one call, in terms of numbered tensors: the inputs first, then the new ones."""
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        self.device = next(x.device for x in inputs if x is not None)
+        self.steps: list[Launch | Allocation] = []
+        self.results: list[int] = []
+        # While recording, what the numbers stand for: held weakly, so that it takes no more memory than the call.
+        self.tensors = [(lambda: None) if x is None else weakref.ref(x) for x in inputs]
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Which of the tensors this is; None for one that the tape does not know."""
+        return next((i for i, x in enumerate(self.tensors) if x() is tensor), None)
+
+    def finish(self, results: Sequence[Tensor]) -> bool:
+        """Ends the recording. Whether it can be played."""
+        numbers = [self.number(x) for x in results]
+        usable = None not in numbers and bool(self.launches) and all(x.complete for x in self.launches)
+        self.results = [x for x in numbers if x is not None]
+        free = set(range(len(self.tensors))) - set(self.results)
+        for launch in reversed(self.launches):  # what is needed no longer is freed, as the first call did
+            used = {number for _, number, *_ in (*launch.pointers, *launch.views)}
+            launch.last = tuple(used & free)
+            free -= used
+        self.tensors = []
+        return usable
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The launches among the steps."""
+        return [x for x in self.steps if isinstance(x, Launch)]
+
+    def play(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The call once more, on other tensors of the same layout."""
+        tensors = list(inputs)
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        for step in self.steps:
+            if isinstance(step, Launch):
+                step.again(tensors, pointers)
+                for i in step.last:
+                    tensors[i] = None
+                continue
+            tensor = torch.empty(step.shape, dtype=step.dtype, device=self.device)
+            tensors.append(tensor if step.fill is None else tensor.fill_(step.fill))
+            pointers.append(tensor.data_ptr())
+        return tuple(tensors[i] for i in self.results)  # type: ignore[misc]
+
+
+class Allocation(NamedTuple):
+    """A new tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float | None
+
+
+class Launch:
+    """One launch of a kernel: its arguments in the order of the signature, with gaps where tensors go."""
+
+    def __init__(
+        self, kernel: Any, handle: Any, grid: tuple[int, ...], tape: Tape, args: Sequence[Any], flags: dict[str, Any]
+    ) -> None:
+        names = kernel.arg_names
+        self.grid = (*grid, 1, 1)[:3]
+        self.values = [*args, *(flags[name] for name in names[len(args) :])]
+        self.options = {name: value for name, value in flags.items() if name not in names}
+        self.pointers: list[tuple[int, int]] = []
+        self.views: list[tuple[int, int, TensorDescriptor]] = []
+        self.complete = True
+        self.last: tuple[int, ...] = ()  # the tensors that no later launch reads
+        for i, value in enumerate(self.values):
+            base = value.base if isinstance(value, TensorDescriptor) else value
+            if not isinstance(base, Tensor):
+                continue
+            number = tape.number(base)
+            if number is None:
+                self.complete = False
+            elif base is value:
+                self.pointers.append((i, number))
+            else:
+                self.views.append((i, number, _rebased(value, None)))
+            self.values[i] = None
+        self.kernel = kernel
+        # What Triton compiled can be launched as it is, and takes pointers as plain numbers. The key of a tape fixes
+        # all that a kernel is specialised on. Without it (in the interpreter) the kernel is called as the first time.
+        self.handle = handle if isinstance(handle, triton.compiler.CompiledKernel) else None
+
+    def again(self, tensors: Sequence[Tensor | None], pointers: Sequence[int | None]) -> None:
+        """Launches with other tensors."""
+        args = self.values.copy()
+        for i, number, view in self.views:
+            args[i] = _rebased(view, tensors[number])
+        if self.handle is not None:
+            for i, number in self.pointers:
+                args[i] = pointers[number]
+            self.handle[self.grid](*args)
+        else:
+            for i, number in self.pointers:
+                args[i] = tensors[number]
+            self.kernel[self.grid](*args, **self.options)
+
+
+def _rebased(view: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
+    """The same view of another tensor, without the checks that it has passed."""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(view.__dict__)
+    other.base = base
+    return other
+
+
+def layout_of(x: Tensor | None) -> Hashable:
+    """What kernels may be specialised on in a tensor. A 16-byte boundary is what Triton asks of a pointer."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+
+
+def call(
+    key: Hashable, inputs: Sequence[Tensor | None], record: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Plays the tape of a key, or records one.
+
+    Args:
+        key: everything beside the inputs' layout that decides what record does.
+        inputs: the tensors that record reads. Every one that a kernel gets must be among them or come from `empty`.
+        record: does the work through `empty` and `launch`.
+    """
+    present = [id(x) for x in inputs if x is not None]
+    if len(set(present)) < len(present):  # a tape could not tell which of the equal inputs an argument was
+        return record()
+    key = (key, inputs[0].device, *map(layout_of, inputs))  # type: ignore[union-attr]
+    tape = _tapes.get(key)
+    if tape is not None:
+        return tape.play(inputs)
+    tape = Tape(inputs)
+    outer, _local.tape = getattr(_local, "tape", None), tape
+    try:
+        results = record()
+    finally:
+        _local.tape = outer
+    if tape.finish(results):
+        if len(_tapes) >= _KEPT:
+            _tapes.pop(next(iter(_tapes)), None)
+        _tapes[key] = tape
+    return results
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, fill: float | None = None) -> Tensor:
+    """A new contiguous tensor, filled or not."""
+    dtype = dtype or like.dtype
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    if fill is not None:
+        tensor.fill_(fill)
+    tape = getattr(_local, "tape", None)
+    if tape is not None:
+        tape.steps.append(Allocation(tuple(shape), dtype, fill))
+        tape.tensors.append(weakref.ref(tensor))
+    return tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None:
+    """`kernel[grid](*args, **flags)`, written down where a call is being recorded."""
+    handle = kernel[grid](*args, **flags)
+    tape = getattr(_local, "tape", None)
+    if tape is not None:
+        tape.steps.append(Launch(kernel, handle, grid, tape, args, flags))
