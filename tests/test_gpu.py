@@ -36,12 +36,18 @@ def assert_within_rounding(case: Case, backend: str, dtype: torch.dtype) -> None
     scales = case.scales
     ours, plain = case.run(backend, dtype, "cuda"), case.run("reference", dtype, "cuda")
     ulp = torch.finfo(dtype).eps
+    q, k, _ = rounded
+    logit = (
+        0.0 if 0 in (q.numel(), k.numel()) else float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * q.shape[-1] ** -0.5
+    )
     for name, want in truth.items():
         finite = torch.isfinite(want)
         assert torch.equal(torch.isfinite(ours[name]), finite), name
         want, got, base = (torch.where(finite, x.double(), 0.0) for x in (want, ours[name], plain[name]))
-        # Kernels round P and dS to the input's dtype before each product; the plain reference does not.
-        allowed = 2 * (base - want).norm() + ulp * (2 * want.norm() + 0.5 * scales.get(name, 0.0))
+        # Kernels round P and dS to the input's dtype before each product, and the device's exp2 adds two ulps of fp32
+        # to those its argument carries; the plain reference does neither.
+        weight = 2 * ulp + (2 + logit) * torch.finfo(torch.float32).eps
+        allowed = 2 * (base - want).norm() + weight * (want.norm() + 0.25 * scales.get(name, 0.0))
         if name == "lse":  # the device's exp2 and log2 are good to a few ulps of 1, whatever the lse
             allowed = allowed + 4 * torch.finfo(torch.float32).eps * want.numel() ** 0.5
         assert (got - want).norm() <= allowed, (name, float((got - want).norm()), float(allowed))

@@ -156,6 +156,9 @@ class TestZeroKeys:
         layout = {"cu_seqlens": torch.tensor([0, 5, 30, 41])}
         check(1, 41, 4, 16, (7, 20, 100), (2, 3, 4), padding="zero_keys", layout=layout)
 
+    def test_a_lone_zero_key_counts_for_nothing(self):
+        check(1, 20, 5, 16, (4, 3, 20), (7, 5, 1), padding="zero_keys")
+
 
 class TestAligned:
     """The one-launch kernels: the plan must choose them."""

@@ -95,7 +95,9 @@ def segment_slots(
         inside = segment * g < num_queries
         kept = tl.where(inside, kept, 0)
         keys = tl.where(inside, keys, 0)
-        return base, out_base, 0, kept, tl.minimum(keys, kept), 0, keys, m - keys
+        # A lone zero key counts for nothing (core.zero_keys).
+        pads = tl.where((m == 1) & (keys == 0), 0, m - keys)
+        return base, out_base, 0, kept, tl.minimum(keys, kept), 0, keys, pads
     else:
         q_low = tl.maximum(q_begin, 0)
         k_low = tl.maximum(k_begin, 0)
