@@ -148,9 +148,8 @@ def dilated_attention_with_lse(
     q, k, v = in_autocast_dtype(q, k, v)
     check.check_qkv(q, k, v, packed=packed)
     check.check_choice("backend", backend, Backend)
-    lengths = check.check_positive_ints("segment_lengths", segment_lengths)
-    rates = check.check_positive_ints("dilation_rates", dilation_rates)
-    pattern = DilatedPattern(lengths, rates, k.shape[-2], offsets)
+    # Any sequence will do: the pattern checks it and makes it a tuple.
+    pattern = DilatedPattern(segment_lengths, dilation_rates, k.shape[-2], offsets)  # type: ignore[arg-type]
     if cu_seqlens is not None:
         if any(x is not None for x in (key_padding_mask, row_start, seq_len)) or q_start or k_start:
             raise ValueError(

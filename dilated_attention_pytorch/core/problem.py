@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
@@ -37,10 +37,11 @@ class Problem:
     padding: Padding
 
     @staticmethod
+    @lru_cache(maxsize=1024)  # an op's call rebuilds it in each pass
     def of(
         num_kv_heads: int,
-        segment_lengths: Sequence[int],
-        dilation_rates: Sequence[int],
+        segment_lengths: tuple[int, ...],
+        dilation_rates: tuple[int, ...],
         offsets: Any,
         is_causal: bool,
         scale: float,
@@ -52,7 +53,7 @@ class Problem:
         padding: Any,
     ) -> Problem:
         """From the plain values that an op's schema can hold, in its order."""
-        pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), num_kv_heads, offsets)
+        pattern = DilatedPattern(segment_lengths, dilation_rates, num_kv_heads, offsets)
         return Problem(pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
 
     def at(self, q_start: int, k_start: int, seq_len: int) -> Problem:

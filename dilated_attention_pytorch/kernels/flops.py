@@ -68,7 +68,8 @@ def _backward(
 
 def _pairs(q: Tensor, k: Tensor, mask: Any, row_start: Any, cu_seqlens: Any, seed: Any, *settings: Any) -> int:
     """(query, key) pairs over a batch and its query heads; rows that a mask or row_start hides count as whole ones."""
-    problem = Problem.of(k.shape[2], *settings[:11])
+    segment_lengths, dilation_rates, *rest = settings[:11]
+    problem = Problem.of(int(k.shape[2]), tuple(segment_lengths), tuple(dilation_rates), *rest)
     pairs, causal = problem.pattern.pairs, problem.is_causal
     if cu_seqlens is not None:
         # A fake tensor has no values to read: then the packed row counts as one sequence.

@@ -76,7 +76,7 @@ def _attention(
     padding: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
+    settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
     problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
     out, lse = _implementation(q, problem, backend).forward(
         q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
@@ -116,7 +116,7 @@ def _attention_backward(
     padding: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
+    settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
     problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
     grads = _implementation(q, problem, backend).backward(
         grad_out,
