@@ -289,12 +289,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for i, who in enumerate(colours):
         values = [next((r["tflops"] for r in million if r["case"] == c and r["who"] == who), 0.0) for c in cases]
         axes[0].barh(
-            [y + 0.27 * (1 - i) for y in range(len(cases))], values, 0.25, color=colours[who], label=names[who]
+            [y + 0.27 * (i - 1) for y in range(len(cases))], values, 0.25, color=colours[who], label=names[who]
         )
     axes[0].set_yticks(range(len(cases)), [case.removesuffix(" N=1M") for case in cases])
     axes[0].invert_yaxis()
     axes[0].set_xlabel("TFLOP/s, one million tokens, bf16")
-    axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=3, fontsize=8)
     lines = {"auto": "#0072b2", "sdpa": "#e69f00", "dense flash": "#cc79a7", "dense cuDNN": "#999999"}
     for who, colour in lines.items():
         points = [

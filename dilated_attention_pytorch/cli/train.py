@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,10 @@ def train(
     suffix: Annotated[
         list[str] | None, typer.Option(help="Take files with this ending only, such as .md; repeat for more.")
     ] = None,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option(metavar="P", help="Processes that share each sequence, a shard each; under torchrun."),
+    ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of files to hold out.")] = 0.05,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
@@ -44,7 +49,10 @@ def train(
     from dilated_attention_pytorch.viz import loss_figure, pattern_figure, save
 
     config = preset_named(preset).changed(_pairs(set_ or []))
+    if context_parallel is not None:
+        config = replace(config, context_parallel=context_parallel)
     with join(None if device is None else check_device(device)) as world:
+        config.micro_steps(world.size)  # what cannot be shared out is known before anything is read
         if world.is_main:  # the others find what it has built
             corpus = build_corpus(data, suffixes=suffix or (), val_fraction=val_fraction)
         world.wait()

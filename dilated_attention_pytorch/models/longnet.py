@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,12 @@ from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.generation import Sampling, generate, stream
 from dilated_attention_pytorch.models.layers import LayerStack
+from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers
 from dilated_attention_pytorch.types import Backend
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def _configured(config: LongNetConfig | None, overrides: dict[str, Any]) -> LongNetConfig:
@@ -198,6 +203,27 @@ class LongNetLM(nn.Module):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
         self.gradient_checkpointing = gradient_checkpointing
+        self._backend = backend
+        self._shards: ContextShards | None = None
+
+    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
+        """From now on each rank of a group holds one contiguous shard of every sequence, in rank order.
+
+        All attention becomes ring attention with the model's own settings; parameters and their names stay. The model
+        then takes this rank's tokens and gives their logits: those that one device would give. The gradients of the
+        parameters are this shard's share, to be summed over the group.
+
+        Args:
+            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
+            mesh_dim: name of the mesh's dimension over which sequences are sharded.
+            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
+
+        Raises:
+            ValueError: settings that ring attention does not have: `mixing_gradient="detached"`,
+                `padding="zero_keys"`.
+        """
+        config = ring_config(self.config, **{"backend": self._backend, **ring})
+        self._shards = shard_layers(self.decoder.layers, config, group, mesh_dim)
 
     def forward(
         self,
@@ -207,6 +233,7 @@ class LongNetLM(nn.Module):
         row_start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        seq_len: int | None = None,
     ) -> Tensor:
         """Logits of the token that follows each position.
 
@@ -216,12 +243,19 @@ class LongNetLM(nn.Module):
             row_start: int `(B,)`, first real position of each left-padded row.
             cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
             cache: from `make_cache`. The tokens are those that follow what it has seen; it takes them in.
+            seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
+                all shards are equally long.
 
         Returns:
             `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
         hidden = self.hidden(
-            tokens, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, cache=cache
+            tokens,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
+            cache=cache,
+            seq_len=seq_len,
         )
         return self.logits(hidden)
 
@@ -233,12 +267,14 @@ class LongNetLM(nn.Module):
         row_start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        seq_len: int | None = None,
     ) -> Tensor:
         """What `logits` takes, `(B, N, d_model)`: for long sequences, whose logits need not all exist at once.
 
         Arguments are those of `forward`.
         """
         self._check(tokens, cu_seqlens is not None)
+        start = self._shard_start(tokens, row_start, cu_seqlens, cache, seq_len)
         x = self.embed_tokens(tokens) * math.sqrt(self.config.d_model)
         if self.training and self.config.dropout > 0.0:
             x = nn.functional.dropout(x, self.config.dropout)
@@ -249,6 +285,7 @@ class LongNetLM(nn.Module):
                 key_padding_mask=key_padding_mask,
                 row_start=row_start,
                 cu_seqlens=cu_seqlens,
+                start=start,
                 gradient_checkpointing=self.gradient_checkpointing,
             )
             return out
@@ -296,6 +333,26 @@ class LongNetLM(nn.Module):
     def stream(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Iterator[Tensor]:
         """`generate` as an iterator over int64 `(B,)`, each token as it comes."""
         return stream(self, prompt, max_new_tokens, **sampling)
+
+    def _shard_start(
+        self,
+        tokens: Tensor,
+        row_start: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: KeyValueCache | None,
+        seq_len: int | None,
+    ) -> int:
+        """The position of the first token: 0 without shards."""
+        if self._shards is None:
+            if seq_len is not None:
+                raise ValueError(f"expected no seq_len without shard_context, got {seq_len}: tokens are whole")
+            return 0
+        if row_start is not None or cu_seqlens is not None or cache is not None:
+            raise ValueError(
+                "expected no row_start, cu_seqlens or cache after shard_context: it takes whole rows of one sequence "
+                "each; generate with a model that is not sharded"
+            )
+        return self._shards.start(tokens.shape[1], seq_len)
 
     def _check(self, tokens: Tensor, packed: bool) -> None:
         if not isinstance(tokens, Tensor):

@@ -43,6 +43,8 @@ class TrainConfig:
         precision: `"fp32"`, `"bf16"` (autocast), or `"auto"`: bf16 on CUDA, fp32 on a CPU.
         gradient_checkpointing: compute activations again in the backward instead of keeping them.
         compile: torch.compile the model.
+        context_parallel: how many processes share a sequence, each with a shard of it. Parameters, gradients and
+            optimizer states are then sharded over all processes (FSDP2).
         cpu_threads: of a run on a CPU, 0 for torch's choice; sums, and so the last bits of a run, depend on it.
         seed: of the start, the order of the data and dropout.
         eval_excerpts: held-out sequences that an evaluation reads, spread over the split; 0 for all of it.
@@ -55,8 +57,10 @@ class TrainConfig:
         TypeError: a value of the wrong type.
     """
 
-    # What may differ when a run is resumed: it changes what is written, not what is computed.
-    FREE: ClassVar[frozenset[str]] = frozenset({"log_every", "eval_every", "eval_excerpts", "checkpoint_every"})
+    # What may differ when a run is resumed: it changes what is written or who computes it, not what is computed.
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel"}
+    )
 
     d_model: int = 512
     nhead: int = 8
@@ -82,6 +86,7 @@ class TrainConfig:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    context_parallel: int = 1
     cpu_threads: int = 0
     seed: int = 0
     eval_excerpts: int = 64
@@ -90,7 +95,7 @@ class TrainConfig:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        at_least_one = ("context", "batch_size", "micro_batch_size", "steps")
+        at_least_one = ("context", "batch_size", "micro_batch_size", "steps", "context_parallel")
         for name in (*at_least_one, "eval_every", "log_every", "checkpoint_every"):
             check.check_positive_int(name, getattr(self, name))
         for name in ("warmup_steps", "cpu_threads", "seed", "eval_excerpts"):
@@ -120,6 +125,12 @@ class TrainConfig:
                 "expected batch_size to be a multiple of micro_batch_size, "
                 f"got {self.batch_size} and {self.micro_batch_size}"
             )
+        if self.context < self.context_parallel:
+            raise ValueError(
+                f"expected context of at least context_parallel, got {self.context} and {self.context_parallel}"
+            )
+        if self.compile and self.context_parallel > 1:
+            raise ValueError(f"expected compile=False with context_parallel={self.context_parallel}, got True")
         model = self.model_config()
         object.__setattr__(self, "segment_lengths", model.segment_lengths)
         object.__setattr__(self, "dilation_rates", model.dilation_rates)
@@ -144,13 +155,23 @@ class TrainConfig:
     def micro_steps(self, world_size: int) -> int:
         """How many forwards a rank accumulates in a step.
 
+        Args:
+            world_size: number of processes; `context_parallel` of them share each sequence.
+
         Raises:
-            ValueError: a batch that cannot be dealt out evenly.
+            ValueError: processes that do not make whole groups; a batch that cannot be dealt out evenly.
         """
-        share = world_size * self.micro_batch_size
-        if self.batch_size % share:
+        if world_size % self.context_parallel:
             raise ValueError(
-                f"expected batch_size to be a multiple of {share} ({world_size} ranks of micro_batch_size "
+                f"expected a number of processes that is a multiple of context_parallel {self.context_parallel}, got "
+                f"{world_size}; torchrun --nproc-per-node sets it"
+            )
+        readers = world_size // self.context_parallel
+        share = readers * self.micro_batch_size
+        if self.batch_size % share:
+            who = "ranks" if self.context_parallel == 1 else f"groups of {self.context_parallel} ranks"
+            raise ValueError(
+                f"expected batch_size to be a multiple of {share} ({readers} {who} of micro_batch_size "
                 f"{self.micro_batch_size}), got {self.batch_size}"
             )
         return self.batch_size // share

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
+from dilated_attention_pytorch.training import parallel
 from dilated_attention_pytorch.training import state as state_file
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus
@@ -36,7 +37,12 @@ class Interrupted(Exception):
 
 
 class Result(NamedTuple):
-    """What a finished run leaves beside its files."""
+    """What a finished run leaves beside its files.
+
+    Attributes:
+        model: with `context_parallel`, rank 0 has a whole one; the others have their shard of it.
+        evaluation: the last one.
+    """
 
     model: LongNetLM
     evaluation: Evaluation
@@ -74,7 +80,8 @@ class Trainer:
         reporter: who is told how it goes.
 
     Raises:
-        ValueError: the folder's run has another config or corpus; a batch that the ranks cannot share evenly.
+        ValueError: the folder's run has another config or corpus; a batch that the ranks cannot share evenly; a number
+            of ranks that is no multiple of `context_parallel`.
 
     Example:
         >>> with join() as world:
@@ -96,6 +103,7 @@ class Trainer:
         self.tensorboard = tensorboard
         self.reporter = reporter if world.is_main else None
         self.micro_steps = config.micro_steps(world.size)
+        self.layout = parallel.arrange(world, config.context_parallel)
         self.held_out = held_out_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
@@ -103,13 +111,16 @@ class Trainer:
         # Made on the CPU, so that the start does not depend on the device.
         model = LongNetLM(config.model_config(), gradient_checkpointing=config.gradient_checkpointing)
         self.model = model.to(world.device)
-        self.optimizer = adamw(self.model, config)
         self.step = 0
         kept = None if restart else state_file.load_state(folder, config=config, fingerprint=corpus.fingerprint)
         if kept is not None:
             self.step = kept["step"]
             self.model.load_state_dict(kept["model"])
-            self.optimizer.load_state_dict(kept["optimizer"])
+        if self.layout.mesh is not None:
+            parallel.shard_model(self.model, self.layout.mesh)
+        self.optimizer = adamw(self.model, config)
+        if kept is not None:
+            self.optimizer.load_state_dict(parallel.spread(kept["optimizer"], self.optimizer))
         self.runner: nn.Module = self._runner()
         self._signal = 0
 
@@ -131,7 +142,7 @@ class Trainer:
                 self.reporter.start(self.step, config, sum(p.numel() for p in self.model.parameters()))
             with self._signals():
                 evaluation = self._loop(log)
-            return Result(self.model, evaluation)
+            return Result(self._whole_model(), evaluation)
         finally:
             if log is not None:
                 log.close()
@@ -170,45 +181,71 @@ class Trainer:
 
     def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; this rank's mean loss and the gradient's norm."""
-        config, world = self.config, self.world
-        # Dropout's draws are a function of the step and the rank too: there is no random state to save.
-        torch.manual_seed(((config.seed * 1_000_003 + self.step) * 4099 + world.rank) % 2**63)
+        config, world, layout = self.config, self.world, self.layout
+        # Dropout's draws are a function of the step and the rank too: there is no random state to save. The first rank
+        # of those that share a sequence draws what a rank with all of it would.
+        torch.manual_seed(((config.seed * 1_000_003 + self.step) * 4099 + self.layout.seed) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        share = config.batch_size // world.size
+        share = config.batch_size // layout.data_size
         batch = training_excerpts(
             self.corpus.train, context=config.context, seed=config.seed, step=self.step, batch_size=config.batch_size,
-            first=world.rank * share, count=share,
+            first=layout.data_rank * share, count=share,
         ).to(world.device)  # fmt: skip
         total = torch.zeros((), device=world.device)
         for i, tokens in enumerate(batch.split(config.micro_batch_size)):
             # Gradients cross the wire once a step, with the last forward's.
-            waits = isinstance(self.runner, nn.parallel.DistributedDataParallel) and i + 1 < self.micro_steps
-            with self.runner.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            with parallel.gradients(self.runner, last=i + 1 == self.micro_steps):
                 with self._autocast():
-                    logits = self.runner(tokens[:, :-1])
-                    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()) / self.micro_steps
+                    inputs, targets, whole = layout.shard(tokens)
+                    logits = self.runner(inputs, **whole)
+                    loss = self._loss(logits.flatten(0, 1).float(), targets.flatten()) / self.micro_steps
                 loss.backward()
             total += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, grad_norm
+        return total, parallel.complete(grad_norm)
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean over tokens; of a shard, scaled so that the mean over ranks is the mean over tokens."""
+        if self.layout.mesh is None:
+            return F.cross_entropy(logits, targets)
+        # Shards may be unequal, so a mean of their means would weigh tokens differently.
+        share = self.config.micro_batch_size * self.config.context / self.layout.context_size
+        return F.cross_entropy(logits, targets, reduction="sum") / share
 
     def save(self) -> None:
-        """Leaves the present step on disk: the state, and the model for use."""
-        if self.world.is_main:
+        """Leaves the present step on disk: the state, and the model for use; whole, however they are sharded."""
+        main = self.world.is_main
+        weights = parallel.whole(self.model.state_dict(), keep=main)
+        optimizer = parallel.whole(self.optimizer.state_dict(), keep=main)
+        if main:
             state_file.save_state(
                 self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
-                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                model=weights, optimizer=optimizer,
             )  # fmt: skip
-            save_pretrained(self.model, self.folder)
+            save_pretrained(self.model if self.layout.mesh is None else self._unsharded(weights), self.folder)
         self.world.wait()
+
+    def _whole_model(self) -> LongNetLM:
+        """The model itself, or on rank 0 a whole copy of a sharded one."""
+        if self.layout.mesh is None:
+            return self.model
+        weights = parallel.whole(self.model.state_dict(), keep=self.world.is_main)
+        self.world.wait()  # no process leaves while another still gathers
+        return self._unsharded(weights).to(self.world.device) if self.world.is_main else self.model
+
+    def _unsharded(self, weights: dict[str, torch.Tensor]) -> LongNetLM:
+        model = LongNetLM(self.config.model_config(), device="meta")
+        model.load_state_dict(weights, assign=True)
+        return model
 
     def _evaluate(self, log: MetricsLog | None) -> Evaluation:
         result = evaluate(
-            self.model, self.held_out, self.world, batch_size=self.config.micro_batch_size, autocast=self._autocast
-        )
+            self.model, self.held_out, self.world, batch_size=self.config.micro_batch_size, autocast=self._autocast,
+            layout=self.layout,
+        )  # fmt: skip
         self._record(log, {"step": self.step, "val_loss": result.loss, "val_bpb": result.bits_per_byte})
         return result
 
@@ -226,7 +263,7 @@ class Trainer:
     def _runner(self) -> nn.Module:
         """The model as the training step calls it. Its parameters are the model's own."""
         runner: Any = torch.compile(self.model) if self.config.compile else self.model
-        if self.world.size == 1:
+        if self.world.size == 1 or self.layout.mesh is not None:
             return runner  # type: ignore[no-any-return]
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(runner, device_ids=devices)

@@ -1,4 +1,4 @@
-"""Tile shapes measured by `device/try_kernels.py`, written by `benchmarks/tune.py`; `configs.py` reads them.
+"""Tile shapes measured by `benchmarks/kernels.py`, written by `benchmarks/tune.py`; `configs.py` reads them.
 
 (architecture, kernel, head_dim up to, causal) -> (rows of queries, rows of keys, warps, stages) for 16-bit inputs, the
 best first; later ones fit shorter segments. "early" takes dO V^T before the exponentials in dK/dV.

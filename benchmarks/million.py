@@ -1,0 +1,124 @@
+"""A language model of about 100M parameters on contexts of 1,048,576 tokens, each sequence spread over all GPUs.
+
+    torchrun --standalone --nproc-per-node 4 benchmarks/million.py           # H100s: NCCL, bf16 autocast, 20 steps
+    torchrun --standalone --nproc-per-node 2 benchmarks/million.py --smoke   # CPU, gloo, seconds
+
+The library's own trainer on Python's standard library: FSDP2 and ring attention over all ranks, activations computed
+again in the backward, AdamW. Prints loss, tokens per second and rank 0's peak memory per step, then every rank's peak.
+Fails where the loss has not fallen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dilated_attention_pytorch.training import TrainConfig, Trainer, build_corpus, standard_library
+from dilated_attention_pytorch.training.distributed import World, join
+from dilated_attention_pytorch.training.metrics import peak_memory
+
+MILLION = TrainConfig(
+    d_model=768, nhead=12, num_layers=14, dim_feedforward=3072,
+    segment_lengths=(2048, 32768, 524288, 1048576), dilation_rates=(1, 2, 8, 16), context=1 << 20, batch_size=1,
+    steps=20, learning_rate=1e-3, warmup_steps=4, gradient_checkpointing=True,
+    eval_excerpts=1, eval_every=20, log_every=1, checkpoint_every=20,
+)  # fmt: skip
+SMOKE = replace(
+    MILLION, d_model=32, nhead=2, num_layers=2, dim_feedforward=64, segment_lengths=(64, 256, 1024),
+    dilation_rates=(1, 2, 4), context=1024, learning_rate=1e-2,
+)  # fmt: skip
+WARM = 3  # steps that the rate leaves out: kernels are compiled, buffers grow
+
+
+class Printer:
+    """Rank 0's reporter."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
+        print(f"{num_parameters / 1e6:.1f}M parameters, {config.context:,} tokens a step, {config.steps} steps")
+        print(f"{'step':>4} {'loss':>8} {'grad norm':>9} {'tokens/s':>10} {'peak GiB':>8}", flush=True)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        if "val_bpb" in line:
+            print(f"held-out: {line['val_loss']:.4f} nats a byte", flush=True)
+            return
+        self.losses.append(line["loss"])
+        self.rates.append(line["tokens_per_s"])
+        memory = (line["memory_bytes"] or 0) / 2**30
+        print(
+            f"{line['step']:>4} {line['loss']:8.4f} {line['grad_norm']:9.3f} {self.rates[-1]:10,.0f} {memory:8.2f}",
+            flush=True,
+        )
+
+    def step(self, step: int) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+def peaks(world: World) -> list[float]:
+    """Every rank's most memory so far, in GiB."""
+    mine = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    mine[world.rank] = (peak_memory(world.device) or 0) / 2**30
+    return world.sum(mine).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains on contexts of a million tokens; run under torchrun.")
+    parser.add_argument("--smoke", action="store_true", help="a small model on the CPU")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--context", type=int, help="tokens of a sequence, for a smaller machine")
+    parser.add_argument("--layers", type=int, help="of the model")
+    parser.add_argument("--out", type=Path, help="folder of the run; by default one that is removed at the end")
+    options = parser.parse_args()
+    if options.smoke:
+        torch.set_num_threads(1)
+    base = SMOKE if options.smoke else MILLION
+    with join("cpu" if options.smoke else "cuda") as world, tempfile.TemporaryDirectory() as scratch:
+        config = replace(
+            base,
+            context_parallel=world.size,
+            steps=options.steps,
+            warmup_steps=min(base.warmup_steps, options.steps - 1),
+            context=options.context or base.context,
+            num_layers=options.layers or base.num_layers,
+        )
+        # Rank 0 builds the corpus, the others find it.
+        if world.is_main:
+            corpus = build_corpus()
+        world.wait()
+        if not world.is_main:
+            corpus = build_corpus()
+        printer = Printer()
+        if world.is_main:
+            device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+            print(f"torch {torch.__version__}, {world.size} x {device}, {len(list(standard_library())):,} files")
+        out = options.out or Path(scratch)
+        Trainer(config, corpus, out, world=world, restart=True, reporter=printer).run()
+        memory = peaks(world)
+        if world.is_main:
+            warm = printer.rates[WARM:] or printer.rates
+            print(f"median of {len(warm)} steps: {statistics.median(warm):,.0f} tokens/s")
+            print("peak GiB by rank: " + ", ".join(f"{peak:.2f}" for peak in memory))
+            print(f"loss: {printer.losses[0]:.4f} at first, {printer.losses[-1]:.4f} at last")
+            if not printer.losses[-1] < printer.losses[0]:
+                print("the loss has not fallen", file=sys.stderr)
+        fell = not world.is_main or printer.losses[-1] < printer.losses[0]
+        failed = world.any(not fell)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

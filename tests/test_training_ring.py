@@ -1,0 +1,217 @@
+"""Training with `context_parallel`: sequences and parameters sharded over real processes equal one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import ALONE, TINY, Recorder, curve, interrupt, same, weights
+
+from dilated_attention_pytorch.cli.app import run
+from dilated_attention_pytorch.models import LongNetConfig, LongNetLM
+from dilated_attention_pytorch.models.sharding import ContextShards, ring_config
+from dilated_attention_pytorch.training import Corpus, Interrupted, TrainConfig, Trainer, build_corpus
+from dilated_attention_pytorch.training.parallel import Layout
+
+# Runs jobs one after another: [config, folder, step after which a signal comes, or 0].
+WORKER = """
+import json, os, signal, sys
+from pathlib import Path
+from dilated_attention_pytorch.training import Corpus, Interrupted, TrainConfig, Trainer
+from dilated_attention_pytorch.training.distributed import join
+from torch.distributed.tensor import DTensor
+import torch
+torch.set_num_threads(1)
+
+class Stop:
+    def __init__(self, at): self.at = at
+    def start(self, *_): pass
+    def metrics(self, _): pass
+    def stop(self): pass
+    def step(self, step):
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+with join("cpu") as world:
+    for values, out, at in json.loads(sys.argv[1]):
+        corpus = Corpus.load(Path(sys.argv[2]))
+        trainer = Trainer(TrainConfig(**values), corpus, Path(out), world=world, reporter=Stop(at))
+        assert all(isinstance(p, DTensor) and p.device_mesh.size() == world.size for p in trainer.model.parameters())
+        try:
+            result = trainer.run()
+            assert at == 0 and (type(result.model).__name__ == "LongNetLM") == world.is_main
+        except Interrupted:
+            assert at != 0
+"""
+
+Job = tuple[TrainConfig, Path, int]
+PLAIN = replace(TINY, dropout=0.0, eval_every=6, eval_excerpts=0)
+# Shards of 32 and 31; dropped weights are a function of positions; two forwards accumulate.
+UNEVEN = replace(
+    PLAIN,
+    context=63,
+    attention_dropout=0.2,
+    gradient_checkpointing=True,
+    micro_batch_size=2,
+    steps=3,
+    tie_weights=False,
+)
+
+
+def launch(processes: int, jobs: list[Job], corpus: Corpus) -> None:
+    """What torchrun sets, without its launcher's own seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    work = json.dumps([(asdict(replace(config, context_parallel=2)), str(out), at) for config, out, at in jobs])
+    command = [sys.executable, "-c", WORKER, work, str(Path(corpus.train.filename).parent)]
+    started = []
+    for rank in range(processes):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        env = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in started]
+        # All of them: where one fails, the others only say that it is gone.
+        assert not any(process.returncode for process in started), "\n".join(errors)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"def function_{i}(x):\n    return x + {i}\n" * 10)
+    return build_corpus(folder, val_fraction=0.1, cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def two(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two processes, in one launch."""
+    runs = tmp_path_factory.mktemp("two")
+    with pytest.raises(Interrupted):
+        Trainer(PLAIN, corpus, runs / "from_one", world=ALONE, reporter=Recorder(3, interrupt)).run()
+    jobs = [(PLAIN, "plain", 0), (UNEVEN, "uneven", 0), (PLAIN, "again", 3), (PLAIN, "again", 0), (PLAIN, "to_one", 3)]
+    launch(2, [(config, runs / name, at) for config, name, at in [*jobs, (PLAIN, "from_one", 0)]], corpus)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def one(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("one")
+    for name, config in (("plain", PLAIN), ("uneven", UNEVEN)):
+        Trainer(config, corpus, runs / name, world=ALONE).run()
+    return runs
+
+
+def check_equal(found: Path, wanted: Path) -> None:
+    """Losses, gradient norms, evaluations and final weights, to fp32 rounding."""
+    assert curve(found) == [(step, name, pytest.approx(value, rel=1e-5)) for step, name, value in curve(wanted)]
+    theirs = weights(wanted)
+    for name, value in weights(found).items():
+        # AdamW divides by the gradient's own size: rounding of a tiny gradient can show, at a step's length.
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=TINY.learning_rate / 10, msg=name)
+
+
+@pytest.mark.parametrize("name", ["plain", "uneven"])
+def test_two_shards_of_a_sequence_equal_the_whole(one: Path, two: Path, corpus: Corpus, name: str) -> None:
+    # The last excerpt of an evaluation is shorter, which one of two ranks alone can tell by its shard.
+    assert (corpus.val.size - 1) % 64 == 63
+    check_equal(two / name, one / name)
+
+
+def test_rank_0_writes_what_a_single_process_writes(one: Path, two: Path) -> None:
+    found, wanted = (torch.load(runs / "plain" / "state.pt", weights_only=True) for runs in (two, one))
+    assert found["config"] == wanted["config"] | {"context_parallel": 2}
+    assert same(found["model"], weights(two / "plain"))
+    for part in ("model", "optimizer"):
+        assert outline(found[part]) == outline(wanted[part])
+    assert {path.name for path in (two / "plain").iterdir()} == {path.name for path in (one / "plain").iterdir()}
+
+
+def outline(state: Any) -> Any:
+    """Keys, types, shapes and settings of a state dict: everything but the numbers of tensors."""
+    if isinstance(state, torch.Tensor):
+        return type(state), state.dtype, tuple(state.shape)
+    if isinstance(state, dict):
+        return {key: outline(value) for key, value in state.items()}
+    return [outline(value) for value in state] if isinstance(state, list) else state
+
+
+def test_resume_is_exact_and_takes_another_number_of_shards(one: Path, two: Path, corpus: Corpus) -> None:
+    assert curve(two / "again") == curve(two / "plain")
+    assert same(weights(two / "again"), weights(two / "plain"))
+    check_equal(two / "from_one", one / "plain")
+    assert torch.load(two / "to_one" / "state.pt", weights_only=True)["step"] == 3
+    Trainer(PLAIN, corpus, two / "to_one", world=ALONE).run()
+    check_equal(two / "to_one", one / "plain")
+
+
+def test_two_readers_of_two_shards_equal_one_process(corpus: Corpus, tmp_path: Path) -> None:
+    # No dropout: two readers' draws are not those of one. Five excerpts, so that one reader's last is none.
+    config = replace(UNEVEN, attention_dropout=0.0, steps=2, warmup_steps=0, micro_batch_size=1, eval_excerpts=5)
+    launch(4, [(config, tmp_path / "four", 0)], corpus)
+    Trainer(config, corpus, tmp_path / "one", world=ALONE).run()
+    check_equal(tmp_path / "four", tmp_path / "one")
+
+
+def test_labels_are_shifted_before_the_cut() -> None:
+    excerpt = torch.arange(12)[None]
+    mesh: Any = object()
+    parts = [Layout(0, 1, rank, 3, mesh).shard(excerpt) for rank in range(3)]
+    assert [inputs.tolist()[0] for inputs, _, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert [labels.tolist()[0] for _, labels, _ in parts] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
+    assert all(more == {"seq_len": 11} for *_, more in parts)
+    seeds = {Layout(data, 3, context, 2, mesh).seed for data in range(3) for context in range(2)}
+    assert len(seeds) == 6 and Layout(2, 3, 0, 2, mesh).seed == Layout(2, 3).seed == 2
+
+
+def test_what_does_not_fit_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    for change, message in (
+        ({"context_parallel": 0}, "expected context_parallel to be at least 1, got 0"),
+        ({"context_parallel": 65}, "expected context of at least context_parallel, got 64 and 65"),
+        ({"context_parallel": 2, "compile": True}, "expected compile=False with context_parallel=2, got True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TINY, **change)
+    config = replace(TINY, context_parallel=2)
+    with pytest.raises(ValueError, match="multiple of context_parallel 2, got 1; torchrun --nproc-per-node sets it"):
+        Trainer(config, corpus, tmp_path, world=ALONE)
+    assert config.micro_steps(4) == 2
+    with pytest.raises(ValueError, match=r"multiple of 3 \(3 groups of 2 ranks of micro_batch_size 1\), got 4"):
+        config.micro_steps(6)
+    assert ring_config(TINY.model_config(), mode="ring").mode == "ring"
+    for change in ({"mixing_gradient": "detached"}, {"padding": "zero_keys"}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(change))}=.* for a sequence over several ranks"):
+            ring_config(LongNetConfig(**change))
+    with pytest.raises(ValueError, match=r"expected 6 tokens on rank 1 of 2, its shard \[7, 13\) .* of 13, got 7"):
+        ContextShards(1, 2, "").start(7, 13)
+    model = LongNetLM(TINY.model_config())
+    tokens = torch.randint(256, (1, 8))
+    with pytest.raises(ValueError, match="expected no seq_len without shard_context, got 8"):
+        model(tokens, seq_len=8)
+    model._shards = ContextShards(0, 1, "")
+    with pytest.raises(ValueError, match="expected no row_start, cu_seqlens or cache after shard_context"):
+        model(tokens, row_start=torch.tensor([1]))
+
+
+def test_the_command_line_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["dilated-attention", "train", "--context-parallel", "2", "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2 and not out.exists()
+    assert "a multiple of context_parallel 2, got 1" in capsys.readouterr().err
