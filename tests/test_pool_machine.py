@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import gc
 import itertools
-import re
 from typing import Any
 
 import pytest
 import torch
 from fake_streams import FakeRuntime, FakeStream
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -197,7 +196,7 @@ def test_the_machine_sees_a_broken_pool(broken: str, monkeypatch: pytest.MonkeyP
     class Machine(PoolMachine):
         strategy = "simple"
 
-    with pytest.raises(AssertionError, match=re.compile("wrong|block|stats|all", re.DOTALL)):
-        run_state_machine_as_test(
-            Machine, settings=settings(max_examples=300, stateful_step_count=60, report_multiple_bugs=False)
-        )
+    # No shrinking: that it is seen is all that counts.
+    quick = settings(max_examples=300, stateful_step_count=60, phases=[Phase.generate])
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Machine, settings=quick)
