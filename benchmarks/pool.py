@@ -1,6 +1,6 @@
 """Every strategy of the memory pool on the load it is for, beside torch.empty and beside the others.
 
-    python benchmarks/pool.py [--device cuda] [--out benchmarks/results] [--rounds 3]
+    python benchmarks/pool.py [--device cuda] [--out benchmarks/results] [--rounds 2]
 
 A load is a list of borrows and releases. Each borrow is followed by a write to every page of it, which is what makes
 memory real; pinned memory is copied to the device on CUDA. On the CPU every run has a forked process to itself, time
@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder for a JSON file of the results")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     device = torch.device(given.device)
     torch.set_num_threads(1)

@@ -596,8 +596,10 @@ class TestAdaptive:
 
     def test_few_sizes(self) -> None:
         pool = UnifiedMemoryPool("adaptive")
-        for i in range(300):
-            pool.borrow((1 << 20) * (1 + i % 3), torch.uint8, "cpu", purpose="x").release()
+        for _ in range(100):
+            held = [pool.borrow(size, torch.uint8, "cpu", purpose="x") for size in (1_100_000, 2_200_000, 4_300_000)]
+            for handle in held:
+                handle.release()
         assert self.chosen(pool).startswith("adaptive: simple; of the last")
 
     def test_sizes_that_wobble(self) -> None:
@@ -607,7 +609,7 @@ class TestAdaptive:
         assert self.chosen(pool).startswith(
             ("adaptive: bucketed; of the last", "adaptive: fragment_aware; of the last")
         )
-        assert pool.stats().reserved < 4 << 20
+        assert pool.stats().peak_reserved < 4 << 20
 
     def test_many_sizes_that_overlap(self) -> None:
         pool = UnifiedMemoryPool("adaptive")
@@ -684,7 +686,7 @@ class TestNuma:
         pool.borrow(1000, torch.uint8, "cpu", purpose="x").release()
         pool.borrow(1000, torch.uint8, "cuda:0", purpose="x").release()
         assert pool.stats().strategies["cpu"].startswith("adaptive: numa")
-        assert pool.stats().strategies["cuda:0"].startswith("adaptive: simple")
+        assert pool.stats().strategies["cuda:0"].startswith("adaptive: bucketed")
 
     def test_one_node_says_so(self) -> None:
         pool = UnifiedMemoryPool("numa", runtime=FakeRuntime())

@@ -13,7 +13,7 @@ from dilated_attention_pytorch.core.memory.strategies.fragment_aware import Frag
 from dilated_attention_pytorch.core.memory.strategies.numa import NumaStrategy
 from dilated_attention_pytorch.core.memory.strategies.simple import SimpleStrategy
 
-_FIRST_WINDOW, _LAST_WINDOW = 128, 1024  # borrows to watch before thinking
+_FIRST_WINDOW, _LAST_WINDOW = 32, 1024  # borrows to watch before thinking
 _REST = 8  # windows between two looks, so that thinking stays a small part of the work
 _WORTH_IT = 0.9  # of what is reserved now: a change has to save more than the noise between two windows
 
@@ -24,7 +24,7 @@ _CANDIDATES: tuple[type[Strategy], ...] = (SimpleStrategy, BucketedStrategy, Fra
 class AdaptiveStrategy(Strategy):
     """Plays the sizes and lifetimes it has seen through the others, without memory, and takes what holds least.
 
-    It begins as `simple`, thinks after 128 borrows, then from time to time over longer spans, and changes when
+    It begins as `bucketed`, thinks after 32 borrows, then from time to time over longer spans, and changes when
     another would have reserved less than nine tenths: of those within a tenth of the least, the one with the least
     work. Blocks that are lent when it changes go back to the strategy that cut them, which gives them up. Host memory
     on a host with several NUMA nodes is `numa`'s without thinking. `describe` says what was chosen and why.
@@ -35,7 +35,7 @@ class AdaptiveStrategy(Strategy):
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         on_nodes = source.node() is not None
-        self._inner: Strategy = NumaStrategy(source) if on_nodes else SimpleStrategy(source)
+        self._inner: Strategy = NumaStrategy(source) if on_nodes else BucketedStrategy(source)
         self._left: list[Strategy] = []  # strategies that were left while blocks of theirs were lent
         self._trace: list[tuple[int, int]] = []  # (name of a block, size borrowed or 0 for given back)
         self._names: dict[Block, int] = {}
