@@ -80,6 +80,16 @@ def test_a_limit_on_pinned_memory_waits_for_copies() -> None:
     assert pool.stats().peak_reserved <= 2 * SIZE and pool.stats().waits > 0
 
 
+def test_what_is_no_stream_is_refused_before_anything_changes() -> None:
+    pool = UnifiedMemoryPool("simple")
+    handle = pool.borrow(SIZE, torch.uint8, "cuda", "x")
+    with pytest.raises(TypeError, match=r"expected stream to be a torch.cuda.Stream, got str 'copies'"):
+        handle.release("copies")
+    assert pool.stats().live == 1 and not handle.released
+    handle.release()
+    assert pool.stats().live == 0
+
+
 def test_backward_threads_take_their_blocks_from_the_pool() -> None:
     """`torch.cuda.use_mem_pool` holds for one thread; the pool hands tensors out itself."""
     pool = UnifiedMemoryPool("bucketed")
