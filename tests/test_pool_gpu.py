@@ -136,19 +136,20 @@ def test_a_workspace_held_over_a_graph_keeps_its_address() -> None:
 
 def test_the_pools_segments_are_its_own() -> None:
     """Device memory comes from a `torch.cuda.MemPool`: no activation lies beside a block that stays."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+
+    def segments(address: int) -> list[dict[str, Any]]:
+        return [s for s in torch.cuda.memory_snapshot() if s["address"] <= address < s["address"] + s["total_size"]]
+
     pool = UnifiedMemoryPool("simple")
     held = pool.borrow(3 << 20, torch.uint8, "cuda", "x")
-    segment = torch.cuda.memory_reserved() - before
-    other = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    assert torch.cuda.memory_reserved() - before > segment  # not from the pool's segment, which has room
-    del other
+    address = held.tensor.data_ptr()
+    (own,) = segments(address)
+    assert tuple(own["segment_pool_id"]) != (0, 0)
+    others = [torch.empty(3 << 20, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    assert all(segments(x.data_ptr())[0]["address"] != own["address"] for x in others)
     held.release()
     pool.trim()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() == before
+    assert not [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == own["segment_pool_id"]]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -137,6 +137,8 @@ class Arena:
 
     def settle(self, block: Block) -> None:
         """See `Source`."""
+        if not block.uses:
+            return
         over = [stream for stream, use in block.uses.items() if self._runtime.finished(use.event)]
         for stream in over:
             del block.uses[stream]
