@@ -59,22 +59,16 @@ class Problem:
     def counted_from_range(self, num_queries: int, num_keys: int) -> Problem:
         """The same attention with positions counted from the first of both ranges, where no branch can tell.
 
-        A branch cannot if the ranges begin where one of its segments does, or lie within one segment and begin at a
-        whole number of its rates. Dropout can: its mask follows positions.
+        Dropout can: its mask follows positions.
         """
         start = min(self.q_start, self.k_start)
         end = max(self.q_start + num_queries, self.k_start + num_keys)
         if start == 0 and end == self.seq_len:
             return self
-        if self.dropout_p > 0.0 or not all(_shifts(start, end, w, r) for w, r in self.pattern.branches):
+        if self.dropout_p > 0.0 or not self.pattern.repeats_from(start, end):
             return self
         return self.at(self.q_start - start, self.k_start - start, end - start)
 
     def at(self, q_start: int, k_start: int, seq_len: int) -> Problem:
         """The same settings for another range of the sequence."""
         return replace(self, q_start=q_start, k_start=k_start, seq_len=seq_len)
-
-
-def _shifts(start: int, end: int, length: int, rate: int) -> bool:
-    within = start // length == (end - 1) // length
-    return start % length == 0 or (within and start % length % rate == 0)
