@@ -95,7 +95,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: Layout) 
     short = q.numel() <= configs.SHORT_CAUSAL
     plan, (config,) = _aligned(("aligned_forward",), q, k, problem, layout, causal=short)
     if plan is not None:
-        return launch_aligned.forward(q, k, v, problem, plan, config, precision=precision(q))
+        described = q.numel() > configs.SHORT_FORWARD
+        return launch_aligned.forward(q, k, v, problem, plan, config, descriptors=described, precision=precision(q))
     branches = branch_order(problem)
     # The densest branch writes every row when its rate is 1 and no row lies outside the range.
     writes_all = covers_all(problem, branches[0], layout)
