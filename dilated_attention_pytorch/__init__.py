@@ -12,6 +12,7 @@ from dilated_attention_pytorch.modules import DilatedAttention, MultiheadDilated
 from dilated_attention_pytorch.types import AttentionOutput
 
 if TYPE_CHECKING:
+    from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
     from dilated_attention_pytorch.models import LongNet, LongNetConfig, LongNetEncoder, LongNetLM
     from dilated_attention_pytorch.ring_attention import (
         RingAttentionConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "RingAttentionConfig",
     "RingDilatedAttention",
     "RingDistributedDilatedAttention",
+    "UnifiedMemoryPool",
     "dilated_attention",
     "dilated_attention_with_lse",
     "merge_attention",
@@ -45,6 +47,7 @@ _LAZY = dict.fromkeys(
     ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
     "dilated_attention_pytorch.ring_attention",
 )
+_LAZY["UnifiedMemoryPool"] = "dilated_attention_pytorch.core.memory.unified_pool"
 
 
 def __getattr__(name: str) -> Any:
