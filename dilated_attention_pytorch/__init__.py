@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RingDilatedAttention,
         RingDistributedDilatedAttention,
     )
+    from dilated_attention_pytorch.streaming import dilated_attention_streamed
 
 __version__ = "0.3.0.dev0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "RingDilatedAttention",
     "RingDistributedDilatedAttention",
     "dilated_attention",
+    "dilated_attention_streamed",
     "dilated_attention_with_lse",
     "merge_attention",
 ]
@@ -45,6 +47,7 @@ _LAZY = dict.fromkeys(
     ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
     "dilated_attention_pytorch.ring_attention",
 )
+_LAZY["dilated_attention_streamed"] = "dilated_attention_pytorch.streaming"
 
 
 def __getattr__(name: str) -> Any:
