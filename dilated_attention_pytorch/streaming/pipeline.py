@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.streaming import pages
 from dilated_attention_pytorch.streaming.passes import Load, Loaded, Pass
 from dilated_attention_pytorch.streaming.ranges import BUFFERS
 from dilated_attention_pytorch.streaming.sources import Writer
@@ -116,6 +117,7 @@ class _Host:
 
     def bring(self, number: int, loads: list[Load]) -> Loaded:
         """The tensors that the range is computed from."""
+        pages.trim()  # on a CPU the limit is one on resident memory
         return {load.key: x for load, x in _views(self.staging[number % BUFFERS], loads)}
 
     def compute(self, number: int, start: int, stop: int, loaded: Loaded) -> Results:
