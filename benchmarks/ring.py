@@ -207,8 +207,10 @@ def exchange_alone(bench: Bench) -> None:
     ]
     dense = k.new_empty((2, bench.size, *k.shape))
 
-    def sparse() -> Tensor:
-        return channel.exchange(remote.pack(k, v, index), *counts, "rows").wait()  # type: ignore[arg-type]
+    def sparse() -> None:
+        exchange = channel.exchange(remote.pack(k, v, index), *counts, "rows")  # type: ignore[arg-type]
+        exchange.wait()
+        exchange.release()
 
     def gather() -> None:
         for i, x in enumerate((k, v)):

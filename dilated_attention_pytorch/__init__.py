@@ -12,6 +12,7 @@ from dilated_attention_pytorch.modules import DilatedAttention, MultiheadDilated
 from dilated_attention_pytorch.types import AttentionOutput
 
 if TYPE_CHECKING:
+    from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
     from dilated_attention_pytorch.models import LongNet, LongNetConfig, LongNetEncoder, LongNetLM
     from dilated_attention_pytorch.ring_attention import (
         RingAttentionConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "RingAttentionConfig",
     "RingDilatedAttention",
     "RingDistributedDilatedAttention",
+    "UnifiedMemoryPool",
     "dilated_attention",
     "dilated_attention_streamed",
     "dilated_attention_with_lse",
@@ -48,6 +50,7 @@ _LAZY = dict.fromkeys(
     "dilated_attention_pytorch.ring_attention",
 )
 _LAZY["dilated_attention_streamed"] = "dilated_attention_pytorch.streaming"
+_LAZY["UnifiedMemoryPool"] = "dilated_attention_pytorch.core.memory.unified_pool"
 
 
 def __getattr__(name: str) -> Any:

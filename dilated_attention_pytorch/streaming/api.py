@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming.call import Settings, check_target, prepare, refuse
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
 from dilated_attention_pytorch.types import AttentionOutput, Backend, Offsets
@@ -40,7 +41,7 @@ def dilated_attention_streamed(  # type: ignore[misc]
     device: torch.device | str | None = None,
     device_limit: int | None = None,
     range_length: int | None = None,
-    pool: Any = None,
+    pool: UnifiedMemoryPool | None = None,
     progress: bool = False,
     dropout_p: float = 0.0,
     row_start: None = None,

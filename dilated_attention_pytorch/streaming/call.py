@@ -16,7 +16,7 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.streaming import pipeline
-from dilated_attention_pytorch.streaming._pool import UnifiedMemoryPool
+from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource, Reader, TensorReader, reader, writer
@@ -39,7 +39,7 @@ class Settings:
     device: torch.device | str | None
     device_limit: int | None
     range_length: int | None
-    pool: Any
+    pool: UnifiedMemoryPool | None
     progress: bool
 
 
@@ -57,8 +57,12 @@ class Call:
     def plan(self) -> RangePlan:
         """Its ranges."""
         limit = self.settings.device_limit
-        if limit is None:
-            limit = int(_SHARE * torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else CPU_LIMIT
+        if limit is None and self.device.type == "cuda":
+            # What torch holds without using it is free to torch.
+            idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            limit = int(_SHARE * (torch.cuda.mem_get_info(self.device)[0] + idle))
+        elif limit is None:
+            limit = CPU_LIMIT
         return plan_ranges(self.problem, self.sizes, limit, self.settings.range_length)
 
     def work(self) -> Pass:
@@ -70,10 +74,15 @@ class Call:
         """Computes everything into the targets. Tensors are marked as unfinished until all of it is there."""
         if self.problem.seq_len == 0 or self.sizes.batch == 0:
             return
-        pool = UnifiedMemoryPool(strategy="simple") if self.settings.pool is None else self.settings.pool
+        pool = self.settings.pool
+        own = UnifiedMemoryPool(strategy="simple") if pool is None else None
         writers = {name: writer(x, 2 if name == "lse" else 1) for name, x in targets.items()}
-        with torch.no_grad(), _progress(len(work.plan.ranges), self.settings.progress) as tick:
-            pipeline.run(work, writers, self.device, pool, tick)
+        try:
+            with torch.no_grad(), _progress(len(work.plan.ranges), self.settings.progress) as tick:
+                pipeline.run(work, writers, self.device, pool or own, tick)
+        finally:
+            if own is not None:
+                own.trim()
 
 
 def prepare(
@@ -113,6 +122,8 @@ def prepare(
     scale = float(width) ** -0.5 if settings.scale is None else settings.scale
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
+    if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
+        raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")
     for name in ("device_limit", "range_length"):
         if getattr(settings, name) is not None:
             check.check_positive_int(name, getattr(settings, name))

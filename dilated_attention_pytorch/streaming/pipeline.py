@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming import pages
 from dilated_attention_pytorch.streaming.passes import Load, Loaded, Pass
 from dilated_attention_pytorch.streaming.ranges import BUFFERS
@@ -27,7 +27,9 @@ Results = dict[str, Tensor]
 Leaving = dict[str, tuple[Tensor, Tensor | None]]
 
 
-def run(work: Pass, writers: dict[str, Writer], device: torch.device, pool: Any, tick: Callable[[], None]) -> None:
+def run(
+    work: Pass, writers: dict[str, Writer], device: torch.device, pool: UnifiedMemoryPool, tick: Callable[[], None]
+) -> None:
     """Walks a pass over all its ranges.
 
     Args:
@@ -86,14 +88,16 @@ class _Host:
 
     copies_inputs = False
 
-    def __init__(self, work: Pass, writers: dict[str, Writer], pool: Any, loads: list[list[Load]]) -> None:
+    def __init__(
+        self, work: Pass, writers: dict[str, Writer], pool: UnifiedMemoryPool, loads: list[list[Load]]
+    ) -> None:
         self.work, self.writers = work, writers
         self.lent = ExitStack()
         # Nothing needs giving back if borrowing fails half-way: a dropped handle returns its block.
         self.staging = self.borrow(pool, max(_size(self.staged(x)) for x in loads), "cpu", "staging of inputs")
 
     def borrow(
-        self, pool: Any, size: int, device: torch.device | str, purpose: str, *, pinned: bool = False
+        self, pool: UnifiedMemoryPool, size: int, device: torch.device | str, purpose: str, *, pinned: bool = False
     ) -> list[Tensor]:
         """Buffers until `close`."""
         handles = [
@@ -149,7 +153,12 @@ class _Cuda(_Host):
     copies_inputs = True
 
     def __init__(
-        self, work: Pass, writers: dict[str, Writer], device: torch.device, pool: Any, loads: list[list[Load]]
+        self,
+        work: Pass,
+        writers: dict[str, Writer],
+        device: torch.device,
+        pool: UnifiedMemoryPool,
+        loads: list[list[Load]],
     ) -> None:
         self.pool = pool
         super().__init__(work, writers, pool, loads)
@@ -165,7 +174,7 @@ class _Cuda(_Host):
         self.arrived, self.computed, self.left = ([torch.cuda.Event() for _ in range(BUFFERS)] for _ in range(3))
 
     def borrow(
-        self, pool: Any, size: int, device: torch.device | str, purpose: str, *, pinned: bool = False
+        self, pool: UnifiedMemoryPool, size: int, device: torch.device | str, purpose: str, *, pinned: bool = False
     ) -> list[Tensor]:
         """See `_Host`; host memory is pinned."""
         return super().borrow(pool, size, device, purpose, pinned=torch.device(device).type == "cpu")
