@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from typing import Any
 
@@ -13,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dilated_attention_pytorch as package
-from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse, streaming
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch import streaming
 from dilated_attention_pytorch.streaming import Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.compact import compact_branches
 from dilated_attention_pytorch.testing import gradient_scale, relative_norm
@@ -328,7 +328,7 @@ class TestPlan:
         assert plan.device_bytes <= limit
         ranges = plan.ranges
         assert ranges[0][0] == 0 and ranges[-1][1] == n
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
 
     def test_buffers_are_what_the_plan_says(self) -> None:
         """Staging alone is part of the plan's bytes, for either pass."""

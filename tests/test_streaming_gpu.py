@@ -68,7 +68,7 @@ def test_is_as_good_as_the_whole(dtype: torch.dtype, backend: str, pattern: dict
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_many_short_ranges_never_meet_stale_buffers(pinned: bool) -> None:
-    """A race between copies and kernels would show a neighbour range's rows: 500 ranges, each of another size of number."""
+    """A race between copies and kernels would show a neighbour range's values."""
     n, length = 500 * 1024, 1024
     q, k, _, grad = draw(n, 1, 1, 64, torch.float32)
     v = (torch.arange(n) // length).float()[None, :, None, None].expand(1, n, 1, 64).contiguous()

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.streaming import pipeline
-from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource, Reader, TensorReader, reader, writer
@@ -74,15 +74,15 @@ class Call:
         """Computes everything into the targets. Tensors are marked as unfinished until all of it is there."""
         if self.problem.seq_len == 0 or self.sizes.batch == 0:
             return
-        pool = self.settings.pool
-        own = UnifiedMemoryPool(strategy="simple") if pool is None else None
+        given = self.settings.pool
+        pool = UnifiedMemoryPool(strategy="simple") if given is None else given
         writers = {name: writer(x, 2 if name == "lse" else 1) for name, x in targets.items()}
         try:
             with torch.no_grad(), _progress(len(work.plan.ranges), self.settings.progress) as tick:
-                pipeline.run(work, writers, self.device, pool or own, tick)
+                pipeline.run(work, writers, self.device, pool, tick)
         finally:
-            if own is not None:
-                own.trim()
+            if given is None:
+                pool.trim()
 
 
 def prepare(

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.streaming.compact import CompactBranch, compact_b
 BUFFERS = 2  # of each kind: one is filled while the other is used
 _RANGES = 32  # the first range's copy and the last one's are not overlapped: a 32nd of the time each
 _WORTHWHILE = 64 << 20  # bytes of a range below which launches cost more than they overlap
+_ENOUGH = 1 << 30  # and above which nothing more is gained
 _EAGER_TILES = 6 << 23  # elements that the eager engine holds at a time beside its inputs
 
 
@@ -182,7 +183,8 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
         wider = min(math.lcm(base, width), n)
         if wider * min(16, rate) <= n and cost(wider) <= limit:
             base = wider
-    target = max(base, n // _RANGES, _WORTHWHILE // max(1, sizes.inputs()))
+    row = max(1, sizes.inputs())
+    target = max(base, _WORTHWHILE // row, min(n // _RANGES, _ENOUGH // row))
     if target >= n and cost(n) <= limit:
         return RangePlan(problem, sizes, n)
     length = base * _most(lambda m: cost(min(base * m, n)) <= limit, max(1, min(target, n) // base))
