@@ -401,6 +401,19 @@ class TestErrors:
         out, lse = streamed_forward(q, k, v, **PATTERN)
         with pytest.raises(ValueError, match="expected lse"):
             streamed_backward(out, q, k, v, out, lse.transpose(1, 2), **PATTERN)
+        dq = torch.empty_like(q)
+        with pytest.raises(ValueError, match="expected dk in memory of its own"):
+            streamed_backward(out.clone(), q, k, v, out, lse, dq=dq, dk=dq, **PATTERN)
+
+    def test_the_pair_takes_the_same_options(self) -> None:
+        q, k, v = draw_qkv(64)
+        with pytest.raises(NotImplementedError, match=r"dropout_p=0\.1: dilated_attention computes it"):
+            streamed_forward(q, k, v, dropout_p=0.1, **PATTERN)
+        with pytest.raises(TypeError, match=r"options of .*'segment_lengths'.* got \['causal'\]"):
+            streamed_forward(q, k, v, causal=True, **PATTERN)
+        with pytest.raises(TypeError, match="given dilation_rates"):
+            streamed_forward(q, k, v, segment_lengths=[4])
+        streamed_forward(q, k, v, dropout_p=0.0, padding="none", **PATTERN)
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:

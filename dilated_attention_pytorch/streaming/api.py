@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypeVar, overload
 
 import torch
@@ -14,6 +16,9 @@ from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
 from dilated_attention_pytorch.types import AttentionOutput, Backend, Offsets
 
 Sink = TypeVar("Sink", bound=RangeSink)
+
+# What `dilated_attention` has and streaming has not.
+_REFUSED = ("dropout_p", "row_start", "cu_seqlens", "mixing_gradient", "padding")
 
 
 @overload
@@ -145,7 +150,8 @@ def streamed_forward(
     Returns:
         `AttentionOutput(out, lse)`, each as it was given.
     """
-    return AttentionOutput(*_forward(_settings(settings), q, k, v, key_padding_mask, out, lse, wants_lse=True))  # type: ignore[arg-type]
+    checked = _settings("streamed_forward", settings)
+    return AttentionOutput(*_forward(checked, q, k, v, key_padding_mask, out, lse, wants_lse=True))  # type: ignore[arg-type]
 
 
 def streamed_backward(
@@ -183,13 +189,13 @@ def streamed_backward(
     Returns:
         `(dq, dk, dv)`, each as it was given.
     """
-    checked = _settings(settings)
     upstream = {"grad_out": grad_out, "out": out, "lse": lse}
-    call = prepare(checked, q, k, v, key_padding_mask, upstream)
-    inputs = (grad_out, q, k, v, out, lse)
+    call = prepare(_settings("streamed_backward", settings), q, k, v, key_padding_mask, upstream)
+    taken: list[object] = [grad_out, q, k, v, out, lse]
     targets: dict[str, Tensor | RangeSink] = {}
     for name, given, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        check_target(name, given, like, inputs)
+        check_target(name, given, like, taken)
+        taken.append(given)
     work = call.work()
     for name, given, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         targets[name] = torch.empty(tuple(like.shape), dtype=like.dtype) if given is None else given
@@ -197,13 +203,17 @@ def streamed_backward(
     return targets["dq"], targets["dk"], targets["dv"]
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+def _settings(function: str, given: dict[str, Any]) -> Settings:
     """From keyword arguments, with the defaults of `dilated_attention_streamed`."""
-    defaults: dict[str, Any] = {
-        "is_causal": False, "scale": None, "offsets": "modulo", "backend": "auto", "device": None,
-        "device_limit": None, "range_length": None, "pool": None, "progress": False,
-    }  # fmt: skip
-    return Settings(**{**defaults, **given})
+    parameters = inspect.signature(dilated_attention_streamed).parameters
+    names = [field.name for field in fields(Settings)]
+    refused = {name: (given[name], parameters[name].default) for name in _REFUSED if name in given}
+    refuse(**refused)
+    if unknown := [name for name in given if name not in names and name not in refused]:
+        raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
+    if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
+        raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
+    return Settings(**{name: given.get(name, parameters[name].default) for name in names})
 
 
 def _forward(

@@ -165,7 +165,7 @@ def check_target(name: str, x: Tensor | RangeSink | None, like: RangeSource | Te
         raise ValueError(f"expected {name} without requires_grad: it is overwritten")
     memory = x.untyped_storage().data_ptr()
     if x.numel() and any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() == memory for y in inputs):
-        raise ValueError(f"expected {name} in memory of its own, got memory of an input")
+        raise ValueError(f"expected {name} in memory of its own, got memory of another argument")
 
 
 def refuse(**options: Any) -> None:
@@ -173,8 +173,7 @@ def refuse(**options: Any) -> None:
     for name, (value, default) in options.items():
         if value is not default and value != default:
             raise NotImplementedError(
-                f"dilated_attention_streamed has no {name}={value!r}: dilated_attention computes it, on sequences that "
-                "fit the device"
+                f"streaming has no {name}={value!r}: dilated_attention computes it, on sequences that fit the device"
             )
 
 
