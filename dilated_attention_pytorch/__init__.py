@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RingDilatedAttention,
         RingDistributedDilatedAttention,
     )
+    from dilated_attention_pytorch.streaming import dilated_attention_streamed
 
 __version__ = "0.3.0.dev0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "RingDistributedDilatedAttention",
     "UnifiedMemoryPool",
     "dilated_attention",
+    "dilated_attention_streamed",
     "dilated_attention_with_lse",
     "merge_attention",
 ]
@@ -47,6 +49,7 @@ _LAZY = dict.fromkeys(
     ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
     "dilated_attention_pytorch.ring_attention",
 )
+_LAZY["dilated_attention_streamed"] = "dilated_attention_pytorch.streaming"
 _LAZY["UnifiedMemoryPool"] = "dilated_attention_pytorch.core.memory.unified_pool"
 
 
