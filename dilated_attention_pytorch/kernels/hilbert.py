@@ -43,11 +43,11 @@ class CurveOrder(NamedTuple):
     inverse: Tensor
 
     def apply(self, x: Tensor, dim: int = 1) -> Tensor:
-        """x with its tokens, along `dim`, in the order of the curve."""
+        """Tokens along `dim`, in the order of the curve."""
         return _permuted(x, dim, self.order)
 
     def undo(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The tokens of x, which are in the order of the curve, where they originally were."""
+        """Tokens along `dim` that are in the order of the curve, back where they were."""
         return _permuted(x, dim, self.inverse)
 
 

@@ -147,7 +147,7 @@ def _tables(num_dims: int, device: str) -> Tables:
 
 
 def _machine(num_dims: int) -> tuple[dict[State, int], list[list[tuple[int, int]]]]:
-    """Every state that is reached, numbered, and for each the (digit, next state) of the corner 0, 1, ... read in it."""
+    """Every state that is reached, numbered; for each and every corner, the (digit, next state) read there."""
     start = State(tuple(range(num_dims)), (0,) * num_dims, 0)
     numbers, moves, waiting = {start: 0}, [], [start]
     while waiting:

@@ -11,10 +11,9 @@ from tiles import TileSet
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.kernels.hilbert import CurveOrder
 from dilated_attention_pytorch.models import LongNetEncoder
-
-LONGEST = 512  # wavelength of a place, in tiles
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Settings:
 
     segment_lengths: tuple[int, ...] = (64, 256, 1024)
     dilation_rates: tuple[int, ...] = (1, 2, 4)
-    width: int = 64
+    width: int = 96
     heads: int = 4
     layers: int = 2
     steps: int = 120
@@ -52,6 +51,9 @@ class Settings:
 class Probe(nn.Module):
     """Tile features and places in, predicted targets out.
 
+    Places enter as rotary positions in each axis alone, so attention knows how far apart tiles are and in which
+    direction, whatever the order of the sequence, and cannot tell a tile by its absolute place.
+
     Args:
         tiles: gives the sizes.
         settings: the rest.
@@ -61,7 +63,6 @@ class Probe(nn.Module):
         super().__init__()
         self.embed = nn.Linear(tiles.features.shape[1], settings.width)
         self.mask_token = nn.Parameter(torch.zeros(settings.width))
-        self.place = nn.Linear(tiles.coords.shape[1] * 32, settings.width)
         self.encoder = LongNetEncoder(
             d_model=settings.width,
             nhead=settings.heads,
@@ -71,8 +72,9 @@ class Probe(nn.Module):
             dilation_rates=settings.dilation_rates,
             positions=None,
             activation="gelu",
-        )
+        ).encoder
         self.head = nn.Linear(settings.width, tiles.targets.shape[1])
+        self.head_dim = settings.width // settings.heads
 
     def forward(self, features: Tensor, coords: Tensor, hidden: Tensor) -> Tensor:
         """Predictions `(N, T)`.
@@ -82,15 +84,21 @@ class Probe(nn.Module):
             coords: `(N, D)`, likewise.
             hidden: bool `(N,)`, tiles whose features may not be seen.
         """
-        x = torch.where(hidden[:, None], self.mask_token, self.embed(features)) + self.place(sines(coords))
-        predicted: Tensor = self.head(self.encoder(x[None])[0])
+        x = torch.where(hidden[:, None], self.mask_token, self.embed(features))[None]
+        rotation = turns(coords, self.head_dim)
+        for layer in self.encoder.layers:
+            x = layer(x, is_causal=False, rotation=rotation)
+        predicted: Tensor = self.head(self.encoder.layer_norm(x)[0])
         return predicted
 
 
-def sines(coords: Tensor) -> Tensor:
-    """Sines and cosines of each coordinate at 16 wavelengths from 4 to 512 tiles, `(N, 32 * D)`."""
-    angles = coords[..., None] * (2 * torch.pi / 4 * (LONGEST / 4) ** -torch.linspace(0, 1, 16))
-    return torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
+def turns(coords: Tensor, head_dim: int) -> Rotation:
+    """Rotary positions along each axis, with wavelengths from 4 to 64 tiles."""
+    count = head_dim // 2 // coords.shape[1]
+    if count * 2 * coords.shape[1] != head_dim:
+        raise ValueError(f"expected a head width that is a multiple of {2 * coords.shape[1]}, got {head_dim}")
+    angles = (coords[..., None] * (2 * torch.pi / 4 * 16 ** -torch.linspace(0, 1, count))).flatten(1)[:, None]
+    return Rotation(angles.cos(), angles.sin(), angles.cos(), angles.sin())
 
 
 @dataclass
@@ -131,9 +139,7 @@ def train(
     for _ in range(settings.steps):
         drawn = torch.rand(len(features), generator=generator) < settings.hidden
         asked = order.apply(drawn, 0) & ~never
-        # Shifted at random, or places would tell the tiles by heart; what is left to learn is where neighbours lie.
-        moved = coords + torch.randint(LONGEST, (1, coords.shape[1]), generator=generator)
-        predicted = model(features, moved, asked | never)
+        predicted = model(features, coords, asked | never)
         loss = (predicted[asked] - targets[asked]).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Tile sets the shape of a slide's, from pictures and a brain that ship inside Python packages: nothing is downloaded."""
+"""Tile sets the shape of a slide's, from pictures and a brain inside Python packages: nothing is downloaded."""
 
 from __future__ import annotations
 

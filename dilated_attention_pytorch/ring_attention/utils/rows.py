@@ -51,7 +51,7 @@ class Move(NamedTuple):
 
 
 def lay_out(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str = "rows") -> Tensor:
-    """x `(B, n, ...)` in the new order, differentiable: gradients travel back the same way."""
+    """Rows `(B, n, ...)` in the new order, differentiable: gradients travel back the same way."""
     return _moved(x, move, open_channel, purpose, False)
 
 

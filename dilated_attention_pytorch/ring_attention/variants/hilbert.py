@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ class HilbertMixin(_Ring):
             return
         fingerprint = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
         handshake.begin(
-            _resolve_process_group(self.group_name), fingerprint, length, 0, phase="order", check="always",
+            self._group(), fingerprint, length, 0, phase="order", check="always",
             timeout=self.config.timeout,
         )  # fmt: skip
         self._agreed = True
@@ -197,9 +197,14 @@ class HilbertMixin(_Ring):
             self._moves[branch, device] = rows.Move.plan(index.to(device), bounds, self.rank)
         return self._moves[branch, device]
 
+    def _group(self) -> ProcessGroup:
+        name: Any = self.group_name  # newer stubs have a type of its own for it
+        return _resolve_process_group(name)
+
     def _channel(self, row_bytes: int) -> Channel:
-        group = _resolve_process_group(self.group_name)
-        return handshake.begin(group, {}, 0, row_bytes, phase="layout", check="never", timeout=self.config.timeout)[0]
+        return handshake.begin(
+            self._group(), {}, 0, row_bytes, phase="layout", check="never", timeout=self.config.timeout
+        )[0]
 
     @staticmethod
     def _length_of_row(query: Tensor, key: Tensor) -> int:
