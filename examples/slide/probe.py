@@ -37,7 +37,7 @@ class Settings:
     width: int = 96
     heads: int = 4
     layers: int = 2
-    steps: int = 120
+    steps: int = 100
     learning_rate: float = 3e-3
     held_out: float = 0.1
     hidden: float = 0.2
