@@ -85,8 +85,10 @@ def test_locality_is_what_a_count_gives(example: dict[str, ModuleType]) -> None:
 def test_hilbert_is_more_local_than_raster_and_text_is_not(example: dict[str, ModuleType]) -> None:
     pattern, coords = DilatedPattern((64, 256), (1, 2), 2), grid_coords((64, 64))
     near = {name: example["locality"].locality(pattern, curve_order(name, coords), coords) for name in CURVES}
-    assert near["hilbert"].distance < near["morton"].distance + 1e-9 < near["raster"].distance
-    assert near["hilbert"].neighbours > near["snake"].neighbours > 0
+    # Segments that are whole squares of cells are as compact along Morton's curve.
+    assert near["hilbert"].distance == pytest.approx(near["morton"].distance, rel=0.01)
+    assert near["hilbert"].distance < 0.4 * near["raster"].distance
+    assert near["hilbert"].neighbours > near["morton"].neighbours > near["raster"].neighbours > 0
     plain, folded = example["text"].main(side=32)
     assert plain[1] < folded[1] and plain[2] > folded[2]
 
@@ -105,13 +107,10 @@ def test_a_probe_learns_and_cannot_see_what_is_hidden(example: dict[str, ModuleT
     model = run.model
     arguments = order.apply(tiles.coords, 0), order.apply(run.held_out, 0)
     with torch.no_grad():
-        assert torch.equal(
-            model(order.apply(tiles.features, 0), *arguments), model(order.apply(features, 0), *arguments)
-        )
-    # Only distances enter: the same slide elsewhere gives the same.
-    with torch.no_grad():
-        moved = model(order.apply(tiles.features, 0), arguments[0] + torch.tensor([7, 30]), arguments[1])
         here = model(order.apply(tiles.features, 0), *arguments)
+        assert torch.equal(model(order.apply(features, 0), *arguments), here)
+        # Only distances enter: the same slide elsewhere gives the same.
+        moved = model(order.apply(tiles.features, 0), arguments[0] + torch.tensor([7, 30]), arguments[1])
     assert torch.allclose(moved, here, atol=1e-4)
     again = probe.train(tiles, order, settings, 0)
     assert again.loss == run.loss
