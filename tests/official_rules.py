@@ -15,7 +15,7 @@ SLIDE: Branches = [(1024, 1), (5792, 2), (32768, 4), (185363, 8), (1048576, 16)]
 SLIDE_250000: Branches = [(1024, 1), (4870, 2), (23170, 4), (110217, 8), (524288, 16)]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches, *, causal: bool = False) -> Tensor:
     """Gather, attend, scatter and mix, for `(N, H, D)`."""
     n, heads, width = q.shape
     outs, lses = [], []
@@ -26,12 +26,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, branches: Branches) -> Tensor:
         for h in range(heads):
             o = h // -(-heads // r)  # heads share offsets in blocks
 
-            def gathered(x: Tensor, h: int = h, o: int = o) -> Tensor:
+            rows = []
+            for x in (q * width**-0.5, k, v):  # filled up with rows of zeros: (segments, slots, D)
                 x = F.pad(x[:, h], (0, 0, 0, segments * g - n)).view(segments, g, width)
-                return F.pad(x, (0, 0, 0, slots * r - g))[:, o::r]  # filled up with rows of zeros: (segments, slots, D)
-
-            s = gathered(q * width**-0.5) @ gathered(k).transpose(1, 2)
-            mine, total = s.softmax(-1) @ gathered(v), s.detach().logsumexp(-1)  # constants to the gradient
+                rows.append(F.pad(x, (0, 0, 0, slots * r - g))[:, o::r])
+            s = rows[0] @ rows[1].transpose(1, 2)
+            if causal:
+                s = s.masked_fill(torch.ones(slots, slots).tril() == 0, -torch.inf)
+            mine, total = s.softmax(-1) @ rows[2], s.detach().logsumexp(-1)  # constants to the gradient
             one_hot = F.one_hot(torch.tensor(o), r).to(q.dtype)
             out_rows.append(mine[:, :, None] * one_hot[:, None])
             # -1e8 is "not kept", and so is a log-sum-exp of exactly 0.
