@@ -236,12 +236,12 @@ class SlideEncoder(nn.Module):
                 "expected mask to be padded on the right with padding='zero_keys', got one with holes: the official "
                 "numbers know no hidden tiles; take them out of the slide, or take padding='none'"
             )
+        if mask is not None:
+            tiles = tiles.masked_fill(~mask[..., None], 0.0)  # what stands there may be anything, NaN too
         x = self.patch_embed(tiles.to(self.patch_embed.proj.weight.dtype))
         x = (x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)).to(
             self.cls_token.dtype
         )
-        if rows.mask is not None and mask is not None:
-            x = x.masked_fill(~mask[..., None], 0.0)  # what stands there may be anything, NaN too
         if has_cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         x = rows.lay_out(x)
