@@ -87,7 +87,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("padding", PADDINGS)
     def test_real_lengths(self, padding: Any) -> None:
-        """Must hold: 1,069, 4,002 and 9,731 tiles, with the published pattern; benchmarks/slides.py does the full size."""
+        """1,069, 4,002 and 9,731 tiles, the published pattern; benchmarks/slides.py does the full size."""
         encoder = SlideEncoder(in_chans=8, embed_dim=16, depth=1, num_heads=4, ffn_dim=16, padding=padding).eval()
         with torch.inference_mode():
             assert_equals_alone(encoder, [1069, 4002, 9731], 1e-5)
@@ -251,7 +251,7 @@ class TestPositions:
         for wrong, message in ((coords + 256 * 1001, "tile numbers from"), (coords - 256_000, "tile numbers from -")):
             with pytest.raises(ValueError, match=message):
                 encoder(tiles, wrong)
-        with pytest.raises(TypeError, match="float32 or float64, got .*bfloat16: a slide's pixels need 18 bits"):
+        with pytest.raises(TypeError, match="a slide's pixels need 18 bits"):
             encoder(tiles, coords.bfloat16())
         assert torch.equal(encoder(tiles, coords).pooled, encoder(tiles, coords.double()).pooled)
 
