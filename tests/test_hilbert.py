@@ -82,14 +82,19 @@ def test_any_shape_and_integer(dtype: torch.dtype) -> None:
 
 
 def test_quarter_of_a_million_points_are_quick() -> None:
-    points = grid_coords((512, 512))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        hilbert_tables.encode(points.unbind(-1), 9)
-        times.append(time.perf_counter() - start)
+    """In time of the processor, which a busy machine does not stretch: 250 ms of two cores are 500 of one."""
+    points, times = grid_coords((512, 512)), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            start = time.thread_time()
+            hilbert_tables.encode(points.unbind(-1), 9)
+            times.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     assert len(points) == 262_144
-    assert min(times) < 0.25, times  # about 0.01 on two cores
+    assert min(times) < 0.5, times  # about 0.01
 
 
 def check_permutation(found: CurveOrder, size: int) -> None:

@@ -57,7 +57,7 @@ def neighbourhood_figure(
     coords: Tensor,
     *,
     query: int,
-    head: int = 0,
+    head: int | None = None,
 ) -> Figure:
     """The tokens that one token attends to in each order, coloured by the first branch that shows them.
 
@@ -66,7 +66,7 @@ def neighbourhood_figure(
         orders: by name.
         coords: int `(N, 2)`, or `(N, 3)` of which the plane through the token is drawn.
         query: the token, by its original index.
-        head: key/value head. A token that its branches leave out has no keys.
+        head: key/value head; what any of them shows, by default.
 
     Raises:
         ValueError: as in `orders_figure`; a token or head out of range.
@@ -74,11 +74,11 @@ def neighbourhood_figure(
     _check_orders(orders, coords)
     if not 0 <= check.check_int("query", query, 0) < len(coords):
         raise ValueError(f"expected query in [0, {len(coords)}), got {query}")
-    if not 0 <= check.check_int("head", head, 0) < pattern.num_heads:
+    if head is not None and not 0 <= check.check_int("head", head, 0) < pattern.num_heads:
         raise ValueError(f"expected head in [0, {pattern.num_heads}), got {head}")
     shown, cells = _plane(coords, None if coords.shape[1] == 2 else int(coords[query, 0]))
     with style():
-        figure, axes = _axes(len(orders), cells)
+        figure, axes = _axes(len(orders), cells, legend=True)
         for ax, (name, found) in zip(axes, orders.items(), strict=True):
             branch, count = first_branch(pattern, found, query, head)
             colors = ListedColormap([FAINT, *(branch_color(i) for i in range(len(pattern.branches)))])
@@ -93,14 +93,29 @@ def neighbourhood_figure(
     return figure
 
 
-def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: int) -> tuple[Tensor, int]:
-    """For each token, by original index, the first branch that shows it to the query (-1: none); and how many do."""
-    place = int(order.inverse[query])
-    member = pattern.membership(torch.tensor(place))[:, head]
-    branches = member.nonzero().flatten().tolist()
-    found = torch.full((len(order.order),), -1)
-    for i, keys in reversed(list(zip(branches, pattern.keys_of(place, head, len(order.order)), strict=True))):
-        found[order.order[keys.start : keys.stop : keys.step]] = i
+def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: int | None = None) -> tuple[Tensor, int]:
+    """Which branch shows each token to a query.
+
+    Args:
+        pattern: the branches.
+        order: of the tokens.
+        query: a token, by its original index.
+        head: key/value head; any of them, by default.
+
+    Returns:
+        int64 `(N,)`, by original index, the first branch that shows the token, -1 where none does; and how many are
+        shown.
+    """
+    place, size = int(order.inverse[query]), len(order.order)
+    member = pattern.membership(torch.tensor(place))
+    found = torch.full((size,), len(pattern.branches))
+    for h in range(pattern.num_heads) if head is None else [head]:
+        # keys_of lists only the branches that the query belongs to, in order.
+        branches = member[:, h].nonzero().flatten().tolist()
+        for i, keys in zip(branches, pattern.keys_of(place, h, size), strict=True):
+            tokens = order.order[keys.start : keys.stop : keys.step]
+            found[tokens] = found[tokens].clamp(max=i)
+    found[found == len(pattern.branches)] = -1
     return found, int((found >= 0).sum())
 
 
@@ -163,9 +178,11 @@ def _plane(coords: Tensor, at: int | None) -> tuple[Tensor, Tensor]:
     return shown, coords[shown, 1:]
 
 
-def _axes(count: int, cells: Tensor) -> tuple[Figure, list[Axes]]:
+def _axes(count: int, cells: Tensor, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
     height, width = (cells.amax(0) - cells.amin(0) + 1).tolist()
-    figure = Figure(figsize=(2.6 * count, min(7.0, 2.5 * height / width) + 0.6), layout="constrained")
+    # About as tall as pictures 2.5 inches wide need, with room for titles; long strips are drawn narrower.
+    tall = min(6.0, 2.5 * height / width)
+    figure = Figure(figsize=((tall * width / height + 0.15) * count, tall + 0.45 + 0.35 * legend), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, count)))
     for ax in axes:
         ax.set_xticks([])
