@@ -12,7 +12,16 @@ from dilated_attention_pytorch.modules import DilatedAttention, MultiheadDilated
 from dilated_attention_pytorch.types import AttentionOutput
 
 if TYPE_CHECKING:
-    from dilated_attention_pytorch.models import LongNet, LongNetConfig, LongNetEncoder, LongNetLM
+    from dilated_attention_pytorch.models import (
+        LongNet,
+        LongNetConfig,
+        LongNetEncoder,
+        LongNetLM,
+        LongViT,
+        LongViTConfig,
+        SlideEncoder,
+        SlideEncoderConfig,
+    )
     from dilated_attention_pytorch.ring_attention import (
         RingAttentionConfig,
         RingDilatedAttention,
@@ -29,10 +38,14 @@ __all__ = [
     "LongNetConfig",
     "LongNetEncoder",
     "LongNetLM",
+    "LongViT",
+    "LongViTConfig",
     "MultiheadDilatedAttention",
     "RingAttentionConfig",
     "RingDilatedAttention",
     "RingDistributedDilatedAttention",
+    "SlideEncoder",
+    "SlideEncoderConfig",
     "dilated_attention",
     "dilated_attention_with_lse",
     "merge_attention",
@@ -40,7 +53,17 @@ __all__ = [
 
 # Loaded when first asked for, so that importing the op costs no more than it must.
 _LAZY = dict.fromkeys(
-    ["LongNet", "LongNetConfig", "LongNetEncoder", "LongNetLM"], "dilated_attention_pytorch.models"
+    [
+        "LongNet",
+        "LongNetConfig",
+        "LongNetEncoder",
+        "LongNetLM",
+        "LongViT",
+        "LongViTConfig",
+        "SlideEncoder",
+        "SlideEncoderConfig",
+    ],
+    "dilated_attention_pytorch.models",
 ) | dict.fromkeys(
     ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
     "dilated_attention_pytorch.ring_attention",
