@@ -13,7 +13,16 @@ from dilated_attention_pytorch.types import AttentionOutput
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
-    from dilated_attention_pytorch.models import LongNet, LongNetConfig, LongNetEncoder, LongNetLM
+    from dilated_attention_pytorch.models import (
+        LongNet,
+        LongNetConfig,
+        LongNetEncoder,
+        LongNetLM,
+        LongViT,
+        LongViTConfig,
+        SlideEncoder,
+        SlideEncoderConfig,
+    )
     from dilated_attention_pytorch.ring_attention import (
         RingAttentionConfig,
         RingDilatedAttention,
@@ -31,10 +40,14 @@ __all__ = [
     "LongNetConfig",
     "LongNetEncoder",
     "LongNetLM",
+    "LongViT",
+    "LongViTConfig",
     "MultiheadDilatedAttention",
     "RingAttentionConfig",
     "RingDilatedAttention",
     "RingDistributedDilatedAttention",
+    "SlideEncoder",
+    "SlideEncoderConfig",
     "UnifiedMemoryPool",
     "dilated_attention",
     "dilated_attention_streamed",
@@ -44,7 +57,17 @@ __all__ = [
 
 # Loaded when first asked for, so that importing the op costs no more than it must.
 _LAZY = dict.fromkeys(
-    ["LongNet", "LongNetConfig", "LongNetEncoder", "LongNetLM"], "dilated_attention_pytorch.models"
+    [
+        "LongNet",
+        "LongNetConfig",
+        "LongNetEncoder",
+        "LongNetLM",
+        "LongViT",
+        "LongViTConfig",
+        "SlideEncoder",
+        "SlideEncoderConfig",
+    ],
+    "dilated_attention_pytorch.models",
 ) | dict.fromkeys(
     ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
     "dilated_attention_pytorch.ring_attention",
