@@ -111,19 +111,27 @@ def warn_once(key: str, message: str) -> None:
     """Gives one DeprecationWarning a process and key, at the line of the user's code that led here."""
     if key in _warned:
         return
+    warn_user(
+        f"{message} (see docs/migration.md; `dilated-attention migrate` lists and rewrites old names)",
+        DeprecationWarning,
+    )
+    # Behind the warning: where a filter makes it an error, it is one every time.
+    _warned.add(key)
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """A warning at the line of the user's code that led here, however many of our frames lie between."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     warnings.warn_explicit(
-        f"{message} (see docs/migration.md; `dilated-attention migrate` finds and rewrites old names)",
-        DeprecationWarning,
+        message,
+        category,
         frame.f_code.co_filename,
         frame.f_lineno,
         module=frame.f_globals.get("__name__", "<unknown>"),
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )
-    # Behind the warning: where a filter makes it an error, it is one every time.
-    _warned.add(key)
 
 
 def _is_inner(module: str) -> bool:
@@ -235,8 +243,11 @@ def takes_old_call(
 
     def decorate(cls: type[_T]) -> type[_T]:
         construct = cls.__init__
-        new = set(inspect.signature(construct).parameters)
-        old_only = {name for name in (*call.order, *call.keywords) if call.kept.get(name) != name} - new
+        parameters = inspect.signature(construct).parameters
+        # Where the new constructor takes any keyword, one that has kept its name is no sign of age.
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        old = (*call.order, *call.keywords)
+        old_only = {name for name in old if not (takes_any and call.kept.get(name) == name)} - set(parameters)
         position, kind = first
 
         @functools.wraps(construct)

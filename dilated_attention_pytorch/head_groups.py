@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch._deprecated import warn_user
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import dilated_attention, in_autocast_dtype
 from dilated_attention_pytorch.types import Backend
@@ -28,6 +29,7 @@ _WARNING = (
     "all of them. Attention itself is computed right, which 0.1's was not: see docs/migration.md"
 )
 _legacy: ContextVar[bool] = ContextVar("legacy", default=False)
+_warned = False  # of the environment, once a process
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def legacy_mode() -> Iterator[None]:
 
     Example:
         >>> import warnings
-        >>> with warnings.catch_warnings(), legacy_mode():
+        >>> with warnings.catch_warnings(action="ignore"), legacy_mode():
         ...     attention = DilatedAttention([128, 512], [1, 4])
         >>> attention.head_groups
         True
@@ -62,19 +64,11 @@ def head_groups_by_default() -> bool:
     value = os.environ.get(ENVIRONMENT, "0")
     if value not in ("", "0", "1"):
         raise ValueError(f"expected the environment variable {ENVIRONMENT} to be 0 or 1, got {value!r}")
-    if value == "1":
-        _warn_of_environment()
+    global _warned
+    if value == "1" and not _warned:
+        warn_user(f"{ENVIRONMENT}=1 {_WARNING}", FutureWarning)
+        _warned = True
     return value == "1"
-
-
-_warned_of_environment = False
-
-
-def _warn_of_environment() -> None:
-    global _warned_of_environment
-    if not _warned_of_environment:
-        warnings.warn(f"{ENVIRONMENT}=1 {_WARNING}", FutureWarning, stacklevel=5)
-        _warned_of_environment = True
 
 
 def head_runs(num_heads: int, num_branches: int) -> list[slice]:
