@@ -26,16 +26,18 @@ class OldName(NamedTuple):
         now: what to write instead, dotted, under the package.
         stand_in: `module:attribute`, under the package, of what takes the old arguments.
         places: the old modules that had it, under the package; `""` is the package itself.
+        by_hand: why a call needs more than the new name; empty where the new name takes the old call.
     """
 
     name: str
     now: str
     stand_in: str
     places: tuple[str, ...]
+    by_hand: str = ""
 
 
-def _row(name: str, now: str, stand_in: str, *places: str) -> OldName:
-    return OldName(name, now, stand_in if ":" in stand_in else f"{stand_in}:{name}", places)
+def _row(name: str, now: str, stand_in: str, *places: str, by_hand: str = "") -> OldName:
+    return OldName(name, now, stand_in if ":" in stand_in else f"{stand_in}:{name}", places, by_hand)
 
 
 def _ring(name: str, *modules: str) -> OldName:
@@ -43,7 +45,8 @@ def _ring(name: str, *modules: str) -> OldName:
 
 
 def _hilbert(name: str, module: str) -> OldName:
-    return _row(name, "ring_attention.variants.HilbertRingAttention", "_old.hilbert", "", module)
+    successor = "ring_attention.variants.HilbertRingAttention"
+    return _row(name, successor, "_old.hilbert", "", module, by_hand="it takes a config and the places of the tokens")
 
 
 # fmt: off
@@ -53,31 +56,44 @@ TABLE: tuple[OldName, ...] = (
     _row("MultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention:MultiheadDilatedAttention01",
          "dilated_attention"),
     _row("LongNet", "LongNet", "models.longnet", "long_net"),
-    _row("LongNetLM", "LongNetLM", "_old.models:LongNetLM01", "long_net"),
-    _row("DilatedTransformerEncoderLayer", "models.layers.Layer", "_old.models", "", "transformer"),
-    _row("DilatedTransformerDecoderLayer", "models.layers.Layer", "_old.models", "", "transformer"),
+    _row("LongNetLM", "LongNetLM", "_old.models:LongNetLM01", "long_net",
+         by_hand="num_tokens is vocab_size, and is_causal is gone"),
+    _row("DilatedTransformerEncoderLayer", "models.layers.Layer", "_old.models", "", "transformer",
+         by_hand="it takes a LongNetConfig"),
+    _row("DilatedTransformerDecoderLayer", "models.layers.Layer", "_old.models", "", "transformer",
+         by_hand="it takes a LongNetConfig"),
     # 0.2
     _row("MultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention:MultiheadDilatedAttention02",
-         "multihead_dilated_attention"),
-    _row("ImprovedDilatedAttention", "DilatedAttention", "_old.attention", "", "improved_dilated_attention"),
+         "multihead_dilated_attention",
+         by_hand="it returns a pair, and masks are True where real"),
+    _row("ImprovedDilatedAttention", "DilatedAttention", "_old.attention", "", "improved_dilated_attention",
+         by_hand="dropout is attention_dropout"),
     _row("ImprovedMultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention",
-         "", "improved_multihead_dilated_attention"),
-    _row("create_dilated_attention", "DilatedAttention", "_old.factories", "", "core"),
-    _row("create_multihead_dilated_attention", "MultiheadDilatedAttention", "_old.factories", "", "core"),
+         "", "improved_multihead_dilated_attention",
+         by_hand="masks are True where real"),
+    _row("create_dilated_attention", "DilatedAttention", "_old.factories", "", "core",
+         by_hand="a class has no attention_type"),
+    _row("create_multihead_dilated_attention", "MultiheadDilatedAttention", "_old.factories", "", "core",
+         by_hand="a class has no attention_type"),
     # The modules' own factories took what their classes took.
     _row("create_dilated_attention", "DilatedAttention", "_old.attention:DilatedAttention01", "dilated_attention"),
     _row("create_multihead_dilated_attention", "MultiheadDilatedAttention",
-         "_old.attention:MultiheadDilatedAttention02", "multihead_dilated_attention"),
-    _row("DilatedAttentionConfig", "DilatedAttention", "_old.factories", "core"),
-    _row("MultiheadConfig", "MultiheadDilatedAttention", "_old.factories", "core"),
+         "_old.attention:MultiheadDilatedAttention02", "multihead_dilated_attention",
+         by_hand="it returns a pair, and masks are True where real"),
+    _row("DilatedAttentionConfig", "DilatedAttention", "_old.factories", "core",
+         by_hand="its fields are arguments of the class"),
+    _row("MultiheadConfig", "MultiheadDilatedAttention", "_old.factories", "core",
+         by_hand="its fields are arguments of the class"),
     # 0.2's rings
     _row("RingAttentionConfig", "RingAttentionConfig", "ring_attention.config",
          "core", "ring_dilated_attention_production"),
     _row("RingDilatedAttention", "RingDilatedAttention", "_old.ring:RingDilatedAttention01", "ring_dilated_attention"),
     _row("RingDistributedDilatedAttention", "RingDistributedDilatedAttention",
-         "_old.ring_multihead:RingDistributedDilatedAttention02", "ring_distributed_dilated_attention"),
+         "_old.ring_multihead:RingDistributedDilatedAttention02", "ring_distributed_dilated_attention",
+         by_hand="it takes a config and one tensor"),
     _row("RingMultiheadDilatedAttentionHybrid", "RingDistributedDilatedAttention", "_old.ring_multihead",
-         "", "ring_multihead_dilated_attention_hybrid"),
+         "", "ring_multihead_dilated_attention_hybrid",
+         by_hand="it takes a config and one tensor"),
     _row("create_production_ring_attention", "RingDilatedAttention", "_old.ring",
          "", "ring_dilated_attention_production"),
     _ring("RingDilatedAttentionProduction", "ring_dilated_attention_production"),

@@ -45,8 +45,8 @@ def save_pretrained(model: LongNet | LongNetEncoder | LongNetLM, folder: str | o
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     if any(getattr(module, "head_groups", False) for module in model.modules()):
         raise ValueError(
-            "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the layout; "
-            "save its state_dict() instead"
+            "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
+            "layout; save its state_dict() instead"
         )
     save_file = _safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
