@@ -37,6 +37,8 @@ OLD: dict[str, OldName] = {
     for place, names in BY_PLACE.items()
     for name, row in names.items()
 }
+# A module of the present as well, so nothing that is reached through it can be reached through the package instead.
+_CORE = f"{PACKAGE}.core"
 MODULES = {f"{PACKAGE}.{place}" for place in OLD_MODULES}
 
 
@@ -155,7 +157,7 @@ class _Survey(_Visitor):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[int, str]] = []
-        self.strings: list[tuple[int, str]] = []
+        self.others: list[Finding] = []  # what stays where it is, without keeping the same name elsewhere
         self.reasons: dict[str, str] = {}
         self.taken: set[str] = set()  # names that the file itself gives a meaning
 
@@ -177,8 +179,7 @@ class _Survey(_Visitor):
         for line, old in self.found:
             if old in stuck:
                 yield Finding(line, old, _now(old), stuck[old])
-        for line, old in self.strings:
-            yield Finding(line, old, _now(old), "a string")
+        yield from self.others
 
     def _note(self, node: cst.CSTNode, old: str, reason: str = "") -> None:
         self.found.append((self.line(node), old))
@@ -230,6 +231,9 @@ class _Survey(_Visitor):
                 self._note(node, old, "it is not dilated attention and has no successor")
             return
         if isinstance(node, cst.Attribute):
+            if old.rpartition(".")[0] == _CORE and not row.by_hand:
+                self.others.append(Finding(self.line(node), old, _now(old), "core has other things now"))
+                return
             self._note(node, old)
             # What stays is reached through its module, which then has to stay as well.
             if row.by_hand and old.rpartition(".")[0] in MODULES:
@@ -240,7 +244,7 @@ class _Survey(_Visitor):
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         value = node.evaluated_value
         if isinstance(value, str) and (value in OLD or value in MODULES):
-            self.strings.append((self.line(node), value))
+            self.others.append(Finding(self.line(node), value, _now(value), "a string"))
 
 
 class _Rewrite(_Visitor):
@@ -277,7 +281,7 @@ class _Rewrite(_Visitor):
         old = self.imported(original_node)
         new = self._new(old)
         module = old.rpartition(".")[0]
-        if not new or module in self.stuck:
+        if not new or module in self.stuck or module == _CORE:
             return updated_node
         changed = updated_node.with_changes(attr=cst.Name(new))
         if get_full_name_for_node(original_node.value) == module and module in MODULES:
