@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -24,21 +23,7 @@ from dilated_attention_pytorch import _deprecated
 NAME = package.__name__
 PATTERN: dict[str, Any] = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
 ROWS = [(place, name) for place, names in _deprecated.BY_PLACE.items() for name in names]
-# Only until the module has landed: an old name whose successor is there is never skipped.
-NO_HILBERT = pytest.mark.skipif(
-    importlib.util.find_spec(f"{NAME}.ring_attention.variants.hilbert") is None,
-    reason="its successor, ring_attention.variants.hilbert, does not exist yet",
-)
-
-
-def is_hilbert(place: str, name: str) -> bool:
-    return _deprecated.BY_PLACE[place][name].stand_in.startswith("_old.hilbert")
-
-
-ALL = [
-    pytest.param(place, name, marks=[NO_HILBERT] if is_hilbert(place, name) else [], id=f"{place}.{name}".strip("."))
-    for place, name in ROWS
-]
+ALL = [pytest.param(place, name, id=f"{place}.{name}".strip(".")) for place, name in ROWS]
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +221,17 @@ class TestNumbers:
         expected = package.dilated_attention(q, k, v, **PATTERN, is_causal=True)
         assert torch.equal(ring(q, k, v, is_causal=True), expected)
 
+    @pytest.mark.parametrize("length", [1, 16, 23])
+    def test_hilbert_rings_take_any_sequence_in_its_own_order(self, length: int) -> None:
+        """0.2's layout: the smallest square that holds the sequence, row by row; results come back in order."""
+        ring = take("", "RingDilatedAttentionHybridHilbert")([64], [1])
+        q, k, v = heads(length=length), heads(length=length), heads(length=length)
+        # One branch that holds everything sees the same keys in any order; fp32 sums differ by their rounding.
+        expected = package.dilated_attention(q, k, v, segment_lengths=[64], dilation_rates=[1], is_causal=True)
+        torch.testing.assert_close(ring(q, k, v, is_causal=True), expected)
+        side = round(length**0.5 + 0.49) if length > 1 else 1
+        assert side**2 >= length > (side - 1) ** 2 and len(ring.order.order) == length
+
     def test_decoder_layer_has_two_flags(self) -> None:
         layer = take("transformer", "DilatedTransformerDecoderLayer")(32, 4, [32], [1], 64, dropout=0.0)
         x, memory = torch.randn(1, 32, 32), torch.randn(1, 32, 32)
@@ -424,7 +420,7 @@ def test_the_module_and_the_function_of_one_name() -> None:
         "assert pickle.loads(pickle.dumps(DilatedAttention)) is DilatedAttention\n"
         "print(pickle.loads(pickle.dumps(DilatedAttention([8], [1]))).segment_lengths)\n",
         # Each old module by itself, first thing in a process.
-        *(f"import {NAME}.{place}\n{HOLDS}" for place in _deprecated.OLD_MODULES if "hilbert" not in place),
+        *(f"import {NAME}.{place}\n{HOLDS}" for place in _deprecated.OLD_MODULES),
         # The package loads neither Triton nor the models, rings and factories behind its old names.
         f"import {NAME}, sys\nloaded = [m for m in sys.modules if m.startswith(('triton', '{NAME}.models', "
         f"'{NAME}.ring_attention', '{NAME}._old.ring', '{NAME}._old.models'))]\nassert not loaded, loaded\nprint('ok')",

@@ -20,14 +20,14 @@ _FLAGS = ("hilbert_chunk_size", "cache_hilbert_mappings", "apply_hilbert_to_kv",
 
 
 class _OldHilbertRing(HilbertRingAttention):
-    order: ClassVar[tuple[str, ...]] = _START
+    old_order: ClassVar[tuple[str, ...]] = _START
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        call = OLD_RING._replace(order=self.order, keywords=(*OLD_RING.order, *OLD_RING.keywords, *_FLAGS))
+        call = OLD_RING._replace(order=self.old_order, keywords=(*OLD_RING.order, *OLD_RING.keywords, *_FLAGS))
         super().__init__(**construction(type(self).__name__, call, args, kwargs))
         self.ordered = -1  # length of the sequence whose order is set
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         key: Tensor,
@@ -38,25 +38,25 @@ class _OldHilbertRing(HilbertRingAttention):
     ) -> Tensor:
         """`HilbertRingAttention.forward`; see `no_mask`."""
         no_mask("attention_mask", attention_mask)
-        if query.dim() == 4 and query.shape[1] != self.ordered:
+        length = query.shape[1] * self.world_size if query.dim() == 4 else 0
+        if length not in (0, self.ordered):
             # 0.2 laid any sequence out on the smallest square that holds it, row by row.
-            side = math.isqrt(max(0, query.shape[1] - 1)) + 1
-            index = torch.arange(query.shape[1])
+            side = math.isqrt(length - 1) + 1
+            index = torch.arange(length)
             self.set_order(torch.stack((index // side, index % side), 1))
-            self.ordered = query.shape[1]
-        out: Tensor = super().forward(query, key, value, is_causal, **new)
-        return out
+            self.ordered = length
+        return super().forward(query, key, value, is_causal, **new)
 
 
 class RingDilatedAttentionHilbertOptimized(_OldHilbertRing):
     """0.2's name."""
 
-    order = (*_START, "hilbert_chunk_size", "cache_hilbert_mappings", "apply_hilbert_to_kv", "precompute_patterns",
+    old_order = (*_START, "hilbert_chunk_size", "cache_hilbert_mappings", "apply_hilbert_to_kv", "precompute_patterns",
              "overlap_communication")  # fmt: skip
 
 
 class RingDilatedAttentionHybridHilbert(_OldHilbertRing):
     """0.2's name."""
 
-    order = (*_START, "precompute_patterns", "overlap_communication", "use_hilbert", "hilbert_chunk_size",
+    old_order = (*_START, "precompute_patterns", "overlap_communication", "use_hilbert", "hilbert_chunk_size",
              "use_xformers", "attention_op")  # fmt: skip

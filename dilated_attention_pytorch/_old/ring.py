@@ -33,10 +33,10 @@ def construction(name: str, call: OldCall, args: tuple[Any, ...], kwargs: dict[s
 
 
 class _OldRing(RingDilatedAttention):
-    order: ClassVar[tuple[str, ...]] = _START
+    old_order: ClassVar[tuple[str, ...]] = _START
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        call = OLD_RING._replace(order=self.order, keywords=(*OLD_RING.order, *OLD_RING.keywords))
+        call = OLD_RING._replace(order=self.old_order, keywords=(*OLD_RING.order, *OLD_RING.keywords))
         super().__init__(**construction(type(self).__name__, call, args, kwargs))
 
     def forward(  # type: ignore[override]
@@ -56,56 +56,56 @@ class _OldRing(RingDilatedAttention):
 class RingDilatedAttention01(_OldRing):
     """The first `RingDilatedAttention`."""
 
-    order = ("segment_lengths", "dilation_rates", "dropout", "use_tf32", "block_size", "ring_size",
+    old_order = ("segment_lengths", "dilation_rates", "dropout", "use_tf32", "block_size", "ring_size",
              "use_checkpointing", "device", "dtype")  # fmt: skip
 
 
 class RingDilatedAttentionProduction(_OldRing):
     """0.2's name; takes 0.2's `RingAttentionConfig`."""
 
-    order = OLD_RING.order
+    old_order = OLD_RING.order
 
 
 class RingDilatedAttentionHybrid(_OldRing):
     """0.2's name."""
 
-    order = (*_START, *_POOL, "memory_pool_threshold_mb", "use_flash_attention", "use_bucketed")
+    old_order = (*_START, *_POOL, "memory_pool_threshold_mb", "use_flash_attention", "use_bucketed")
 
 
 class RingDilatedAttentionTrue(_OldRing):
     """0.2's name."""
 
-    order = ("segment_lengths", "dilation_rates", "dropout", "bucket_size", "ring_size", "device", "dtype")
+    old_order = ("segment_lengths", "dilation_rates", "dropout", "bucket_size", "ring_size", "device", "dtype")
 
 
 class TrueRingDilatedAttention(_OldRing):
     """0.2's name."""
 
-    order = ("segment_lengths", "dilation_rates", "dropout", "ring_size", "chunk_size_kv", "device", "dtype")
+    old_order = ("segment_lengths", "dilation_rates", "dropout", "ring_size", "chunk_size_kv", "device", "dtype")
 
 
 class RingDilatedAttentionV2(_OldRing):
     """0.2's name."""
 
-    order = (*_START, *_POOL)
+    old_order = (*_START, *_POOL)
 
 
 class RingDilatedAttentionV2Collective(_OldRing):
     """0.2's name."""
 
-    order = (*_START, *_POOL, "memory_pool_threshold_mb", "use_flash_attention", "flash_chunk_size")
+    old_order = (*_START, *_POOL, "memory_pool_threshold_mb", "use_flash_attention", "flash_chunk_size")
 
 
 class RingDilatedAttentionV2Flash(_OldRing):
     """0.2's name."""
 
-    order = RingDilatedAttentionV2Collective.order
+    old_order = RingDilatedAttentionV2Collective.old_order
 
 
 class RingDilatedAttentionV3(_OldRing):
     """0.2's name."""
 
-    order = (*_START, *_POOL, "cache_on_gpu")
+    old_order = (*_START, *_POOL, "cache_on_gpu")
 
 
 def create_production_ring_attention(
