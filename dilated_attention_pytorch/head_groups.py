@@ -92,8 +92,8 @@ class _Members(NamedTuple):
 
     def before(self, position: int) -> int:
         """How many stand before a position."""
-        segment, inside = divmod(position, self.length)
-        return segment * self.per_segment + max(0, -(-(inside - self.offset) // self.rate))
+        inside = position % self.length  # not divmod, which torch.compile does not know of symbolic lengths
+        return position // self.length * self.per_segment + max(0, -(-(inside - self.offset) // self.rate))
 
     def of(self, positions: Tensor) -> Tensor:
         """Which of these positions they are; none of the negative ones."""
@@ -103,7 +103,10 @@ class _Members(NamedTuple):
         """Their rows in a tensor of the positions `[start, start + count)`."""
         if self.length % self.rate == 0:  # then they are equally far apart, and a view takes them
             return slice((self.offset - start) % self.rate, count, self.rate)
-        return self.of(torch.arange(start, start + count, device=device)).nonzero().flatten()
+        # Counted, not searched for: nothing here waits for the device.
+        members = torch.arange(self.before(start), self.before(start + count), device=device)
+        inside = members % self.per_segment * self.rate + self.offset
+        return members // self.per_segment * self.length + inside - start
 
 
 def grouped_attention(
