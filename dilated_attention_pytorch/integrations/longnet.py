@@ -78,7 +78,7 @@ class LongNetConfig(PreTrainedConfig):
 class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     """LongNet (arXiv 2307.02486) as a causal language model of transformers; the module inside is a `LongNetLM`.
 
-    `generate` uses transformers' `DynamicCache`, which keeps every key; `LongNetLM.generate` keeps those still in sight.
+    `generate` uses transformers' `DynamicCache`, which keeps every key; `LongNetLM.generate` keeps those in sight.
     Batches are padded on the left for `generate`, on either side otherwise.
 
     Args:
@@ -149,9 +149,10 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: `(B, all tokens so far)`, 1 = real. Positions count from a row's first real token.
             past_key_values: a `DynamicCache`; only without gradients.
             labels: int `(B, T)`, -100 where there is none; shifted inside.
-            use_cache: whether to make a cache and give it back; by default the config's, where no gradient is wanted.
+            use_cache: whether to make a cache and give it back; by default the config's, where no gradient is wanted
+                and no row is padded on the right.
             logits_to_keep: compute this many last positions' logits only; 0 for all.
-            position_ids: not needed, `attention_mask` says where a row starts; ignored, since `generate` hands them over.
+            position_ids: ignored, though `generate` hands them over: `attention_mask` says where a row starts.
             return_dict: False for a tuple.
             kwargs: `num_items_in_batch` for the loss; whatever else is set is refused.
 
@@ -164,15 +165,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         items = kwargs.pop("num_items_in_batch", None)
         if wrong := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise ValueError(f"expected arguments of LongNetForCausalLM.forward, got {wrong}, which it does not have")
+        real, row_start = _rows(attention_mask)
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and _is_left_padded(real, row_start)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        rows = _rows(attention_mask)
         if past_key_values is None:
-            hidden = self.model.hidden(input_ids, **rows)
+            hidden = self.model.hidden(input_ids, key_padding_mask=real, row_start=row_start)
         else:
-            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, **rows)
+            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, real, row_start)
             hidden = self.model.hidden(input_ids, cache=cache)  # type: ignore[arg-type]
         logits = self.model.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
@@ -183,14 +184,22 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         return out if return_dict is not False else out.to_tuple()
 
 
-def _rows(attention_mask: Tensor | None) -> dict[str, Tensor | None]:
+def _rows(attention_mask: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """`key_padding_mask` and `row_start` of a mask; none where nothing is padded."""
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
     if attention_mask is None or bool(attention_mask.all()):
-        return {"key_padding_mask": None, "row_start": None}
+        return None, None
     real = attention_mask.bool()
-    return {"key_padding_mask": real, "row_start": real.int().argmax(1)}
+    return real, real.int().argmax(1)
+
+
+def _is_left_padded(key_padding_mask: Tensor | None, row_start: Tensor | None) -> bool:
+    """Whether nothing but what stands before a row's first token is hidden."""
+    if key_padding_mask is None or row_start is None:
+        return True
+    positions = torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
+    return torch.equal(positions >= row_start[:, None], key_padding_mask)
 
 
 class _Cache:
@@ -208,15 +217,13 @@ class _Cache:
         total = self.length + tokens.shape[1]
         if getattr(cache, "is_compileable", False):
             raise ValueError(f"expected a DynamicCache, which grows, got a {type(cache).__name__}")
-        if key_padding_mask is not None and row_start is not None:
-            if key_padding_mask.shape[1] != total:
-                raise ValueError(
-                    f"expected attention_mask of {total} tokens, the cache's and the new ones, got "
-                    f"{key_padding_mask.shape[1]}"
-                )
-            padded = torch.arange(total, device=tokens.device) < row_start[:, None]
-            if not torch.equal(padded, ~key_padding_mask):
-                raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
+        if key_padding_mask is not None and key_padding_mask.shape[1] != total:
+            raise ValueError(
+                f"expected attention_mask of {total} tokens, the cache's and the new ones, got "
+                f"{key_padding_mask.shape[1]}"
+            )
+        if not _is_left_padded(key_padding_mask, row_start):
+            raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 
     def begin(self, num_new: int) -> None:

@@ -6,9 +6,9 @@
     config = LlamaConfig(dilated_segment_lengths=[2048, 8192], dilated_dilation_rates=[1, 4])
     model = LlamaForCausalLM._from_config(config, attn_implementation="dilated")
 
-Causality comes from the model's own layers (`is_causal`), padding from its 2-D `attention_mask`, whichever side it is on,
-and the position of a query in decoding from the number of keys the cache holds. What the pattern cannot express (sliding
-windows, soft caps, attention sinks, position biases, masks of one's own, static caches) raises.
+Causality comes from the model's own layers (`is_causal`), padding from its 2-D `attention_mask`, whichever side it is
+on, and the position of a query in decoding from the number of keys the cache holds. What the pattern cannot express
+(sliding windows, soft caps, attention sinks, position biases, masks of one's own, static caches) raises.
 """
 
 from __future__ import annotations
@@ -125,15 +125,15 @@ def mask(
     if local_size is None:
         if mask_function not in (causal_mask_function, bidirectional_mask_function):
             raise ValueError(
-                f"expected a causal or a bidirectional mask with attn_implementation={NAME!r}, got one that is combined "
-                "with another (packed position_ids, a prefix, image tokens): pad each sequence with attention_mask"
+                f"expected a causal or a bidirectional mask with attn_implementation={NAME!r}, got one combined with "
+                "another (packed position_ids, a prefix, image tokens): pad each sequence with attention_mask"
             )
         growing = not isinstance(q_offset, Tensor) and not kv_offset and kv_length == q_offset + q_length
         if mask_function is causal_mask_function and not growing:
             raise ValueError(
-                f"expected a cache whose keys end with the last query (DynamicCache) with attn_implementation={NAME!r}, "
-                f"got {kv_length} keys for {q_length} queries from position {q_offset} on: static, sliding and prefix "
-                "caches are not supported"
+                "expected a cache whose keys end with the last query (DynamicCache) with attn_implementation="
+                f"{NAME!r}, got {kv_length} keys for {q_length} queries from position {q_offset} on: static, sliding "
+                "and prefix caches are not supported"
             )
     if attention_mask is None:
         return None
@@ -157,7 +157,7 @@ def attention(
     """The attention function: `(B, H, T, D)` queries over `(B, H_kv, T_k, D)` keys to `(B, T, H, D)`, no weights."""
     _check_arguments(module, query, key, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    config = module.config
+    config: Any = module.config
     # Decoder models with `config.is_causal = False` are bidirectional; their layers do not know.
     causal = bool(causal) and getattr(config, "is_causal", True) is not False
     keys, queries = key.shape[2], query.shape[2]
