@@ -20,7 +20,7 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test lint format types docs figures bench-cpu dist clean
+.PHONY: help venv demo test lint format types docs docs-test figures tables bench-cpu bench-compare dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,15 @@ docs: $(STAMP) ## build the site into site/, warnings are errors
 
 figures: $(STAMP) ## draw docs/img anew from DilatedPattern
 	$(BIN)/python docs/figures.py
+
+tables: $(STAMP) ## write the tables of README and docs anew from benchmarks/results and from the code
+	$(BIN)/python docs/tables.py
+
+docs-test: $(STAMP) ## run every code block of README and docs, every example and every notebook
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/test_docs.py tests/test_examples.py tests/test_notebooks.py $(PYTEST_ARGS)
+
+bench-compare: $(STAMP) ## this tree against BASE=<revision>, interleaved; fails on a regression over 5%
+	$(BIN)/python -m benchmarks compare $(or $(BASE),HEAD)
 
 bench-cpu: $(STAMP) ## time the CPU path against attention calls alone
 	$(BIN)/python benchmarks/cpu.py
