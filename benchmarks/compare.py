@@ -6,15 +6,15 @@
 Both run in turn on one core, in processes that are forked from one server with torch loaded, so that they differ in the
 package alone. What is compared is processor time, which waiting for a busy machine does not change.
 
-A *block* is a fresh pair of processes; in each, a case takes turns A B B A ... of about 50 ms, and the block's ratio is
+A *block* is a fresh pair of processes; in each, a case takes turns A B B A ... of about 40 ms, and the block's ratio is
 the median of the quotients of neighbours, on which a busy spell falls alike. Fresh processes in every block, since
 where one happens to lay its memory moves its times by a percent or two for as long as it lives.
 
 A block votes: its ratio is over the limit, or not. A case is decided when one side is four votes ahead; that is Wald's
 sequential test between "one block in ten is over" and "nine in ten are", with an error of 1/6,562 = 1/(9**4 + 1) on
 either side. It asks nothing of how the noise is distributed, stops after four blocks where the answer is plain, and
-goes on where it is close; after `--blocks` blocks without a decision, the median of all blocks decides. A case right at the
-limit may fall on either side. Exit status: 0 no regression, 1 a regression, 2 a wrong result or a run that failed.
+goes on where it is close; after `--blocks` blocks without a decision, the median of all blocks decides. A case right
+at the limit may fall on either side. Exit status: 0 no regression, 1 a regression, 2 a wrong result or a run that failed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ import common
 
 FOLDER = Path(__file__).resolve().parent
 AHEAD = 4  # votes
-TURN = 0.05  # seconds
-PAIRS = 15  # quotients a block
+TURN = 0.04  # seconds
+PAIRS = 11  # quotients a block
 
 
 def serve(tree: str, cases: list[str], pipe: Connection) -> None:
