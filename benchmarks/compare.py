@@ -14,7 +14,7 @@ A block votes: its ratio is over the limit, or not. A case is decided when one s
 sequential test between "one block in ten is over" and "nine in ten are", with an error of 1/6,562 = 1/(9**4 + 1) on
 either side. It asks nothing of how the noise is distributed, stops after four blocks where the answer is plain, and
 goes on where it is close; after `--blocks` blocks without a decision, the median of all blocks decides. A case right
-at the limit may fall on either side. Exit status: 0 no regression, 1 a regression, 2 a wrong result or a run that failed.
+at the limit may fall on either side. Exit status: 0 no regression, 1 a regression, 2 a wrong result or a failed run.
 """
 
 from __future__ import annotations
