@@ -11,15 +11,17 @@ an upper bound that needs one GPU, which `benchmarks/ring.py` then measures with
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from common import announce, write
 from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
+from dilated_attention_pytorch.core.memory.unified_pool import Handle
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention import schedule
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
@@ -38,6 +40,9 @@ class Ready:
     def wait(self) -> Tensor:
         return self.rows
 
+    def release(self) -> None:
+        """Nothing was lent."""
+
 
 class Still:
     """In place of a `Channel`: what would arrive is random, and already there."""
@@ -45,11 +50,15 @@ class Still:
     def __init__(self) -> None:
         self.rows: dict[tuple[object, ...], Tensor] = {}
 
-    def exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Ready:
+    def exchange(
+        self, buffer: Handle, sent: Sequence[int], received: Sequence[int], purpose: str, *, keep: bool = False
+    ) -> Ready:
+        send = buffer.tensor
         key = (purpose, sum(received), send.dtype)
         if key not in self.rows:
             shape = (sum(received), *send.shape[1:])
             self.rows[key] = torch.randn(shape, device=send.device, dtype=torch.float32).to(send.dtype)
+        buffer.release()
         return Ready(self.rows[key])
 
 
@@ -72,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for the result's JSON")
     parser.add_argument("--smoke", action="store_true", help="CPU, a thousandth of the size")
     options = parser.parse_args()
     device = torch.device("cpu" if options.smoke else "cuda")
@@ -85,9 +95,10 @@ def main() -> None:
         torch.randn(1, n, heads, width, generator=generator, device=device, dtype=torch.float32).to(dtype)
         for _ in range(4)
     )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{name}, torch {torch.__version__}, {dtype}, B=1 H={heads} D={width}, N={n}, w={lengths}, r={RATES}")
+    announce()
+    print(f"{dtype}, B=1 H={heads} D={width}, N={n}, w={lengths}, r={RATES}")
 
+    rows = []
     for causal in (False, True):
 
         def one(causal: bool = causal) -> None:
@@ -118,9 +129,11 @@ def main() -> None:
 
                 shares.append(median(share, device, options.rounds))
             times = ", ".join(f"{x * 1e3:.1f}" for x in shares)
-            print(
-                f"  {size} ranks, {kind} shards: {times} ms; at most {alone / max(shares):.2f}x one device", flush=True
-            )
+            bound = alone / max(shares)
+            print(f"  {size} ranks, {kind} shards: {times} ms; at most {bound:.2f}x one device", flush=True)
+            case = f"{size} ranks, {kind} shards{', causal' * causal}"
+            rows.append({"case": case, "one_ms": alone * 1e3, "rank_ms": [x * 1e3 for x in shares], "at_most": bound})
+    write(options.out, "ring_shares", rows, check="none: tests/test_ring_exact.py holds the parts that are timed")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def repeater(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None:
     """What computes out and lse for tensors of the same layout without the op; None where nothing is gained."""
-    return _implementation(q, problem, backend).repeater(q, k, v, problem)
+    return implementation(q, problem, backend).repeater(q, k, v, problem)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
