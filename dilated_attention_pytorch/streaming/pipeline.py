@@ -47,6 +47,8 @@ def run(
     transport = (
         _Cuda(work, writers, device, pool, loads) if device.type == "cuda" else _Host(work, writers, pool, loads)
     )
+    for writer in writers.values():  # now that all memory is there
+        writer.begin()
     reads: list[Future[None]] = []
     writes: list[Future[None]] = []
     reading = ThreadPoolExecutor(1, "streaming-read")
