@@ -440,3 +440,12 @@ def test_a_pool_is_used_again() -> None:
         assert relative_norm(got, dilated_attention(q, k, v, **PATTERN)) <= 1e-12
     stats = pool.stats()
     assert stats.hits >= 2 and stats.current == 0
+
+
+def test_modes_of_torch_change_nothing() -> None:
+    q, k, v = draw_qkv(200, dtype=torch.float32)
+    want = dilated_attention_streamed(q, k, v, **PATTERN, range_length=48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)
+    with torch.inference_mode():
+        assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)
