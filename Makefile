@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SLIDE_STAMP := $(VENV)/.installed-slide
 
 # Two test workers share the machine, so each computes with one thread.
 JOBS ?= 2
@@ -20,10 +21,10 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test lint format types docs figures bench-cpu dist clean
+.PHONY: help venv demo test lint format types docs docs-test figures tables slide slide-volume bench-cpu bench-compare dist clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make .venv with everything the other targets need
 
@@ -84,6 +85,26 @@ docs: $(STAMP) ## build the site into site/, warnings are errors
 
 figures: $(STAMP) ## draw docs/img anew from DilatedPattern
 	$(BIN)/python docs/figures.py
+
+tables: $(STAMP) ## write the tables of README and docs anew from benchmarks/results and from the code
+	$(BIN)/python docs/tables.py
+
+docs-test: $(STAMP) ## run every code block of README and docs, every example and every notebook
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/test_docs.py tests/test_examples.py tests/test_notebooks.py $(PYTEST_ARGS)
+
+bench-compare: $(STAMP) ## this tree against BASE=<revision>, interleaved; fails on a regression over 5%
+	$(BIN)/python -m benchmarks compare $(or $(BASE),HEAD)
+
+slide: $(SLIDE_STAMP) ## train one probe on a slide of sample images along four orders, into runs/slide
+	$(BIN)/python examples/slide --data images --out runs/slide
+
+slide-volume: $(SLIDE_STAMP) ## the same in 3-D, on the MNI152 brain, into runs/slide-volume
+	$(BIN)/python examples/slide --data mni152 --out runs/slide-volume
+
+# What the slide jobs alone need (scikit-image, nilearn and what those bring) is no part of `make venv`.
+$(SLIDE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[slide]'
+	@touch $@
 
 bench-cpu: $(STAMP) ## time the CPU path against attention calls alone
 	$(BIN)/python benchmarks/cpu.py

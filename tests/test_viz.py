@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
+from dilated_attention_pytorch.kernels.hilbert import CURVES, CurveOrder, curve_order, grid_coords
 from dilated_attention_pytorch.viz import (
+    heat_figure,
     loss_figure,
     multiplicity,
+    neighbourhood_figure,
     neighbours_figure,
+    orders_figure,
     pattern_figure,
     receptive_field,
     receptive_figure,
     save,
 )
+from dilated_attention_pytorch.viz.orders import first_branch
 from dilated_attention_pytorch.viz.pattern import shares
 
 PATTERN = DilatedPattern((6, 16, 40), (1, 2, 5), num_heads=4)  # not nesting, rates that do not divide
@@ -92,3 +97,65 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="expected lines with 'bpb'"):
         loss_figure(tmp_path / "empty.jsonl")
+
+
+class TestOrders:
+    """Walks, neighbourhoods and heat over tokens in space."""
+
+    COORDS = grid_coords((6, 7))
+
+    def orders(self) -> dict[str, CurveOrder]:
+        return {name: curve_order(name, self.COORDS) for name in CURVES}
+
+    @pytest.mark.parametrize("head", [None, 0, 3])
+    @pytest.mark.parametrize("query", [0, 11, 41])
+    def test_first_branch_is_what_the_pattern_shows(self, query: int, head: int | None) -> None:
+        for order in self.orders().values():
+            branch, count = first_branch(PATTERN, order, query, head)
+            want = torch.full((42,), 99)
+            member = PATTERN.membership(order.inverse[query])
+            for h in range(4) if head is None else [head]:
+                branches = [i for i in range(3) if member[i, h]]
+                for i, keys in zip(branches, PATTERN.keys_of(int(order.inverse[query]), h, 42), strict=True):
+                    for place in keys:
+                        want[order.order[place]] = min(int(want[order.order[place]]), i)
+            assert torch.equal(branch, want.masked_fill(want == 99, -1))
+            assert count == int((want < 99).sum())
+
+    @pytest.mark.parametrize("num_dims", [2, 3])
+    def test_pictures_draw_and_are_the_same_every_time(self, num_dims: int, tmp_path: Path) -> None:
+        coords = self.COORDS if num_dims == 2 else grid_coords((3, 4, 5))
+        orders = {name: curve_order(name, coords) for name in CURVES}
+        values = {"a": torch.rand(len(coords)), "b": torch.rand(len(coords), 3)}
+        figures = {
+            "orders": lambda: orders_figure(orders, coords),
+            "near": lambda: neighbourhood_figure(PATTERN, orders, coords, query=5),
+            "heat": lambda: heat_figure(values, coords, mark=3),
+        }
+        for name, draw in figures.items():
+            first, again = (save(draw(), tmp_path / f"{name}{i}.png").read_bytes() for i in range(2))
+            assert first == again
+
+    def test_a_walk_is_drawn_step_by_step(self) -> None:
+        figure = orders_figure({"snake": curve_order("snake", self.COORDS)}, self.COORDS)
+        (walk,) = figure.axes[0].collections
+        segments = np.array(walk.get_segments())
+        assert segments.shape == (41, 2, 2)
+        assert np.array_equal(np.abs(np.diff(segments, axis=1)).sum((1, 2)), np.ones(41))
+
+    def test_bad_input_is_named(self) -> None:
+        orders = self.orders()
+        with pytest.raises(ValueError, match=r"expected orders\['raster'\] of 3 tokens, got 42"):
+            orders_figure(orders, self.COORDS[:3])
+        with pytest.raises(ValueError, match="expected orders to hold at least one"):
+            orders_figure({}, self.COORDS)
+        with pytest.raises(ValueError, match=r"expected query in \[0, 42\), got 42"):
+            neighbourhood_figure(PATTERN, orders, self.COORDS, query=42)
+        with pytest.raises(ValueError, match=r"expected head in \[0, 4\), got 4"):
+            neighbourhood_figure(PATTERN, orders, self.COORDS, query=4, head=4)
+        with pytest.raises(ValueError, match=r"expected values\['a'\] of shape \(42,\)"):
+            heat_figure({"a": torch.zeros(41)}, self.COORDS)
+        with pytest.raises(ValueError, match="expected coords of integers"):
+            heat_figure({"a": torch.zeros(42)}, self.COORDS.double())
+        with pytest.raises(ValueError, match="expected a plane that holds tokens, got 9"):
+            heat_figure({"a": torch.zeros(60)}, grid_coords((3, 4, 5)), plane=9)

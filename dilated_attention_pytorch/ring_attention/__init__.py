@@ -17,13 +17,21 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.ring_attention.utils.buffers import exchange_pool
     from dilated_attention_pytorch.ring_attention.utils.communication import RingError, counting
     from dilated_attention_pytorch.ring_attention.utils.lse import LSEAccumulator
+    from dilated_attention_pytorch.ring_attention.variants.hilbert import (
+        HilbertMixin,
+        HilbertRingAttention,
+        RingDilatedAttentionHilbert,
+    )
 
 _HERE = "dilated_attention_pytorch.ring_attention"
 _LAZY = {
     "BaseRingAttention": f"{_HERE}.base",
+    "HilbertMixin": f"{_HERE}.variants.hilbert",
+    "HilbertRingAttention": f"{_HERE}.variants.hilbert",
     "LSEAccumulator": f"{_HERE}.utils.lse",
     "RingAttentionConfig": f"{_HERE}.config",
     "RingDilatedAttention": f"{_HERE}.production",
+    "RingDilatedAttentionHilbert": f"{_HERE}.variants.hilbert",
     "RingDistributedDilatedAttention": f"{_HERE}.distributed",
     "RingError": f"{_HERE}.utils.communication",
     "RingPlan": f"{_HERE}.plan",
@@ -33,9 +41,12 @@ _LAZY = {
 
 __all__ = [
     "BaseRingAttention",
+    "HilbertMixin",
+    "HilbertRingAttention",
     "LSEAccumulator",
     "RingAttentionConfig",
     "RingDilatedAttention",
+    "RingDilatedAttentionHilbert",
     "RingDistributedDilatedAttention",
     "RingError",
     "RingPlan",

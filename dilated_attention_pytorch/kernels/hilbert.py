@@ -1,0 +1,275 @@
+"""The Hilbert curve in 2-D and 3-D, and orders of tokens along it and along simpler curves.
+
+A segment of dilated attention is a stretch of the sequence. Along raster order a stretch is a thin strip of the image;
+along a Hilbert curve it is a compact region (DESIGN: a curve whose every step goes to a neighbour and that fills each
+quadrant before it leaves it). The curve is Skilling's (AIP Conf. Proc. 707, 381, 2004), read off tables that take
+several bits a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.kernels import hilbert_tables
+
+Curve = Literal["raster", "snake", "morton", "hilbert"]
+
+CURVES: tuple[Curve, ...] = get_args(Curve)
+_MAX_BITS = {2: 31, 3: 20}  # of one coordinate, so that an index fits an int64
+_FLOAT_BITS = {2: 26, 3: 20}  # finer than any scanner's coordinates
+
+
+class CurveOrder(NamedTuple):
+    """A permutation of tokens, and the way back.
+
+    Attributes:
+        order: int64 `(N,)`; the token at curve position p is token `order[p]` of the original sequence.
+        inverse: int64 `(N,)`; token n of the original sequence stands at curve position `inverse[n]`.
+
+    Example:
+        >>> found = hilbert_order(grid=(2, 2))
+        >>> x = torch.arange(4.0)[None]
+        >>> torch.equal(found.undo(found.apply(x)), x)
+        True
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+    def apply(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Tokens along `dim`, in the order of the curve."""
+        return _permuted(x, dim, self.order)
+
+    def undo(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Tokens along `dim` that are in the order of the curve, back where they were."""
+        return _permuted(x, dim, self.inverse)
+
+
+def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
+    """The place of each point along the Hilbert curve through a square or cube of `2 ** num_bits` points a side.
+
+    Args:
+        coords: int `(..., 2)` or `(..., 3)`, each coordinate in `[0, 2 ** num_bits)`.
+        num_bits: up to 31 in 2-D and 20 in 3-D.
+
+    Returns:
+        int64 `(...)`, in `[0, 2 ** (D * num_bits))`. Consecutive places are neighbours; the curve starts at the origin
+        and ends at the far end of the first axis. The index is that of Skilling's algorithm with the same axes.
+
+    Raises:
+        ValueError: a shape, a number of bits or a coordinate out of range.
+        TypeError: coordinates that are not integers.
+
+    Example:
+        >>> hilbert_encode(torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]]), 1).tolist()
+        [0, 1, 2, 3]
+    """
+    num_dims = _check_points(coords)
+    _check_bits(num_bits, num_dims)
+    coords = coords.to(torch.int64)
+    if coords.numel() and not 0 <= int(coords.min()) <= int(coords.max()) < 1 << num_bits:
+        raise ValueError(
+            f"expected coordinates in [0, 2 ** {num_bits}), got {int(coords.min())} to {int(coords.max())}"
+        )
+    axes = coords.unbind(-1)
+    if num_dims == 2:
+        index = hilbert_tables.encode_with_hilbertsfc(axes[0], axes[1], num_bits)
+        if index is not None:
+            return index
+    return hilbert_tables.encode(axes, num_bits)
+
+
+def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
+    """The point at each place along the Hilbert curve: the inverse of `hilbert_encode`.
+
+    Args:
+        index: int of any shape, in `[0, 2 ** (num_dims * num_bits))`.
+        num_dims: 2 or 3.
+        num_bits: of each coordinate.
+
+    Returns:
+        int64 `(*index.shape, num_dims)`.
+
+    Raises:
+        ValueError: dimensions, bits or an index out of range.
+        TypeError: an index that is not of integers.
+
+    Example:
+        >>> hilbert_decode(torch.arange(4), 2, 1).tolist()
+        [[0, 0], [0, 1], [1, 1], [1, 0]]
+    """
+    if num_dims not in _MAX_BITS:
+        raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims!r}")
+    _check_bits(num_bits, num_dims)
+    if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
+        raise TypeError(f"expected index to be of integers, got {index.dtype}")
+    index = index.to(torch.int64)
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < 1 << (num_dims * num_bits):
+        raise ValueError(
+            f"expected index in [0, 2 ** {num_dims * num_bits}), got {int(index.min())} to {int(index.max())}"
+        )
+    return torch.stack(hilbert_tables.decode(index, num_dims, num_bits), -1)
+
+
+def hilbert_order(coords: Tensor | None = None, *, grid: Sequence[int] | None = None) -> CurveOrder:
+    """The order of tokens along a Hilbert curve: `curve_order("hilbert", ...)`.
+
+    Example:
+        >>> hilbert_order(grid=(2, 2)).order.tolist()
+        [0, 1, 3, 2]
+        >>> hilbert_order(torch.tensor([[0.5, 9.0], [0.0, 0.0], [0.6, 8.5]])).order.tolist()
+        [1, 2, 0]
+    """
+    return curve_order("hilbert", coords, grid=grid)
+
+
+def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int] | None = None) -> CurveOrder:
+    """The order in which a curve meets tokens.
+
+    `raster` goes row by row, `snake` too but every other row backwards, `morton` interleaves the coordinates' bits,
+    `hilbert` steps from neighbour to neighbour. Hilbert and Morton walk the smallest square or cube of a power of two
+    around the tokens, the shortest axis turning slowest, and leave out what holds no token: in a grid of powers of two
+    where no side is more than twice another the Hilbert walk has unit steps; in any other it jumps where it leaves
+    the grid and comes back. Tokens at one place keep their order.
+
+    Args:
+        name: `"raster"`, `"snake"`, `"morton"` or `"hilbert"`.
+        coords: int or float `(N, 2)` or `(N, 3)`, rows before columns. Integers may be pixels of tiles at any stride:
+            the steps that all of them share are divided out, axis by axis. Floats are taken to 26 bits of the longest
+            extent (20 in 3-D), so raster and snake tell rows apart that finely. The result is on their device.
+        grid: in place of coords, `(h, w)` or `(d, h, w)` tokens in raster order. Cached; do not write to the result.
+
+    Returns:
+        The permutation and its inverse.
+
+    Raises:
+        ValueError: an unknown name; both or neither of coords and grid; shapes, sizes or values that do not fit.
+        TypeError: an argument of the wrong type.
+
+    Example:
+        >>> curve_order("snake", grid=(2, 3)).order.tolist()
+        [0, 1, 2, 5, 4, 3]
+    """
+    check.check_choice("name", name, Curve)
+    if (coords is None) == (grid is None):
+        raise ValueError("expected either coords or grid, got " + ("both" if grid is not None else "neither"))
+    if coords is not None:
+        return _order(name, _cells(coords))
+    if isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Sequence):
+        raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {type(grid).__name__} {grid!r}")
+    if len(grid) not in _MAX_BITS:
+        raise ValueError(f"expected grid of 2 or 3 sizes, got {len(grid)}: {tuple(grid)}")
+    return _grid_order(name, tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid)))
+
+
+@lru_cache(maxsize=32)
+def _grid_order(name: Curve, grid: tuple[int, ...]) -> CurveOrder:
+    return _order(name, grid_coords(grid))
+
+
+def grid_coords(grid: Sequence[int]) -> Tensor:
+    """The coordinates `(N, D)` of a grid's tokens in raster order."""
+    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    return torch.stack([a.flatten() for a in axes], -1)
+
+
+def _cells(coords: Tensor) -> Tensor:
+    """Non-negative int64 cells, as coarse as tells the tokens apart."""
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"expected coords to be a Tensor, got {type(coords).__name__}")
+    if coords.dim() != 2 or coords.shape[1] not in _MAX_BITS:
+        raise ValueError(f"expected coords of shape (N, 2) or (N, 3), got {tuple(coords.shape)}")
+    if coords.dtype == torch.bool or coords.is_complex():
+        raise TypeError(f"expected coords of integers or floats, got {coords.dtype}")
+    if coords.shape[0] == 0:
+        return coords.to(torch.int64)
+    if coords.is_floating_point():
+        points = coords.detach().to(torch.float64)
+        if not bool(points.isfinite().all()):
+            raise ValueError("expected finite coords, got inf or nan")
+        points = points - points.amin(0)
+        extent = float(points.max())
+        if extent == float("inf"):
+            raise ValueError("expected coords whose extent is a finite float64, got a larger one")
+        last = (1 << _FLOAT_BITS[coords.shape[1]]) - 1
+        return (points / extent * last).to(torch.int64) if extent > 0 else points.to(torch.int64)
+    low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
+    if max(b - a for a, b in zip(low, high, strict=True)) >= 1 << 62:
+        raise ValueError(f"expected coords whose extent is below 2 ** 62, got {low} to {high}")
+    cells = coords.to(torch.int64) - coords.amin(0).to(torch.int64)
+    return cells // _common_step(cells).clamp(min=1)
+
+
+def _common_step(cells: Tensor) -> Tensor:
+    """The greatest common divisor of each column."""
+    while cells.shape[0] > 1:
+        half = cells.shape[0] // 2
+        cells = torch.cat((torch.gcd(cells[:half], cells[half : 2 * half]), cells[2 * half :]))
+    return cells[0]
+
+
+def _order(name: Curve, cells: Tensor) -> CurveOrder:
+    if cells.shape[0] == 0:
+        empty = torch.empty(0, dtype=torch.int64, device=cells.device)
+        return CurveOrder(empty, empty.clone())
+    order = _raster(cells, snake=name == "snake") if name in ("raster", "snake") else _along_bits(name, cells)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return CurveOrder(order, inverse)
+
+
+def _raster(cells: Tensor, *, snake: bool) -> Tensor:
+    """Sorted by the first axis, then the next; a snake goes every other row backwards."""
+    columns = list(cells.unbind(-1))
+    if snake:
+        # Rows that hold no token are no part of the walk, so each axis counts those that do.
+        columns = [torch.unique(c, return_inverse=True)[1] for c in columns]
+        rows = columns[0]
+        for i in range(1, len(columns)):
+            last = columns[i].max()
+            columns[i] = torch.where(rows % 2 == 1, last - columns[i], columns[i])
+            rows = rows * (last + 1) + columns[i]
+    order = torch.arange(cells.shape[0], device=cells.device)
+    for column in reversed(columns):
+        order = order[torch.argsort(column[order], stable=True)]
+    return order
+
+
+def _along_bits(name: Curve, cells: Tensor) -> Tensor:
+    extents = cells.amax(0).tolist()
+    num_bits = max(1, max(extents).bit_length())
+    if num_bits > _MAX_BITS[cells.shape[1]]:
+        raise ValueError(
+            f"expected coords of at most 2 ** {_MAX_BITS[cells.shape[1]]} steps along an axis, got {max(extents) + 1}"
+        )
+    # The first axis turns slowest: given to the shortest, a grid twice as long as wide is one half of the walk.
+    cells = cells[:, sorted(range(len(extents)), key=lambda axis: int(extents[axis]))]
+    index = hilbert_encode(cells, num_bits) if name == "hilbert" else hilbert_tables.interleave(cells.unbind(-1))
+    return torch.argsort(index, stable=True)
+
+
+def _check_points(coords: Tensor) -> int:
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"expected coords to be a Tensor, got {type(coords).__name__}")
+    if coords.is_floating_point() or coords.dtype == torch.bool or coords.is_complex():
+        raise TypeError(f"expected coords to be of integers, got {coords.dtype}")
+    if coords.dim() == 0 or coords.shape[-1] not in _MAX_BITS:
+        raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
+    return int(coords.shape[-1])
+
+
+def _check_bits(num_bits: int, num_dims: int) -> None:
+    if check.check_positive_int("num_bits", num_bits) > _MAX_BITS[num_dims]:
+        raise ValueError(f"expected num_bits of at most {_MAX_BITS[num_dims]} in {num_dims}-D, got {num_bits}")
+
+
+def _permuted(x: Tensor, dim: int, order: Tensor) -> Tensor:
+    if x.shape[dim] != order.shape[0]:
+        raise ValueError(f"expected {order.shape[0]} tokens along dimension {dim}, got {tuple(x.shape)}")
+    return x.index_select(dim, order.to(x.device))

@@ -1,0 +1,99 @@
+"""Rows of a sharded sequence laid out anew: the same sequence in another order, sharded the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.ring_attention.utils import buffers
+from dilated_attention_pytorch.ring_attention.utils.communication import Channel
+
+
+class Move(NamedTuple):
+    """What one rank does to lay rows out in another order; read backwards, to put them where they were.
+
+    Attributes:
+        leaving: int64 `(n,)`, this rank's rows, those for the first rank first.
+        sent: how many go to each rank.
+        received: how many come from each rank.
+        arriving: int64 `(n,)`, where each row that comes belongs.
+        is_local: no row changes ranks, on any rank.
+    """
+
+    leaving: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    arriving: Tensor
+    is_local: bool
+
+    @staticmethod
+    def plan(index: Tensor, bounds: tuple[int, ...], rank: int) -> Move:
+        """The move after which row p of the whole sequence is what was row `index[p]`.
+
+        Args:
+            index: int64 `(N,)`, a permutation, the same on every rank.
+            bounds: where each rank's shard starts, and the end.
+            rank: this one.
+        """
+        start, stop = bounds[rank], bounds[rank + 1]
+        ends = torch.tensor(bounds[1:], device=index.device)
+        owner = torch.searchsorted(ends, index, right=True)
+        place = torch.searchsorted(ends, torch.arange(len(index), device=index.device), right=True)
+        # Stable: for each pair of ranks, rows travel in the order of the places they go to.
+        mine = owner == rank
+        leaving = index[mine] - start
+        sent = torch.bincount(place[mine], minlength=len(ends)).tolist()
+        received = torch.bincount(owner[start:stop], minlength=len(ends)).tolist()
+        arriving = owner[start:stop].argsort(stable=True)
+        return Move(leaving, tuple(sent), tuple(received), arriving, bool(torch.equal(owner, place)))
+
+
+def lay_out(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str = "rows") -> Tensor:
+    """Rows `(B, n, ...)` in the new order, differentiable: gradients travel back the same way."""
+    return _moved(x, move, open_channel, purpose, False)
+
+
+def put_back(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str = "rows") -> Tensor:
+    """The inverse of `lay_out`."""
+    return _moved(x, move, open_channel, purpose, True)
+
+
+def _moved(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str, back: bool) -> Tensor:
+    if not move.is_local:
+        result: Tensor = _Exchange.apply(x, move, open_channel, purpose, back)  # type: ignore[no-untyped-call]
+        return result
+    first, second = (move.arriving, move.leaving) if back else (move.leaving, move.arriving)
+    return x.index_select(1, first[second.argsort()])
+
+
+class _Exchange(torch.autograd.Function):
+    """One all-to-all of whole rows; its gradient is the same one backwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str, back: bool
+    ) -> Tensor:
+        ctx.settings = move, open_channel, back
+        return _exchange(x, move, open_channel(), purpose, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        move, open_channel, back = ctx.settings
+        return _exchange(grads[0], move, open_channel(), "gradients", not back), None, None, None, None
+
+
+def _exchange(x: Tensor, move: Move, channel: Channel, purpose: str, back: bool) -> Tensor:
+    leaving, arriving = (move.arriving, move.leaving) if back else (move.leaving, move.arriving)
+    sent, received = (move.received, move.sent) if back else (move.sent, move.received)
+    rows = x.transpose(0, 1)
+    buffer = buffers.borrow((len(leaving), *rows.shape[1:]), x.dtype, x.device, f"{purpose} sent")
+    torch.index_select(rows, 0, leaving, out=buffer.tensor)
+    pending = channel.exchange(buffer, sent, received, purpose)
+    come = pending.wait()
+    result = torch.empty_like(come)
+    result[arriving] = come
+    pending.release()
+    return result.transpose(0, 1)

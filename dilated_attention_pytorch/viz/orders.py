@@ -1,0 +1,202 @@
+"""Tokens in space: the walk of each order, whom one of them attends to, and values over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.kernels.hilbert import CurveOrder
+from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, style
+
+_MOST_STEPS = 20_000  # of a walk drawn as a line
+
+
+def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: int | None = None) -> Figure:
+    """Each order's walk over the tokens, coloured from its start to its end.
+
+    Args:
+        orders: by name.
+        coords: int `(N, 2)` or `(N, 3)`, the token's cells.
+        plane: of tokens in 3-D, the first coordinate to show; the middle by default. A step of the walk is drawn where
+            both its ends lie in it.
+
+    Raises:
+        ValueError: no orders, an order of another length, coords of another shape, an empty plane.
+    """
+    _check_orders(orders, coords)
+    shown, cells = _plane(coords, plane)
+    with style():
+        figure, axes = _axes(len(orders), cells)
+        for ax, (name, found) in zip(axes, orders.items(), strict=True):
+            place = found.inverse[shown]
+            _image(ax, cells, place.double().numpy(), cmap="viridis", alpha=0.45)
+            walk = place.argsort()
+            steps = torch.stack((cells[walk[:-1]], cells[walk[1:]]), 1).flip(-1).double()
+            follows = place[walk].diff() == 1
+            if len(walk) <= _MOST_STEPS:
+                ax.add_collection(LineCollection(list(steps[follows].numpy()), colors=INK, linewidths=0.5))
+            ax.set_title(name)
+    return figure
+
+
+def neighbourhood_figure(
+    pattern: DilatedPattern,
+    orders: Mapping[str, CurveOrder],
+    coords: Tensor,
+    *,
+    query: int,
+    head: int | None = None,
+) -> Figure:
+    """The tokens that one token attends to in each order, coloured by the first branch that shows them.
+
+    Args:
+        pattern: the branches.
+        orders: by name.
+        coords: int `(N, 2)`, or `(N, 3)` of which the plane through the token is drawn.
+        query: the token, by its original index.
+        head: key/value head; what any of them shows, by default.
+
+    Raises:
+        ValueError: as in `orders_figure`; a token or head out of range.
+    """
+    _check_orders(orders, coords)
+    if not 0 <= check.check_int("query", query, 0) < len(coords):
+        raise ValueError(f"expected query in [0, {len(coords)}), got {query}")
+    if head is not None and not 0 <= check.check_int("head", head, 0) < pattern.num_heads:
+        raise ValueError(f"expected head in [0, {pattern.num_heads}), got {head}")
+    shown, cells = _plane(coords, None if coords.shape[1] == 2 else int(coords[query, 0]))
+    with style():
+        figure, axes = _axes(len(orders), cells, legend=True)
+        for ax, (name, found) in zip(axes, orders.items(), strict=True):
+            branch, count = first_branch(pattern, found, query, head)
+            colors = ListedColormap([FAINT, *(branch_color(i) for i in range(len(pattern.branches)))])
+            _image(ax, cells, (branch[shown] + 1).double().numpy(), cmap=colors, vmin=-0.5, vmax=colors.N - 0.5)
+            row, column = coords[query, -2:].tolist()
+            ax.plot(column, row, marker="o", markersize=4, markerfacecolor="white", markeredgecolor=INK)
+            ax.set_title(f"{name}: {count:,} keys")
+        handles = [
+            Patch(facecolor=branch_color(i), label=f"w = {w:,}, r = {r}") for i, (w, r) in enumerate(pattern.branches)
+        ]
+        figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    return figure
+
+
+def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: int | None = None) -> tuple[Tensor, int]:
+    """Which branch shows each token to a query.
+
+    Args:
+        pattern: the branches.
+        order: of the tokens.
+        query: a token, by its original index.
+        head: key/value head; any of them, by default.
+
+    Returns:
+        int64 `(N,)`, by original index, the first branch that shows the token, -1 where none does; and how many are
+        shown.
+    """
+    place, size = int(order.inverse[query]), len(order.order)
+    member = pattern.membership(torch.tensor(place))
+    found = torch.full((size,), len(pattern.branches))
+    for h in range(pattern.num_heads) if head is None else [head]:
+        # keys_of lists only the branches that the query belongs to, in order.
+        branches = member[:, h].nonzero().flatten().tolist()
+        for i, keys in zip(branches, pattern.keys_of(place, h, size), strict=True):
+            tokens = order.order[keys.start : keys.stop : keys.step]
+            found[tokens] = found[tokens].clamp(max=i)
+    found[found == len(pattern.branches)] = -1
+    return found, int((found >= 0).sum())
+
+
+def heat_figure(
+    values: Mapping[str, Tensor], coords: Tensor, *, mark: int | None = None, plane: int | None = None
+) -> Figure:
+    """Values over tokens, a picture for each name; tokens without a value (nan) stay grey.
+
+    Args:
+        values: float `(N,)` in original order, by title, each with its own scale; or `(N, 3)` colours in [0, 1].
+        coords: int `(N, 2)` or `(N, 3)`.
+        mark: a token to circle, by original index.
+        plane: as in `orders_figure`; the marked token's by default.
+
+    Raises:
+        ValueError: nothing to draw, values or coords of another shape, a token out of range.
+    """
+    if not values:
+        raise ValueError("expected values to hold at least one map, got none")
+    for name, x in values.items():
+        if x.shape not in ((len(coords),), (len(coords), 3)):
+            raise ValueError(f"expected values[{name!r}] of shape ({len(coords)},) or (..., 3), got {tuple(x.shape)}")
+    if mark is not None and not 0 <= check.check_int("mark", mark, 0) < len(coords):
+        raise ValueError(f"expected mark in [0, {len(coords)}), got {mark}")
+    if plane is None and mark is not None and coords.shape[1] == 3:
+        plane = int(coords[mark, 0])
+    shown, cells = _plane(coords, plane)
+    with style():
+        figure, axes = _axes(len(values), cells)
+        for ax, (name, x) in zip(axes, values.items(), strict=True):
+            _image(ax, cells, torch.full((len(shown),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
+            _image(ax, cells, x[shown].detach().double().numpy(), cmap="inferno")
+            if mark is not None:
+                row, column = coords[mark, -2:].tolist()
+                ax.plot(column, row, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#56b4e9")
+            ax.set_title(name)
+    return figure
+
+
+def _check_orders(orders: Mapping[str, CurveOrder], coords: Tensor) -> None:
+    if not orders:
+        raise ValueError("expected orders to hold at least one, got none")
+    for name, found in orders.items():
+        if len(found.order) != len(coords):
+            raise ValueError(f"expected orders[{name!r}] of {len(coords)} tokens, got {len(found.order)}")
+
+
+def _plane(coords: Tensor, at: int | None) -> tuple[Tensor, Tensor]:
+    """Which tokens are drawn, and their rows and columns."""
+    if coords.dim() != 2 or coords.shape[1] not in (2, 3) or coords.is_floating_point() or len(coords) == 0:
+        raise ValueError(
+            f"expected coords of integers, shape (N, 2) or (N, 3), N >= 1, got {coords.dtype} {tuple(coords.shape)}"
+        )
+    if coords.shape[1] == 2:
+        return torch.arange(len(coords)), coords
+    middle = int(coords[:, 0].double().median()) if at is None else at
+    shown = (coords[:, 0] == middle).nonzero().flatten()
+    if len(shown) == 0:
+        raise ValueError(f"expected a plane that holds tokens, got {middle}")
+    return shown, coords[shown, 1:]
+
+
+def _axes(count: int, cells: Tensor, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
+    height, width = (cells.amax(0) - cells.amin(0) + 1).tolist()
+    # About as tall as pictures 2.5 inches wide need, with room for titles; long strips are drawn narrower.
+    tall = min(6.0, 2.5 * height / width)
+    figure = Figure(figsize=((tall * width / height + 0.15) * count, tall + 0.45 + 0.35 * legend), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(1, count)))
+    for ax in axes:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure, axes
+
+
+def _image(ax: Axes, cells: Tensor, values: NDArray[Any], **how: Any) -> None:
+    low, high = cells.amin(0), cells.amax(0)
+    rows, columns = (high - low + 1).tolist()
+    picture = np.full((rows, columns, *values.shape[1:]), np.nan)
+    at = (cells - low).numpy()
+    picture[at[:, 0], at[:, 1]] = values
+    extent = (int(low[1]) - 0.5, int(high[1]) + 0.5, int(high[0]) + 0.5, int(low[0]) - 0.5)
+    if picture.ndim == 3:  # colours have no nan: what is missing is white
+        picture, how = np.nan_to_num(picture, nan=1.0), {}
+    ax.imshow(picture, interpolation="nearest", extent=extent, **how)
