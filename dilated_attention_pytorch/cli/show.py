@@ -82,8 +82,8 @@ def show(
 
 
 def _in_space(
-    path: Path, what: str, grid: tuple[int, ...], segments: str, rates: str, heads: int, offsets: str, query: int | None,
-    head: list[int] | None,
+    path: Path, what: str, grid: tuple[int, ...], segments: str, rates: str, heads: int, offsets: str,
+    query: int | None, head: list[int] | None,
 ) -> Path:  # fmt: skip
     """Draws a grid's orders, or whom one of its tokens attends to in each."""
     from dilated_attention_pytorch.kernels.hilbert import CURVES, CurveOrder, curve_order, grid_coords
