@@ -70,6 +70,35 @@ def segments(length: int, rate: int, offset: int, seq_len: int) -> tuple[Segment
     return tuple(joined)
 
 
+def keys_of(
+    pattern: DilatedPattern, branch: int, position: int, head: int, seq_len: int
+) -> tuple[int, range, int] | None:
+    """What one output position sees in one branch: `visibility` for a single query.
+
+    Args:
+        pattern: the pattern.
+        branch: branch index.
+        position: where the output is written, in `[0, seq_len)`.
+        head: key/value head.
+        seq_len: N.
+
+    Returns:
+        The position its query is read from (-1 for a zero query), its keys, and the number of its zero keys; None where
+        the branch writes nothing.
+    """
+    length, rate = pattern.branches[branch]
+    g, written = strides(length, rate, seq_len)
+    offset = pattern.offset(branch, head)
+    segment, within = divmod(position, written)
+    if within % rate != offset:
+        return None
+    start, stop = segment * g, min(segment * g + g, seq_len)
+    keys, slots = range(start + offset, stop, rate), written // rate
+    source = start + within
+    alone = slots == 1 and len(keys) == 0
+    return (source if within < g and source < seq_len else -1), keys, (0 if alone else slots - len(keys))
+
+
 def visibility(
     pattern: DilatedPattern, branch: int, q_pos: Tensor, k_pos: Tensor, seq_len: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,16 +3,28 @@
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.checkpoint import load_pretrained, save_pretrained
 from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.convert import Conversion, convert
 from dilated_attention_pytorch.models.generation import left_pad
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
+from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
+from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig, slide_segment_lengths
+from dilated_attention_pytorch.models.slide_encoder import SlideEncoder, SlideOutput
 
 __all__ = [
+    "Conversion",
     "KeyValueCache",
     "LongNet",
     "LongNetConfig",
     "LongNetEncoder",
     "LongNetLM",
+    "LongViT",
+    "LongViTConfig",
+    "SlideEncoder",
+    "SlideEncoderConfig",
+    "SlideOutput",
+    "convert",
     "left_pad",
     "load_pretrained",
     "save_pretrained",
+    "slide_segment_lengths",
 ]

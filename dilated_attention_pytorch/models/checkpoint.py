@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import tempfile
@@ -12,21 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
+from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
+from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig
+from dilated_attention_pytorch.models.slide_encoder import SlideEncoder
+from dilated_attention_pytorch.models.weights import load_into, safetensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-_ARCHITECTURES: dict[str, type[LongNet] | type[LongNetEncoder] | type[LongNetLM]] = {
-    "LongNet": LongNet,
-    "LongNetEncoder": LongNetEncoder,
-    "LongNetLM": LongNetLM,
+Model = LongNet | LongNetEncoder | LongNetLM | SlideEncoder | LongViT
+
+_ARCHITECTURES: dict[str, tuple[Any, Any]] = {
+    "LongNet": (LongNet, LongNetConfig),
+    "LongNetEncoder": (LongNetEncoder, LongNetConfig),
+    "LongNetLM": (LongNetLM, LongNetConfig),
+    "SlideEncoder": (SlideEncoder, SlideEncoderConfig),
+    "LongViT": (LongViT, LongViTConfig),
 }
 
 
-def save_pretrained(model: LongNet | LongNetEncoder | LongNetLM, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
     """Writes a model's weights and config into a folder, which is made if need be.
 
     Each file is written beside its place and then moved there, so a reader, or a crash, finds the old file or the new
@@ -41,9 +47,14 @@ def save_pretrained(model: LongNet | LongNetEncoder | LongNetLM, folder: str | o
         ImportError: safetensors is not installed.
     """
     name = type(model).__name__
-    if _ARCHITECTURES.get(name) is not type(model):
+    if _ARCHITECTURES.get(name, (None,))[0] is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
-    save_file = _safetensors().save_file
+    if any(getattr(module, "head_groups", False) for module in model.modules()):
+        raise ValueError(
+            "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
+            "layout; save its state_dict() instead"
+        )
+    save_file = safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
@@ -58,7 +69,7 @@ def load_pretrained(
     backend: Any = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> LongNet | LongNetEncoder | LongNetLM:
+) -> Model:
     """Reads what `save_pretrained` wrote; the model is in evaluation mode.
 
     Args:
@@ -79,40 +90,16 @@ def load_pretrained(
     for name in (CONFIG, WEIGHTS):
         if not (source / name).is_file():
             raise FileNotFoundError(f"expected {name} in {source}, found none")
-    load_file = _safetensors().load_file
+    load_file = safetensors().load_file
     values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     architecture = values.pop("architecture", None)
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {architecture!r}")
     # Built without memory: the file's tensors become the parameters.
-    model = _ARCHITECTURES[architecture](LongNetConfig.from_dict(values), backend=backend, device="meta")
-    state = load_file(source / WEIGHTS, device=str(device))
-    check_state(model, state)
-    model.load_state_dict({key: value.to(dtype or value.dtype) for key, value in state.items()}, assign=True)
+    kind, config = _ARCHITECTURES[architecture]
+    model: Model = kind(config.from_dict(values), backend=backend, device="meta")
+    load_into(model, load_file(source / WEIGHTS, device=str(device)), device=device, dtype=dtype)
     return model.eval()
-
-
-def check_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises a ValueError that names every key which is missing, unexpected or of another shape."""
-    wanted = model.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in wanted]
-    problems += [
-        f"{key} of shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(f"expected the weights of a {type(model).__name__}, got: " + "; ".join(problems))
-
-
-def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError(
-            "expected safetensors, which checkpoints need, found none: pip install 'dilated-attention-pytorch[cli]'"
-        ) from error
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

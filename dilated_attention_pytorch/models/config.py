@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions
 from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    _Config = TypeVar("_Config", bound=DataclassInstance)
 
 Activation = Literal["relu", "gelu"]
 
@@ -84,11 +89,7 @@ class LongNetConfig:
         for name in ("dropout", "attention_dropout"):
             check.check_probability(name, getattr(self, name))
         for name in ("layer_norm_eps", "rotary_base", "scale_base"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-            if not value > 0:
-                raise ValueError(f"expected {name} above 0, got {value}")
+            check_above_zero(name, getattr(self, name))
         options = {"activation": Activation, "mixing_gradient": MixingGradient, "padding": Padding}
         for name, allowed in options.items():
             check.check_choice(name, getattr(self, name), allowed)
@@ -112,8 +113,7 @@ class LongNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, in types that JSON has."""
-        values = asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return config_to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LongNetConfig:
@@ -122,8 +122,30 @@ class LongNetConfig:
         Raises:
             ValueError: a key that is no field, by name.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"expected fields of LongNetConfig, got unknown keys {unknown}; known are {sorted(known)}")
-        return cls(**values)
+        return config_from_dict(cls, values)
+
+
+def config_to_dict(config: DataclassInstance) -> dict[str, Any]:
+    """Every field of a config, in types that JSON has."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def config_from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+    """A config of a class from what `config_to_dict` wrote; absent fields take their defaults.
+
+    Raises:
+        ValueError: a key that is no field, by name.
+    """
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {sorted(known)}")
+    return cls(**values)
+
+
+def check_above_zero(name: str, value: object) -> None:
+    """Raises unless a value is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+    if not value > 0:
+        raise ValueError(f"expected {name} above 0, got {value}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
+from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import Backend
 
@@ -22,6 +25,8 @@ class FeedForward(nn.Module):
     Args:
         config: sizes, activation and epsilon.
         gamma: gain of the xavier-normal start of both weights.
+        recompute: with GELU, keep only `fc1`'s output for the backward and compute what follows from it again; a third
+            of the memory, first derivatives only.
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -31,6 +36,7 @@ class FeedForward(nn.Module):
         config: LongNetConfig,
         gamma: float,
         *,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -40,13 +46,17 @@ class FeedForward(nn.Module):
         self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, device=device, dtype=dtype)
         self.fc2 = nn.Linear(inner, width, device=device, dtype=dtype)
         self.activation = F.relu if config.activation == "relu" else F.gelu
+        self.recompute = recompute and config.activation == "gelu"
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_normal_(linear.weight, gain=gamma)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d_model)` to the same."""
-        out: Tensor = self.fc2(self.ffn_layernorm(self.activation(self.fc1(x))))
+        h = self.fc1(x)
+        if self.recompute:
+            return gelu_norm_linear(h, self.ffn_layernorm, self.fc2)
+        out: Tensor = self.fc2(self.ffn_layernorm(self.activation(h)))
         return out
 
 
@@ -57,6 +67,7 @@ class Layer(nn.Module):
         config: sizes and options.
         gamma: MAGNETO's gain. Cross-attention keeps 1, as in the official code.
         cross_attention: whether the layer looks at a memory too.
+        recompute: as in `FeedForward`.
         backend: of the attention.
         device: of the parameters.
         dtype: of the parameters.
@@ -68,6 +79,7 @@ class Layer(nn.Module):
         gamma: float,
         *,
         cross_attention: bool = False,
+        recompute: bool = False,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,7 +114,7 @@ class Layer(nn.Module):
         self.self_attn_layer_norm = norm()
         self.encoder_attn = attention(1.0) if cross_attention else None
         self.encoder_attn_layer_norm = norm() if cross_attention else None
-        self.ffn = FeedForward(config, gamma, device=device, dtype=dtype)
+        self.ffn = FeedForward(config, gamma, recompute=recompute, device=device, dtype=dtype)
         self.final_layer_norm = norm()
         self.dropout = config.dropout
 
@@ -117,6 +129,7 @@ class Layer(nn.Module):
         cu_seqlens: Tensor | None = None,
         rotation: Rotation | None = None,
         cache: KeyValueStore | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """`(B, N, d_model)` to the same; arguments as in `MultiheadDilatedAttention.forward`.
 
@@ -129,19 +142,32 @@ class Layer(nn.Module):
             cu_seqlens: int `(sequences + 1,)`.
             rotation: shared by all layers.
             cache: this layer's.
+            scales: `(2, ...)`, factors that broadcast to x, on what self-attention and feed-forward add.
         """
         rows = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
-        h = self.self_attn_layer_norm(x)
+        # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
+        (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
         h, _ = self.self_attn(h, h, h, is_causal=is_causal, rotation=rotation, cache=cache, **rows)
-        x = x + self._drop(h)
+        x = x + self._drop(h, None if scales is None else scales[0])
         if self.encoder_attn is not None and self.encoder_attn_layer_norm is not None:
             h = self.encoder_attn_layer_norm(x)
             h, _ = self.encoder_attn(h, memory, memory, is_causal=is_causal, rotation=rotation, **rows)
             x = x + self._drop(h)
-        return x + self._drop(self.ffn(self.final_layer_norm(x)))
+        return x + self._drop(self.ffn(self.final_layer_norm(x)), None if scales is None else scales[1])
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.dropout > 0.0 and self.training else x
+    def _drop(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        x = F.dropout(x, self.dropout) if self.dropout > 0.0 and self.training else x
+        return x if scale is None else x * scale.to(x.dtype)
+
+
+def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
+    """Factors `(depth, 2, batch)` on what each layer's two sublayers add to each sequence (arXiv 1603.09382).
+
+    Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last, otherwise the
+    inverse of keeping it.
+    """
+    keep = 1.0 - torch.linspace(0.0, rate, depth, device=device)[:, None, None]
+    return torch.bernoulli(keep.expand(-1, 2, batch)) / keep
 
 
 class LayerStack(nn.Module):
@@ -152,6 +178,7 @@ class LayerStack(nn.Module):
         num_layers: how many.
         gamma: MAGNETO's gain.
         cross_attention: whether the layers look at a memory.
+        recompute: as in `FeedForward`.
         backend: of the attention.
         device: of the parameters.
         dtype: of the parameters.
@@ -164,13 +191,22 @@ class LayerStack(nn.Module):
         gamma: float,
         *,
         cross_attention: bool = False,
+        recompute: bool = False,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            Layer(config, gamma, cross_attention=cross_attention, backend=backend, device=device, dtype=dtype)
+            Layer(
+                config,
+                gamma,
+                cross_attention=cross_attention,
+                recompute=recompute,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+            )
             for _ in range(num_layers)
         )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
@@ -186,9 +222,40 @@ class LayerStack(nn.Module):
         cu_seqlens: Tensor | None = None,
         start: int = 0,
         caches: Sequence[KeyValueStore] | None = None,
+        scales: Tensor | None = None,
         gradient_checkpointing: bool = False,
     ) -> Tensor:
-        """`(B, N, d_model)` to the same.
+        """What the last of `states` is after the final LayerNorm; arguments are those of `states`."""
+        states = self.states(
+            x,
+            memory,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            row_start=row_start,
+            cu_seqlens=cu_seqlens,
+            start=start,
+            caches=caches,
+            scales=scales,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        out: Tensor = self.layer_norm(deque(states, maxlen=1).pop())
+        return out
+
+    def states(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None = None,
+        row_start: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        start: int = 0,
+        caches: Sequence[KeyValueStore] | None = None,
+        scales: Tensor | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Iterator[Tensor]:
+        """What each layer gives, `(B, N, d_model)`, one after the other, without the final LayerNorm.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
@@ -199,6 +266,7 @@ class LayerStack(nn.Module):
             cu_seqlens: int `(sequences + 1,)`.
             start: position of the first row.
             caches: one a layer.
+            scales: `(layers, 2, ...)`, a pair for each layer as in `Layer.forward`.
             gradient_checkpointing: compute each layer again in the backward instead of keeping its activations.
         """
         # The rows stand at the same positions in every layer, so the tables are made once.
@@ -214,7 +282,7 @@ class LayerStack(nn.Module):
                 cu_seqlens=cu_seqlens,
                 rotation=rotation,
                 cache=None if caches is None else caches[i],
+                scales=None if scales is None else scales[i],
             )
             x = checkpoint(run, x, memory, use_reentrant=False) if again else run(x, memory)
-        out: Tensor = self.layer_norm(x)
-        return out
+            yield x

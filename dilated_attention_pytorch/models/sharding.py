@@ -1,4 +1,4 @@
-"""One sequence over many ranks: what a language model needs to know of the others, and the swap of its attentions."""
+"""One sequence over many ranks: what a model needs to know of the others, and the swap of its attentions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import Layer
@@ -82,20 +83,53 @@ class ContextShards:
                 f"sequence of {seq_len}, got {length}"
             )
         if seq_len != self.seq_len:
-            self._lengths_change()
+            self.compare_again()
             self.seq_len = seq_len
         return start
 
-    def _lengths_change(self) -> None:
-        # Another length of the whole may change some shards and leave others as long as they were. Ranks compare
-        # plans when their own call changes, so those that see no change would not come: all are made to.
-        from torch._C._distributed_c10d import _resolve_process_group
+    def compare_again(self) -> None:
+        """Makes the next attention compare plans on every rank.
 
+        Another length of the whole may change some shards and leave others as long as they were. Ranks compare plans
+        when their own call changes, so those that see no change would not come: all are made to.
+        """
         from dilated_attention_pytorch.ring_attention.utils import handshake
 
         if self.size > 1:
-            name: Any = self.group_name  # torch's type for names of groups is younger than torch 2.11
-            handshake.state_of(_resolve_process_group(name)).previous = ""
+            handshake.state_of(self.group()).previous = ""
+
+    def group(self) -> ProcessGroup:
+        """The group itself."""
+        from torch._C._distributed_c10d import _resolve_process_group
+
+        name: Any = self.group_name  # torch's type for names of groups is younger than torch 2.11
+        group: ProcessGroup = _resolve_process_group(name)
+        return group
+
+
+def sum_over_ranks(x: Tensor, shards: ContextShards) -> Tensor:
+    """The sum of every rank's x, on every rank.
+
+    Where each rank computes the same loss from the sum, the gradient of a rank's own x is the loss's, as it is: nothing
+    is summed on the way back, or it would count once a rank.
+    """
+    out: Tensor = _SumOverRanks.apply(x, shards)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: ContextShards) -> Tensor:
+        import torch.distributed as dist
+
+        total = x.clone()
+        if shards.size > 1:
+            dist.all_reduce(total, group=shards.group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def shard_layers(
@@ -107,6 +141,10 @@ def shard_layers(
     attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
     for layer in layers:
         assert isinstance(layer, Layer) and layer.encoder_attn is None
+        if getattr(layer.self_attn.attention, "head_groups", False):
+            raise ValueError(
+                "expected layers with head_groups=False, got True: ring attention gives a head all branches"
+            )
         mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
         layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
     return ContextShards(attention.rank, attention.world_size, attention.group_name)

@@ -4,6 +4,7 @@ from dilated_attention_pytorch.viz.curves import loss_figure
 from dilated_attention_pytorch.viz.orders import heat_figure, neighbourhood_figure, orders_figure
 from dilated_attention_pytorch.viz.pattern import multiplicity, neighbours_figure, pattern_figure
 from dilated_attention_pytorch.viz.receptive import receptive_field, receptive_figure
+from dilated_attention_pytorch.viz.slide import slide_figure
 from dilated_attention_pytorch.viz.style import save
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "receptive_field",
     "receptive_figure",
     "save",
+    "slide_figure",
 ]

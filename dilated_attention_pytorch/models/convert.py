@@ -1,0 +1,316 @@
+"""Weights of other implementations, read into the models of this package: a table of names for each source.
+
+A source whose computation these models have gives the same numbers. One whose computation they do not have is refused,
+or, for fkodom's models, taken as a start for training when that is asked for in words.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.models.checkpoint import Model
+from dilated_attention_pytorch.models.config import Activation, LongNetConfig
+from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
+from dilated_attention_pytorch.models.slide_encoder import SlideEncoder
+from dilated_attention_pytorch.models.weights import load_into, read_state
+
+Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
+
+# Names there, as patterns, and names here; None where the name has no place. What no pattern matches is an error.
+_FKODOM = (
+    (r"(encoder|decoder)\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj\.(\w+)", r"\1.layers.\2.self_attn.\3_proj.\4"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.norm1\.(\w+)", r"\1.layers.\2.self_attn_layer_norm.\3"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.linear([12])\.(\w+)", r"\1.layers.\2.ffn.fc\3.\4"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.norm\.(\w+)", r"encoder.layers.\1.self_attn.inner_attn_ln.\2"),
+    (r"encoder\.layers\.(\d+)\.norm2\.(\w+)", r"encoder.layers.\1.final_layer_norm.\2"),
+    (r"encoder\.layers\.(\d+)\.norm3\.(\w+)", r"encoder.layers.\1.ffn.ffn_layernorm.\2"),
+    (r"decoder\.layers\.(\d+)\.multihead_attn\.norm\.(\w+)", r"decoder.layers.\1.encoder_attn.inner_attn_ln.\2"),
+    (r"decoder\.layers\.(\d+)\.multihead_attn\.(\w+)\.(\w+)", r"decoder.layers.\1.encoder_attn.\2.\3"),
+    (r"decoder\.layers\.(\d+)\.norm2\.(\w+)", r"decoder.layers.\1.encoder_attn_layer_norm.\2"),
+    (r"decoder\.layers\.(\d+)\.norm3\.(\w+)", r"decoder.layers.\1.final_layer_norm.\2"),
+    (r"decoder\.layers\.(\d+)\.norm4\.(\w+)", r"decoder.layers.\1.ffn.ffn_layernorm.\2"),
+)
+NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "torchscale-encoder": (
+        (r"(layers\.\d+\.(?!self_attn\.xpos).+)", r"encoder.\1"),
+        (r"layer_norm\.(\w+)", r"encoder.layer_norm.\1"),
+    ),
+    "torchscale-decoder": (
+        (r"layers\.\d+\.self_attn\.xpos\.scale", None),  # a table that follows from the head width
+        (r"(layers\.\d+\..+)", r"decoder.\1"),
+        (r"layer_norm\.(\w+)", r"decoder.layer_norm.\1"),
+        (r"(embed_tokens|output_projection)\.weight", r"\1.weight"),
+    ),
+    "fkodom": _FKODOM,
+    "fkodom-lm": (
+        *((rf"long_net\.{there}", here) for there, here in _FKODOM),
+        (r"norm\.(\w+)", r"decoder.layer_norm.\1"),
+        (r"token_embedding\.weight", None),
+        (r"pos_embedding\.scale", None),
+        (r"out\.(weight|bias)", None),
+    ),
+}
+# Why a name that no table has cannot be taken.
+_REASONS = (
+    (r"embed_positions\..+", "added positions, which LongNet here does not have"),
+    (r".*relative_position\..+", "a bias of relative positions, which LongNet here does not have"),
+    (r".*\.xpos\.scale", "xPos without causality, which makes the weight of later keys grow exponentially"),
+    (r".*\.moe_layer\..+", "a mixture of experts"),
+    (r"layernorm_embedding\..+", "a LayerNorm of the embeddings"),
+    (r".*\.[AB]\.(weight|bias)", "a multiway layer"),
+    (r"(embed_tokens|output_projection)\.weight", "an encoder's tokens: LongNetEncoder takes embeddings"),
+)
+_FKODOM_DIFFERS = (
+    "its heads are shared out among the branches, where here every head is in all of them",
+    "it divides a branch's output by its sum over the sequence, where here branches mix by their softmax denominators",
+    "it adds xPos to the token embeddings of its language model, and has an encoder beside the decoder there",
+    "its decoder has no LayerNorm between self-attention and out_proj, and its stacks have none at their end",
+)
+
+
+class Conversion(NamedTuple):
+    """A model with converted weights.
+
+    Attributes:
+        model: in evaluation mode.
+        source: what the weights were taken for.
+        notes: what is not as it was, in words; empty where the model computes the source's numbers.
+    """
+
+    model: Model
+    source: Source
+    notes: tuple[str, ...]
+
+
+def convert(
+    weights: str | os.PathLike[str] | Mapping[str, Any], source: Source | None = None, **options: Any
+) -> Conversion:
+    """A model of this package with the weights of another implementation's.
+
+    Args:
+        weights: a file or a state dict, as `models.weights.read_state` takes it.
+        source: whose weights they are; told by their names when absent.
+        options: for `"gigapath"`, those of `SlideEncoder.from_pretrained`. For torchscale, `num_heads`,
+            `segment_lengths` and `dilation_rates`, which weights do not tell; further `activation="gelu"` and, for the
+            decoder, `xpos_scale_base=512.0` and `scale_embedding=False` (torchscale's `not no_scale_embedding`). For
+            fkodom, `num_heads`, `segment_lengths`, `dilation_rates`, `activation="relu"`, and `as_initialisation=True`.
+
+    Returns:
+        `Conversion(model, source, notes)`.
+
+    Raises:
+        ValueError: names that are missing, unexpected (with the reason where it is known) or of another shape, each of
+            them; a source that cannot be told; a source that computes something else, without `as_initialisation`.
+        TypeError: an option that the source does not have, or lacks.
+
+    Example:
+        >>> state = LongNetEncoder(d_model=32, nhead=4, dim_feedforward=64, num_encoder_layers=2).state_dict()
+        >>> theirs = {name.removeprefix("encoder."): x for name, x in state.items()}
+        >>> convert(theirs, num_heads=4, segment_lengths=[16], dilation_rates=[1]).source
+        'torchscale-encoder'
+    """
+    state = read_state(weights)
+    if source is None:
+        source = sniff(state)
+    check.check_choice("source", source, Source)
+    if source == "gigapath":
+        return Conversion(SlideEncoder.from_pretrained(state, **options), source, ())
+    make = {"torchscale-encoder": _encoder, "torchscale-decoder": _decoder}.get(source, _fkodom)
+    return make(state, source, **options)
+
+
+def sniff(state: Mapping[str, Tensor]) -> Source:
+    """Whose state dict this is, by its names.
+
+    Raises:
+        ValueError: nobody's, or one that several have.
+    """
+    names = set(state)
+    if {"cls_token", "patch_embed.proj.weight"} <= names:
+        return "gigapath"
+    if any(name.startswith("long_net.") for name in names):
+        return "fkodom-lm"
+    if any(re.fullmatch(r"(encoder|decoder)\.layers\.\d+\.norm1\.weight", name) for name in names):
+        return "fkodom"
+    for prefix, source in (("encoder.", "torchscale-encoder"), ("decoder.", "torchscale-decoder")):
+        if any(name.startswith(f"{prefix}layers.") for name in names) and all(
+            name.startswith(prefix) for name in names
+        ):
+            return source  # type: ignore[return-value]
+    if any(name.startswith("layers.") for name in names):
+        if "embed_tokens.weight" not in names:
+            return "torchscale-encoder"
+        raise ValueError(
+            "expected source to be torchscale-encoder or torchscale-decoder, got none: the names of one that has "
+            "tokens do not tell which"
+        )
+    raise ValueError(
+        f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
+        f"{sorted(names)[:5]}..."
+    )
+
+
+def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the names they have here, and the names that have no place.
+
+    Raises:
+        ValueError: every name that is not in the source's table, with the reason where it is known.
+    """
+    prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder."}.get(source, "")
+    if not all(name.startswith(prefix) for name in state):
+        prefix = ""
+    found: dict[str, Tensor] = {}
+    left_out, unknown = [], []
+    for name, tensor in state.items():
+        bare = name.removeprefix(prefix)
+        rules = ((match, here) for there, here in NAMES[source] if (match := re.fullmatch(there, bare)))
+        match, here = next(rules, (None, None))
+        if match is None:
+            unknown.append(name + next((f" ({why})" for there, why in _REASONS if re.fullmatch(there, bare)), ""))
+        elif here is None:
+            left_out.append(name)
+        else:
+            found[match.expand(here)] = tensor
+    if unknown:
+        raise ValueError(f"expected the names of a {source} state dict, got unexpected " + "; ".join(unknown))
+    return found, left_out
+
+
+def _encoder(
+    state: Mapping[str, Tensor],
+    source: Source,
+    *,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    activation: Activation = "gelu",
+) -> Conversion:
+    found, _ = rename(state, source)
+    config = LongNetConfig(
+        **_sizes(found, "encoder"),
+        nhead=num_heads,
+        segment_lengths=tuple(segment_lengths),
+        dilation_rates=tuple(dilation_rates),
+        activation=activation,
+        positions=None,
+        offsets="blocked",
+        padding="zero_keys",
+    )
+    model = LongNetEncoder(config, device="meta")
+    load_into(model, found)
+    return Conversion(model.eval(), source, ())
+
+
+def _decoder(
+    state: Mapping[str, Tensor],
+    source: Source,
+    *,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    activation: Activation = "gelu",
+    xpos_scale_base: float = 512.0,
+    scale_embedding: bool = False,
+) -> Conversion:
+    found, tables = rename(state, source)
+    for name in ("embed_tokens.weight", "output_projection.weight"):
+        if name not in found:
+            raise ValueError(f"expected the weights of a LongNetLM, got: missing {name}")
+    uneven = [(w, r) for w, r in zip(segment_lengths, dilation_rates, strict=False) if w % r]
+    if uneven:
+        raise ValueError(
+            f"expected segment lengths that are multiples of their rates, got {uneven}: the official code then moves "
+            "rows, which causal attention here does not"
+        )
+    embedding = found["embed_tokens.weight"]
+    vocab_size, width = embedding.shape
+    tied = scale_embedding and torch.equal(embedding, found["output_projection.weight"])
+    if tied:
+        del found["output_projection.weight"]
+    if not scale_embedding:  # the model here multiplies by the root
+        found["embed_tokens.weight"] = embedding / math.sqrt(width)
+    config = LongNetConfig(
+        **_sizes(found, "decoder"),
+        nhead=num_heads,
+        segment_lengths=tuple(segment_lengths),
+        dilation_rates=tuple(dilation_rates),
+        activation=activation,
+        positions="xpos" if tables else None,
+        scale_base=xpos_scale_base,
+        offsets="blocked",
+        vocab_size=vocab_size,
+        tie_weights=tied,
+    )
+    model = LongNetLM(config, device="meta")
+    if tables:
+        _halves(found, num_heads)
+    load_into(model, found)
+    return Conversion(model.eval(), source, ())
+
+
+def _fkodom(
+    state: Mapping[str, Tensor],
+    source: Source,
+    *,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    activation: Activation = "relu",
+    as_initialisation: bool = False,
+) -> Conversion:
+    found, left_out = rename(state, source)
+    if not as_initialisation:
+        raise ValueError(
+            f"expected as_initialisation=True with weights of {source}, got False. No model here computes what its "
+            f"weights were trained for: {'; '.join(_FKODOM_DIFFERS)}. They can be a start for training"
+        )
+    encoder, decoder = _sizes(found, "encoder"), _sizes(found, "decoder")
+    config = LongNetConfig(
+        **(decoder | encoder),
+        nhead=num_heads,
+        segment_lengths=tuple(segment_lengths),
+        dilation_rates=tuple(dilation_rates),
+        activation=activation,
+        positions=None,
+    )
+    model = LongNet(config, dtype=next(iter(found.values())).dtype)
+    # LayerNorms that exist here alone start as they are; anything else that is missing is an error.
+    fresh = {
+        name: x
+        for name, x in model.state_dict().items()
+        if name not in found
+        and re.fullmatch(
+            r"(encoder|decoder)\.layer_norm\.\w+|decoder\.layers\.\d+\.self_attn\.inner_attn_ln\.\w+", name
+        )
+    }
+    load_into(model, found | fresh)
+    notes = [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
+    notes += [f"new, as a LayerNorm starts: {name}" for name in fresh]
+    notes += [f"left out, LongNet has no place for it: {name}" for name in left_out]
+    return Conversion(model.eval(), source, tuple(notes))
+
+
+def _sizes(found: Mapping[str, Tensor], stack: str) -> dict[str, Any]:
+    """The sizes that shapes give away; what cannot be read is left to the check of names and shapes."""
+    layers = {int(match[1]) for name in found if (match := re.match(rf"{stack}\.layers\.(\d+)\.", name))}
+    sizes: dict[str, Any] = {f"num_{stack}_layers": max(layers) + 1} if layers else {}
+    first = found.get(f"{stack}.layers.0.ffn.fc1.weight")
+    if first is not None and first.dim() == 2:
+        sizes |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
+    return sizes
+
+
+def _halves(found: dict[str, Tensor], num_heads: int) -> None:
+    """Orders each head's query and key channels for rotation: pairs (2j, 2j + 1) there, (j, j + D / 2) here. Logits are
+    sums over pairs, so they stay."""
+    for name in [name for name in found if re.search(r"self_attn\.[qk]_proj\.(weight|bias)$", name)]:
+        heads = found[name].unflatten(0, (num_heads, -1, 2))
+        found[name] = heads.transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,248 @@
+"""LongViT (arXiv 2312.03558): a LongNet over the patches of an image, in raster order or along a curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.models.config import LongNetConfig, config_from_dict, config_to_dict
+from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
+from dilated_attention_pytorch.models.slide_positions import sincos_table
+from dilated_attention_pytorch.types import Backend, Offsets
+
+PatchPositions = Literal["learned", "sincos"]
+PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongViTConfig:
+    """Everything that decides a `LongViT`'s parameters and what it computes from them.
+
+    Args:
+        in_chans: channels of an image.
+        patch_size: side of a patch, in pixels.
+        embed_dim: width; a multiple of 4.
+        depth: layers.
+        num_heads: attention heads, a divisor of embed_dim.
+        ffn_dim: width inside the feed-forward network.
+        segment_lengths: w_i in patches, one a branch.
+        dilation_rates: r_i, one a branch.
+        positions: `"learned"`, a table for `position_grid` that is interpolated to other grids, or `"sincos"`.
+        position_grid: (rows, columns) of the learned table.
+        order: in which patches follow one another: `"raster"`, `"snake"`, `"morton"` or `"hilbert"`.
+        global_pool: an image's embedding is the mean over its patches; otherwise the cls token's.
+        num_classes: outputs of the head; 0 for none.
+        dropout: of embeddings and of what each sublayer adds, in training mode.
+        drop_path: as in `SlideEncoderConfig`.
+        offsets: `"blocked"` (the official code) or `"modulo"` (the paper).
+        layer_norm_eps: epsilon of every LayerNorm.
+
+    Raises:
+        ValueError: a value out of range; an unknown option.
+        TypeError: a value of the wrong type.
+    """
+
+    in_chans: int = 3
+    patch_size: int = 32
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 16
+    ffn_dim: int = 1536
+    segment_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144)
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
+    positions: PatchPositions = "learned"
+    position_grid: tuple[int, int] = (32, 32)
+    order: PatchOrder = "raster"
+    global_pool: bool = True
+    num_classes: int = 0
+    dropout: float = 0.0
+    drop_path: float = 0.1
+    offsets: Offsets = "blocked"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("in_chans", "patch_size", "embed_dim", "depth", "num_heads", "ffn_dim"):
+            check.check_positive_int(name, getattr(self, name))
+        check.check_int("num_classes", self.num_classes, 0)
+        check.check_choice("positions", self.positions, PatchPositions)
+        check.check_choice("order", self.order, PatchOrder)
+        check.check_probability("drop_path", self.drop_path)
+        if self.embed_dim % 4 or self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"expected embed_dim to be a multiple of 4 and of num_heads, got {self.embed_dim} and {self.num_heads}"
+            )
+        grid = check.check_positive_ints("position_grid", self.position_grid)
+        if len(grid) != 2:
+            raise ValueError(f"expected position_grid to be (rows, columns), got {grid}")
+        if not isinstance(self.global_pool, bool):
+            raise TypeError(f"expected global_pool to be a bool, got {self.global_pool!r}")
+        layers = self.layers
+        for name, value in (
+            ("position_grid", grid),
+            ("segment_lengths", layers.segment_lengths),
+            ("dilation_rates", layers.dilation_rates),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def layers(self) -> LongNetConfig:
+        """The same layers as LongNet names them."""
+        return LongNetConfig(
+            d_model=self.embed_dim,
+            nhead=self.num_heads,
+            num_encoder_layers=self.depth,
+            dim_feedforward=self.ffn_dim,
+            segment_lengths=self.segment_lengths,
+            dilation_rates=self.dilation_rates,
+            dropout=self.dropout,
+            activation="gelu",
+            layer_norm_eps=self.layer_norm_eps,
+            positions=None,
+            offsets=self.offsets,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, in types that JSON has."""
+        return config_to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LongViTConfig:
+        """The config that `to_dict` wrote; absent fields take their defaults.
+
+        Raises:
+            ValueError: a key that is no field, by name.
+        """
+        return config_from_dict(cls, values)
+
+
+class LongViTOutput(NamedTuple):
+    """What `LongViT` gives for a batch of images.
+
+    Attributes:
+        pooled: `(B, embed_dim)`, each image's embedding.
+        patches: `(B, rows, columns, embed_dim)`, each patch's output, where it lies in the image.
+        logits: `(B, num_classes)`; None without a head.
+    """
+
+    pooled: Tensor
+    patches: Tensor
+    logits: Tensor | None
+
+
+class LongViT(nn.Module):
+    """A vision transformer with dilated attention, for images of any size that patches fill (arXiv 2312.03558).
+
+    Along a Hilbert curve a segment of the sequence is a compact region of the image, in raster order a thin strip. The
+    order changes who attends to whom, and nothing else: positions are the patches' own.
+
+    Args:
+        config: the model's shape; `LongViTConfig()` by default.
+        backend: of the attention.
+        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
+        device: of the parameters.
+        dtype: of the parameters.
+        overrides: fields of `LongViTConfig` by name, in place of the config's.
+
+    Example:
+        >>> model = LongViT(patch_size=8, embed_dim=64, depth=2, num_heads=4, ffn_dim=128, positions="sincos")
+        >>> out = model.eval()(torch.randn(1, 3, 64, 96))
+        >>> out.pooled.shape, out.patches.shape
+        (torch.Size([1, 64]), torch.Size([1, 8, 12, 64]))
+    """
+
+    def __init__(
+        self,
+        config: LongViTConfig | None = None,
+        *,
+        backend: Backend = "auto",
+        gradient_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        if config is not None and not isinstance(config, LongViTConfig):
+            raise TypeError(f"expected config to be a LongViTConfig, got {type(config).__name__} {config!r}")
+        self.config = config = replace(config or LongViTConfig(), **overrides)
+        self.gradient_checkpointing = gradient_checkpointing
+        width, size = config.embed_dim, config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, device=device, dtype=dtype)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, device=device, dtype=dtype))
+        self.pos_embed = None
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, device=device, dtype=dtype))
+        gamma = math.sqrt(math.log(2 * config.depth))
+        self.encoder = LayerStack(
+            config.layers, config.depth, gamma, recompute=True, backend=backend, device=device, dtype=dtype
+        )
+        self.head = nn.Linear(width, config.num_classes, device=device, dtype=dtype) if config.num_classes else None
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
+        if self.patch_embed.bias is not None:
+            nn.init.zeros_(self.patch_embed.bias)
+        for table in (self.cls_token, self.pos_embed):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, images: Tensor) -> LongViTOutput:
+        """Encodes images.
+
+        Args:
+            images: `(B, in_chans, height, width)`, sides multiples of `patch_size`; in the parameters' dtype.
+
+        Returns:
+            `LongViTOutput(pooled, patches, logits)`.
+
+        Raises:
+            ValueError: another shape.
+            TypeError: no tensor.
+        """
+        config, size = self.config, self.config.patch_size
+        if not isinstance(images, Tensor):
+            raise TypeError(f"expected images to be a Tensor, got {type(images).__name__}")
+        if images.dim() != 4 or images.shape[1] != config.in_chans:
+            raise ValueError(f"expected images of shape (B, {config.in_chans}, H, W), got {tuple(images.shape)}")
+        if 0 in images.shape[2:] or images.shape[2] % size or images.shape[3] % size:
+            raise ValueError(f"expected sides that are multiples of patch_size={size}, got {tuple(images.shape[2:])}")
+        x = self.patch_embed(images).permute(0, 2, 3, 1)  # (B, rows, columns, D)
+        grid = (x.shape[1], x.shape[2])
+        x = (x + self._positions(grid, x.device)).to(self.cls_token.dtype).flatten(1, 2)
+        order = inverse = None
+        if config.order != "raster":
+            from dilated_attention_pytorch.kernels.hilbert import curve_order
+
+            order, inverse = (index.to(x.device) for index in curve_order(config.order, grid=grid))
+            x = x.index_select(1, order)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        scales = None
+        if self.training:
+            if config.dropout > 0.0:
+                x = nn.functional.dropout(x, config.dropout)
+            if config.drop_path > 0.0:
+                scales = stochastic_depth(config.drop_path, config.depth, x.shape[0], x.device)[..., None, None]
+        h = self.encoder(x, is_causal=False, scales=scales, gradient_checkpointing=self.gradient_checkpointing)
+        pooled, patches = h[:, 0], h[:, 1:]
+        if config.global_pool:
+            pooled = patches.mean(1)
+        if inverse is not None:
+            patches = patches.index_select(1, inverse)
+        logits = None if self.head is None else self.head(pooled)
+        return LongViTOutput(pooled, patches.unflatten(1, grid), logits)
+
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """`(1, rows, columns, D)`."""
+        rows, columns = grid
+        if self.pos_embed is None:
+            half = self.config.embed_dim // 2
+            across = sincos_table(columns, half, device)[None].expand(rows, -1, -1)
+            down = sincos_table(rows, half, device)[:, None].expand(-1, columns, -1)
+            return torch.cat((across, down), -1)[None]
+        if grid == self.config.position_grid:
+            return self.pos_embed
+        table = self.pos_embed.permute(0, 3, 1, 2)
+        return nn.functional.interpolate(table, grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)

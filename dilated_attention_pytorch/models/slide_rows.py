@@ -1,0 +1,91 @@
+"""How a batch of slides lies in rows while it is encoded: as it came, packed, or sharded over ranks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The layout of one batch of slides, the cls token included.
+
+    Slides of different lengths, padded on the right, are packed: every row is a real one, and each slide is what it
+    would be alone, in either padding mode. A mask with holes hides keys and moves no position.
+
+    Attributes:
+        num_slides: B.
+        num_tiles: L, as the batch came.
+        mask: bool `(B, rows)`, True = real; None where all are, or when packed.
+        kept: int64 `(total,)`, rows of the packed batch in the flat one; None when not packed.
+        bounds: first row of each packed slide, and the end; None when not packed.
+        has_cls: whether row 0 is the cls token; not so on all but the first rank of a sharded slide.
+    """
+
+    num_slides: int
+    num_tiles: int
+    mask: Tensor | None = None
+    kept: Tensor | None = None
+    bounds: tuple[int, ...] | None = None
+    has_cls: bool = True
+
+    @classmethod
+    def of(
+        cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool = True, pack: bool = True
+    ) -> Rows:
+        """The layout for a mask of tiles `(B, L)`, True = real."""
+        if mask is None or (pack and bool(mask.all())):
+            return cls(num_slides, num_tiles, has_cls=has_cls)
+        full = torch.cat((mask.new_ones(num_slides, 1), mask), 1) if has_cls else mask
+        lengths = full.sum(1)
+        if pack and bool((full == (torch.arange(full.shape[1], device=mask.device) < lengths[:, None])).all()):
+            bounds = (0, *itertools.accumulate(lengths.tolist()))
+            return cls(num_slides, num_tiles, None, full.flatten().nonzero()[:, 0], bounds)
+        return cls(num_slides, num_tiles, full, has_cls=has_cls)
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """`(B, rows, D)` as the layers take it: packed `(total, D)`, or as it is."""
+        return x if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """What the layers need to know."""
+        if self.bounds is not None:
+            return {"cu_seqlens": torch.tensor(self.bounds, dtype=torch.int32, device=device)}
+        return {"key_padding_mask": self.mask}
+
+    def per_row(self, factors: Tensor) -> Tensor:
+        """Factors `(..., B)`, one a slide, so that they broadcast to the rows."""
+        if self.bounds is None:
+            return factors[..., None, None]
+        lengths = torch.tensor(self.bounds, device=factors.device).diff()
+        return factors.repeat_interleave(lengths, -1, output_size=self.bounds[-1])[..., None]
+
+    def cls_rows(self, h: Tensor) -> Tensor:
+        """The cls token's row of each slide, `(B, D)`."""
+        assert self.has_cls
+        return h[:, 0] if self.bounds is None else h[torch.tensor(self.bounds[:-1], device=h.device)]
+
+    def tile_sums(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over each slide's real tiles `(B, D)`, in fp32 (fp64), and how many those are, `(B, 1)`."""
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        if self.bounds is not None:
+            sums = torch.stack(
+                [h[start + 1 : stop].sum(0, dtype=dtype) for start, stop in itertools.pairwise(self.bounds)]
+            )
+            return sums, torch.tensor(self.bounds, device=h.device).diff()[:, None] - 1
+        tiles = h[:, 1:] if self.has_cls else h
+        if self.mask is None:
+            return tiles.sum(1, dtype=dtype), torch.full((self.num_slides, 1), tiles.shape[1], device=h.device)
+        real = self.mask[:, 1:] if self.has_cls else self.mask
+        return tiles.masked_fill(~real[..., None], 0.0).sum(1, dtype=dtype), real.sum(1, keepdim=True)
+
+    def tiles(self, h: Tensor) -> Tensor:
+        """The tiles' rows as the batch came, `(B, L, D)`, zeros where there is none."""
+        if self.kept is not None:
+            flat = h.new_zeros(self.num_slides * (self.num_tiles + 1), h.shape[-1]).index_copy(0, self.kept, h)
+            return flat.view(self.num_slides, self.num_tiles + 1, -1)[:, 1:]
+        if self.mask is not None:
+            h = h.masked_fill(~self.mask[..., None], 0.0)
+        return h[:, 1:] if self.has_cls else h

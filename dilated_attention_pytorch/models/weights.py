@@ -1,0 +1,108 @@
+"""Reading state dicts from files and holding them to a model: strict, and never by running code from a file."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict, from a file or as it is.
+
+    Args:
+        source: a `.safetensors` file; any other file as `torch.save` writes it; or a mapping. A mapping with a single
+            `"model"` or `"state_dict"` mapping of tensors inside stands for that one.
+
+    Returns:
+        Names to tensors, on the CPU when they come from a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file or mapping that holds something else than tensors by name.
+        ImportError: a `.safetensors` file without the package.
+    """
+    if isinstance(source, Mapping):
+        return _tensors(source, "the mapping")
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of weights at {path}, found none")
+    if path.suffix == ".safetensors":
+        state: dict[str, Tensor] = safetensors().load_file(path)
+        return state
+    try:
+        # Tensors and plain containers alone: a pickle can hold any code.
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"expected {path} to hold tensors as torch.save writes them, got: {reason}") from error
+    return _tensors(loaded, str(path))
+
+
+def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"expected {where} to hold tensors by name, got {type(loaded).__name__}")
+    others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"expected {where} to hold tensors by name, got beside them: " + ", ".join(others))
+    return dict(loaded)
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Makes a state dict's tensors a model's parameters, in place of those it has (built on `meta`, it has none).
+
+    Args:
+        model: whose names and shapes the tensors must have, each and all.
+        state: the tensors.
+        device: where they go; one that is there already is not copied.
+        dtype: of floating tensors; their own by default.
+
+    Raises:
+        ValueError: naming every key that is missing, unexpected or of another shape.
+    """
+    check_state(model, state)
+    moved = {
+        key: value.detach().to(device, (dtype or value.dtype) if value.is_floating_point() else value.dtype)
+        for key, value in state.items()
+    }
+    model.load_state_dict(moved, assign=True)
+    model.requires_grad_(True)  # an assigned tensor keeps the file's flag
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError that names every key which is missing, unexpected or of another shape."""
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in wanted]
+    problems += [
+        f"{key} of shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"expected the weights of a {type(model).__name__}, got: " + "; ".join(problems))
+
+
+def safetensors() -> Any:
+    """The module `safetensors.torch`, or an ImportError that names the extra."""
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(
+            "expected safetensors, which checkpoints need, found none: pip install 'dilated-attention-pytorch[cli]'"
+        ) from error
