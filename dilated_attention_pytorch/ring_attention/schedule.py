@@ -69,17 +69,20 @@ def forward(
     if not rounds:
         return AttentionOutput(out.to(q.dtype), lse), k.new_empty(0)
     units = k.new_empty(0)
-    merged = LSEAccumulator(AttentionOutput(out, lse), k.shape[2])
+    merged = LSEAccumulator(AttentionOutput(out, lse), k.shape[2]) if call.plan.receives else None
     extras = Extras(_hidden(call.plan, bits), seed)
     for number, (owners, _) in enumerate(rounds):
         assert pending is not None
         units = pending.wait()
         if number + 1 < len(rounds):
             pending = _fetch(call, k, v, rounds[number + 1])
-        remote.attend(call.step, call.plan, owners, q, units, problem, extras, merged)
+        if merged is not None:
+            remote.attend(call.step, call.plan, owners, q, units, problem, extras, merged)
+    kept = units.flatten() if call.keep and call.mode == "sparse" else k.new_empty(0)
+    if merged is None:
+        return AttentionOutput(out.to(q.dtype), lse), kept
     if mask is not None:
         merged.hide(~mask)
-    kept = units.flatten() if call.keep and call.mode == "sparse" else k.new_empty(0)
     return merged.result(q.dtype), kept
 
 
@@ -136,12 +139,16 @@ def _local_backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, seed: Tensor | None,
 ) -> Gradients:  # fmt: skip
-    """Gradients of the local part, in accumulators that remote parts are added to."""
+    """Gradients of the local part; those that remote parts are added to in fp32 (fp64), contiguous."""
     grads = call.step.backward(
         grad_out, grad_lse, q, k, v, out, lse, call.problem, key_padding_mask=_own_mask(call.plan, mask), seed=seed
     )
     accumulator = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (grad.to(accumulator).contiguous() for grad in grads)
+    dq, dk, dv = grads
+    if call.plan.receives:
+        dq = dq.to(accumulator).contiguous()
+    if call.plan.gives:
+        dk, dv = dk.to(accumulator).contiguous(), dv.to(accumulator).contiguous()
     return dq, dk, dv
 
 
@@ -169,7 +176,7 @@ def _add(call: Call, local: Gradients | None, flying: tuple[Pending, tuple[int, 
     """Waits for gradients that come home and adds them to this rank's own."""
     assert local is not None
     grads, receivers = flying[0].wait(), flying[1]
-    for peer, part in _by_peer(call, grads, receivers):
+    for peer, part in _by_peer(call, grads, receivers) if call.plan.gives else ():
         remote.add_home(local[1], local[2], call.plan.leaving_index[peer], part)
     return local
 
