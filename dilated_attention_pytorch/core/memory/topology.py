@@ -98,15 +98,16 @@ def allocate_pages(size: int, node: int | None = None, *, lock: bool = False, sy
     Raises:
         MemoryError: the system has none left.
     """
-    length = -(-size // _PAGE) * _PAGE
+    length = max(1, -(-size // _PAGE)) * _PAGE
     try:
         # A page without access on either side keeps the kernel from joining this mapping with a neighbour, whose
         # pages its map would then count together with ours.
         memory = _Pages(-1, length + 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"the system has no {length} bytes left ({error})") from error
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = whole.data_ptr() + _PAGE
+    # The storage begins at the first page that is lent, which is where torch asks CUDA whether it is page-locked.
+    whole = torch.frombuffer(memory, dtype=torch.uint8, offset=_PAGE, count=length)
+    first = whole.data_ptr()
     for guard in (first - _PAGE, first + length):
         _libc().mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(_PAGE), _NO_ACCESS)
     if node is not None:
@@ -119,7 +120,7 @@ def allocate_pages(size: int, node: int | None = None, *, lock: bool = False, sy
         torch.cuda.init()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(first, length, 0))
         memory.address, memory.locked_by = first, os.getpid()
-    return whole[_PAGE : _PAGE + size]
+    return whole[:size]
 
 
 def _touch(address: int, length: int, cpus: frozenset[int]) -> None:
