@@ -14,7 +14,7 @@ One head of width 64 in bf16, segments of 2048 .. 2097152 and rates 1 .. 1024 in
 - file: forward from and to memory-mapped files, with the resident memory that Linux accounts for.
 
 Correctness comes first, on a small case against fp64; each section then holds sampled rows to twice the error of
-`dilated_attention` itself on the segment they lie in. A red check prints no number. The table comes last.
+`dilated_attention` itself on those queries. A red check prints no number. The table comes last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ WIDTH, DTYPE = 64, torch.bfloat16
 ROW = WIDTH * DTYPE.itemsize
 GIB = 1 << 30
 GOAL_RATIO, GOAL_DEVICE, GOAL_RSS = 1.3, 8 * GIB, 2 * GIB
-SAMPLES = 64  # rows that are checked in each of a few segments
+RUN, SAMPLES = 4096, 64  # in each of a few segments: queries in a row, and how many of them are checked
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -218,32 +218,53 @@ def check(bench: Bench) -> list[str]:
     return failures
 
 
+class Sample(NamedTuple):
+    """Rows to check: positions in a short run of queries, of a segment that holds all their keys."""
+
+    start: int
+    stop: int
+    run: int
+    positions: Tensor
+
+
+def samples(bench: Bench, tokens: int) -> list[Sample]:
+    """The same ones each time: in the first of the largest segments, a middle one and the last."""
+    size = min(max(bench.pattern["segment_lengths"]), tokens)
+    generator, found = torch.Generator().manual_seed(0), []
+    for start in sorted({0, tokens // 2 // size * size, (tokens - 1) // size * size}):
+        stop = min(start + size, tokens)
+        run = start + int(torch.randint(max(1, stop - start - RUN), (), generator=generator))
+        positions = run + torch.randperm(min(RUN, stop - run), generator=generator)[:SAMPLES]
+        found.append(Sample(start, stop, run, positions))
+    return found
+
+
 def check_rows(
     bench: Bench, tokens: int, read: Callable[[str, int, int], Tensor], out: Callable[[Tensor], Tensor]
 ) -> None:
-    """Sampled rows of a result against fp64: at most twice the error of the whole op on the segment they lie in.
+    """Sampled rows of a result against fp64: at most twice the error of the op itself on the same queries.
 
     Args:
         read: `(name, start, stop)` to rows of q, k or v.
         out: positions to rows of the result.
     """
-    size = min(max(bench.pattern["segment_lengths"]), tokens)
-    generator = torch.Generator().manual_seed(0)
-    for start in {0, tokens // 2 // size * size, (tokens - 1) // size * size}:
-        q, k, v = (read(name, start, min(start + size, tokens)) for name in "qkv")
-        at = torch.randperm(q.shape[1], generator=generator)[:SAMPLES]
-        plain = dilated_attention(*(x.to(bench.device) for x in (q, k, v)), **bench.pattern)[:, at.to(bench.device)]
-        truth = torch.cat([exact_row(bench, q, k, v, int(p)) for p in at], 1)
-        error, allowed = relative_norm(out(start + at), truth), 2 * relative_norm(plain.cpu(), truth)
+    for start, stop, run, positions in samples(bench, tokens):
+        q = read("q", run, min(run + RUN, stop))
+        k, v = (read(name, start, stop) for name in "kv")
+        where = {"q_start": run - start, "k_start": 0, "seq_len": stop - start}
+        plain = dilated_attention(*(x.to(bench.device) for x in (q, k, v)), **where, **bench.pattern).cpu()
+        truth = torch.cat([exact_row(bench, q[0, p - run, 0], k, v, int(p) - start) for p in positions], 1)
+        error = relative_norm(out(positions), truth)
+        allowed = 2 * relative_norm(plain[:, positions - run], truth)
         if not error <= allowed:
-            sys.exit(f"rows of the segment at {start:,}: error {error:.1e}, twice the whole op's is {allowed:.1e}")
+            sys.exit(f"rows from {run:,} on: error {error:.1e}, twice the op's own is {allowed:.1e}")
 
 
-def exact_row(bench: Bench, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+def exact_row(bench: Bench, query: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
     """One query's result in fp64, from the keys that the pattern names."""
     pattern = DilatedPattern(**bench.pattern, num_heads=1)
-    at = torch.cat([torch.tensor(list(keys)) for keys in pattern.keys_of(position, 0, q.shape[1])])
-    logits = k[0, at, 0].double() @ q[0, position, 0].double() * WIDTH**-0.5
+    at = torch.cat([torch.tensor(list(keys)) for keys in pattern.keys_of(position, 0, k.shape[1])])
+    logits = k[0, at, 0].double() @ query.double() * WIDTH**-0.5
     return (logits.softmax(0) @ v[0, at, 0].double())[None, None, None]
 
 
@@ -386,13 +407,7 @@ def billion(bench: Bench) -> None:
     short = [TileSource(bench, min(tokens, 4 * length), salt) for salt in range(3)]
     warm = prepare(replace(bench.settings(), range_length=length), *short, None)
     warm.run(warm.work(), {"out": SampleSink(torch.arange(1))})
-    # The positions that `check_rows` asks for: all of the segments that it samples would be too many.
-    size = min(max(bench.pattern["segment_lengths"]), tokens)
-    generator, wanted = torch.Generator().manual_seed(0), []
-    for start in {0, tokens // 2 // size * size, (tokens - 1) // size * size}:
-        rows = min(start + size, tokens) - start
-        wanted.append(start + torch.randperm(rows, generator=generator)[:SAMPLES])
-    sink = SampleSink(torch.cat(wanted).unique())
+    sink = SampleSink(torch.cat([x.positions for x in samples(bench, tokens)]).unique())
     call = prepare(bench.settings(), *sources.values(), None)
     with peak_device(bench) as peak:
         start = time.perf_counter()

@@ -146,7 +146,7 @@ def test_plan_prints_the_bytes_of_a_ring() -> None:
     assert max(s["pairs"] for s in even) < 0.9 * max(s["pairs"] for s in equal)
 
 
-@pytest.mark.parametrize("what", ["pattern", "neighbours", "receptive"])
+@pytest.mark.parametrize("what", ["pattern", "neighbours", "receptive", "orders", "neighbourhood"])
 def test_show_writes_a_picture(what: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     assert f"wrote {path}" in call("show", what, "--out", path).replace("\n", "")
@@ -186,7 +186,12 @@ def test_info() -> None:
         (("plan", "--dtype", "int8"), "expected --dtype to be one of ['bf16', 'fp16', 'fp32'], got 'int8'"),
         (("plan", "-n", "8", "--query", "8"), "expected --query in [0, 8), got 8"),
         (("plan", "--length", "0"), "expected --length of at least 1, got 0"),
-        (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive'], got 'picture'"),
+        (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive', "),
+        (("show", "pattern", "--grid", "4,4"), "expected no --grid with 'show pattern', got 4,4"),
+        (("show", "orders", "--grid", "4"), "expected grid of 2 or 3 sizes, got 1"),
+        (("show", "orders", "--rates", "1,2"), "expected no --rates with 'show orders'"),
+        (("show", "neighbourhood", "-n", "64"), "expected no --length with 'show neighbourhood'"),
+        (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
         (("show", "pattern", "--out", "x.doc"), "expected a file name that ends in a picture format"),
         (("bench", "--dtype", "int8"), "expected --dtype to be one of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import pickle
 import subprocess
 import sys
@@ -403,7 +404,7 @@ print("ok")
 """
 
 
-@pytest.mark.skipif(not hasattr(subprocess.os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_module_and_the_function_of_one_name() -> None:
     scripts = [
         f"{FUNCTION}\n{CLASS}\nassert callable(dilated_attention)\n{HOLDS}",
@@ -429,7 +430,7 @@ def test_the_module_and_the_function_of_one_name() -> None:
         assert "ok" in printed
 
 
-@pytest.mark.skipif(not hasattr(subprocess.os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_warning_as_python_shows_it(tmp_path: Path) -> None:
     """By default Python shows a DeprecationWarning only where it points into `__main__`."""
     script = tmp_path / "train.py"
@@ -512,7 +513,7 @@ for ring in (
 """
 
 
-@pytest.mark.skipif(not hasattr(subprocess.os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_script_in_the_style_of_the_0_2_readme_runs_unchanged() -> None:
     (printed,) = fresh(README_02)
     attended = "torch.Size([1, 256, 8, 16])"

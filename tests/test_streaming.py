@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dilated_attention_pytorch as package
-from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse, streaming
+from dilated_attention_pytorch import (
+    DilatedPattern,
+    UnifiedMemoryPool,
+    dilated_attention,
+    dilated_attention_with_lse,
+    streaming,
+)
+from dilated_attention_pytorch.core.memory.unified_pool import PoolExhausted
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.streaming import Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.compact import compact_branches
@@ -385,6 +392,8 @@ class TestErrors:
         out = torch.zeros_like(q)
         with pytest.raises(ValueError, match="device_limit"):
             dilated_attention_streamed(q, k, v, out=out, device_limit=10, **PATTERN)
+        with pytest.raises(PoolExhausted):
+            dilated_attention_streamed(q, k, v, out=out, pool=UnifiedMemoryPool(limit=10), **PATTERN)
         assert not out.any()
         with pytest.raises(ValueError, match="memory of its own"):
             dilated_attention_streamed(q, k, v, out=q, **PATTERN)
@@ -420,3 +429,23 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     q, k, v = draw_qkv(64)
     dilated_attention_streamed(q, k, v, **PATTERN, range_length=16, progress=True)
     assert "ranges" in capsys.readouterr().out
+
+
+def test_a_pool_is_used_again() -> None:
+    """The second call borrows the blocks of the first, and its numbers are its own."""
+    pool = UnifiedMemoryPool()
+    for _ in range(2):
+        q, k, v = draw_qkv(300)
+        got = dilated_attention_streamed(q, k, v, **PATTERN, range_length=64, pool=pool)
+        assert relative_norm(got, dilated_attention(q, k, v, **PATTERN)) <= 1e-12
+    stats = pool.stats()
+    assert stats.hits >= 2 and stats.current == 0
+
+
+def test_modes_of_torch_change_nothing() -> None:
+    q, k, v = draw_qkv(200, dtype=torch.float32)
+    want = dilated_attention_streamed(q, k, v, **PATTERN, range_length=48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)
+    with torch.inference_mode():
+        assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +86,19 @@ def test_no_data_is_lost(tmp_path: Path) -> None:
     assert relative_norm(results[0], dilated_attention(plain, plain, plain, **WHOLE)) <= 1e-6
     on_disk = torch.from_numpy(np.fromfile(tmp_path / "out2", np.float32)).view(shape)
     assert torch.equal(on_disk, results[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of resident memory")
+def test_the_benchmark_runs_small(tmp_path: Path) -> None:
+    """Every section on a short sequence; it refuses to print where a check of its own fails."""
+    script = Path(__file__).parents[1] / "benchmarks" / "streaming.py"
+    options = {"device": "cpu", "tokens": 65536, "shrink": 64, "limit": 20_000_000, "repeats": 1, "dir": tmp_path}
+    options |= {"only": "64m,host,billion,file", "out": tmp_path / "out"}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").iterdir()
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["section"] for row in rows] == ["64m", "64m", "host", "billion", "file"]
+    assert rows[-1]["rss_met"] and not list(tmp_path.glob("streaming-*"))

@@ -78,7 +78,9 @@ class Call:
         pool = UnifiedMemoryPool(strategy="simple") if given is None else given
         writers = {name: writer(x, 2 if name == "lse" else 1) for name, x in targets.items()}
         try:
-            with torch.no_grad(), _progress(len(work.plan.ranges), self.settings.progress) as tick:
+            # The dtype is the inputs', as staging memory is laid out before anything is read.
+            plain = torch.autocast(self.device.type, enabled=False)
+            with torch.no_grad(), plain, _progress(len(work.plan.ranges), self.settings.progress) as tick:
                 pipeline.run(work, writers, self.device, pool, tick)
         finally:
             if given is None:

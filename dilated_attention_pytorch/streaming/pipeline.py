@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,15 +48,23 @@ def run(
     transport = (
         _Cuda(work, writers, device, pool, loads) if device.type == "cuda" else _Host(work, writers, pool, loads)
     )
+    for writer in writers.values():  # now that all memory is there
+        writer.begin()
     reads: list[Future[None]] = []
     writes: list[Future[None]] = []
     reading = ThreadPoolExecutor(1, "streaming-read")
     writing = ThreadPoolExecutor(1, "streaming-write")
 
+    inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+
+    def as_here(task: Callable[..., None], *args: Any) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            task(*args)
+
     def read_ahead() -> None:
         number = len(reads)
         if number < len(ranges):
-            reads.append(reading.submit(transport.fill, number, loads[number]))
+            reads.append(reading.submit(as_here, transport.fill, number, loads[number]))
 
     try:
         for _ in range(BUFFERS):
@@ -71,7 +80,7 @@ def run(
             if not transport.copies_inputs:
                 read_ahead()
             leaving = transport.take(number, start, stop, results)
-            writes.append(writing.submit(transport.write, number, start, stop, leaving, tick))
+            writes.append(writing.submit(as_here, transport.write, number, start, stop, leaving, tick))
         for future in writes[-BUFFERS:]:
             future.result()
     finally:

@@ -133,6 +133,9 @@ class TensorWriter:
         self._pinned = _is_direct(x, self._rows)
         self._mapped = not x.is_pinned() and pages.in_shared_file(x)
         self._first: Tensor | None = None
+
+    def begin(self) -> None:
+        """From here on it is written to."""
         self._rows[:, :1] = torch.nan
 
     def write(self, start: int, rows: Tensor) -> None:
@@ -163,6 +166,9 @@ class SinkWriter:
 
     def __init__(self, sink: RangeSink, dim: int = 1) -> None:
         self._sink, self._dim = sink, dim
+
+    def begin(self) -> None:
+        """A sink learns of its first rows by getting them."""
 
     def write(self, start: int, rows: Tensor) -> None:
         """As `TensorWriter.write`."""
