@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
-import os
-import platform
 import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 from dilated_attention_pytorch import UnifiedMemoryPool
@@ -211,11 +210,11 @@ def run(load: str, events: list[Event], contender: str, device: torch.device) ->
     )  # fmt: skip
 
 
-def forked(*arguments: Any) -> Result:
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of its own, whose memory nobody used before."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=lambda: theirs.send(run(*arguments)))
+    child = context.Process(target=lambda: theirs.send(function(*arguments)))
     child.start()
     theirs.close()
     try:
@@ -228,7 +227,8 @@ def measure(load: str, events: list[Event], device: torch.device, rounds: int) -
     found: dict[str, list[Result]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name in CONTENDERS:
-            found[name].append((run if device.type == "cuda" else forked)(load, events, name, device))
+            arguments = load, events, name, device
+            found[name].append(run(*arguments) if device.type == "cuda" else forked(run, *arguments))
             gc.collect()
     best = [min(results, key=lambda r: r.microseconds) for results in found.values()]
     for result in best:
@@ -254,9 +254,21 @@ def verdict(results: list[Result], meant: str) -> str:
     return f"{meant}, which it is meant for:\n" + "\n".join(said)
 
 
-def processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
+def failures(events: list[Event]) -> list[str]:
+    """Strategies that change a block while it is lent, seen on the first borrows of a load."""
+    found = []
+    for name in STRATEGIES:
+        pool, lent = UnifiedMemoryPool(name), dict[int, Any]()
+        for event in events[:120]:
+            if event.kind == "borrow":
+                lent[event.number] = pool.borrow(event.size, torch.uint8, "cpu", event.purpose)
+                lent[event.number].tensor.fill_(event.number % 251)
+            elif event.kind == "release" and event.number in lent:
+                handle = lent.pop(event.number)
+                if not bool((handle.tensor == event.number % 251).all()):
+                    found.append(f"{name} changed block {event.number}")
+                handle.release()
+    return found
 
 
 def main() -> None:
@@ -267,19 +279,20 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     torch.set_num_threads(1)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    common.announce()
     nodes = len(topology.nodes())
-    head = f"{hardware}, torch {torch.__version__}, Python {platform.python_version()}, {nodes} NUMA nodes"
-    print(head)
     if nodes < 2:
         print("numa places nothing here: one node")
     loads = {name: (meant, make()) for name, (meant, make) in LOADS.items()}
     loads |= {f"recording {path.stem}": ("adaptive", read_events(path)) for path in sorted(RECORDINGS.glob("*.jsonl"))}
+    # In a process of its own: what malloc keeps of it would serve the runs that follow.
+    check = failures if device.type == "cuda" else partial(forked, failures)
+    common.refuse(problem for _, events in loads.values() for problem in check(events))
     everything = []
     begun = time.perf_counter()
     for load, (meant, events) in loads.items():
         results = measure(load, events, device, given.rounds)
-        everything += results
+        everything += [{"case": f"{r.load}, {r.contender}", **asdict(r)} for r in results]
         borrows = sum(e.kind == "borrow" for e in events)
         print(f"\n{load}: {borrows} borrows, at most {results[0].lent_mib:.1f} MiB lent")
         print(f"  {'':<15} {'us/borrow':>9} {'reserved MiB':>12} {'taken MiB':>10} {'hits':>6} {'misses':>6}")
@@ -290,11 +303,7 @@ def main() -> None:
         print(verdict(results, meant))
         print(f"  adaptive said: {next(r.says for r in results if r.contender == 'adaptive')}")
     print(f"\n{time.perf_counter() - begun:.0f} s")
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        path = given.out / f"pool_{device.type}.json"
-        path.write_text(json.dumps({"hardware": head, "results": [asdict(r) for r in everything]}, indent=1) + "\n")
-        print(f"wrote {os.fspath(path)}")
+    common.write(given.out, "pool", everything, check="the contents of lent blocks, on the first borrows of every load")
 
 
 if __name__ == "__main__":

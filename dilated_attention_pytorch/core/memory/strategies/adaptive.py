@@ -30,9 +30,9 @@ class AdaptiveStrategy(Strategy):
     cut them, which gives them up. Host memory on a host with several NUMA nodes is `numa`'s without thinking.
     `describe` says what was chosen and why.
 
-    Measured (`benchmarks/pool.py`, CPU): it reserved what the best fixed choice did on all loads but the fixed set,
-    where it held 10% more than `simple`, and took up to 1.45 times the best one's time. It wins against a wrong
-    choice, not against the right one.
+    Measured (`benchmarks/pool.py`, CPU): it reserved what the best fixed choice did, but for the fixed set (10% more
+    than `simple`) and the streamed pass (24% more, too short for a look), and took up to 1.5 times the best one's
+    time. It wins against a wrong choice, not against the right one.
     """
 
     name: ClassVar[str] = "adaptive"
