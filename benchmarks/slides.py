@@ -4,8 +4,8 @@
 
 Correctness comes first; where it fails nothing is timed. On a CPU: how long it takes to encode 10,000 tiles and what
 memory that adds, what building and loading cost, and how much a fine-tuning step keeps for its backward; with `--batch`
-three slides in a batch against each alone, which takes six times as long. On a CUDA device: that batch, inference and a fine-tuning step in bf16 for each number of
-tiles, with Triton and beside it with torch's own attention (`sdpa`).
+three slides in a batch against each alone, which takes six times as long. On a CUDA device: that batch, inference and a
+fine-tuning step in bf16 for each number of tiles, with Triton and beside it with torch's own attention (`sdpa`).
 
 Inference runs a model whose weights are bf16. Fine-tuning keeps weights and AdamW's moments in fp32 and computes under
 autocast, with the official dropout 0.25 and stochastic depth 0.1; the step is forward, backward, update, without
@@ -194,8 +194,8 @@ def cpu(n: int, with_batch: bool) -> dict[str, Any]:
     rows: dict[str, Any] = {"load_before": load, "encode": encode_cpu(n)}
     row = rows["encode"]
     print(
-        f"encoding {n:,} tiles: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} of CPU time), {row['added_gib']:.2f} GiB added, the process "
-        f"{row['process_gib']:.2f} GiB at its highest",
+        f"encoding {n:,} tiles: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} of CPU time), {row['added_gib']:.2f} "
+        f"GiB added, the process {row['process_gib']:.2f} GiB at its highest",
         flush=True,
     )
     rows["memory"] = row = build_and_load()

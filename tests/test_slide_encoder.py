@@ -505,3 +505,20 @@ def test_bad_input() -> None:
         SlideEncoderConfig.from_dict({"width": 3})
     with pytest.raises(TypeError, match="expected config to be a SlideEncoderConfig"):
         SlideEncoder({"depth": 3})  # type: ignore[arg-type]
+
+
+def test_examples_of_the_models_run() -> None:
+    import doctest
+
+    import dilated_attention_pytorch.models as models
+
+    names = {"torch": torch, **{name: getattr(models, name) for name in models.__all__}}
+    finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
+    tried = 0
+    for name in ("SlideEncoder", "SlideEncoderConfig", "slide_segment_lengths", "LongViT", "convert"):
+        for example in finder.find(getattr(models, name), name, globs=dict(names)):
+            output: list[str] = []
+            runner.run(example, out=output.append)
+            assert runner.failures == 0, "".join(output)
+            tried += len(example.examples)
+    assert tried >= 5
