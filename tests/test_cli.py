@@ -122,7 +122,7 @@ def test_plan_counts_what_the_pattern_counts() -> None:
     assert no_branch["neighbours"]["branches"][0] == {"branch": 0, "count": 0, "first": None, "last": None, "step": 1}
 
 
-@pytest.mark.parametrize("what", ["pattern", "neighbours", "receptive"])
+@pytest.mark.parametrize("what", ["pattern", "neighbours", "receptive", "orders", "neighbourhood"])
 def test_show_writes_a_picture(what: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     assert f"wrote {path}" in call("show", what, "--out", path).replace("\n", "")
@@ -162,7 +162,12 @@ def test_info() -> None:
         (("plan", "--dtype", "int8"), "expected --dtype to be one of ['bf16', 'fp16', 'fp32'], got 'int8'"),
         (("plan", "-n", "8", "--query", "8"), "expected --query in [0, 8), got 8"),
         (("plan", "--length", "0"), "expected --length of at least 1, got 0"),
-        (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive'], got 'picture'"),
+        (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive', "),
+        (("show", "pattern", "--grid", "4,4"), "expected no --grid with 'show pattern', got 4,4"),
+        (("show", "orders", "--grid", "4"), "expected grid of 2 or 3 sizes, got 1"),
+        (("show", "orders", "--rates", "1,2"), "expected no --rates with 'show orders'"),
+        (("show", "neighbourhood", "-n", "64"), "expected no --length with 'show neighbourhood'"),
+        (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
         (("show", "pattern", "--out", "x.doc"), "expected a file name that ends in a picture format"),
         (("bench", "--dtype", "int8"), "expected --dtype to be one of"),

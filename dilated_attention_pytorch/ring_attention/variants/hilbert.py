@@ -57,7 +57,7 @@ class HilbertMixin(_Ring):
         ValueError: both grid and coords, an unknown option; what does not fit.
     """
 
-    takes_rows_along: ClassVar[CausalAlong]
+    takes_rows_along: ClassVar[CausalAlong] = "original"
 
     def __init__(
         self,
