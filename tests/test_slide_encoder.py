@@ -477,6 +477,28 @@ class TestCheckpoints:
             assert float(seconds) < 5, step
 
 
+def test_numpy_is_not_needed(tmp_path: Path) -> None:
+    """So no version of it is the wrong one."""
+    torch.save(tiny().state_dict(), tmp_path / "slide.pth")
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.modules["numpy"] = None
+        import torch
+        from dilated_attention_pytorch import SlideEncoder
+        encoder = SlideEncoder.from_pretrained(sys.argv[1], num_heads=4)
+        coords = 256 * torch.cartesian_prod(torch.arange(6), torch.arange(5))[None]
+        mask = torch.arange(30)[None] < torch.tensor([[30], [12]])
+        out = encoder(torch.randn(2, 30, 12), coords.expand(2, -1, -1), mask)
+        out.pooled.sum().backward()
+        encoder.attention_map(torch.randn(1, 30, 12), coords, layer=1, query=[3])
+        """
+    )
+    # torch itself warns of a missing numpy; that is all it does.
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "slide.pth")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
 def test_bad_input() -> None:
     encoder, (tiles, coords) = tiny(), slide(10)
     for given, error, message in (
