@@ -5,19 +5,19 @@ keys in one as in the other. Their tokens are timed in short turns, so that a bu
 the rates are medians over the turns, the ratio is the median over pairs of neighbouring turns. Nothing is printed if
 cached and uncached logits differ on a small case.
 
-    python benchmarks/generation.py [--threads 1] [--rounds 96] [--device cpu]
+    python benchmarks/generation.py [--threads 1] [--rounds 96] [--device cpu] [--out benchmarks/results]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import common
 import torch
 from torch import Tensor
 
@@ -64,14 +64,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=96)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="folder for the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     difference = check(args.device)
-    if difference > 1e-10:
-        print(f"check failed: cached and uncached logits differ by {difference:.1e}", file=sys.stderr)
-        return 1
+    common.refuse([f"cached and uncached logits differ by {difference:.1e}"] if difference > 1e-10 else [])
 
     model = LongNetLM(
         vocab_size=256,
@@ -100,10 +99,7 @@ def main() -> int:
             seconds[context].append(turn(streams[context]))
 
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{platform.platform()}, {_processor()}, {os.cpu_count()} CPUs, {args.threads} thread(s)")
-    if args.device != "cpu":
-        print(torch.cuda.get_device_name(args.device))
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, fp32")
+    common.announce()
     print(f"{parameters / 1e6:.1f} M parameters, 4 layers, w={list(SEGMENT_LENGTHS)}, r={list(DILATION_RATES)}")
     print(f"check: cached and uncached logits differ by {difference:.1e} (fp64)")
     rate = {}
@@ -116,15 +112,17 @@ def main() -> int:
     ratio = statistics.median(short / long for short, long in zip(seconds[SHORT], seconds[LONG], strict=True))
     flat = abs(1 - ratio) <= ALLOWED
     print(f"64k against 8k: {ratio:.3f}, {'within' if flat else 'NOT within'} {ALLOWED:.0%}")
+    rows = [
+        {
+            "case": f"context {context + longest // 2}",
+            "tokens_per_s": rate[context],
+            "prefill_seconds": prefill[context],
+        }
+        for context in seconds
+    ]
+    rows.append({"case": "64k against 8k", "ratio": ratio})
+    common.write(args.out, "generation", rows, check=f"cached against uncached logits in fp64: {difference:.1e}")
     return 0 if flat else 1
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 from dilated_attention_pytorch.training import TrainConfig, Trainer, build_corpus, standard_library
@@ -80,7 +81,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--context", type=int, help="tokens of a sequence, for a smaller machine")
     parser.add_argument("--layers", type=int, help="of the model")
-    parser.add_argument("--out", type=Path, help="folder of the run; by default one that is removed at the end")
+    parser.add_argument("--run", type=Path, help="folder of the run; by default one that is removed at the end")
+    parser.add_argument("--out", type=Path, help="folder for the numbers as JSON")
     options = parser.parse_args()
     if options.smoke:
         torch.set_num_threads(1)
@@ -102,9 +104,9 @@ def main() -> None:
             corpus = build_corpus()
         printer = Printer()
         if world.is_main:
-            device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
-            print(f"torch {torch.__version__}, {world.size} x {device}, {len(list(standard_library())):,} files")
-        out = options.out or Path(scratch)
+            common.announce()
+            print(f"{world.size} ranks on {world.device.type}, {len(list(standard_library())):,} files")
+        out = options.run or Path(scratch)
         Trainer(config, corpus, out, world=world, restart=True, reporter=printer).run()
         memory = peaks(world)
         if world.is_main:
@@ -112,7 +114,14 @@ def main() -> None:
             print(f"median of {len(warm)} steps: {statistics.median(warm):,.0f} tokens/s")
             print("peak GiB by rank: " + ", ".join(f"{peak:.2f}" for peak in memory))
             print(f"loss: {printer.losses[0]:.4f} at first, {printer.losses[-1]:.4f} at last")
-            if not printer.losses[-1] < printer.losses[0]:
+            if printer.losses[-1] < printer.losses[0]:
+                rows = [
+                    {"case": f"step {i + 1}", "loss": loss, "tokens_per_s": rate}
+                    for i, (loss, rate) in enumerate(zip(printer.losses, printer.rates, strict=True))
+                ]
+                rows.append({"case": "all", "tokens_per_s": statistics.median(warm), "peak_gib": memory})
+                common.write(options.out, "million", rows, check="the loss has fallen")
+            else:
                 print("the loss has not fallen", file=sys.stderr)
         fell = not world.is_main or printer.losses[-1] < printer.losses[0]
         failed = world.any(not fell)

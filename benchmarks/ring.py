@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention, counting, remote
+from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, closed_form_units, equal_bounds, unit_bytes
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel, priority_group
 from dilated_attention_pytorch.testing import relative_norm
@@ -56,10 +58,16 @@ class Bench:
         self.dtype = torch.float32 if self.smoke else torch.bfloat16
         self.shrink = 1024 if self.smoke else 1  # every length is divided by it
         self.rounds = 3 if self.smoke else options.rounds
+        self.rows: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             print(text, flush=True)
+
+    def measured(self, case: str, text: str, **numbers: Any) -> None:
+        """A line of the table: printed by rank 0, kept for the file."""
+        self.say(f"{case}: {text}")
+        self.rows.append({"case": case, **numbers})
 
     def pattern(self, branches: tuple[tuple[int, ...], tuple[int, ...]], shrink: int) -> dict[str, Any]:
         return {"segment_lengths": [max(1, w // shrink) for w in branches[0]], "dilation_rates": list(branches[1])}
@@ -157,21 +165,25 @@ def all_local(bench: Bench) -> None:
         one, many, ratio = bench.compare(
             lambda c=causal: train(plain, tensors, c), lambda c=causal: train(ring, tensors, c)
         )
-        bench.say(
-            f"all local, {bench.size} x {n} tokens, forward+backward{', causal' * causal}: "
-            f"one device {one * 1e3:.1f} ms, ring {many * 1e3:.1f} ms, {ratio * bench.size:.2f}x its rate"
+        bench.measured(
+            f"all local, {bench.size} x {n} tokens, forward+backward{', causal' * causal}",
+            f"one device {one * 1e3:.1f} ms, ring {many * 1e3:.1f} ms, {ratio * bench.size:.2f}x its rate",
+            one_ms=one * 1e3,
+            ring_ms=many * 1e3,
+            rate=ratio * bench.size,
         )
 
 
 def two_remote(bench: Bench, errors: dict[bool, dict[str, float]]) -> None:
     n = MILLION // bench.shrink
     pattern = bench.pattern(REMOTE, bench.shrink)
-    bounds = equal_bounds(n, bench.size)
-    rows = slice(bounds[bench.rank], bounds[bench.rank + 1])
+    keys = DilatedPattern(tuple(pattern["segment_lengths"]), tuple(pattern["dilation_rates"]), bench.heads)
+    equal, balanced = equal_bounds(n, bench.size), balanced_bounds(keys, n, bench.size)
     whole = bench.inputs(n, 2)
-    own = [x[:, rows].contiguous() for x in whole]
     ring, plain = bench.ring(pattern), _plain(pattern, bench.options.backend)
-    for causal in (False, True):
+    for causal, kind, bounds in ((False, "", equal), (True, ", causal", equal), (True, ", causal, balanced", balanced)):
+        rows = slice(bounds[bench.rank], bounds[bench.rank + 1])
+        own = [x[:, rows].contiguous() for x in whole]
         if not bench.options.no_large_check:
             alone, got, red = train(plain, whole, causal), train(ring, own, causal), ""
             for name, ours, one in zip(("out", "dq", "dk", "dv"), got, alone, strict=True):
@@ -184,12 +196,18 @@ def two_remote(bench: Bench, errors: dict[bool, dict[str, float]]) -> None:
         with counting() as traffic:
             train(ring, own, causal)
         moved = {name: f"{size / 2**20:.3f}" for name, size in traffic.received.items()}
-        one, many, ratio = bench.compare(lambda c=causal: train(plain, whole, c), lambda c=causal: train(ring, own, c))
-        bench.say(
-            f"two remote branches, {n} tokens, forward+backward{', causal' * causal}: one device {one * 1e3:.1f} ms, "
-            f"ring {many * 1e3:.1f} ms, {ratio:.2f}x; rank 0 received MiB {moved}"
+        one, many, ratio = bench.compare(
+            lambda c=causal: train(plain, whole, c), lambda c=causal, own=own: train(ring, own, c)
         )
-        hidden_share(bench, lambda c=causal: train(ring, own, c), causal)
+        bench.measured(
+            f"two remote branches, {n} tokens, forward+backward{kind}",
+            f"one device {one * 1e3:.1f} ms, ring {many * 1e3:.1f} ms, {ratio:.2f}x; rank 0 received MiB {moved}",
+            one_ms=one * 1e3,
+            ring_ms=many * 1e3,
+            ratio=ratio,
+            received_bytes=dict(traffic.received),
+        )
+        hidden_share(bench, lambda c=causal, own=own: train(ring, own, c), kind)
 
 
 def exchange_alone(bench: Bench) -> None:
@@ -207,8 +225,10 @@ def exchange_alone(bench: Bench) -> None:
     ]
     dense = k.new_empty((2, bench.size, *k.shape))
 
-    def sparse() -> Tensor:
-        return channel.exchange(remote.pack(k, v, index), *counts, "rows").wait()  # type: ignore[arg-type]
+    def sparse() -> None:
+        exchange = channel.exchange(remote.pack(k, v, index), *counts, "rows")  # type: ignore[arg-type]
+        exchange.wait()
+        exchange.release()
 
     def gather() -> None:
         for i, x in enumerate((k, v)):
@@ -221,15 +241,20 @@ def exchange_alone(bench: Bench) -> None:
     per_unit = unit_bytes(1, bench.width, k.element_size())
     units = closed_form_units(keys, n, bench.size)
     closed = "does not apply" if units is None else f"{units * per_unit / 2**20:.3f} MiB"
-    bench.say(
-        f"exchange alone: {plan.received_bytes(1, bench.width, k.element_size()) / 2**20:.3f} MiB received "
+    bench.measured(
+        "exchange alone",
+        f"{plan.received_bytes(1, bench.width, k.element_size()) / 2**20:.3f} MiB received "
         f"(closed form {closed}) in {fast * 1e3:.3f} ms with packing; dense K and V, "
         f"{2 * (bench.size - 1) * k.numel() * k.element_size() / 2**20:.1f} MiB, in {slow * 1e3:.3f} ms: "
-        f"{statistics.median(a / b for a, b in pairs):.1f}x shorter"
+        f"{statistics.median(a / b for a, b in pairs):.1f}x shorter",
+        received_bytes=plan.received_bytes(1, bench.width, k.element_size()),
+        sparse_ms=fast * 1e3,
+        dense_ms=slow * 1e3,
+        ratio=statistics.median(a / b for a, b in pairs),
     )
 
 
-def hidden_share(bench: Bench, run: Callable[[], object], causal: bool) -> None:
+def hidden_share(bench: Bench, run: Callable[[], object], kind: str) -> None:
     """How much of the time of NCCL's kernels other kernels run too, on each rank."""
     if bench.smoke:
         return
@@ -250,7 +275,7 @@ def hidden_share(bench: Bench, run: Callable[[], object], causal: bool) -> None:
     shares = [torch.zeros(2, device=bench.device) for _ in range(bench.size)]
     dist.all_gather(shares, torch.tensor([total / 1e3, covered / max(total, 1e-9)], device=bench.device))
     text = ", ".join(f"rank {i}: {float(s[0]):.2f} ms, {float(s[1]):.0%} hidden" for i, s in enumerate(shares))
-    bench.say(f"  exchange kernels (waiting for peers included){', causal' * causal}: {text}")
+    bench.say(f"  exchange kernels (waiting for peers included){kind}: {text}")
 
 
 def _joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -275,7 +300,8 @@ def world_size_one(bench: Bench) -> None:
     for _ in range(2 * bench.rounds):
         first = bench.seconds(lambda: train(plain, tensors, False), alone=True)
         pairs.append((first, bench.seconds(lambda: train(ring, tensors, False), alone=True)))
-    bench.say(f"world size 1: {statistics.median(b / a for a, b in pairs) - 1:+.1%} over the plain op")
+    ratio = statistics.median(b / a for a, b in pairs)
+    bench.measured("world size 1", f"{ratio - 1:+.1%} over the plain op", ratio=ratio)
 
 
 def main() -> None:
@@ -288,11 +314,13 @@ def main() -> None:
     parser.add_argument("--no-large-check", action="store_true", help="skip the comparison at the timed size")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=["local", "remote", "exchange", "one"])
+    parser.add_argument("--out", type=Path, help="folder for the numbers as JSON")
     bench = Bench(parser.parse_args())
     errors = {causal: check_small(bench, causal) for causal in (False, True)}
-    device = platform.processor() or "CPU" if bench.smoke else torch.cuda.get_device_name()
+    if bench.rank == 0:
+        common.announce()
     bench.say(
-        f"{bench.size} x {device}, torch {torch.__version__}, {bench.dtype}, B=1 H={bench.heads} D={bench.width}, "
+        f"{bench.size} ranks, {bench.dtype}, B=1 H={bench.heads} D={bench.width}, "
         f"mode={bench.options.mode}, backend={bench.options.backend}, "
         f"gradients travel in {bench.options.gradient_dtype}"
         f"{', high-priority stream' * bench.options.high_priority}"
@@ -305,6 +333,9 @@ def main() -> None:
     }
     for name in bench.options.only or parts:
         parts[name]()
+    if bench.rank == 0:
+        said = "each mode against fp64 within twice one device's own error; then against one device at the timed size"
+        common.write(bench.options.out, "ring", bench.rows, check=said)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The promises of the project's own pages: documented names, examples that run, one version, figures as drawn."""
+"""The promises of the project's own pages: documented names, docstrings that run, one version, figures as drawn."""
 
 from __future__ import annotations
 
@@ -19,15 +19,6 @@ import dilated_attention_pytorch as package
 ROOT = Path(__file__).parents[1]
 PUBLIC = [name for name in getattr(package, "__all__", []) if not name.startswith("__")]
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if p.is_file())
-
-# A Python block of a page runs when this comment stands on the line before its fence; a page's blocks run in order and
-# share their names, as a reader would type them.
-RUNNABLE = re.compile(r"^<!-- runnable -->\n```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def runnable_blocks(text: str) -> list[tuple[int, str]]:
-    """The blocks marked as runnable, each with the line of its first statement."""
-    return [(text.count("\n", 0, m.start(1)) + 1, m.group(1)) for m in RUNNABLE.finditer(text)]
 
 
 def parameters(obj: Any) -> list[str]:
@@ -85,20 +76,6 @@ def test_public_name_is_on_the_api_page(name: str) -> None:
     assert re.search(rf"^::: dilated_attention_pytorch(\.\w+)*\.{name}$", page, re.MULTILINE), (
         f"{name} is public, and docs/api.md has no line '::: dilated_attention_pytorch...{name}'"
     )
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_runnable_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for line, source in runnable_blocks(page.read_text(encoding="utf-8")):
-        # Blank lines in front make a traceback name the page's own line.
-        exec(compile("\n" * (line - 1) + source, str(page), "exec"), names)
-
-
-def test_runnable_blocks_are_found() -> None:
-    text = "intro\n\n<!-- runnable -->\n```python\nx = 1\n```\n\n```python\ny = oops\n```\n"
-    assert runnable_blocks(text) == [(5, "x = 1\n")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

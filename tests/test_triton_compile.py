@@ -140,5 +140,18 @@ def test_the_copy_engine_loads_on_hopper(compiled):
         assert [r for r in reports if r["copies"] == 0] == []
 
 
+def test_registers_and_spills_are_as_committed(compiled):
+    import golden
+
+    capability, reports = compiled
+    if capability != 90:
+        pytest.skip("the committed figures are Hopper's")
+    kept = json.loads(golden.FILE.read_text(encoding="utf-8"))
+    if kept["versions"]["triton"] != golden.versions()["triton"]:
+        pytest.skip("the figures were taken with another Triton")
+    changed = golden.differences(kept["kernels"], golden.kernels(reports))
+    assert not changed, "\n".join([*changed, "if the change is meant: python tests/golden.py --write"])
+
+
 if __name__ == "__main__":
     compile_all(int(sys.argv[1]))

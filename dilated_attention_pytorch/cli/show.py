@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 What = Literal["pattern", "neighbours", "receptive", "orders", "neighbourhood"]
 IN_SPACE = ("orders", "neighbourhood")  # of tokens in a grid
@@ -63,8 +60,9 @@ def show(
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"expected no --{name} with 'show {what}', which draws all tokens of a --grid")
     if what in IN_SPACE:
-        figure = _in_space(what, options.ints("--grid", grid or "32,32"), segments, rates, heads, offsets, query, head)
-        console.print(f"wrote {save(figure, out if out is not None else Path(f'{what}.png'))}")
+        path = out if out is not None else Path(f"{what}.png")
+        sizes = options.ints("--grid", grid or "32,32")
+        console.print(f"wrote {_in_space(path, what, sizes, segments, rates, heads, offsets, query, head)}")
         return
     pattern = options.make_pattern(segments, rates, heads, offsets)
     chosen = list(head) if head else [0]
@@ -84,20 +82,21 @@ def show(
 
 
 def _in_space(
-    what: str, grid: tuple[int, ...], segments: str, rates: str, heads: int, offsets: str, query: int | None,
-    head: list[int] | None,
-) -> Figure:  # fmt: skip
-    """The picture of a grid's orders, or of whom one of its tokens attends to in each."""
+    path: Path, what: str, grid: tuple[int, ...], segments: str, rates: str, heads: int, offsets: str,
+    query: int | None, head: list[int] | None,
+) -> Path:  # fmt: skip
+    """Draws a grid's orders, or whom one of its tokens attends to in each."""
     from dilated_attention_pytorch.kernels.hilbert import CURVES, CurveOrder, curve_order, grid_coords
-    from dilated_attention_pytorch.viz import neighbourhood_figure, orders_figure
+    from dilated_attention_pytorch.viz import neighbourhood_figure, orders_figure, save
 
     orders: dict[str, CurveOrder] = {name: curve_order(name, grid=grid) for name in CURVES}
     coords = grid_coords(grid)
     if what == "orders":
-        return orders_figure(orders, coords)
+        return save(orders_figure(orders, coords), path)
     if head is not None and len(head) > 1:
         raise ValueError(f"expected one --head, or none for all, with 'show neighbourhood', got {head}")
     pattern = options.make_pattern(segments, rates, heads, offsets)
     middle = int((coords - coords.double().mean(0)).square().sum(1).argmin())
     token = middle if query is None else query
-    return neighbourhood_figure(pattern, orders, coords, query=token, head=None if head is None else head[0])
+    figure = neighbourhood_figure(pattern, orders, coords, query=token, head=None if head is None else head[0])
+    return save(figure, path)

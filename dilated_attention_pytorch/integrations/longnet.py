@@ -1,0 +1,242 @@
+"""`LongNetLM` as a transformers model: `from_pretrained`, `generate`, `Trainer`, the Auto classes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dilated_attention_pytorch.models import config as core
+from dilated_attention_pytorch.models.layers import FeedForward
+from dilated_attention_pytorch.models.longnet import LongNetLM
+from dilated_attention_pytorch.modules import MultiheadDilatedAttention
+
+
+class LongNetConfig(PreTrainedConfig):
+    """The shape of a `LongNetForCausalLM`, model type `longnet`.
+
+    Fields are those of `dilated_attention_pytorch.LongNetConfig` that a language model has, with its names and
+    defaults; transformers' own (`hidden_size`, `num_attention_heads`, ...) lead to them. `backend` says which kernels
+    compute the attention.
+
+    Raises:
+        ValueError: what `dilated_attention_pytorch.LongNetConfig` refuses.
+
+    Example:
+        >>> config = LongNetConfig(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
+        >>> config.hidden_size
+        64
+    """
+
+    model_type = "longnet"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012 (transformers reads it as it is)
+        "hidden_size": "d_model",
+        "num_attention_heads": "nhead",
+        "num_key_value_heads": "num_kv_heads",
+        "num_hidden_layers": "num_decoder_layers",
+        "intermediate_size": "dim_feedforward",
+    }
+
+    vocab_size: int = 256
+    d_model: int = 768
+    nhead: int = 12
+    num_kv_heads: int | None = None
+    num_decoder_layers: int = 12
+    dim_feedforward: int = 3072
+    segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation: str = "relu"
+    layer_norm_eps: float = 1e-5
+    positions: str | None = "rotary"
+    rotary_base: float = 10_000.0
+    scale_base: float = 512.0
+    offsets: str = "modulo"
+    mixing_gradient: str = "exact"
+    tie_weights: bool = False
+    backend: str = "auto"
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # One tensor under one name serves both ends (LongNetLM), so there is nothing for transformers to tie.
+        self.tie_word_embeddings = False
+        super().__post_init__(**kwargs)
+        self.core()
+
+    def core(self) -> core.LongNetConfig:
+        """The library's own config, which checks every value."""
+        names = core.LongNetConfig.__dataclass_fields__.keys() - {"num_encoder_layers", "padding"}
+        return core.LongNetConfig(**{name: getattr(self, name) for name in names})
+
+
+class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
+    """LongNet (arXiv 2307.02486) as a causal language model of transformers; the module inside is a `LongNetLM`.
+
+    `generate` uses transformers' `DynamicCache`, which keeps every key; `LongNetLM.generate` keeps those in sight.
+    Batches are padded on the left for `generate`, on either side otherwise.
+
+    Args:
+        config: a `LongNetConfig`.
+    """
+
+    config_class = LongNetConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Layer",)
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__(config)
+        self.model = LongNetLM(config.core(), backend=config.backend)  # type: ignore[arg-type]
+        self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """The attention is LongNet's own; there is none to replace."""
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """MAGNETO's, as `LongNetLM` starts; transformers calls it for what a checkpoint lacks."""
+        if isinstance(module, MultiheadDilatedAttention | nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, FeedForward):
+            for linear in (module.fc1, module.fc2):
+                nn.init.xavier_normal_(linear.weight, gain=math.sqrt(math.log(2 * self.config.num_decoder_layers)))
+                nn.init.zeros_(linear.bias)
+        elif isinstance(module, LongNetLM):
+            for end in (module.embed_tokens, module.output_projection):
+                if end is not None:
+                    nn.init.normal_(end.weight, std=self.config.d_model**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output layer; None where the embedding serves as one."""
+        return self.model.output_projection
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replaces the output layer."""
+        self.model.output_projection = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        position_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the token that follows each position, and the loss where labels are given.
+
+        Args:
+            input_ids: int `(B, T)`: with a cache, the tokens that follow those it has seen.
+            attention_mask: `(B, all tokens so far)`, 1 = real. Positions count from a row's first real token.
+            past_key_values: a `DynamicCache`; only without gradients.
+            labels: int `(B, T)`, -100 where there is none; shifted inside.
+            use_cache: whether to make a cache and give it back; by default the config's, where no gradient is wanted
+                and no row is padded on the right.
+            logits_to_keep: compute this many last positions' logits only; 0 for all.
+            position_ids: ignored, though `generate` hands them over: `attention_mask` says where a row starts.
+            return_dict: False for a tuple.
+            kwargs: `num_items_in_batch` for the loss; whatever else is set is refused.
+
+        Returns:
+            loss, logits `(B, T, vocab_size)` and past_key_values.
+
+        Raises:
+            ValueError: a static cache, right padding with a cache, an argument that LongNet does not have.
+        """
+        items = kwargs.pop("num_items_in_batch", None)
+        if wrong := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise ValueError(f"expected arguments of LongNetForCausalLM.forward, got {wrong}, which it does not have")
+        real, row_start = _rows(attention_mask)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and _is_left_padded(real, row_start)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if past_key_values is None:
+            hidden = self.model.hidden(input_ids, key_padding_mask=real, row_start=row_start)
+        else:
+            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, real, row_start)
+            hidden = self.model.hidden(input_ids, cache=cache)  # type: ignore[arg-type]
+        logits = self.model.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            extra = {} if items is None else {"num_items_in_batch": items}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return out if return_dict is not False else out.to_tuple()
+
+
+def _rows(attention_mask: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """`key_padding_mask` and `row_start` of a mask; none where nothing is padded."""
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
+    if attention_mask is None or bool(attention_mask.all()):
+        return None, None
+    real = attention_mask.bool()
+    return real, real.int().argmax(1)
+
+
+def _is_left_padded(key_padding_mask: Tensor | None, row_start: Tensor | None) -> bool:
+    """Whether nothing but what stands before a row's first token is hidden."""
+    if key_padding_mask is None or row_start is None:
+        return True
+    positions = torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
+    return torch.equal(positions >= row_start[:, None], key_padding_mask)
+
+
+class _Cache:
+    """What `LongNetLM` asks of a cache, on top of transformers' own: all keys stay, so beams can be reordered."""
+
+    def __init__(
+        self,
+        cache: DynamicCache,
+        num_layers: int,
+        tokens: Tensor,
+        key_padding_mask: Tensor | None,
+        row_start: Tensor | None,
+    ) -> None:
+        self.row_start, self.length = row_start, int(cache.get_seq_length())
+        total = self.length + tokens.shape[1]
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(f"expected a DynamicCache, which grows, got a {type(cache).__name__}")
+        if key_padding_mask is not None and key_padding_mask.shape[1] != total:
+            raise ValueError(
+                f"expected attention_mask of {total} tokens, the cache's and the new ones, got "
+                f"{key_padding_mask.shape[1]}"
+            )
+        if not _is_left_padded(key_padding_mask, row_start):
+            raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
+        self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
+
+    def begin(self, num_new: int) -> None:
+        """Nothing to prepare."""
+
+    def commit(self) -> None:
+        """Nothing to end."""
+
+
+class _Layer:
+    def __init__(self, cache: DynamicCache, index: int, length: int) -> None:
+        self._cache, self._index, self.length = cache, index, length
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        keys, values = self._cache.update(key.transpose(1, 2), value.transpose(1, 2), self._index)
+        return keys.transpose(1, 2), values.transpose(1, 2), 0

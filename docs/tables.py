@@ -1,0 +1,162 @@
+"""Writes the tables of README and docs between their markers: `make tables`.
+
+    <!-- table: NAME -->
+    ...
+    <!-- end -->
+
+Speed comes from `benchmarks/results/`, the support matrix from trying every cell. Tests fail when a page differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def results(benchmark: str) -> list[dict[str, Any]]:
+    """The committed results of a benchmark, one a machine."""
+    files = sorted(RESULTS.glob(f"{benchmark}_*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+
+def said(result: dict[str, Any]) -> str:
+    """Where the numbers come from."""
+    machine, versions = result["machine"], result["versions"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    software = ", ".join(f"{name} {version}" for name, version in versions.items() if name in {"torch", "triton"})
+    return f"{where} ({software}, {result['date']}), `{result['command']}`:"
+
+
+def _row(result: dict[str, Any], case: str, who: str) -> dict[str, Any]:
+    return next(row for row in result["rows"] if row["case"] == case and row["who"] == who)
+
+
+def gpu_long() -> str:
+    """A million tokens: time, rate, and rate against dense cuDNN attention."""
+    parts = []
+    for result in results("gpu"):
+        lines = [said(result), "", "| | D=64, H=12 | D=128, H=6 |", "|---|---|---|"]
+        for passes, title in (("fwd", "forward"), ("fwd+bwd", "forward+backward")):
+            for mask in ("full", "causal"):
+                rows = [_row(result, f"{shape} {mask} {passes} N=1M", "auto") for shape in ("D=64", "D=128")]
+                cells = [f"{r['ms']:.1f} ms, {r['tflops']:.0f} TFLOP/s, {r['ratio']:.2f}" for r in rows]
+                lines.append(f"| {title}, {mask} | {cells[0]} | {cells[1]} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def gpu_patterns() -> str:
+    """Other patterns, this backend and sdpa."""
+    parts = []
+    for result in results("gpu"):
+        lines = [
+            said(result),
+            "",
+            "| pattern | N | pass | `triton` ms | `sdpa` ms | quotient |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in result["rows"]:
+            match = re.fullmatch(r"(paper rates|slide) full (fwd|fwd\+bwd) N=(\d+)", row["case"])
+            if match and row["who"] == "auto":
+                other = _row(result, row["case"], "sdpa")
+                name, passes, n = match.groups()
+                times = f"{row['ms']:.2f} | {other['ms']:.2f} | {other['ms'] / row['ms']:.1f}"
+                lines.append(f"| {name} | {int(n):,} | {passes} | {times} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def gpu_short() -> str:
+    """Short sequences beside dense attention, the losses included."""
+    parts = []
+    who = {"auto": "as called", "auto *": "in a CUDA graph", "dense flash": "dense flash", "dense cuDNN": "dense cuDNN"}
+    for result in results("gpu"):
+        lines = [said(result), "", "| N | mask | " + " | ".join(who.values()) + " |", "|---|---|" + "---|" * len(who)]
+        for mask in ("full", "causal"):
+            for n in (1024, 2048, 4096, 8192, 16384, 65536):
+                times = [_row(result, f"D=64 {mask} fwd N={n}", name)["ms"] for name in who]
+                lines.append(f"| {n:,} | {mask} | " + " | ".join(f"{t:.3f} ms" for t in times) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def cpu() -> str:
+    """The CPU path against attention calls alone."""
+    parts = []
+    for result in results("cpu"):
+        lines = [
+            said(result),
+            "",
+            "| N | mask | op | calls alone | quotient | peak over inputs |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in result["rows"]:
+            lines.append(
+                f"| {row['n']:,} | {row['mask']} | {row['seconds']:.2f} s | {row['alone_seconds']:.2f} s | "
+                f"{row['ratio']:.2f} | {row['peak_mib']:.0f} MiB |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No result is committed yet: `python -m benchmarks cpu --out benchmarks/results`."
+
+
+def support() -> str:
+    """What each backend computes."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import support as matrix
+
+    return matrix.table()
+
+
+# From committed files, in no time.
+QUICK: dict[str, Callable[[], str]] = {
+    "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu,
+}  # fmt: skip
+# By computing something.
+TRIED: dict[str, Callable[[], str]] = {"support": support}
+
+
+def pages() -> list[Path]:
+    """Every page that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rewritten(text: str, tables: dict[str, str]) -> str:
+    """The page with these tables as they are now; others stay."""
+
+    def fill(match: re.Match[str]) -> str:
+        start, name, _, end = match.groups()
+        return f"{start}{tables[name]}\n{end}" if name in tables else match.group(0)
+
+    return MARKED.sub(fill, text)
+
+
+def names(text: str) -> list[str]:
+    """The tables that a page holds."""
+    return [match.group(2) for match in MARKED.finditer(text)]
+
+
+def main() -> None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+    made: dict[str, str] = {}
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        for name in names(text):
+            if name not in made:
+                made[name] = (QUICK | TRIED)[name]()
+        new = rewritten(text, made)
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
