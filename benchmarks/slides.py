@@ -3,9 +3,9 @@
     python benchmarks/slides.py [--out benchmarks/results] [--tiles 10000 45680 70000] [--seconds 200]
 
 Correctness comes first; where it fails nothing is timed. On a CPU: how long it takes to encode 10,000 tiles and what
-memory that adds, what building and loading cost, a batch of three slides against each alone, and how much a
-fine-tuning step keeps for its backward. On a CUDA device: inference and a fine-tuning step in bf16 for each number of
-tiles, with Triton and beside it with torch's own attention (`sdpa`).
+memory that adds, what building and loading cost, and how much a fine-tuning step keeps for its backward; with `--batch`
+three slides in a batch against each alone, which takes six times as long. On a CUDA device: that batch, inference and a
+fine-tuning step in bf16 for each number of tiles, with Triton and beside it with torch's own attention (`sdpa`).
 
 Inference runs a model whose weights are bf16. Fine-tuning keeps weights and AdamW's moments in fp32 and computes under
 autocast, with the official dropout 0.25 and stochastic depth 0.1; the step is forward, backward, update, without
@@ -59,9 +59,6 @@ def encoder(**options: Any) -> SlideEncoder:
     return SlideEncoder(**options)
 
 
-# ---- CPU
-
-
 def check_cpu() -> None:
     """Two layers against the reference in fp64, at the demo slide's length, in both padding modes."""
     for padding in ("none", "zero_keys"):
@@ -83,9 +80,9 @@ def encode_cpu(n: int) -> dict[str, Any]:
     seconds: list[float] = []
 
     def run() -> object:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         out = model(tiles, coords).pooled
-        seconds.append(time.perf_counter() - start)
+        seconds.extend((time.perf_counter() - start, time.process_time() - busy))
         return out
 
     with torch.inference_mode():
@@ -93,19 +90,25 @@ def encode_cpu(n: int) -> dict[str, Any]:
         peak = peak_bytes(run)
     status = Path("/proc/self/status").read_text().splitlines()
     whole = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
-    return {"tiles": n, "seconds": seconds[0], "added_gib": peak / GIB, "process_gib": whole / GIB}
+    return {
+        "tiles": n,
+        "seconds": seconds[0],
+        "cpu_seconds": seconds[1],
+        "added_gib": peak / GIB,
+        "process_gib": whole / GIB,
+    }
 
 
 def build_and_load() -> dict[str, Any]:
     """Building at random and loading a checkpoint, each in a process of its own, the import left out of the seconds."""
     script = (
         "import sys, time, torch; from dilated_attention_pytorch.models import SlideEncoder\n"
-        "start = time.perf_counter()\n"
+        "start, busy = time.perf_counter(), time.process_time()\n"
         "if sys.argv[1] == 'build': torch.save({'model': SlideEncoder().state_dict()}, sys.argv[2])\n"
         "else: SlideEncoder.from_pretrained(sys.argv[2])\n"
-        "seconds = time.perf_counter() - start\n"
+        "seconds, busy = time.perf_counter() - start, time.process_time() - busy\n"
         "status = open('/proc/self/status').read().splitlines()\n"
-        "print(seconds, next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
+        "print(seconds, busy, next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
     )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -114,8 +117,9 @@ def build_and_load() -> dict[str, Any]:
             printed = subprocess.run(command, capture_output=True, text=True)
             if printed.returncode:
                 sys.exit(printed.stderr)
-            seconds, kib = printed.stdout.split()
-            found |= {f"{step}_seconds": float(seconds), f"{step}_process_gib": int(kib) * 1024 / GIB}
+            seconds, busy, kib = printed.stdout.split()
+            found |= {f"{step}_seconds": float(seconds), f"{step}_cpu_seconds": float(busy)}
+            found[f"{step}_process_gib"] = int(kib) * 1024 / GIB
     return found
 
 
@@ -140,6 +144,13 @@ def batch(device: str, lengths: tuple[int, ...] = (1069, 4002, 9731)) -> dict[st
                 errors.append(relative_norm(together.tiles[b, : lengths[b]], alone.tiles[0]))
             found[padding] = max(errors)
             del model, together
+    return found
+
+
+def compared_batch(device: str) -> dict[str, float]:
+    found = batch(device)
+    for padding, error in found.items():
+        print(f"a batch of 1,069, 4,002 and 9,731 tiles against each alone, {padding}, fp32: {error:.1e}")
     return found
 
 
@@ -175,34 +186,34 @@ def kept_per_token(autocast: bool) -> dict[str, float]:
     return {"layer": layer, "outside": outside, "at_45680_gib": (12 * layer + outside) * (LARGEST + 1) / GIB}
 
 
-def cpu(n: int) -> dict[str, Any]:
+def cpu(n: int, with_batch: bool) -> dict[str, Any]:
     check_cpu()
     print(f"checked; CPU, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
-    rows: dict[str, Any] = {"encode": encode_cpu(n)}
+    load = os.getloadavg()[0]
+    print(f"load of the machine before: {load:.1f}; on a busy one CPU seconds tell more than seconds", flush=True)
+    rows: dict[str, Any] = {"load_before": load, "encode": encode_cpu(n)}
     row = rows["encode"]
     print(
-        f"encoding {n:,} tiles: {row['seconds']:.1f} s, {row['added_gib']:.2f} GiB added, the process "
-        f"{row['process_gib']:.2f} GiB at its highest",
+        f"encoding {n:,} tiles: {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} of CPU time), {row['added_gib']:.2f} "
+        f"GiB added, the process {row['process_gib']:.2f} GiB at its highest",
         flush=True,
     )
     rows["memory"] = row = build_and_load()
     for step in ("build", "load"):
         print(
-            f"{step}: {row[f'{step}_seconds']:.2f} s, the process {row[f'{step}_process_gib']:.2f} GiB at its highest"
+            f"{step}: {row[f'{step}_seconds']:.2f} s ({row[f'{step}_cpu_seconds']:.2f} of CPU time), the process "
+            f"{row[f'{step}_process_gib']:.2f} GiB at its highest",
+            flush=True,
         )
-    rows["batch"] = batch("cpu")
-    for padding, error in rows["batch"].items():
-        print(f"a batch of 1,069, 4,002 and 9,731 tiles against each alone, {padding}: {error:.1e}", flush=True)
     for name, autocast in (("fp32 weights under autocast", True), ("bf16 weights", False)):
         rows[f"kept, {name}"] = row = kept_per_token(autocast)
         print(
             f"kept for the backward in bf16, {name}: {row['layer']:,.0f} bytes a token and layer, "
             f"{row['outside']:,.0f} a token outside of them: {row['at_45680_gib']:.1f} GiB at {LARGEST:,} tiles"
         )
+    if with_batch:
+        rows["batch"] = compared_batch("cpu")
     return rows
-
-
-# ---- GPU
 
 
 def finetune_step(model: SlideEncoder, tiles: Tensor, coords: Tensor) -> Callable[[], None]:
@@ -313,14 +324,7 @@ def gpu(numbers: list[int], seconds: float) -> tuple[dict[str, Any], bool]:
         f"{'holds' if holds else 'FAILS'}: fine-tuning {LARGEST:,} tiles in bf16 without checkpointing under "
         f"{LIMIT_GIB:.0f} GiB: {peak:.2f}"
     )
-    return {"rows": rows, "left_out": [list(job) for job in left_out], "batch": batch_gpu()}, holds
-
-
-def batch_gpu() -> dict[str, float]:
-    found = batch("cuda")
-    for padding, error in found.items():
-        print(f"a batch of 1,069, 4,002 and 9,731 tiles against each alone, {padding}, fp32: {error:.1e}")
-    return found
+    return {"rows": rows, "left_out": [list(job) for job in left_out], "batch": compared_batch("cuda")}, holds
 
 
 def main() -> None:
@@ -329,6 +333,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="CUDA where there is one, by default")
     parser.add_argument("--tiles", type=int, nargs="+", help="10000 45680 70000; one number on a CPU, 10000")
     parser.add_argument("--seconds", type=float, default=200.0, help="GPU: start no line after so long")
+    parser.add_argument("--batch", action="store_true", help="CPU: the batch of three slides too")
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     holds = True
@@ -339,7 +344,7 @@ def main() -> None:
         numbers = arguments.tiles or [10_000]
         if len(numbers) != 1:
             sys.exit(f"expected one number of --tiles on a CPU, got {numbers}")
-        found, name = cpu(numbers[0]), "cpu"
+        found, name = cpu(numbers[0], arguments.batch), "cpu"
     machine = {
         "device": name, "torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

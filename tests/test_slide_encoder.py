@@ -477,6 +477,28 @@ class TestCheckpoints:
             assert float(seconds) < 5, step
 
 
+def test_numpy_is_not_needed(tmp_path: Path) -> None:
+    """So no version of it is the wrong one."""
+    torch.save(tiny().state_dict(), tmp_path / "slide.pth")
+    script = textwrap.dedent(
+        """
+        import sys
+        sys.modules["numpy"] = None
+        import torch
+        from dilated_attention_pytorch import SlideEncoder
+        encoder = SlideEncoder.from_pretrained(sys.argv[1], num_heads=4)
+        coords = 256 * torch.cartesian_prod(torch.arange(6), torch.arange(5))[None]
+        mask = torch.arange(30)[None] < torch.tensor([[30], [12]])
+        out = encoder(torch.randn(2, 30, 12), coords.expand(2, -1, -1), mask)
+        out.pooled.sum().backward()
+        encoder.attention_map(torch.randn(1, 30, 12), coords, layer=1, query=[3])
+        """
+    )
+    # torch itself warns of a missing numpy; that is all it does.
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "slide.pth")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
 def test_bad_input() -> None:
     encoder, (tiles, coords) = tiny(), slide(10)
     for given, error, message in (
@@ -505,3 +527,20 @@ def test_bad_input() -> None:
         SlideEncoderConfig.from_dict({"width": 3})
     with pytest.raises(TypeError, match="expected config to be a SlideEncoderConfig"):
         SlideEncoder({"depth": 3})  # type: ignore[arg-type]
+
+
+def test_examples_of_the_models_run() -> None:
+    import doctest
+
+    import dilated_attention_pytorch.models as models
+
+    names = {"torch": torch, **{name: getattr(models, name) for name in models.__all__}}
+    finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
+    tried = 0
+    for name in ("SlideEncoder", "SlideEncoderConfig", "slide_segment_lengths", "LongViT", "convert"):
+        for example in finder.find(getattr(models, name), name, globs=dict(names)):
+            output: list[str] = []
+            runner.run(example, out=output.append)
+            assert runner.failures == 0, "".join(output)
+            tried += len(example.examples)
+    assert tried >= 5

@@ -139,7 +139,8 @@ class LongViT(nn.Module):
     """A vision transformer with dilated attention, for images of any size that patches fill (arXiv 2312.03558).
 
     Along a Hilbert curve a segment of the sequence is a compact region of the image, in raster order a thin strip. The
-    order changes who attends to whom, and nothing else: positions are the patches' own.
+    order changes who attends to whom, and nothing else: positions are the patches' own. The feed-forward network keeps
+    little for the backward, and has first derivatives only.
 
     Args:
         config: the model's shape; `LongViTConfig()` by default.

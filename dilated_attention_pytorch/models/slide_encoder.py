@@ -67,7 +67,7 @@ class SlideEncoder(nn.Module):
 
     Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
     when needed: there is no table to store or load. Under autocast the sum that runs through the layers stays fp32,
-    as in the official code.
+    as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
 
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.
