@@ -219,3 +219,17 @@ class TestTheReaderItself:
         changed = text.replace("TFLOP/s, 0.97", "TFLOP/s, 0.98")
         assert changed != text
         assert tables.rewritten(changed, {"gpu-long": tables.gpu_long()}) == text
+
+
+def test_the_ranges_in_the_readme_are_the_results() -> None:
+    """The sentences that say in words what the tables say."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (result,) = load(ROOT / "docs" / "tables.py").results("gpu")
+    ours = [row for row in result["rows"] if row["who"] == "auto" and row["case"].endswith("N=1M")]
+    for passes, words in (("fwd", "forward"), ("fwd+bwd", "in training")):
+        ratios = [row["ratio"] for row in ours if f" {passes} " in row["case"]]
+        low, high = (f"{x:.2f}".rstrip("0") for x in (min(ratios), max(ratios)))
+        assert re.search(rf"\b{low} to {high} (of dense cuDNN attention's rate )?{words}", readme), (low, high, words)
+    short = {row["who"]: 1e3 * row["ms"] for row in result["rows"] if row["case"] == "D=64 full fwd N=1024"}
+    for ours_, dense in (("auto", "dense flash"), ("auto *", "dense flash *")):
+        assert f"{short[ours_]:.0f} us against {short[dense]:.0f} us" in readme, (ours_, short)
