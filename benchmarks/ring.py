@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention, counting, remote
+from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, closed_form_units, equal_bounds, unit_bytes
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel, priority_group
 from dilated_attention_pytorch.testing import relative_norm
@@ -176,12 +177,13 @@ def all_local(bench: Bench) -> None:
 def two_remote(bench: Bench, errors: dict[bool, dict[str, float]]) -> None:
     n = MILLION // bench.shrink
     pattern = bench.pattern(REMOTE, bench.shrink)
-    bounds = equal_bounds(n, bench.size)
-    rows = slice(bounds[bench.rank], bounds[bench.rank + 1])
+    keys = DilatedPattern(tuple(pattern["segment_lengths"]), tuple(pattern["dilation_rates"]), bench.heads)
+    equal, balanced = equal_bounds(n, bench.size), balanced_bounds(keys, n, bench.size)
     whole = bench.inputs(n, 2)
-    own = [x[:, rows].contiguous() for x in whole]
     ring, plain = bench.ring(pattern), _plain(pattern, bench.options.backend)
-    for causal in (False, True):
+    for causal, kind, bounds in ((False, "", equal), (True, ", causal", equal), (True, ", causal, balanced", balanced)):
+        rows = slice(bounds[bench.rank], bounds[bench.rank + 1])
+        own = [x[:, rows].contiguous() for x in whole]
         if not bench.options.no_large_check:
             alone, got, red = train(plain, whole, causal), train(ring, own, causal), ""
             for name, ours, one in zip(("out", "dq", "dk", "dv"), got, alone, strict=True):
@@ -194,16 +196,18 @@ def two_remote(bench: Bench, errors: dict[bool, dict[str, float]]) -> None:
         with counting() as traffic:
             train(ring, own, causal)
         moved = {name: f"{size / 2**20:.3f}" for name, size in traffic.received.items()}
-        one, many, ratio = bench.compare(lambda c=causal: train(plain, whole, c), lambda c=causal: train(ring, own, c))
+        one, many, ratio = bench.compare(
+            lambda c=causal: train(plain, whole, c), lambda c=causal, own=own: train(ring, own, c)
+        )
         bench.measured(
-            f"two remote branches, {n} tokens, forward+backward{', causal' * causal}",
+            f"two remote branches, {n} tokens, forward+backward{kind}",
             f"one device {one * 1e3:.1f} ms, ring {many * 1e3:.1f} ms, {ratio:.2f}x; rank 0 received MiB {moved}",
             one_ms=one * 1e3,
             ring_ms=many * 1e3,
             ratio=ratio,
             received_bytes=dict(traffic.received),
         )
-        hidden_share(bench, lambda c=causal: train(ring, own, c), causal)
+        hidden_share(bench, lambda c=causal, own=own: train(ring, own, c), kind)
 
 
 def exchange_alone(bench: Bench) -> None:
@@ -221,8 +225,10 @@ def exchange_alone(bench: Bench) -> None:
     ]
     dense = k.new_empty((2, bench.size, *k.shape))
 
-    def sparse() -> Tensor:
-        return channel.exchange(remote.pack(k, v, index), *counts, "rows").wait()  # type: ignore[arg-type]
+    def sparse() -> None:
+        exchange = channel.exchange(remote.pack(k, v, index), *counts, "rows")  # type: ignore[arg-type]
+        exchange.wait()
+        exchange.release()
 
     def gather() -> None:
         for i, x in enumerate((k, v)):
@@ -248,7 +254,7 @@ def exchange_alone(bench: Bench) -> None:
     )
 
 
-def hidden_share(bench: Bench, run: Callable[[], object], causal: bool) -> None:
+def hidden_share(bench: Bench, run: Callable[[], object], kind: str) -> None:
     """How much of the time of NCCL's kernels other kernels run too, on each rank."""
     if bench.smoke:
         return
@@ -269,7 +275,7 @@ def hidden_share(bench: Bench, run: Callable[[], object], causal: bool) -> None:
     shares = [torch.zeros(2, device=bench.device) for _ in range(bench.size)]
     dist.all_gather(shares, torch.tensor([total / 1e3, covered / max(total, 1e-9)], device=bench.device))
     text = ", ".join(f"rank {i}: {float(s[0]):.2f} ms, {float(s[1]):.0%} hidden" for i, s in enumerate(shares))
-    bench.say(f"  exchange kernels (waiting for peers included){', causal' * causal}: {text}")
+    bench.say(f"  exchange kernels (waiting for peers included){kind}: {text}")
 
 
 def _joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -8,11 +8,25 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, rotate, row_positions
 from dilated_attention_pytorch.functional import dilated_attention
+from dilated_attention_pytorch.head_groups import grouped_attention, head_groups_by_default
 from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets, Padding
+
+# The constructors of 0.1 and 0.2, until 0.4.0.
+OLD_DILATED = OldCall(
+    ("segment_lengths", "dilation_rates", "softmax_scale", "attention_dropout", "op", "enable_memory_pool",
+     "enable_profiling", "lightweight_pool"),
+    {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "softmax_scale": "scale",
+     "attention_dropout": "attention_dropout"},
+    ("use_tf32", "device", "dtype"),
+)  # fmt: skip
+_KEPT = ("embed_dim", "num_heads", "dilation_rates", "segment_lengths", "dropout", "bias", "layer_norm",
+         "layer_norm_eps", "gamma_init", "device", "dtype")  # fmt: skip
+OLD_MULTIHEAD = OldCall((*_KEPT, "op"), {name: name for name in _KEPT})
 
 
 class KeyValueStore(Protocol):
@@ -26,6 +40,7 @@ class KeyValueStore(Protocol):
         """Takes in `(B, n, H_kv, D)`; gives back all keys and values still in sight and the first one's position."""
 
 
+@takes_old_call(OLD_DILATED, (2, object))
 class DilatedAttention(nn.Module):
     """Dilated attention (LongNet, arXiv 2307.02486, sections 2.2 and 2.3) as a module without parameters.
 
@@ -38,9 +53,13 @@ class DilatedAttention(nn.Module):
         mixing_gradient: `"exact"`, or `"detached"` as in the official code.
         padding: `"none"`, or `"zero_keys"` for the numbers of published checkpoints.
         backend: `"auto"`, `"reference"`, `"sdpa"` or `"triton"`.
+        head_groups: each head takes one branch instead of all, the layout of 0.1: the key/value heads are cut into as
+            many consecutive runs as there are branches, the first runs one head longer where they do not divide, and
+            run i keeps the residue `i mod r_i`. False, unless `legacy_mode` is on.
 
     Raises:
-        ValueError: lists that do not fit together, an unknown option, a probability outside [0, 1).
+        ValueError: lists that do not fit together, an unknown option, a probability outside [0, 1), `head_groups` with
+            what it does not go with: `offsets="blocked"` or `padding="zero_keys"`.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -61,6 +80,7 @@ class DilatedAttention(nn.Module):
         mixing_gradient: MixingGradient = "exact",
         padding: Padding = "none",
         backend: Backend = "auto",
+        head_groups: bool | None = None,
     ) -> None:
         super().__init__()
         pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), 1, offsets)
@@ -75,6 +95,16 @@ class DilatedAttention(nn.Module):
         self.mixing_gradient: MixingGradient = mixing_gradient
         self.padding: Padding = padding
         self.backend: Backend = backend
+        if head_groups is not None and not isinstance(head_groups, bool):
+            raise TypeError(f"expected head_groups to be a bool or None, got {type(head_groups).__name__}")
+        usual = offsets == "modulo" and padding == "none"
+        if head_groups and not usual:
+            raise ValueError(
+                "expected offsets='modulo' and padding='none' with head_groups=True, whose offsets are its own, got "
+                f"{offsets!r} and {padding!r}"
+            )
+        # Modules for published checkpoints are none of 0.1's, and stay as they are in legacy mode.
+        self.head_groups = (usual and head_groups_by_default()) if head_groups is None else head_groups
 
     def forward(
         self,
@@ -109,6 +139,25 @@ class DilatedAttention(nn.Module):
         Returns:
             `(B, N, H, D)`.
         """
+        if self.head_groups:
+            return grouped_attention(
+                query,
+                key,
+                value,
+                segment_lengths=self.segment_lengths,
+                dilation_rates=self.dilation_rates,
+                is_causal=is_causal,
+                scale=self.scale,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                seed=seed,
+                key_padding_mask=key_padding_mask,
+                row_start=row_start,
+                cu_seqlens=cu_seqlens,
+                q_start=q_start,
+                k_start=k_start,
+                seq_len=seq_len,
+                backend=self.backend,
+            )
         return dilated_attention(
             query,
             key,
@@ -135,12 +184,13 @@ class DilatedAttention(nn.Module):
         """What `print` shows."""
         parts = [f"segment_lengths={list(self.segment_lengths)}", f"dilation_rates={list(self.dilation_rates)}"]
         usual = {"scale": None, "offsets": "modulo", "attention_dropout": 0.0, "mixing_gradient": "exact"}
-        for name, default in {**usual, "padding": "none", "backend": "auto"}.items():
+        for name, default in {**usual, "padding": "none", "backend": "auto", "head_groups": False}.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
 
+@takes_old_call(OLD_MULTIHEAD, (2, Sequence))
 class MultiheadDilatedAttention(nn.Module):
     """Projections around dilated attention, with MAGNETO's sub-LN (arXiv 2210.06423, section 2 and figure 2).
 
@@ -163,10 +213,11 @@ class MultiheadDilatedAttention(nn.Module):
         rotary_base: longest wavelength over 2 pi.
         scale_base: xPos's decay length, in positions.
         scale: factor on q . k; `head_dim ** -0.5` by default.
-        offsets: as in `DilatedAttention`, as are the next three.
+        offsets: as in `DilatedAttention`, as are the next four.
         mixing_gradient: see `offsets`.
         padding: see `offsets`.
         backend: see `offsets`.
+        head_groups: see `offsets`.
         batch_first: only True; the argument is here so that code for `nn.MultiheadAttention` says what it means.
         device: of the parameters.
         dtype: of the parameters.
@@ -203,6 +254,7 @@ class MultiheadDilatedAttention(nn.Module):
         mixing_gradient: MixingGradient = "exact",
         padding: Padding = "none",
         backend: Backend = "auto",
+        head_groups: bool | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -234,6 +286,7 @@ class MultiheadDilatedAttention(nn.Module):
             mixing_gradient=mixing_gradient,
             padding=padding,
             backend=backend,
+            head_groups=head_groups,
         )
         self.positions: Positions | None = positions
         self.rotary = RotaryPositions.named(

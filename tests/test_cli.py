@@ -122,6 +122,30 @@ def test_plan_counts_what_the_pattern_counts() -> None:
     assert no_branch["neighbours"]["branches"][0] == {"branch": 0, "count": 0, "first": None, "last": None, "step": 1}
 
 
+def test_plan_prints_the_bytes_of_a_ring() -> None:
+    options = (
+        "plan",
+        "-n",
+        "1048576",
+        "-w",
+        "2048,262144,1048576",
+        "-r",
+        "1,8,32",
+        "--heads",
+        "32",
+        "--head-dim",
+        "128",
+    )
+    ring = json.loads(call(*options, "--ranks", "8", "--full", "--json"))["ring"]
+    assert ring["bytes_closed_form"] == 640 * 2**20
+    assert {(s["received"], s["sent"], s["dense"]) for s in ring["shares"]} == {(640 << 20, 640 << 20, 14336 << 20)}
+    assert "640.0 MiB a rank" in call(*options, "--ranks", "8", "--full")
+    causal = ("plan", "-n", "1048576", "-w", "2048,32768,524288,1048576", "-r", "1,2,8,16", "--ranks", "4", "--json")
+    equal, even = (json.loads(call(*causal, *more))["ring"]["shares"] for more in ((), ("--balanced",)))
+    assert sum(s["pairs"] for s in equal) == sum(s["pairs"] for s in even)
+    assert max(s["pairs"] for s in even) < 0.9 * max(s["pairs"] for s in equal)
+
+
 @pytest.mark.parametrize("what", ["pattern", "neighbours", "receptive"])
 def test_show_writes_a_picture(what: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"

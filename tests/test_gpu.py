@@ -9,9 +9,11 @@ from cases import MODES, Case, cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch import MultiheadDilatedAttention, dilated_attention, dilated_attention_with_lse
 from dilated_attention_pytorch.core import engines
+from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.testing import relative_norm
 
@@ -247,3 +249,81 @@ def test_lse_is_that_of_the_reference():
     got = dilated_attention_with_lse(q, k, v, is_causal=True, **RAGGED).lse
     want = dilated_attention_with_lse(*(x.double() for x in (q, k, v)), is_causal=True, backend="reference", **RAGGED)
     assert relative_norm(got, want.lse) < 1e-4
+
+
+def test_selective_checkpointing_keeps_the_op(monkeypatch):
+    """A policy that names the op spares its second run, and the gradients stay the same bits."""
+    from dilated_attention_pytorch.kernels.triton import launch
+
+    op, runs, run = torch.ops.dilated_attention_pytorch.attention.default, [], launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *args, **kwargs: runs.append(1) or run(*args, **kwargs))
+    q, k, v = (torch.randn(1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def gradients(saved):
+        runs.clear()
+
+        def policy(context, func, *args, **kwargs):
+            return saved if func is op else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        out = checkpoint(lambda *x: dilated_attention(*x, **ALIGNED), q, k, v, use_reentrant=False, context_fn=contexts)
+        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+        return len(runs), grads
+
+    once, kept = gradients(CheckpointPolicy.MUST_SAVE)
+    twice, recomputed = gradients(CheckpointPolicy.PREFER_RECOMPUTE)
+    assert (once, twice) == (1, 2)
+    for a, b in zip(kept, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fsdp2_mixed_precision(tmp_path):
+    """Parameters in fp32, compute in bf16: what a module in bf16 gives, with fp32 gradients."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    def module():
+        torch.manual_seed(0)
+        return MultiheadDilatedAttention(256, 4, backend="triton", device="cuda", **ALIGNED)
+
+    x = torch.randn(1, 2048, 256, device="cuda", dtype=torch.bfloat16)
+    plain = module().bfloat16()
+    want = plain(x, x, x, is_causal=True)[0]
+    want.float().square().sum().backward()
+    dist.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        sharded = module()
+        fully_shard(sharded, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        got = sharded(x, x, x, is_causal=True)[0]
+        assert got.dtype == torch.bfloat16 and torch.equal(got, want)
+        got.float().square().sum().backward()
+        for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+            grad = ours.grad.full_tensor()
+            assert grad.dtype == torch.float32
+            torch.testing.assert_close(grad, theirs.grad.float(), rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_known_kind_takes_the_kernels_directly(monkeypatch):
+    """The second call skips validation and dispatch, and gives the same bits."""
+    q, k, v = (torch.randn(1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    first = dilated_attention_with_lse(q, k, v, **ALIGNED)
+    monkeypatch.setattr(ops, "attention", None)
+    second = dilated_attention_with_lse(q, k, v, **ALIGNED)
+    assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_shard_equals_its_part(rank, causal):
+    """The queries of a shard over its own keys, counted from its start, and over keys of another length."""
+    n, whole = 4096, 16384
+    pattern = {"segment_lengths": [512, 1024, whole], "dilation_rates": [1, 2, 8]}
+    q, k, v = (torch.randn(1, n, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    options = {**pattern, "q_start": rank * n, "k_start": rank * n, "seq_len": whole, "is_causal": causal}
+    got = dilated_attention_with_lse(q, k, v, backend="triton", **options)
+    want = dilated_attention_with_lse(q.double(), k.double(), v.double(), backend="sdpa", **options)
+    plain = dilated_attention_with_lse(q, k, v, backend="sdpa", **options)
+    assert relative_norm(got.out, want.out) <= 2 * relative_norm(plain.out, want.out)
+    assert relative_norm(got.lse, want.lse) <= 1e-5

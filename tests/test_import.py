@@ -9,6 +9,7 @@ import sys
 PACKAGE = "dilated_attention_pytorch"
 OPTIONAL = {
     "hilbertsfc",
+    "libcst",
     "matplotlib",
     "numpy",
     "rich",

@@ -1,5 +1,6 @@
 """DilatedPattern against brute force."""
 
+import itertools
 import math
 
 import pytest
@@ -94,3 +95,26 @@ def test_negative_positions_belong_to_nothing():
 def test_rough_cost():
     assert DilatedPattern((64, 256), (1, 4), 4).keys_per_query == 64 + 256 / 16
     assert DilatedPattern((64, 256), (1, 4), 4).pairs(2**16) / 2**16 / 4 == pytest.approx(80)
+
+
+def test_a_range_that_repeats_the_pattern_has_the_same_pairs():
+    """What counts positions from a range's start may only do so where every query keeps its keys."""
+
+    def pairs(pattern, start, stop):
+        keys = [
+            [
+                [k - start for part in pattern.keys_of(n, head, stop) for k in part if start <= k]
+                for n in range(start, stop)
+            ]
+            for head in range(pattern.num_heads)
+        ]
+        return keys
+
+    found = 0
+    for lengths, rates in [((4,), (1,)), ((4, 12), (1, 3)), ((3, 20), (2, 4)), ((5, 10), (1, 5))]:
+        pattern = DilatedPattern(lengths, rates, 3)
+        for start, stop in itertools.combinations(range(25), 2):
+            if pattern.repeats_from(start, stop):
+                found += start > 0
+                assert pairs(pattern, start, stop) == pairs(pattern, 0, stop - start)
+    assert found > 100

@@ -14,7 +14,7 @@ from ring_tasks import SPREAD, TOLERANCE, RingCase, drawn
 
 from dilated_attention_pytorch import AttentionOutput, DilatedPattern, merge_attention
 from dilated_attention_pytorch.ring_attention import LSEAccumulator, RingAttentionConfig, RingDilatedAttention
-from dilated_attention_pytorch.ring_attention.__main__ import main
+from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
 from dilated_attention_pytorch.ring_attention.op import choose_mode
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, closed_form_units, equal_bounds, unit_bytes
 from dilated_attention_pytorch.testing import relative_norm
@@ -135,6 +135,24 @@ def test_published_byte_table(
     assert plan.received_bytes(1, 128, 2) == plan.sent_bytes(1, 128, 2) == mib * 2**20
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_balanced_shards(world_size: int, is_causal: bool) -> None:
+    """Against trying all bounds: none of them leaves the busiest rank less to do."""
+    pattern, n, step = DilatedPattern((8, 24, 96), (1, 2, 4), 4), 96, 8
+
+    def busiest(bounds: tuple[int, ...]) -> float:
+        return max(
+            pattern.pairs(n, is_causal=is_causal, q_range=(a, b)) * (1.0 if pattern.repeats_from(a, b) else 1.5)
+            for a, b in itertools.pairwise(bounds)
+        )
+
+    bounds = balanced_bounds(pattern, n, world_size, is_causal=is_causal, multiple=step)
+    assert len(bounds) == world_size + 1 and (bounds[0], bounds[-1]) == (0, n)
+    every = itertools.combinations_with_replacement(range(0, n + 1, step), world_size - 1)
+    assert busiest(bounds) == min(busiest((0, *inner, n)) for inner in every)
+
+
 def test_gathering_costs_what_dense_costs(pool: Pool) -> None:
     case = RingCase(96, 2, 4, 3, 5, {"segment_lengths": [64], "dilation_rates": [2]})
     for world_size in (2, 3, 8):
@@ -159,13 +177,6 @@ def test_auto_decides_from_the_plans_bytes() -> None:
     assert chosen((64,), (1,), 8) == {"gather"}
     assert chosen((64,), (1,), 2) == {"gather"}
     assert chosen((128, 64), (2, 3), 8) == {"ring"}
-
-
-def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    lengths = ["--segment-lengths", "64", "512", "--dilation-rates", "1", "4"]
-    main(["--seq-len", "1024", "--world-size", "4", *lengths, "--heads", "8", "--head-dim", "64"])
-    printed = capsys.readouterr().out
-    assert "closed form: 0.125 MiB a rank" in printed and printed.count("0.125") == 9
 
 
 def test_the_step_over_the_op(pool: Pool) -> None:

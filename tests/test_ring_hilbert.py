@@ -163,6 +163,32 @@ def test_low_precision_errs_at_most_twice_as_much_as_a_plain_call(dtype: torch.d
     assert attention(q, k, v, is_causal=True).dtype == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """The kernels that CUDA chooses, forward and backward, judged as above."""
+    pattern = {"segment_lengths": [64, 1000, 5000], "dilation_rates": [1, 2, 4]}
+    attention = HilbertRingAttention(RingAttentionConfig(**pattern), grid=(70, 61))
+    drawn = [torch.randn(1, 4270, 4, 64, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(4)]
+
+    def run(cotangent: Tensor, *qkv: Tensor, plain: bool) -> tuple[Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in qkv]
+        if plain:
+            out = dilated_attention(*inputs, **pattern, is_causal=True)
+        else:
+            out = attention(*inputs, is_causal=True)
+        return out.cpu(), *(g.cpu() for g in torch.autograd.grad(out, inputs, cotangent))
+
+    errors = []
+    for plain in (False, True):
+        got = run(*(x.cuda() for x in drawn), plain=plain)
+        want = run(*(x.double() for x in drawn), plain=plain)
+        errors.append([relative_norm(a, b) for a, b in zip(got, want, strict=True)])
+    assert all(ours <= 2 * plain for ours, plain in zip(*errors, strict=True)), errors
+    coords = grid_coords((70, 61))
+    assert torch.equal(hilbert_order(coords.cuda()).order.cpu(), hilbert_order(coords).order)
+
+
 WORLD_SIZES = (1, 2, 3)
 
 

@@ -79,7 +79,7 @@ def launch(processes: int, jobs: list[Job], corpus: Corpus) -> None:
         env = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
         started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     try:
-        errors = [process.communicate(timeout=120)[1] for process in started]
+        errors = [process.communicate(timeout=300)[1] for process in started]
         # All of them: where one fails, the others only say that it is gone.
         assert not any(process.returncode for process in started), "\n".join(errors)
     finally:

@@ -179,6 +179,30 @@ class TestAligned:
     def test_without_rate_one(self):
         check(1, 64, 4, 16, (32, 64), (2, 4), offsets="blocked")
 
+    @pytest.mark.parametrize(("n", "n_keys"), [(64, 32), (32, 80), (33, 50)], ids=["fewer", "more", "ragged"])
+    def test_other_keys_than_queries(self, n, n_keys):
+        """As rows that arrive from another rank: one segment holds both."""
+        lengths, rates = (200, 100), (1, 2)
+        problem = make_problem(lengths, rates, 2, 16, max(n, n_keys))
+        assert launch_aligned.alignment(problem, n, n_keys) is not None
+        check(1, n, 4, 16, lengths, rates, kv_heads=2, n_keys=n_keys)
+
+    @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+    @pytest.mark.parametrize("start", [64, 128])
+    def test_a_shard_of_a_sequence(self, start, changes):
+        """Segments of 32 are the shard's own; it lies within one of 192, at a multiple of the rate."""
+        lengths, rates = (32, 192), (1, 4)
+        problem = make_problem(lengths, rates, 4, 16, 192, q_start=start, k_start=start, **changes)
+        nearer = problem.counted_from_range(64, 64)
+        assert nearer == make_problem(lengths, rates, 4, 16, 64, **changes)
+        assert launch_aligned.alignment(nearer, 64, 64, causal=True) is not None
+        check(1, 64, 4, 16, lengths, rates, q_start=start, k_start=start, seq_len=192, **changes)
+
+    def test_a_masked_range(self):
+        mask = torch.rand(2, 192, generator=torch.Generator().manual_seed(1)) > 0.4
+        layout = {"key_padding_mask": mask}
+        check(2, 32, 2, 16, (32, 192), (1, 4), n_keys=64, q_start=96, k_start=64, seq_len=192, layout=layout)
+
     @pytest.mark.parametrize(
         "changes", [CAUSAL, {"dropout_p": 0.1}, {"q_start": 1}, {"padding": "zero_keys"}], ids=lambda c: next(iter(c))
     )

@@ -10,6 +10,7 @@ from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.convert import convert
 from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
+from dilated_attention_pytorch.cli.migrate import migrate
 from dilated_attention_pytorch.cli.plan import plan
 from dilated_attention_pytorch.cli.show import show
 from dilated_attention_pytorch.cli.train import train
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, convert, plan, show, bench, info):
+for command in (train, generate, convert, plan, show, bench, info, migrate):
     app.command()(command)
 
 # What the library raises for a user's mistake, or for a package or file that is not there.

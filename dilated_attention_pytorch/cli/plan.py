@@ -12,6 +12,8 @@ from rich.table import Table
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes, human_count
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds, forecast
+from dilated_attention_pytorch.ring_attention.plan import closed_form_units, equal_bounds, unit_bytes
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -27,6 +29,10 @@ def plan(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: of the tensors.")] = "bf16",
     query: Annotated[int | None, typer.Option(help="Also list the keys of this query.")] = None,
     head: Annotated[int, typer.Option(help="The head whose keys are listed.")] = 0,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Also the bytes that ring attention moves between so many ranks.")
+    ] = None,
+    balanced: Annotated[bool, typer.Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
@@ -38,6 +44,8 @@ def plan(
     found = _measure(pattern, length, head_dim, causal, _ELEMENT_BYTES[dtype])
     if query is not None:
         found["neighbours"] = _neighbours(pattern, length, query, head, causal)
+    if ranks is not None:
+        found["ring"] = _ring(pattern, length, ranks, head_dim, causal, _ELEMENT_BYTES[dtype], balanced)
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -87,6 +95,16 @@ def _neighbours(pattern: DilatedPattern, length: int, query: int, head: int, cau
     return {"query": query, "head": head, "branches": rows}
 
 
+def _ring(
+    pattern: DilatedPattern, length: int, ranks: int, head_dim: int, causal: bool, width: int, balanced: bool
+) -> dict[str, Any]:
+    bounds = balanced_bounds(pattern, length, ranks, is_causal=causal) if balanced else equal_bounds(length, ranks)
+    shares = forecast(pattern, bounds, head_dim, element_size=width, is_causal=causal)
+    units = None if causal or balanced else closed_form_units(pattern, length, ranks)
+    closed = None if units is None else units * unit_bytes(1, head_dim, width)
+    return {"shares": [share._asdict() for share in shares], "bytes_closed_form": closed}
+
+
 def _show(found: dict[str, Any], pattern: DilatedPattern, length: int, causal: bool) -> None:
     kind = "causal" if causal else "full"
     branches = Table(title=f"branches at {length:,} positions, {pattern.num_heads} heads, {kind}", title_justify="left")
@@ -111,6 +129,17 @@ def _show(found: dict[str, Any], pattern: DilatedPattern, length: int, causal: b
     cost.add_row("keys per query and head (mean)", f"{found['keys_per_query']:,.1f}")
     cost.add_row("(position, head) pairs in a branch (coverage)", f"{found['coverage']:.2%}")
     console.print(cost)
+    if "ring" in found:
+        ring = Table(title="ring attention, one layer's forward", title_justify="left")
+        for name in ("rank", "shard", "receives", "sends", "dense K and V", "share of work"):
+            ring.add_column(name, justify="right")
+        for rank, share in enumerate(found["ring"]["shares"]):
+            sizes = (human_bytes(share[name]) for name in ("received", "sent", "dense"))
+            work = share["pairs"] / total if total else 0.0
+            ring.add_row(f"{rank}", f"{share['start']:,} - {share['stop']:,}", *sizes, f"{work:.1%}")
+        console.print(ring)
+        closed = found["ring"]["bytes_closed_form"]
+        console.print(f"closed form: {'does not apply' if closed is None else f'{human_bytes(closed)} a rank'}")
     if "neighbours" in found:
         near = found["neighbours"]
         keys = Table(title=f"keys of query {near['query']:,}, head {near['head']}", title_justify="left")

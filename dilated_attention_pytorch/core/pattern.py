@@ -154,6 +154,14 @@ class DilatedPattern:
         """
         return _spans(self, branch, offset, q_range, k_range)
 
+    def repeats_from(self, start: int, stop: int) -> bool:
+        """Whether the positions `[start, stop)`, counted from start, have the same segments and members.
+
+        So it is where start begins a segment of each branch, or the range lies within one segment and start at a
+        whole number of its rates.
+        """
+        return all(start % w == 0 or (start // w == (stop - 1) // w and start % w % r == 0) for w, r in self.branches)
+
     def pairs(
         self,
         seq_len: int,

@@ -56,6 +56,19 @@ class Problem:
         pattern = DilatedPattern(segment_lengths, dilation_rates, num_kv_heads, offsets)
         return Problem(pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
 
+    def counted_from_range(self, num_queries: int, num_keys: int) -> Problem:
+        """The same attention with positions counted from the first of both ranges, where no branch can tell.
+
+        Dropout can: its mask follows positions.
+        """
+        start = min(self.q_start, self.k_start)
+        end = max(self.q_start + num_queries, self.k_start + num_keys)
+        if start == 0 and end == self.seq_len:
+            return self
+        if self.dropout_p > 0.0 or not self.pattern.repeats_from(start, end):
+            return self
+        return self.at(self.q_start - start, self.k_start - start, end - start)
+
     def at(self, q_start: int, k_start: int, seq_len: int) -> Problem:
         """The same settings for another range of the sequence."""
         return replace(self, q_start=q_start, k_start=k_start, seq_len=seq_len)

@@ -92,11 +92,11 @@ def interleave(axes: Sequence[Tensor]) -> Tensor:
 
 
 def encode_with_hilbertsfc(first: Tensor, second: Tensor, num_bits: int) -> Tensor | None:
-    """`encode` by the hilbertsfc package; None where it is absent or another curve.
+    """`encode` by the hilbertsfc package; None where it is absent or another curve, and off the CPU.
 
     Its 2-D curve is this one with the axes exchanged for odd numbers of bits (0.5.1). In 3-D it is another curve.
     """
-    if not _hilbertsfc_agrees():
+    if first.device.type != "cpu" or not _hilbertsfc_agrees():
         return None
     sfc = importlib.import_module("hilbertsfc.torch")
     if num_bits % 2:

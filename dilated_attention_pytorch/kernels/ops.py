@@ -6,6 +6,7 @@ checkpointing policy to keep its result instead of computing it twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
     problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
-    out, lse = _implementation(q, problem, backend).forward(
+    out, lse = implementation(q, problem, backend).forward(
         q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
     )
     return out.to(q.dtype), lse
@@ -118,7 +119,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
     problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
-    grads = _implementation(q, problem, backend).backward(
+    grads = implementation(q, problem, backend).backward(
         grad_out,
         grad_lse,
         q,
@@ -143,7 +144,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _implementation(q: Tensor, problem: Problem, backend: Any) -> Any:
+def implementation(q: Tensor, problem: Problem, backend: Any) -> Any:
     """The module whose `forward` and `backward` serve a call; a function of the call alone, so both passes agree."""
     choice = choose_backend(q.device, q.dtype, q.shape[-1], mixing_gradient=problem.mixing_gradient, backend=backend)
     if choice.backend == "sdpa":
@@ -155,6 +156,13 @@ def _implementation(q: Tensor, problem: Problem, backend: Any) -> Any:
             f"backend='triton' needs the package {error.name!r}, which is not installed; backend='sdpa' computes it"
         ) from error
     return launch
+
+
+def repeater(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None:
+    """What computes out and lse for tensors of the same layout without the op; None where nothing is gained."""
+    return implementation(q, problem, backend).repeater(q, k, v, problem)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

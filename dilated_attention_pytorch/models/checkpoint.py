@@ -49,6 +49,11 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
     name = type(model).__name__
     if _ARCHITECTURES.get(name, (None,))[0] is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
+    if any(getattr(module, "head_groups", False) for module in model.modules()):
+        raise ValueError(
+            "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
+            "layout; save its state_dict() instead"
+        )
     save_file = safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"

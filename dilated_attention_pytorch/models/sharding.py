@@ -141,6 +141,10 @@ def shard_layers(
     attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
     for layer in layers:
         assert isinstance(layer, Layer) and layer.encoder_attn is None
+        if getattr(layer.self_attn.attention, "head_groups", False):
+            raise ValueError(
+                "expected layers with head_groups=False, got True: ring attention gives a head all branches"
+            )
         mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
         layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
     return ContextShards(attention.rank, attention.world_size, attention.group_name)

@@ -80,6 +80,7 @@ class SlideEncoderConfig:
         TypeError: a value of the wrong type.
 
     Example:
+        >>> from dilated_attention_pytorch.models import slide_segment_lengths
         >>> SlideEncoderConfig(segment_lengths=slide_segment_lengths(250_000)).segment_lengths
         (1024, 4870, 23170, 110217, 524288)
     """

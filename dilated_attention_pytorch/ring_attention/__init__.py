@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.ring_attention.distributed import RingDistributedDilatedAttention
     from dilated_attention_pytorch.ring_attention.plan import RingPlan
     from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
+    from dilated_attention_pytorch.ring_attention.utils.buffers import exchange_pool
     from dilated_attention_pytorch.ring_attention.utils.communication import RingError, counting
     from dilated_attention_pytorch.ring_attention.utils.lse import LSEAccumulator
     from dilated_attention_pytorch.ring_attention.variants.hilbert import (
@@ -35,6 +36,7 @@ _LAZY = {
     "RingError": f"{_HERE}.utils.communication",
     "RingPlan": f"{_HERE}.plan",
     "counting": f"{_HERE}.utils.communication",
+    "exchange_pool": f"{_HERE}.utils.buffers",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "RingError",
     "RingPlan",
     "counting",
+    "exchange_pool",
 ]
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention.plan import RingPlan
 from dilated_attention_pytorch.ring_attention.step import Gradients, Step
-from dilated_attention_pytorch.ring_attention.utils.communication import Channel
+from dilated_attention_pytorch.ring_attention.utils import buffers
+from dilated_attention_pytorch.ring_attention.utils.communication import Channel, Pending
 from dilated_attention_pytorch.types import AttentionOutput
 
 
@@ -17,8 +18,10 @@ def forward(
     mask: Tensor | None, seed: Tensor | None, *, keep: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """As `schedule.forward`."""
-    gathered = _gather(plan, channel, k, v)
+    arriving = _gather(plan, channel, k, v, keep=keep)
+    gathered = arriving.wait()
     keys, values = _whole(plan, gathered)
+    arriving.release()
     whole = problem.at(problem.q_start, 0, plan.seq_len)
     out, lse = step.forward(q, keys, values, whole, key_padding_mask=_gather_mask(plan, channel, mask), seed=seed)
     lse = lse.contiguous()
@@ -34,8 +37,10 @@ def backward(
     batch, _, heads, width = k.shape
     longest = max(plan.lengths)
     shape = (plan.world_size, 2, batch, longest, heads, width)
-    gathered = kept.view(shape) if keep else _gather(plan, channel, k, v)
-    keys, values = _whole(plan, gathered)
+    arriving = None if keep else _gather(plan, channel, k, v, keep=False)
+    keys, values = _whole(plan, kept.view(shape) if arriving is None else arriving.wait())
+    if arriving is not None:
+        arriving.release()
     dq, dk, dv = step.backward(
         grad_out,
         grad_lse,
@@ -54,25 +59,28 @@ def backward(
     own = shares[start:stop]
     lengths = list(plan.lengths)
     lengths[plan.rank] = 0  # a rank's own share stays at home, unrounded
-    away = torch.cat((shares[:start], shares[stop:])).to(wire_dtype)
+    away = buffers.borrow((shares.shape[0] - stop + start, *shares.shape[1:]), wire_dtype, k.device, "gradients sent")
+    away.tensor[:start], away.tensor[start:] = shares[:start], shares[stop:]
     others = [0 if p == plan.rank else stop - start for p in range(plan.world_size)]
-    arrived = channel.exchange(away, lengths, others, "gradients").wait().to(accumulator)
+    homecoming = channel.exchange(away, lengths, others, "gradients")
+    arrived = homecoming.wait().to(accumulator)
     parts = list(arrived.split([n for p, n in enumerate(others) if p != plan.rank]))
     parts.insert(plan.rank, own)
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
+    homecoming.release()
     # Of their own each: an op may not return two views of one tensor.
     dk, dv = (total[:, :, i].transpose(0, 1).clone(memory_format=torch.contiguous_format) for i in (0, 1))
     return dq, dk, dv
 
 
-def _gather(plan: RingPlan, channel: Channel, k: Tensor, v: Tensor) -> Tensor:
+def _gather(plan: RingPlan, channel: Channel, k: Tensor, v: Tensor, *, keep: bool) -> Pending:
     """All shards, padded to the longest: `(P, 2, B, n, H_kv, D)`."""
     longest = max(plan.lengths)
-    padded = k.new_zeros((2, k.shape[0], longest, *k.shape[2:]))
-    padded[0, :, : k.shape[1]], padded[1, :, : k.shape[1]] = k, v
-    return channel.gather(padded, "rows").wait()
+    padded = buffers.borrow((2, k.shape[0], longest, *k.shape[2:]), k.dtype, k.device, "rows sent", zero=True)
+    padded.tensor[0, :, : k.shape[1]], padded.tensor[1, :, : k.shape[1]] = k, v
+    return channel.gather(padded, "rows", keep=keep)
 
 
 def _whole(plan: RingPlan, gathered: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +92,7 @@ def _whole(plan: RingPlan, gathered: Tensor) -> tuple[Tensor, Tensor]:
 def _gather_mask(plan: RingPlan, channel: Channel, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
-    longest = max(plan.lengths)
-    padded = torch.nn.functional.pad(mask, (0, longest - mask.shape[1]))
-    shards = channel.gather(padded, "mask").wait()
-    return torch.cat([shard[:, :n] for shard, n in zip(shards, plan.lengths, strict=True)], 1)
+    arriving = channel.gather(buffers.padded_mask(mask, max(plan.lengths)), "mask")
+    whole = torch.cat([shard[:, :n] for shard, n in zip(arriving.wait(), plan.lengths, strict=True)], 1)
+    arriving.release()
+    return whole

@@ -134,6 +134,16 @@ class RingPlan:
         return {peer: units.index()[0].to(self.device) for peer, units in self.arriving.items()}
 
     @cached_property
+    def receives(self) -> bool:
+        """Whether this rank needs any unit of another."""
+        return any(units.count for units in self.arriving.values())
+
+    @cached_property
+    def gives(self) -> bool:
+        """Whether another rank needs any unit of this one."""
+        return any(units.count for units in self.leaving.values())
+
+    @cached_property
     def anything_moves(self) -> bool:
         """Whether any rank needs anything of another: the same answer on every rank."""
         return any(

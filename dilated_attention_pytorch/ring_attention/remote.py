@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import dropout, engines
+from dilated_attention_pytorch.core.memory.handle import Handle
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention.plan import Piece, RingPlan
 from dilated_attention_pytorch.ring_attention.step import Step
+from dilated_attention_pytorch.ring_attention.utils import buffers
 from dilated_attention_pytorch.ring_attention.utils.lse import LSEAccumulator
 
 
@@ -37,17 +39,18 @@ class QueryGradient(NamedTuple):
     grads: Tensor
 
 
-def pack(k: Tensor, v: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
-    """The units at (rows, heads) of k and v `(B, n, H_kv, D)`: `(U, B, 2, D)`."""
+def pack(k: Tensor, v: Tensor, index: tuple[Tensor, Tensor]) -> Handle:
+    """The units at (rows, heads) of k and v `(B, n, H_kv, D)`: `(U, B, 2, D)`, in a buffer to be sent."""
     rows, heads = index
-    units = k.new_empty((len(rows), k.shape[0], 2, k.shape[3]))
+    buffer = buffers.borrow((len(rows), k.shape[0], 2, k.shape[3]), k.dtype, k.device, "rows sent")
+    units = buffer.tensor
     for i, x in enumerate((k, v)):
         if x.shape[0] == 1 and x.stride(1) == x.shape[2] * x.stride(2):
             # One index into one dimension of whole rows, for which CUDA has a kernel with wide loads.
             units[:, 0, i] = x[0].flatten(0, 1)[rows * x.shape[2] + heads]
         else:
             units[:, :, i] = x[:, rows, heads].transpose(0, 1)
-    return units
+    return buffer
 
 
 def add_home(dk: Tensor, dv: Tensor, index: tuple[Tensor, Tensor], grads: Tensor) -> None:
@@ -76,14 +79,16 @@ def attend(
 def differentiate(
     step: Step, plan: RingPlan, owners: tuple[int, ...], grad_out: Tensor, grad_lse: Tensor | None, q: Tensor,
     units: Tensor, out: Tensor, lse: Tensor, problem: Problem, extras: Extras,
-) -> tuple[Tensor, list[QueryGradient]]:  # fmt: skip
-    """Gradients of the units of some peers, `(U, B, 2, D)` in fp32 (fp64), and what they contribute to dq.
+) -> tuple[Handle, list[QueryGradient]]:  # fmt: skip
+    """Gradients of the units of some peers, `(U, B, 2, D)` in fp32 (fp64), to be sent; and what they add to dq.
 
     Args:
         grad_out, q, out: `(B, n, H, D)`.
         grad_lse, lse: `(B, n, H, 1)`; lse +inf where a query sees no key.
     """
-    grads = torch.zeros(units.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    buffer = buffers.borrow(units.shape, accumulator, q.device, "gradients sent", zero=True)
+    grads = buffer.tensor
     of_queries: list[QueryGradient] = []
     for piece in plan.pieces(owners):
         keys, values = _keys(units, piece)
@@ -104,7 +109,7 @@ def differentiate(
         # No unit is in a piece twice, so the sums have one order, whichever way they are added.
         more = torch.stack((more_dk, more_dv), -2).to(grads.dtype)  # (B, h, Lk, 2, D)
         grads.index_add_(0, piece.keys.flatten(), more.flatten(1, 2).transpose(0, 1))
-    return grads, of_queries
+    return buffer, of_queries
 
 
 def add_queries(dq: Tensor, num_kv_heads: int, parts: list[QueryGradient]) -> None:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.memory.handle import Handle
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention import gathered, remote
 from dilated_attention_pytorch.ring_attention.plan import RingPlan
 from dilated_attention_pytorch.ring_attention.remote import Extras
 from dilated_attention_pytorch.ring_attention.step import Gradients, Step
+from dilated_attention_pytorch.ring_attention.utils import buffers
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel, Pending
 from dilated_attention_pytorch.ring_attention.utils.lse import LSEAccumulator
 from dilated_attention_pytorch.types import AttentionOutput
@@ -63,23 +65,28 @@ def forward(
         return gathered.forward(call.plan, call.problem, call.step, call.channel, q, k, v, mask, seed, keep=call.keep)
     problem = call.problem
     rounds = call.rounds()
-    pending = _fetch(call, k, v, rounds[0]) if rounds else None
+    keep = call.keep and call.mode == "sparse"
+    pending = _fetch(call, k, v, rounds[0], keep=keep) if rounds else None
     bits = _start_mask(call, mask) if rounds else None
     out, lse = call.step.forward(q, k, v, problem, key_padding_mask=_own_mask(call.plan, mask), seed=seed)
     if not rounds:
         return AttentionOutput(out.to(q.dtype), lse), k.new_empty(0)
     units = k.new_empty(0)
-    merged = LSEAccumulator(AttentionOutput(out, lse), k.shape[2])
+    merged = LSEAccumulator(AttentionOutput(out, lse), k.shape[2]) if call.plan.receives else None
     extras = Extras(_hidden(call.plan, bits), seed)
     for number, (owners, _) in enumerate(rounds):
         assert pending is not None
-        units = pending.wait()
+        arrived, units = pending, pending.wait()
         if number + 1 < len(rounds):
-            pending = _fetch(call, k, v, rounds[number + 1])
-        remote.attend(call.step, call.plan, owners, q, units, problem, extras, merged)
+            pending = _fetch(call, k, v, rounds[number + 1], keep=keep)
+        if merged is not None:
+            remote.attend(call.step, call.plan, owners, q, units, problem, extras, merged)
+        arrived.release()
+    kept = units.flatten() if keep else k.new_empty(0)
+    if merged is None:
+        return AttentionOutput(out.to(q.dtype), lse), kept
     if mask is not None:
         merged.hide(~mask)
-    kept = units.flatten() if call.keep and call.mode == "sparse" else k.new_empty(0)
     return merged.result(q.dtype), kept
 
 
@@ -110,6 +117,7 @@ def backward(
     rows_grad_lse = None if grad_lse is None else _rows_last(grad_lse)
     homeward: list[tuple[Pending, tuple[int, ...]]] = []
     for number, (owners, receivers) in enumerate(rounds):
+        arrived = pending
         if is_kept:
             units = kept.unflatten(0, (-1, k.shape[0], 2, k.shape[3])) if kept.numel() else _no_units(k, kept.dtype)
         else:
@@ -120,8 +128,10 @@ def backward(
         grads, more = remote.differentiate(
             call.step, call.plan, owners, grad_out, rows_grad_lse, q, units, out, rows_lse, call.problem, extras
         )
+        if arrived is not None:
+            arrived.release()
         of_queries += more
-        homeward.append((_send_home(call, grads.to(call.wire_dtype), owners, receivers), receivers))
+        homeward.append((_send_home(call, grads, owners, receivers), receivers))
         if len(homeward) > 1:  # bounds the memory of a ring: one round's gradients fly at a time
             local = _add(call, local, homeward.pop(0))
     if local is None:
@@ -136,12 +146,16 @@ def _local_backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, seed: Tensor | None,
 ) -> Gradients:  # fmt: skip
-    """Gradients of the local part, in accumulators that remote parts are added to."""
+    """Gradients of the local part; those that remote parts are added to in fp32 (fp64), contiguous."""
     grads = call.step.backward(
         grad_out, grad_lse, q, k, v, out, lse, call.problem, key_padding_mask=_own_mask(call.plan, mask), seed=seed
     )
     accumulator = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (grad.to(accumulator).contiguous() for grad in grads)
+    dq, dk, dv = grads
+    if call.plan.receives:
+        dq = dq.to(accumulator).contiguous()
+    if call.plan.gives:
+        dk, dv = dk.to(accumulator).contiguous(), dv.to(accumulator).contiguous()
     return dq, dk, dv
 
 
@@ -150,17 +164,23 @@ def _counts(call: Call, peers: tuple[int, ...], *, arriving: bool) -> list[int]:
     return [units[p].count if p in peers else 0 for p in range(call.plan.world_size)]
 
 
-def _fetch(call: Call, k: Tensor, v: Tensor, peers: tuple[tuple[int, ...], tuple[int, ...]]) -> Pending:
+def _fetch(
+    call: Call, k: Tensor, v: Tensor, peers: tuple[tuple[int, ...], tuple[int, ...]], *, keep: bool = False
+) -> Pending:
     """Starts to send what the receivers need and to receive what the owners hold."""
     owners, receivers = peers
     index = call.plan.leaving_index
     rows = torch.cat([index[p][0] for p in receivers]), torch.cat([index[p][1] for p in receivers])
     sent, received = _counts(call, receivers, arriving=False), _counts(call, owners, arriving=True)
-    return call.channel.exchange(remote.pack(k, v, rows), sent, received, "rows")
+    return call.channel.exchange(remote.pack(k, v, rows), sent, received, "rows", keep=keep)
 
 
-def _send_home(call: Call, grads: Tensor, owners: tuple[int, ...], receivers: tuple[int, ...]) -> Pending:
+def _send_home(call: Call, grads: Handle, owners: tuple[int, ...], receivers: tuple[int, ...]) -> Pending:
     """The same exchange backwards: what came from an owner goes to it."""
+    if grads.tensor.dtype != call.wire_dtype:
+        with grads as exact:
+            grads = buffers.borrow(exact.tensor.shape, call.wire_dtype, exact.tensor.device, "gradients sent")
+            grads.tensor.copy_(exact.tensor)
     sent, received = _counts(call, owners, arriving=True), _counts(call, receivers, arriving=False)
     return call.channel.exchange(grads, sent, received, "gradients")
 
@@ -169,8 +189,9 @@ def _add(call: Call, local: Gradients | None, flying: tuple[Pending, tuple[int, 
     """Waits for gradients that come home and adds them to this rank's own."""
     assert local is not None
     grads, receivers = flying[0].wait(), flying[1]
-    for peer, part in _by_peer(call, grads, receivers):
+    for peer, part in _by_peer(call, grads, receivers) if call.plan.gives else ():
         remote.add_home(local[1], local[2], call.plan.leaving_index[peer], part)
+    flying[0].release()
     return local
 
 
@@ -187,8 +208,7 @@ def _start_mask(call: Call, mask: Tensor | None) -> Pending | None:
     """Starts to gather every rank's mask bits: a byte a position, padded to the longest shard."""
     if mask is None:
         return None
-    padding = max(call.plan.lengths) - mask.shape[1]
-    return call.channel.gather(torch.nn.functional.pad(mask, (0, padding)), "mask")
+    return call.channel.gather(buffers.padded_mask(mask, max(call.plan.lengths)), "mask")
 
 
 def _hidden(plan: RingPlan, bits: Pending | None) -> Tensor | None:
@@ -196,7 +216,9 @@ def _hidden(plan: RingPlan, bits: Pending | None) -> Tensor | None:
     if bits is None:
         return None
     shards = bits.wait()
-    return ~torch.cat([shard[:, :n] for shard, n in zip(shards, plan.lengths, strict=True)], 1)
+    hidden = ~torch.cat([shard[:, :n] for shard, n in zip(shards, plan.lengths, strict=True)], 1)
+    bits.release()
+    return hidden
 
 
 def _own_mask(plan: RingPlan, mask: Tensor | None) -> Tensor | None:

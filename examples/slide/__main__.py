@@ -87,7 +87,7 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
         "less raster's",
         "distance of a key",
         "neighbours in reach (one head)",
-        "s",
+        "CPU seconds",
     ]
     lines = [head, ["---"] * len(head)]
     for name, row in rows.items():

@@ -3,7 +3,8 @@
 R is the least common multiple of the rates. A tile is BLOCK rows at stride R, `base + c + R * t`: its residue c decides
 for every branch alike whether the whole tile belongs to it, and where each w is a multiple of BLOCK * R (or covers the
 sequence) the whole tile lies in one segment. So all of its rows see the same keys, and the walk over the keys of all
-branches is one dense loop with one accumulator and one write.
+branches is one dense loop with one accumulator and one write. Where every w covers the sequence, queries and keys may
+differ in number, as rows that arrive from other ranks do.
 
 The keys of a branch of rate r are the residues o, o + r, o + 2r, ... below R; each is a run of rows at stride R, so
 that all branches read K through one view `[N / R, R * row]`, where (residue, head) is a column. Order does not matter
@@ -18,7 +19,7 @@ from dilated_attention_pytorch.kernels.triton.attention_backward import load_lse
 from dilated_attention_pytorch.kernels.triton.geometry import head_offset
 
 _NEVER = tl.constexpr(2147483647)
-_RUNTIME = ["seq_len", "view_rows", "num_heads", "num_kv_heads", "num_batches", "num_tiles"]
+_RUNTIME = ["num_queries", "num_keys", "view_rows", "num_heads", "num_kv_heads", "num_batches", "num_tiles"]
 
 
 @triton.jit
@@ -76,22 +77,23 @@ def tile_of(pid, num_tiles, num_heads, R: tl.constexpr, BLOCK: tl.constexpr):
 def aligned_forward(
     q, k, v, k_view, v_view, out, lse,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    out_batch, out_row, out_head, lse_batch, lse_head, seq_len, view_rows, num_heads, num_kv_heads, num_tiles, qk_scale,
+    out_batch, out_row, out_head, lse_batch, lse_head,
+    num_queries, num_keys, view_rows, num_heads, num_kv_heads, num_tiles, qk_scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, NEGATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, residue, first = tile_of(tl.program_id(0), num_tiles, num_heads, R, BM)
-    reach = seq_len
+    reach = num_keys
     if CAUSAL:  # the tiles with most keys first
         first = (num_tiles - 1) * BM - first
-        reach = tl.minimum(seq_len, (first + BM) * R)
+        reach = tl.minimum(num_keys, (first + BM) * R)
     kv_head = head // (num_heads // num_kv_heads)
     batch64 = batch.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     d_mask = (d < D)[None, :]
     positions = (first + tl.arange(0, BM)) * R + residue
-    inside = positions < seq_len
+    inside = positions < num_queries
     rows64 = positions.to(tl.int64)
     q_at = q + batch64 * q_batch + head * q_head + rows64[:, None] * q_row + d[None, :]
     if EVEN and D == BLOCK_D:
@@ -120,7 +122,7 @@ def aligned_forward(
             k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps)
             v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps)
         else:
-            load_mask = (position + n * R < seq_len)[:, None] & d_mask
+            load_mask = (position + n * R < num_keys)[:, None] & d_mask
             k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps, mask=load_mask, other=0.0)
             v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps, mask=load_mask, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -130,8 +132,8 @@ def aligned_forward(
                 s = tl.where(position + (n * R)[None, :] <= positions[:, None], s, -float("inf"))
         elif not EVEN:
             # Segments other than the sequence's last are whole numbers of tiles.
-            if position + (BN - 1) * R >= seq_len:
-                s = tl.where((position + n * R < seq_len)[None, :], s, -float("inf"))
+            if position + (BN - 1) * R >= num_keys:
+                s = tl.where((position + n * R < num_keys)[None, :], s, -float("inf"))
         p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
@@ -146,7 +148,7 @@ def aligned_backward_dq(
     q, k, v, k_view, v_view, out, grad_out, lse, grad_lse, row_terms, dq,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
     grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
-    seq_len, view_rows, terms_row, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
+    num_queries, num_keys, view_rows, terms_row, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GRAD_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -162,7 +164,7 @@ def aligned_backward_dq(
     d = tl.arange(0, BLOCK_D)
     d_mask = (d < D)[None, :]
     positions = (first + tl.arange(0, BM)) * R + residue
-    inside = positions < seq_len
+    inside = positions < num_queries
     tile_mask = inside[:, None] & d_mask
     rows64 = positions.to(tl.int64)
     q_tile = tl.load(
@@ -182,7 +184,7 @@ def aligned_backward_dq(
     tl.store(row_terms + terms + tl.num_programs(0).to(tl.int64) * BM, row_delta)
 
     steps, begins, rows, offsets = walk(
-        first * R, residue, kv_head, num_kv_heads, seq_len, LENGTHS, RATES, R, BN, MODULO
+        first * R, residue, kv_head, num_kv_heads, num_keys, LENGTHS, RATES, R, BN, MODULO
     )
     n = tl.arange(0, BN)
     k_at = k + batch64 * k_batch + kv_head * k_head
@@ -200,15 +202,15 @@ def aligned_backward_dq(
             k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps)
             v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps)
         else:
-            load_mask = (position + n * R < seq_len)[:, None] & d_mask
+            load_mask = (position + n * R < num_keys)[:, None] & d_mask
             k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps, mask=load_mask, other=0.0)
             v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps, mask=load_mask, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
         p = tl.math.exp2(s * qk_scale - row_lse[:, None])
         if not EVEN:
-            if position + (BN - 1) * R >= seq_len:
-                p = tl.where((position + n * R < seq_len)[None, :], p, 0.0)
+            if position + (BN - 1) * R >= num_keys:
+                p = tl.where((position + n * R < num_keys)[None, :], p, 0.0)
         ds = p * (dp - row_delta[:, None])
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
@@ -221,7 +223,7 @@ def aligned_backward_dkv(
     q, k, v, q_view, grad_view, grad_out, row_terms, dk, dv,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head,
-    seq_len, view_rows, num_batches, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
+    num_queries, num_keys, view_rows, num_batches, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EARLY: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -232,7 +234,7 @@ def aligned_backward_dkv(
     d = tl.arange(0, BLOCK_D)
     d_mask = (d < D)[None, :]
     positions = (first + tl.arange(0, BN)) * R + residue
-    tile_mask = (positions < seq_len)[:, None] & d_mask
+    tile_mask = (positions < num_keys)[:, None] & d_mask
     rows64 = positions.to(tl.int64)
     k_tile = tl.load(
         k + batch64 * k_batch + kv_head * k_head + rows64[:, None] * k_row + d[None, :], mask=tile_mask, other=0.0
@@ -242,7 +244,7 @@ def aligned_backward_dkv(
     )
 
     steps, begins, rows, offsets = walk(
-        first * R, residue, kv_head, num_kv_heads, seq_len, LENGTHS, RATES, R, BM, MODULO
+        first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO
     )
     m = tl.arange(0, BM)
     q_steps = (m * R).to(tl.int64)[:, None] * q_row + d[None, :]
@@ -263,7 +265,7 @@ def aligned_backward_dkv(
                 q_tile = tl.load(q_at + position.to(tl.int64) * q_row + q_steps)
                 grad_tile = tl.load(grad_at + position.to(tl.int64) * grad_row + grad_steps)
             else:
-                load_mask = (position + m * R < seq_len)[:, None] & d_mask
+                load_mask = (position + m * R < num_queries)[:, None] & d_mask
                 q_tile = tl.load(q_at + position.to(tl.int64) * q_row + q_steps, mask=load_mask, other=0.0)
                 grad_tile = tl.load(grad_at + position.to(tl.int64) * grad_row + grad_steps, mask=load_mask, other=0.0)
             # A row past the end has lse +inf, so its weights vanish: no other mask is needed.

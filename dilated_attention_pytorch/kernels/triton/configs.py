@@ -38,6 +38,10 @@ class Config(NamedTuple):
 # one launch takes 32 us against 73 at N=1024, 222 against 244 at 8192, 397 against 419 at 16384.
 SHORT_CAUSAL = 12 * 64 * 16384
 
+# On a q of at most so many elements the forward loads through plain pointers: describing two views takes the host
+# longer than the copy engine saves. 37 us a call against 45 to 68 at N=1024; from N=2048 on the device decides.
+SHORT_FORWARD = 12 * 64 * 1024
+
 # (kernel, head_dim up to) -> candidates for 16-bit inputs where `tuned` has none: they fit an A100's shared memory.
 _HALF: dict[tuple[str, int], tuple[Config, ...]] = {
     ("aligned_forward", 64): (Config(128, 64, 4, 3), Config(64, 64, 4, 3)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -11,41 +11,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
 from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, launch_aligned, replay
 from dilated_attention_pytorch.kernels.triton.configs import Config
+from dilated_attention_pytorch.kernels.triton.grids import Grid, Layout, grid_of, layout_of, segment_length
 from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment, descriptor, strided_view
 
 _LOG2E = 1.4426950408889634
 # Read once: the kernels above were decorated under it, and Triton looks its settings up in the environment each time.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
-
-
-class Layout(NamedTuple):
-    """Where a call's rows lie: the arguments that masks and packing add to a kernel."""
-
-    key_mask: Tensor | None
-    row_start: Tensor | None
-    cu_seqlens: Tensor | None
-    seed: Tensor | None
-
-
-class Grid(NamedTuple):
-    """The programs of one branch.
-
-    Attributes:
-        num_sequences: rows of the batch, or packed sequences.
-        num_segments: segments of each that the range may touch.
-        num_tiles: tiles of each segment; of all sequences together when packed.
-        tile_ends: when packed, how many tiles the sequences up to each have; int32 on the device.
-        programs: number of programs for one head.
-    """
-
-    num_sequences: int
-    num_segments: int
-    num_tiles: int
-    tile_ends: Tensor | None
-    programs: int
 
 
 def check_supported(q: Tensor, problem: Problem) -> None:
@@ -100,7 +73,8 @@ def forward(
         )
         return out.bfloat16(), lse
     q, k, v = _rows_ready(q), _rows_ready(k), _rows_ready(v)
-    layout = _layout(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
+    problem, key_padding_mask = _from_range(problem, q, k, key_padding_mask, row_start)
+    layout = layout_of(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
 
     def record() -> tuple[Tensor, ...]:
         return _forward(q, k, v, problem, layout)
@@ -110,11 +84,19 @@ def forward(
     return replay.call(("forward", problem), (q, k, v, layout.seed), record)  # type: ignore[return-value]
 
 
+def repeater(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> replay.Play | None:
+    """What launches a forward again that has no masks, on tensors of the same layout; None if it was not recorded."""
+    problem = problem.counted_from_range(q.shape[1], k.shape[1])
+    tape = replay.tape_of(("forward", problem), (q, k, v, None))
+    return None if tape is None else lambda q, k, v: tape.play((q, k, v, None))
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: Layout) -> tuple[Tensor, Tensor]:
     short = q.numel() <= configs.SHORT_CAUSAL
     plan, (config,) = _aligned(("aligned_forward",), q, k, problem, layout, causal=short)
     if plan is not None:
-        return launch_aligned.forward(q, k, v, problem, plan, config, precision=precision(q))
+        described = q.numel() > configs.SHORT_FORWARD
+        return launch_aligned.forward(q, k, v, problem, plan, config, descriptors=described, precision=precision(q))
     branches = branch_order(problem)
     # The densest branch writes every row when its rate is 1 and no row lies outside the range.
     writes_all = covers_all(problem, branches[0], layout)
@@ -159,7 +141,8 @@ def backward(
         dq, dk, dv = (x.bfloat16() for x in grads)
         return dq, dk, dv
     q, k, v, out, grad_out = (_rows_ready(x) for x in (q, k, v, out, grad_out))
-    layout = _layout(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
+    problem, key_padding_mask = _from_range(problem, q, k, key_padding_mask, row_start)
+    layout = layout_of(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
     lse = lse.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.float().contiguous()
@@ -220,7 +203,7 @@ def forward_branch(
     first: bool,
 ) -> None:
     """Merges a branch into (out, lse), or writes it where it is the first."""
-    grid = _grid(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
+    grid = grid_of(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
     even, view, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
     _launch(
         attention.branch_forward,
@@ -263,7 +246,7 @@ def backward_branch_dq(
     first: bool,
 ) -> None:
     """Adds a branch's share to dq, or writes it where it is the first."""
-    grid = _grid(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
+    grid = grid_of(problem, layout, branch, q.shape[0], q.shape[1], config.block_m, by_keys=False)
     even, view, k_view, v_view = _views(q, k, v, problem, layout, branch, config, config.block_n)
     _launch(
         attention_backward.branch_backward_dq,
@@ -295,7 +278,7 @@ def backward_branch_dkv(
 ) -> None:
     """Adds a branch's share to dk and dv, or writes it where it is the first."""
     batch, n, heads, _ = q.shape
-    grid = _grid(problem, layout, branch, k.shape[0], k.shape[1], config.block_n, by_keys=True)
+    grid = grid_of(problem, layout, branch, k.shape[0], k.shape[1], config.block_n, by_keys=True)
     even, rank, q_view, grad_view = _views(q, q, grad_out, problem, layout, branch, config, config.block_m)
     rate = problem.pattern.dilation_rates[branch]
     length = triton.cdiv(triton.cdiv(n, rate), 128) * 128
@@ -325,6 +308,20 @@ def backward_branch_dkv(
     )  # fmt: skip
 
 
+def _from_range(
+    problem: Problem, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, row_start: Tensor | None
+) -> tuple[Problem, Tensor | None]:
+    """The problem with positions counted from the range, where that changes nothing: only such ranges take the fast
+    kernels, and ranges of one kind then share their launches."""
+    if row_start is not None:
+        return problem, key_padding_mask
+    nearer = problem.counted_from_range(q.shape[1], k.shape[1])
+    if key_padding_mask is not None:
+        start = problem.q_start - nearer.q_start
+        key_padding_mask = key_padding_mask[:, start : start + nearer.seq_len]
+    return nearer, key_padding_mask
+
+
 def _repeatable(q: Tensor, k: Tensor, layout: Layout) -> bool:
     """Whether the call's launches depend on its problem and the layout of its tensors alone."""
     packed = layout.key_mask is not None or layout.row_start is not None or layout.cu_seqlens is not None
@@ -347,7 +344,7 @@ def _aligned(
             c for c in configs.candidates(kernel, q, problem.is_causal) if plan.fits(c.block_m) and plan.fits(c.block_n)
         ]
         # Among those, one whose tiles are not mostly empty on a short sequence.
-        filled = [c for c in fitting if max(c.block_m, c.block_n) * plan.rate <= plan.seq_len]
+        filled = [c for c in fitting if plan.filled(c.block_m, c.block_n)]
         if not filled:
             return nothing
         chosen.append(filled[0])
@@ -363,58 +360,6 @@ def branch_order(problem: Problem) -> list[int]:
 def covers_all(problem: Problem, branch: int, layout: Layout) -> bool:
     """Whether every row of every tensor is a slot of the branch, so that its launch writes all of them."""
     return problem.pattern.dilation_rates[branch] == 1 and layout.row_start is None and layout.cu_seqlens is None
-
-
-def _grid(problem: Problem, layout: Layout, branch: int, batch: int, count: int, tile: int, *, by_keys: bool) -> Grid:
-    length, rate = _length(problem, branch, count), problem.pattern.dilation_rates[branch]
-    if layout.cu_seqlens is not None:
-        return _packed_grid(layout.cu_seqlens, length, rate, tile, count)
-    start = problem.k_start if by_keys else problem.q_start
-    if layout.row_start is not None:
-        # Positions move down by row_start, to anywhere in [0, start]: the range may touch one segment more.
-        num_segments = triton.cdiv(count, length) + (1 if start else 0)
-    else:
-        num_segments = (start + count - 1) // length - start // length + 1
-    slots = triton.cdiv(min(length, count), rate)
-    num_tiles = triton.cdiv(slots, tile)
-    return Grid(batch, num_segments, num_tiles, None, batch * num_segments * num_tiles)
-
-
-def _packed_grid(cu_seqlens: Tensor, length: int, rate: int, tile: int, total: int) -> Grid:
-    """Tiles of every sequence, counted on the device without waiting for it; the host only bounds their number."""
-    lengths = cu_seqlens.diff()
-    segment = lengths.clamp(1, length)
-    tiles = (
-        (lengths + segment - 1) // segment * ((segment + rate - 1) // rate + tile - 1).div(tile, rounding_mode="floor")
-    )
-    num_sequences = lengths.numel()
-    # A sequence of n has at most 2n / g segments (n >= g), each of at most g / (rate * tile) + 1 tiles.
-    bound = 2 * total // (rate * tile) + total // length + 2 * num_sequences + 1
-    return Grid(num_sequences, 1, bound, tiles.cumsum(0).to(torch.int32), bound)
-
-
-def _length(problem: Problem, branch: int, count: int) -> int:
-    """A segment length that int32 arithmetic can take: one beyond the sequence is as good as the sequence's."""
-    return min(problem.pattern.segment_lengths[branch], max(1, problem.seq_len))
-
-
-def _layout(
-    q: Tensor,
-    problem: Problem,
-    key_padding_mask: Tensor | None,
-    row_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-) -> Layout:
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask.contiguous().view(torch.uint8)
-    if row_start is not None:
-        row_start = row_start.to(q.device)
-    if cu_seqlens is not None:
-        if not cu_seqlens.is_cuda:  # on the device, reading it would make the host wait
-            check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
-        cu_seqlens = cu_seqlens.to(q.device)
-    return Layout(key_padding_mask, row_start, cu_seqlens, None if seed is None else seed.to(q.device))
 
 
 def _views(
@@ -444,7 +389,7 @@ def _pointers(layout: Layout, grid: Grid) -> tuple[Tensor | None, ...]:
 def _sizes(q: Tensor, k: Tensor, problem: Problem, branch: int, grid: Grid) -> tuple[int, ...]:
     return (
         q.shape[2], k.shape[2], q.shape[1], k.shape[1], problem.q_start, problem.k_start,
-        _length(problem, branch, q.shape[1]), problem.pattern.dilation_rates[branch], branch,
+        segment_length(problem, branch), problem.pattern.dilation_rates[branch], branch,
         grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // problem.pattern.dilation_rates[branch],
     )  # fmt: skip
 

@@ -27,38 +27,46 @@ class Alignment(NamedTuple):
         rates: r_i.
         rate: R, their least common multiple.
         multiple: the largest number of rows of a tile that every segment is a multiple of.
-        seq_len: N.
+        num_queries: rows of q.
+        num_keys: rows of k and v; as many, where a branch has several segments.
     """
 
     lengths: tuple[int, ...]
     rates: tuple[int, ...]
     rate: int
     multiple: int
-    seq_len: int
+    num_queries: int
+    num_keys: int
 
     def fits(self, rows: int) -> bool:
         """Whether tiles of so many rows never straddle two segments."""
         return self.multiple % rows == 0
 
-    def even(self, *tiles: int) -> bool:
-        """Whether the sequence is a whole number of such tiles, so that nothing is masked."""
-        return all(self.seq_len % (self.rate * rows) == 0 for rows in tiles)
+    def even(self, block_m: int, block_n: int) -> bool:
+        """Whether queries and keys are whole numbers of such tiles, so that nothing is masked."""
+        return self.num_queries % (self.rate * block_m) == 0 and self.num_keys % (self.rate * block_n) == 0
+
+    def filled(self, block_m: int, block_n: int) -> bool:
+        """Whether there are rows for one tile of each at least."""
+        return block_m * self.rate <= self.num_queries and block_n * self.rate <= self.num_keys
 
 
 def alignment(problem: Problem, num_queries: int, num_keys: int, *, causal: bool = False) -> Alignment | None:
-    """How the branches of a whole, unmasked sequence align; None where they do not, or where it is causal.
+    """How the branches of unmasked ranges that begin at 0 align; None where they do not, or where it is causal.
 
     Args:
         causal: whether that is no obstacle.
     """
     n = problem.seq_len
-    whole = num_queries == num_keys == n and problem.q_start == problem.k_start == 0
+    square = num_queries == num_keys
     if (
-        not whole
-        or (problem.is_causal and not causal)
+        problem.q_start
+        or problem.k_start
+        or (problem.is_causal and not (causal and square))
         or problem.dropout_p > 0.0
         or problem.padding != "none"
-        or n == 0
+        or num_queries == 0
+        or num_keys == 0
     ):
         return None
     rate = math.lcm(*problem.pattern.dilation_rates)
@@ -70,11 +78,11 @@ def alignment(problem: Problem, num_queries: int, num_keys: int, *, causal: bool
         if length >= n:
             lengths.append(_WHOLE)
             continue
-        if length % rate:
+        if length % rate or not square:
             return None
         multiple = math.gcd(multiple, length // rate)
         lengths.append(length)
-    return Alignment(tuple(lengths), problem.pattern.dilation_rates, rate, multiple, n)
+    return Alignment(tuple(lengths), problem.pattern.dilation_rates, rate, multiple, num_queries, num_keys)
 
 
 def descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
@@ -122,11 +130,12 @@ def forward(
     k_view = v_view = None
     if descriptors and (even or batch == 1):
         k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
+    num_keys = k.shape[1]
     num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_m)
     replay.launch(
         aligned.aligned_forward, (batch * heads * num_tiles * plan.rate,), q, k, v, k_view, v_view, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
-        n, n // plan.rate, heads, k.shape[2], num_tiles, abs(problem.scale) * _LOG2E or 1e-30,
+        n, num_keys, num_keys // plan.rate, heads, k.shape[2], num_tiles, abs(problem.scale) * _LOG2E or 1e-30,
         **_flags(q, problem, plan, config, even, precision), NEGATE=problem.scale < 0, CAUSAL=problem.is_causal,
         DESCRIPTORS=k_view is not None and v_view is not None,
     )  # fmt: skip
@@ -197,8 +206,8 @@ def backward_dq(
         aligned.aligned_backward_dq, (batch * heads * num_tiles * plan.rate,), q, k, v, k_view, v_view, out, grad_out,
         lse, grad_lse, terms, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-        *dq.stride()[:3], *lse.stride()[:2], n, n // plan.rate, terms.shape[4], heads, k.shape[2], num_tiles,
-        problem.scale * _LOG2E, problem.scale, **_flags(q, problem, plan, config, even, precision),
+        *dq.stride()[:3], *lse.stride()[:2], n, k.shape[1], k.shape[1] // plan.rate, terms.shape[4], heads, k.shape[2],
+        num_tiles, problem.scale * _LOG2E, problem.scale, **_flags(q, problem, plan, config, even, precision),
         GRAD_LSE=grad_lse is not None, DESCRIPTORS=k_view is not None and v_view is not None,
     )  # fmt: skip
     return dq
@@ -227,12 +236,12 @@ def backward_dkv(
         q_view, grad_view = descriptor(q, plan.rate, config.block_m), descriptor(grad_out, plan.rate, config.block_m)
     length = terms.shape[4]
     terms_view = TensorDescriptor(terms, [2 * batch * heads * plan.rate, length], [length, 1], [1, config.block_m])
-    num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_n)
+    num_tiles = triton.cdiv(triton.cdiv(k.shape[1], plan.rate), config.block_n)
     replay.launch(
         aligned.aligned_backward_dkv, (batch * kv_heads * num_tiles * plan.rate,), q, k, v, q_view, grad_view,
         grad_out, terms_view, dk, dv,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
-        n, n // plan.rate, batch, heads, kv_heads, num_tiles, problem.scale * _LOG2E, problem.scale,
+        n, k.shape[1], n // plan.rate, batch, heads, kv_heads, num_tiles, problem.scale * _LOG2E, problem.scale,
         **_flags(q, problem, plan, config, even, precision), GROUP=heads // kv_heads, EARLY=config.early,
         DESCRIPTORS=q_view is not None and grad_view is not None,
     )  # fmt: skip

@@ -18,6 +18,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+Play = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
 _KEPT = 512  # tapes; sequence lengths may never repeat
 _tapes: dict[Hashable, Tape] = {}
 _local = threading.local()
@@ -151,8 +153,7 @@ def call(
     present = [id(x) for x in inputs if x is not None]
     if len(set(present)) < len(present):  # a tape could not tell which of the equal inputs an argument was
         return record()
-    key = (key, inputs[0].device, *map(layout_of, inputs))  # type: ignore[union-attr]
-    tape = _tapes.get(key)
+    tape = tape_of(key, inputs)
     if tape is not None:
         return tape.play(inputs)
     tape = Tape(inputs)
@@ -164,8 +165,17 @@ def call(
     if tape.finish(results):
         if len(_tapes) >= _KEPT:
             _tapes.pop(next(iter(_tapes)), None)
-        _tapes[key] = tape
+        _tapes[_kind(key, inputs)] = tape
     return results
+
+
+def tape_of(key: Hashable, inputs: Sequence[Tensor | None]) -> Tape | None:
+    """The tape of a key for inputs of this layout, if one was recorded."""
+    return _tapes.get(_kind(key, inputs))
+
+
+def _kind(key: Hashable, inputs: Sequence[Tensor | None]) -> Hashable:
+    return key, inputs[0].device, *map(layout_of, inputs)  # type: ignore[union-attr]
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, fill: float | None = None) -> Tensor:

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
+from dilated_attention_pytorch.core.memory.handle import Handle
+from dilated_attention_pytorch.ring_attention.utils import buffers
+
 
 class RingError(RuntimeError):
     """Ranks that disagree, died or came too late. The group is not fit for further exchanges after the last two."""
@@ -87,44 +90,48 @@ class Channel:
         self.label = label
         self._explain = explain
 
-    def exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Pending:
+    def exchange(
+        self, buffer: Handle, sent: Sequence[int], received: Sequence[int], purpose: str, *, keep: bool = False
+    ) -> Pending:
         """Starts one all-to-all; the caller goes on computing and asks the result to `wait`.
 
         Args:
-            send: rows for all ranks, one rank after another, contiguous.
+            buffer: rows for all ranks, one rank after another; released once they are sent.
             sent: how many rows go to each rank.
             received: how many come from each.
             purpose: what they are counted as.
+            keep: whether the result outlives the call; it is an ordinary tensor then.
 
         Returns:
             Rows from all ranks, one after another, once they are there.
         """
-        result = send.new_empty((sum(received), *send.shape[1:]))
+        send = buffer.tensor
+        lent, result = _receiver((sum(received), *send.shape[1:]), send, purpose, keep)
         row = send[:1].numel() * send.element_size() if send.shape[0] else _row_bytes(send)
         outgoing, incoming = [n * row for n in sent], [n * row for n in received]
         away = sum(outgoing) - outgoing[self.rank], sum(incoming) - incoming[self.rank]
         _count(purpose, *away)
-        pending = Pending(self, result, send, purpose, dict(enumerate(incoming)))
+        pending = Pending(self, result, purpose, dict(enumerate(incoming)), buffer, lent)
         pending.start(lambda: self._all_to_all(as_bytes(result), as_bytes(send), incoming, outgoing))
         return pending
 
-    def gather(self, x: Tensor, purpose: str) -> Pending:
+    def gather(self, buffer: Handle, purpose: str, *, keep: bool = False) -> Pending:
         """Starts an all-gather of equally shaped tensors; the result has the ranks in a new first dimension."""
-        x = x.contiguous()
-        result = x.new_empty((self.world_size, *x.shape))
+        x = buffer.tensor
+        lent, result = _receiver((self.world_size, *x.shape), x, purpose, keep)
         size = x.numel() * x.element_size()
         _count(purpose, size * (self.world_size - 1), size * (self.world_size - 1))
-        pending = Pending(self, result, x, purpose, dict.fromkeys(range(self.world_size), size))
+        pending = Pending(self, result, purpose, dict.fromkeys(range(self.world_size), size), buffer, lent)
         pending.start(lambda: self._all_gather(as_bytes(result), as_bytes(x)))
         return pending
 
     def broadcast(self, x: Tensor, purpose: str) -> Pending:
-        """Starts a broadcast of the first rank's tensor."""
+        """Starts a broadcast of the first rank's tensor; the result is an ordinary one, which a backward may read."""
         result = x.clone()
         size = x.numel() * x.element_size()
         first = self.rank == 0
         _count(purpose, size * (self.world_size - 1) * first, size * (not first))
-        pending = Pending(self, result, x, purpose, {0: size})
+        pending = Pending(self, result, purpose, {0: size})
         pending.start(lambda: self._broadcast(as_bytes(result)))
         return pending
 
@@ -157,19 +164,29 @@ class Channel:
         return RingError(f"{message}. {known}The transport says: {reason}")
 
 
-class Pending:
-    """An exchange that is under way. Its buffers live until `wait` has returned."""
+# Exchanges that were started and not waited for. One that failed, or that an exception kept from being waited for,
+# stays here for good: the transport may still read and write its buffers, so the pool must not lend them again.
+_flying: set[Pending] = set()
 
-    def __init__(self, channel: Channel, result: Tensor, send: Tensor, purpose: str, incoming: dict[int, int]) -> None:
+
+class Pending:
+    """An exchange under way. What it sends lives until `wait` has returned, what it receives until `release`."""
+
+    def __init__(
+        self, channel: Channel, result: Tensor, purpose: str, incoming: dict[int, int], sends: Handle | None = None,
+        receives: Handle | None = None,
+    ) -> None:  # fmt: skip
         self._channel = channel
         self._result = result
-        self._send: Tensor | None = send
         self._purpose = purpose
         self._incoming = incoming
+        self._sends = sends
+        self._receives = receives
         self._work: Any = None
 
     def start(self, launch: Callable[[], Any]) -> None:
         """Launches the collective."""
+        _flying.add(self)
         try:
             self._work = launch()
         except RuntimeError as error:
@@ -182,8 +199,24 @@ class Pending:
                 self._work.wait()
             except RuntimeError as error:
                 raise self._channel.failed(self._purpose, self._incoming, error) from error
-            self._work = self._send = None
+            self._work = None
+            _flying.discard(self)
+            if self._sends is not None:
+                self._sends.release()
         return self._result
+
+    def release(self) -> None:
+        """Gives the result's memory back, unless it is kept: everything that reads it is queued."""
+        if self._receives is not None:
+            self._receives.release()
+
+
+def _receiver(shape: tuple[int, ...], like: Tensor, purpose: str, keep: bool) -> tuple[Handle | None, Tensor]:
+    """Memory for what arrives."""
+    if keep:
+        return None, like.new_empty(shape)
+    lent = buffers.borrow(shape, like.dtype, like.device, f"{purpose} received")
+    return lent, lent.tensor
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.ring_attention.utils import buffers
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
 
 
@@ -87,8 +88,12 @@ class _Exchange(torch.autograd.Function):
 def _exchange(x: Tensor, move: Move, channel: Channel, purpose: str, back: bool) -> Tensor:
     leaving, arriving = (move.arriving, move.leaving) if back else (move.leaving, move.arriving)
     sent, received = (move.received, move.sent) if back else (move.sent, move.received)
-    rows = x.transpose(0, 1)[leaving].contiguous()
-    come = channel.exchange(rows, sent, received, purpose).wait()
+    rows = x.transpose(0, 1)
+    buffer = buffers.borrow((len(leaving), *rows.shape[1:]), x.dtype, x.device, f"{purpose} sent")
+    torch.index_select(rows, 0, leaving, out=buffer.tensor)
+    pending = channel.exchange(buffer, sent, received, purpose)
+    come = pending.wait()
     result = torch.empty_like(come)
     result[arriving] = come
+    pending.release()
     return result.transpose(0, 1)

@@ -1,0 +1,109 @@
+"""0.2's factories and the configurations they took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from dilated_attention_pytorch._old.attention import (
+    ImprovedDilatedAttention,
+    ImprovedMultiheadDilatedAttention,
+    MultiheadDilatedAttention02,
+)
+
+# The kinds that differed in speed and not in what they should have computed.
+_PLAIN = ("auto", "standard", "improved", "distributed", "improved_distributed")
+
+
+@dataclass
+class DilatedAttentionConfig:
+    """0.2's configuration of attention."""
+
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    dropout: float = 0.0
+    use_tf32: bool = True
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass
+class MultiheadConfig:
+    """0.2's configuration of projections."""
+
+    embed_dim: int
+    num_heads: int
+    bias: bool = True
+    layer_norm: bool = True
+    layer_norm_eps: float = 1e-5
+    gamma_init: float = 1.0
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+
+def create_dilated_attention(
+    attention_type: str = "auto",
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """0.2's factory: a `DilatedAttention`, or a `RingDilatedAttention` for `"ring"`."""
+    check_type(attention_type)
+    pattern = _pattern(segment_lengths, dilation_rates)
+    if attention_type == "ring":
+        from dilated_attention_pytorch._old.ring import RingDilatedAttentionProduction
+
+        return RingDilatedAttentionProduction(**pattern, **kwargs)
+    if "attention_dropout" in kwargs:
+        kwargs["dropout"] = kwargs.pop("attention_dropout")
+    return ImprovedDilatedAttention(**pattern, **kwargs)
+
+
+def create_multihead_dilated_attention(
+    attention_type: str = "auto",
+    embed_dim: int = 768,
+    num_heads: int = 12,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    multihead_config: MultiheadConfig | None = None,
+    attention_config: DilatedAttentionConfig | None = None,
+    **kwargs: Any,
+) -> Any:
+    """0.2's factory: a `MultiheadDilatedAttention`, or a `RingDistributedDilatedAttention` for `"ring"`."""
+    check_type(attention_type)
+    values: dict[str, Any] = {"embed_dim": embed_dim, "num_heads": num_heads}
+    values |= _pattern(segment_lengths, dilation_rates)
+    for config in (attention_config, multihead_config):
+        if config is not None:
+            # What says nothing about the module is left out, so that it need not be ignored aloud.
+            defaults = {field.name: field.default for field in fields(config)}
+            values |= {name: value for name, value in asdict(config).items() if value != defaults[name]}
+    values |= kwargs
+    if attention_type == "ring":
+        from dilated_attention_pytorch._old.ring_multihead import RingMultiheadDilatedAttentionHybrid
+
+        return RingMultiheadDilatedAttentionHybrid(**{"layer_norm": True, **values})
+    # Only "standard" returned a tensor.
+    kind = MultiheadDilatedAttention02 if attention_type == "standard" else ImprovedMultiheadDilatedAttention
+    return kind(**values)
+
+
+def check_type(attention_type: str) -> None:
+    """Raises for a kind of attention that there is none of."""
+    if attention_type in (*_PLAIN, "ring"):
+        return
+    sparse = ": block-sparse attention is not dilated attention and has no successor"
+    raise ValueError(
+        f"expected attention_type to be one of {[*_PLAIN, 'ring']}, got {attention_type!r}"
+        f"{sparse if str(attention_type).startswith('block_sparse') else ''}"
+    )
+
+
+def _pattern(segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None) -> dict[str, Any]:
+    return {
+        "segment_lengths": [2048, 4096, 8192] if segment_lengths is None else segment_lengths,
+        "dilation_rates": [1, 2, 4] if dilation_rates is None else dilation_rates,
+    }

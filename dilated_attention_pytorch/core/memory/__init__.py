@@ -1,0 +1,1 @@
+"""Buffers that keep their address and their place: see `unified_pool`."""

@@ -1,0 +1,121 @@
+"""What a strategy is asked for, and what it may ask for itself. Called with the pool's lock held."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol
+
+from dilated_attention_pytorch.core.memory.blocks import Allocation, Block, Place, Uses
+
+Ready = Callable[[Block], bool]
+
+
+class Exhausted(Exception):
+    """No raw memory: the pool's limit or the system's. The pool makes an error for users of it."""
+
+
+class Source(Protocol):
+    """Where a strategy gets raw memory."""
+
+    place: Place
+
+    def node(self) -> int | None:
+        """The NUMA node for the caller's memory; None where there is no choice."""
+
+    def allocate(self, size: int, node: int | None = None) -> Allocation:
+        """Raw memory; raises `Exhausted`."""
+
+    def free(self, allocation: Allocation, uses: Uses) -> None:
+        """Gives raw memory back once its uses are over."""
+
+    def settle(self, block: Block) -> None:
+        """Forgets uses that are over."""
+
+
+class Strategy(ABC):
+    """Keeps the free blocks of one place and decides what to take from the system.
+
+    Args:
+        source: where raw memory comes from.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @abstractmethod
+    def find(self, size: int, ready: Ready | None) -> Block | None:
+        """Takes a free block of at least `size` bytes; with `ready`, one of those that it accepts."""
+
+    @abstractmethod
+    def grow(self, size: int) -> Block:
+        """Takes a block from new raw memory; raises `Exhausted`."""
+
+    @abstractmethod
+    def give(self, block: Block) -> None:
+        """Takes back a block that `find` or `grow` gave."""
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Gives all raw memory back that no lent block lies in."""
+
+    @abstractmethod
+    def free_blocks(self) -> Iterator[Block]:
+        """Every free block."""
+
+    def describe(self) -> str:
+        """What it is doing, in a line."""
+        return self.name
+
+
+class SizedStrategy(Strategy):
+    """One allocation a block, and a list of free blocks for every size."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._free: dict[int, list[Block]] = {}
+
+    @abstractmethod
+    def rounded(self, size: int) -> int:
+        """The size of the block that serves a request."""
+
+    def find(self, size: int, ready: Ready | None) -> Block | None:
+        """See `Strategy`."""
+        blocks = self._free.get(self.rounded(size), [])
+        if ready is None:
+            # The one released first, whose uses end first.
+            chosen = 0 if blocks else None
+        else:
+            # The one released last, which caches may still hold.
+            chosen = next((i for i in reversed(range(len(blocks))) if ready(blocks[i])), None)
+        if chosen is None:
+            return None
+        block = blocks.pop(chosen)
+        if not blocks:
+            del self._free[block.size]
+        block.free = False
+        return block
+
+    def grow(self, size: int) -> Block:
+        """See `Strategy`."""
+        allocation = self.source.allocate(self.rounded(size))
+        return Block(allocation, 0, allocation.size, self, dict(allocation.uses))
+
+    def give(self, block: Block) -> None:
+        """See `Strategy`."""
+        assert block.owner is self and not block.free
+        block.free = True
+        self._free.setdefault(block.size, []).append(block)
+
+    def trim(self) -> None:
+        """See `Strategy`."""
+        for block in self.free_blocks():
+            self.source.free(block.allocation, block.uses)
+        self._free.clear()
+
+    def free_blocks(self) -> Iterator[Block]:
+        """See `Strategy`."""
+        for blocks in self._free.values():
+            yield from blocks

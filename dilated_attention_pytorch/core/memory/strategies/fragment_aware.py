@@ -1,0 +1,131 @@
+"""Slabs, best fit, coalescing."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from typing import ClassVar
+
+from dilated_attention_pytorch.core.memory.blocks import Block, aligned, merged
+from dilated_attention_pytorch.core.memory.strategies.base import Exhausted, Ready, Source, Strategy
+
+_UNIT = 1 << 20  # slabs are whole MiB
+_LARGEST_SLAB = 256 << 20  # unless one request needs more
+
+
+def _key(block: Block) -> tuple[int, int, int]:
+    """Smallest first; of equal ones always the same order, so that a replay repeats itself."""
+    return (block.size, block.allocation.number, block.offset)
+
+
+class FragmentAwareStrategy(Strategy):
+    """Cuts blocks from slabs: the smallest free one that fits, its rest stays free, free neighbours join.
+
+    For many sizes with lifetimes that overlap. Neighbours join at once when the same streams used them last;
+    otherwise when a request finds nothing else, because the joined block has to wait for both. A slab is as large as
+    a quarter of what is held already, between 1 and 256 MiB.
+    """
+
+    name: ClassVar[str] = "fragment_aware"
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._free: list[Block] = []  # sorted by _key
+        self._held = 0
+
+    def find(self, size: int, ready: Ready | None) -> Block | None:
+        """See `Strategy`."""
+        if ready is None:
+            self._join_everything()
+        size = aligned(size)
+        for i in range(bisect_left(self._free, size, key=lambda block: block.size), len(self._free)):
+            if ready is None or ready(self._free[i]):
+                return self._cut(self._free.pop(i), size)
+        return None
+
+    def grow(self, size: int) -> Block:
+        """See `Strategy`."""
+        size = aligned(size)
+        slab = max(size, min(self._held // 4, _LARGEST_SLAB))
+        slab = -(-slab // _UNIT) * _UNIT
+        try:
+            allocation = self.source.allocate(slab)
+        except Exhausted:
+            if slab == size:
+                raise
+            allocation = self.source.allocate(size)
+        self._held += allocation.size
+        return self._cut(Block(allocation, 0, allocation.size, self, dict(allocation.uses)), size)
+
+    def give(self, block: Block) -> None:
+        """See `Strategy`."""
+        assert block.owner is self and not block.free
+        block.free = True
+        self.source.settle(block)
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free:
+                self.source.settle(neighbour)
+                if neighbour.uses.keys() == block.uses.keys():
+                    self._drop(neighbour)
+                    block = _joined(block, neighbour)
+        insort(self._free, block, key=_key)
+
+    def trim(self) -> None:
+        """See `Strategy`."""
+        self._join_everything()
+        kept = []
+        for block in self._free:
+            if block.before is None and block.after is None:
+                self._held -= block.allocation.size
+                self.source.free(block.allocation, block.uses)
+            else:
+                kept.append(block)
+        self._free = kept
+
+    def free_blocks(self) -> Iterator[Block]:
+        """See `Strategy`."""
+        return iter(self._free)
+
+    def _cut(self, block: Block, size: int) -> Block:
+        """Keeps what exceeds the size."""
+        block.free = False
+        if block.size > size:
+            rest = Block(
+                block.allocation,
+                block.offset + size,
+                block.size - size,
+                self,
+                dict(block.uses),
+                True,
+                block,
+                block.after,
+            )
+            if block.after is not None:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            insort(self._free, rest, key=_key)
+        return block
+
+    def _drop(self, block: Block) -> None:
+        del self._free[bisect_left(self._free, _key(block), key=_key)]
+
+    def _join_everything(self) -> None:
+        """Joins all free neighbours, whoever used them."""
+        starts = [b for b in self._free if b.before is None or not b.before.free]
+        for block in starts:
+            while block.after is not None and block.after.free:
+                self._drop(block.after)
+                self._drop(block)
+                block = _joined(block, block.after)
+                insort(self._free, block, key=_key)
+
+
+def _joined(a: Block, b: Block) -> Block:
+    """One block of two neighbours, neither of which is in the list of free ones."""
+    first, second = (a, b) if a.offset < b.offset else (b, a)
+    first.uses = merged(first.uses, second.uses)
+    first.size += second.size
+    first.after = second.after
+    if first.after is not None:
+        first.after.before = first
+    return first

@@ -1,0 +1,325 @@
+"""`UnifiedMemoryPool`: memory that is used again at the same address, in the right order, and accounted for."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core.memory import stats as figures
+from dilated_attention_pytorch.core.memory.arena import Arena, Budget
+from dilated_attention_pytorch.core.memory.blocks import Block, Place
+from dilated_attention_pytorch.core.memory.events import EventLog
+from dilated_attention_pytorch.core.memory.handle import Handle, Ticket
+from dilated_attention_pytorch.core.memory.runtime import Runtime, TorchRuntime
+from dilated_attention_pytorch.core.memory.stats import PoolStats
+from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
+from dilated_attention_pytorch.core.memory.strategies.base import Exhausted
+
+
+class PoolExhausted(MemoryError):
+    """No memory within the pool's limit, or none left in the system; the message names who holds most."""
+
+
+class UnifiedMemoryPool:
+    """Lends buffers that keep their address and their place: exchange buffers, workspaces of graphs, pinned staging.
+
+    PyTorch pools device memory already. Activations, small tensors and anything that autograd saves do better there:
+    this pool may lend a block again as soon as its handle is released. Blocks are never filled unless asked, never
+    lent twice at
+    a time, and reused in the order of streams: at once on the stream that used them last, after a wait on another.
+    Any thread may borrow and release; a forked child begins with an empty pool. During the capture of a CUDA graph
+    the graph's own memory serves, so a workspace that must keep its address is borrowed before and held as long as
+    the graph is.
+
+    Args:
+        strategy: `"simple"` keeps exact sizes, `"bucketed"` size classes, `"fragment_aware"` slabs with best fit and
+            coalescing, `"numa"` an arena a NUMA node, `"adaptive"` chooses among them from what it sees.
+        limit: bytes the pool may hold over all devices; None for no limit.
+        runtime: what stands between the pool and the devices; for tests.
+
+    Raises:
+        ValueError: an unknown strategy, a limit that is not positive.
+        TypeError: a limit that is no int.
+
+    Example:
+        >>> pool = UnifiedMemoryPool("bucketed", limit=2**20)
+        >>> with pool.borrow((4, 8), torch.float32, "cpu", purpose="rows") as handle:
+        ...     handle.tensor.fill_(1.0).sum().item()
+        32.0
+        >>> pool.stats().current, pool.stats().misses
+        (0, 1)
+    """
+
+    def __init__(self, strategy: str = "adaptive", limit: int | None = None, *, runtime: Runtime | None = None) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"expected strategy to be one of {list(STRATEGIES)}, got {strategy!r}")
+        if limit is not None:
+            if isinstance(limit, bool) or not isinstance(limit, int):
+                raise TypeError(f"expected limit to be an int of bytes or None, got {type(limit).__name__} {limit!r}")
+            if limit <= 0:
+                raise ValueError(f"expected limit to be positive, got {limit}")
+        self.strategy = strategy
+        self.limit = limit
+        self._given_runtime = runtime
+        self._begin()
+        _pools.add(self)
+
+    def _begin(self) -> None:
+        """Empty: at the start, and in a forked child."""
+        self._lock = threading.Lock()
+        self._runtime: Runtime = TorchRuntime() if self._given_runtime is None else self._given_runtime
+        self._budget = Budget(self.limit)
+        self._arenas: dict[Place, Arena] = {}
+        self._live: dict[int, Ticket] = {}
+        self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()  # by id of the tensor
+        self._borrows = 0
+        self._ledger = PoolStats()
+        self._log: EventLog | None = None
+        self.dropped: deque[int] = deque()  # numbers of handles that went without a release; no lock guards it
+
+    def borrow(
+        self,
+        shape: int | Sequence[int],
+        dtype: torch.dtype,
+        device: str | torch.device,
+        purpose: str = "unnamed",
+        *,
+        pinned: bool = False,
+        zero: bool = False,
+    ) -> Handle:
+        """Lends a contiguous tensor, not filled; ready for work on the current stream of its device.
+
+        Args:
+            shape: of the tensor.
+            dtype: of its elements.
+            device: `"cpu"` or a CUDA device.
+            purpose: what statistics and errors call it.
+            pinned: page-locked host memory (`device="cpu"`); ordinary memory where there is no CUDA.
+            zero: fill it with zeros.
+
+        Returns:
+            The handle, a context manager with `tensor` and `release`.
+
+        Raises:
+            TypeError: an argument of the wrong type.
+            ValueError: a negative size, a device that is not there, pinned memory on a device.
+            PoolExhausted: over the limit even after trimming, or out of memory.
+        """
+        sizes = _sizes(shape)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
+        if not isinstance(device, str | torch.device):
+            raise TypeError(f"expected device to be a str or torch.device, got {type(device).__name__} {device!r}")
+        if not isinstance(purpose, str):
+            raise TypeError(f"expected purpose to be a str, got {type(purpose).__name__} {purpose!r}")
+        place = self._runtime.place(torch.device(device), pinned)
+        size = math.prod(sizes) * dtype.itemsize
+        if self._runtime.capturing(place):
+            tensor = torch.empty(sizes, dtype=dtype, device=place.device, pin_memory=pinned)
+            with self._lock:
+                self._ledger.bypassed += 1
+            handle = Handle(self, Ticket(-1, None, None, size, purpose, None), tensor)
+        else:
+            with self._lock:
+                self._take_dropped()
+                handle = self._lend(place, sizes, dtype, size, purpose)
+        if zero:
+            handle.tensor.zero_()
+        return handle
+
+    def release(self, tensor: Tensor, stream: Hashable | Iterable[Hashable] | None = None) -> None:
+        """Releases the handle whose tensor this is.
+
+        Args:
+            tensor: the very object that a live handle of this pool lends.
+            stream: as in `Handle.release`.
+
+        Raises:
+            ValueError: a tensor that is not lent by this pool, or not any more.
+        """
+        handle = self._handles.get(id(tensor))
+        if handle is None or handle.released or handle.tensor is not tensor:
+            raise ValueError(
+                "expected a tensor that this pool lends, the object itself, got one that is foreign or already "
+                f"released: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+            )
+        handle.release(stream)
+
+    def stats(self) -> PoolStats:
+        """A snapshot of everything counted."""
+        with self._lock:
+            self._take_dropped()
+            result = self._ledger.copy()
+            result.reserved, result.peak_reserved = self._budget.reserved, self._budget.peak
+            unusable = 0
+            for place, arena in self._arenas.items():
+                some, free = figures.fragmentation((b.size for b in arena.strategy.free_blocks()), arena.recent)
+                unusable += some
+                result.free += free
+                result.strategies[str(place)] = arena.strategy.describe()
+            result.fragmentation = unusable / result.free if result.free else 0.0
+            return result
+
+    def report(self) -> str:
+        """The statistics as a table."""
+        return figures.table(self.stats(), self.limit)
+
+    def trim(self) -> int:
+        """Gives the memory back that no handle needs, after the work that still uses it; returns the bytes."""
+        with self._lock:
+            self._take_dropped()
+            return self._trim()
+
+    @contextmanager
+    def record(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Writes every event inside the `with` to a file of JSON lines, which `core.memory.replay` plays again.
+
+        Args:
+            path: of the file, which is written anew.
+
+        Raises:
+            ValueError: a recording is under way.
+        """
+        with self._lock:
+            if self._log is not None:
+                raise ValueError(f"expected no recording under way, got one into {str(self._log.path)!r}")
+            log = self._log = EventLog(path, self.strategy, self.limit)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._log = None
+            log.close()
+
+    def __repr__(self) -> str:
+        return f"UnifiedMemoryPool(strategy={self.strategy!r}, limit={self.limit})"
+
+    # With the lock held.
+
+    def _lend(self, place: Place, sizes: tuple[int, ...], dtype: torch.dtype, size: int, purpose: str) -> Handle:
+        arena = self._arenas.get(place)
+        if arena is None:
+            arena = self._arenas[place] = Arena(place, self._runtime, STRATEGIES[self.strategy], self._budget)
+        stream = arena.stream()
+        block, hit, waited = (None, True, False) if size == 0 else self._take(arena, size, stream, purpose)
+        if block is None:
+            tensor, given = torch.empty(sizes, dtype=dtype, device=self._runtime.empty_device(place)), 0
+        else:
+            tensor, given = block.view(size).view(dtype).view(sizes), block.size
+            arena.recent.append(size)
+        self._borrows += 1
+        ticket = Ticket(self._borrows, arena, block, size, purpose, stream)
+        self._live[ticket.number] = ticket
+        for counts in self._ledger.tables(purpose, str(place)):
+            counts.lend(size, given, hit=hit, waited=waited)
+        if self._log is not None:
+            self._log.borrow(ticket, place, hit=hit, waited=waited)
+        handle = Handle(self, ticket, tensor)
+        self._handles[id(tensor)] = handle
+        return handle
+
+    def _take(self, arena: Arena, size: int, stream: Hashable, purpose: str) -> tuple[Block, bool, bool]:
+        try:
+            return arena.take(size, stream)
+        except Exhausted:
+            block = arena.take_waiting(size)
+        if block is not None:
+            return block, True, True
+        self._trim()
+        try:
+            return arena.take(size, stream)
+        except Exhausted as error:
+            limit = "no limit" if self.limit is None else f"a limit of {self.limit} bytes"
+            raise PoolExhausted(
+                f"expected {size} bytes for {purpose!r} on {arena.place} to fit into {limit} beside the "
+                f"{self._budget.reserved} bytes held; refused by {error}. Largest owners: "
+                f"{figures.owners(self._ledger.by_purpose)}"
+            ) from error
+
+    def _release(self, handle: Handle, stream: Hashable | Iterable[Hashable] | None) -> None:
+        """`Handle.release`, which takes the lock here."""
+        with self._lock:
+            ticket, arena = handle._ticket, handle._ticket.arena
+            if handle._tensor is None:
+                return
+            # Handles that came over a fork, or that serve a graph, have nothing to give back.
+            if arena is not None and self._live.get(ticket.number) is ticket:
+                if ticket.block is not None and self._runtime.capturing(arena.place):
+                    raise RuntimeError(
+                        f"expected {ticket.purpose!r}, borrowed before the capture of a graph, to be held as long as "
+                        "the graph is, got a release during the capture"
+                    )
+                if stream is None:
+                    streams: Iterable[Hashable] = {ticket.stream, arena.stream()}
+                elif isinstance(stream, list | tuple | set | frozenset):
+                    streams = stream
+                else:
+                    streams = [cast(Hashable, stream)]
+                self._take_back(ticket, arena, streams)
+            handle._finalizer.detach()
+            self._handles.pop(id(handle._tensor), None)
+            handle._tensor = None
+
+    def _take_back(self, ticket: Ticket, arena: Arena, streams: Iterable[Hashable] | None) -> None:
+        del self._live[ticket.number]
+        given = 0
+        if ticket.block is not None:
+            given = ticket.block.size
+            arena.give(ticket.block, ticket.stream, streams)
+        for counts in self._ledger.tables(ticket.purpose, str(arena.place)):
+            counts.take_back(ticket.size, given)
+        if self._log is not None:
+            self._log.release(ticket, streams)
+
+    def _take_dropped(self) -> None:
+        """Takes back the blocks of handles that were dropped, unless a graph is being captured."""
+        while self.dropped:
+            ticket = self._live.get(self.dropped[0])
+            if ticket is not None and ticket.arena is not None:
+                if self._runtime.capturing(ticket.arena.place):
+                    return
+                self._take_back(ticket, ticket.arena, None)
+                self._ledger.dropped += 1
+            self.dropped.popleft()
+
+    def _trim(self) -> int:
+        before = self._budget.reserved
+        for arena in self._arenas.values():
+            arena.trim()
+        self._ledger.trims += 1
+        if self._log is not None:
+            self._log.trim()
+        return before - self._budget.reserved
+
+
+def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
+    sizes = (shape,) if isinstance(shape, int) else shape
+    if not isinstance(sizes, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+        raise TypeError(f"expected shape to be a sequence of ints, got {shape!r}")
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"expected shape to have no negative size, got {tuple(sizes)}")
+    return tuple(sizes)
+
+
+_pools: weakref.WeakSet[UnifiedMemoryPool] = weakref.WeakSet()
+# A child's copies of its parent's raw memory. Freeing them would call a CUDA that a child may not touch.
+_inherited: list[object] = []
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        _inherited.append((pool._arenas, pool._live, pool._runtime, pool._log))
+        pool._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

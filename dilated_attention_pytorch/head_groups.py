@@ -1,0 +1,267 @@
+"""Each head takes one branch: the layout of 0.1 with a softmax that is right, and the switch that makes it usual.
+
+In a branch alone, with one offset o, the members of a segment are dense: slot j of segment s is position
+`s * w + o + j * r`. So the members are taken out as one sequence of rate 1, whose segments are as long as a segment has
+members, and any backend attends to that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch._deprecated import warn_user
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.functional import dilated_attention, in_autocast_dtype
+from dilated_attention_pytorch.types import Backend
+
+ENVIRONMENT = "DILATED_ATTENTION_LEGACY"
+_WARNING = (
+    "is on: modules made now give each head one branch, as 0.1 did (head_groups=True), where LongNet gives each head "
+    "all of them. Attention itself is computed right, which 0.1's was not: see docs/migration.md"
+)
+_legacy: ContextVar[bool] = ContextVar("legacy", default=False)
+_warned = False  # of the environment, once a process
+
+
+@contextmanager
+def legacy_mode() -> Iterator[None]:
+    """While it is on, modules are made with 0.1's defaults: `head_groups=True`, extra heads to the first branches.
+
+    The environment variable `DILATED_ATTENTION_LEGACY=1` does the same for the whole process. Both warn. What 0.1
+    computed wrongly stays mended, so numbers differ from 0.1's.
+
+    Returns:
+        A context manager; modules made inside keep the layout outside.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(action="ignore"), legacy_mode():
+        ...     attention = DilatedAttention([128, 512], [1, 4])
+        >>> attention.head_groups
+        True
+    """
+    warnings.warn(f"legacy_mode {_WARNING}", FutureWarning, stacklevel=3)
+    token = _legacy.set(True)
+    try:
+        yield
+    finally:
+        _legacy.reset(token)
+
+
+def head_groups_by_default() -> bool:
+    """Whether legacy mode is on, by the context or the environment."""
+    if _legacy.get():
+        return True
+    value = os.environ.get(ENVIRONMENT, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"expected the environment variable {ENVIRONMENT} to be 0 or 1, got {value!r}")
+    global _warned
+    if value == "1" and not _warned:
+        warn_user(f"{ENVIRONMENT}=1 {_WARNING}", FutureWarning)
+        _warned = True
+    return value == "1"
+
+
+def head_runs(num_heads: int, num_branches: int) -> list[slice]:
+    """The consecutive heads of each branch; the first branches have one more where they do not divide."""
+    size, extra = divmod(num_heads, num_branches)
+    ends = [i * size + min(i, extra) for i in range(num_branches + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
+class _Members(NamedTuple):
+    """The positions of a branch that one offset keeps."""
+
+    length: int
+    rate: int
+    offset: int
+
+    @property
+    def per_segment(self) -> int:
+        """How many a whole segment has."""
+        return max(0, -(-(self.length - self.offset) // self.rate))
+
+    def before(self, position: int) -> int:
+        """How many stand before a position."""
+        inside = position % self.length  # not divmod, which torch.compile does not know of symbolic lengths
+        return position // self.length * self.per_segment + max(0, -(-(inside - self.offset) // self.rate))
+
+    def of(self, positions: Tensor) -> Tensor:
+        """Which of these positions they are; none of the negative ones."""
+        return ((positions % self.length) % self.rate == self.offset) & (positions >= 0)
+
+    def rows(self, start: int, count: int, device: torch.device) -> slice | Tensor:
+        """Their rows in a tensor of the positions `[start, start + count)`."""
+        if self.length % self.rate == 0:  # then they are equally far apart, and a view takes them
+            return slice((self.offset - start) % self.rate, count, self.rate)
+        # Counted, not searched for: nothing here waits for the device.
+        members = torch.arange(self.before(start), self.before(start + count), device=device)
+        inside = members % self.per_segment * self.rate + self.offset
+        return members // self.per_segment * self.length + inside - start
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    row_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    q_start: int = 0,
+    k_start: int = 0,
+    seq_len: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Dilated attention where run i of `head_runs` takes branch i alone, with offset `i mod r_i`.
+
+    Arguments, results and errors are those of `dilated_attention`, except that `row_start` takes whole sequences and no
+    mask beside it.
+    """
+    packed = cu_seqlens is not None
+    q, k, v = in_autocast_dtype(q, k, v)
+    check.check_qkv(q, k, v, packed=packed)
+    ranges = _checked_ranges(q, k, key_padding_mask, row_start, cu_seqlens, q_start, k_start, seq_len)
+    branches = list(zip(segment_lengths, dilation_rates, strict=True))
+    ratio = q.shape[-2] // k.shape[-2]
+    parts = []
+    for i, run in enumerate(head_runs(k.shape[-2], len(branches))):
+        if run.start == run.stop:
+            continue
+        length, rate = branches[i]
+        members = _Members(length, rate, i % rate)
+        heads = q[..., run.start * ratio : run.stop * ratio, :], k[..., run, :], v[..., run, :]
+        if members.per_segment == 0:
+            parts.append(torch.zeros_like(heads[0]))
+            continue
+        options = {
+            "segment_lengths": [members.per_segment],
+            "dilation_rates": [1],
+            "is_causal": is_causal,
+            "scale": scale,
+            "dropout_p": dropout_p,
+            # Runs of heads count from 0 each, so one seed would drop the same weights in all of them.
+            "seed": _next_seed(seed, i),
+            "backend": backend,
+        }
+        if cu_seqlens is not None:
+            parts.append(_packed(heads, members, cu_seqlens, options))
+        elif row_start is not None:
+            parts.append(_left_padded(heads, members, row_start, options))
+        else:
+            parts.append(_ranged(heads, members, key_padding_mask, *ranges, options))
+    return torch.cat(parts, dim=-2)
+
+
+_Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def _ranged(
+    heads: _Heads,
+    members: _Members,
+    key_padding_mask: Tensor | None,
+    q_start: int,
+    k_start: int,
+    seq_len: int,
+    options: dict[str, Any],
+) -> Tensor:
+    q, k, v = heads
+    q_rows = members.rows(q_start, q.shape[1], q.device)
+    k_rows = members.rows(k_start, k.shape[1], k.device)
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[:, members.rows(0, seq_len, q.device)]
+    found = dilated_attention(
+        q[:, q_rows],
+        k[:, k_rows],
+        v[:, k_rows],
+        key_padding_mask=key_padding_mask,
+        q_start=members.before(q_start),
+        k_start=members.before(k_start),
+        seq_len=members.before(seq_len),
+        **options,
+    )
+    out = torch.zeros_like(q)
+    out[:, q_rows] = found
+    return out
+
+
+def _packed(heads: _Heads, members: _Members, cu_seqlens: Tensor, options: dict[str, Any]) -> Tensor:
+    bounds = cu_seqlens.long()
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
+    positions = torch.arange(heads[0].shape[0], device=starts.device) - starts
+    return _taken(heads, members.of(positions).to(heads[0].device), bounds, options)
+
+
+def _left_padded(heads: _Heads, members: _Members, row_start: Tensor, options: dict[str, Any]) -> Tensor:
+    """Rows that start at different positions are sequences of different lengths, packed."""
+    batch, length = heads[0].shape[:2]
+    positions = torch.arange(length, device=row_start.device) - row_start[:, None].long()
+    bounds = torch.arange(batch + 1, device=row_start.device) * length
+    q, k, v = (x.flatten(0, 1) for x in heads)
+    out: Tensor = _taken((q, k, v), members.of(positions).flatten().to(q.device), bounds, options)
+    return out.view(batch, length, *out.shape[1:])
+
+
+def _taken(heads: _Heads, are_members: Tensor, bounds: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attention among the members of each packed sequence, and 0 elsewhere."""
+    rows = are_members.nonzero().flatten()
+    before = torch.nn.functional.pad(are_members.cumsum(0), (1, 0))
+    q, k, v = (x[rows] for x in heads)
+    out = torch.zeros_like(heads[0])
+    out[rows] = dilated_attention(q, k, v, cu_seqlens=before[bounds.to(before.device)], **options)
+    return out
+
+
+def _next_seed(seed: int | Tensor | None, i: int) -> int | Tensor | None:
+    if seed is None or isinstance(seed, Tensor):
+        return None if seed is None else seed + i
+    return (check.check_int("seed", seed, -(2**63)) + i + 2**63) % 2**64 - 2**63
+
+
+def _checked_ranges(
+    q: Tensor,
+    k: Tensor,
+    key_padding_mask: Tensor | None,
+    row_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    q_start: int,
+    k_start: int,
+    seq_len: int | None,
+) -> tuple[int, int, int]:
+    """What the calls on members could only name in their own terms; the ranges, with the length filled in."""
+    q_start, k_start = check.check_int("q_start", q_start, 0), check.check_int("k_start", k_start, 0)
+    if cu_seqlens is not None:
+        if any(x is not None for x in (key_padding_mask, row_start, seq_len)) or q_start or k_start:
+            raise ValueError("expected cu_seqlens alone, got it beside a mask, row_start or a range")
+        check.check_cu_seqlens(cu_seqlens, q.shape[0])
+        check.check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[0])
+        return 0, 0, q.shape[0]
+    end = max(q_start + q.shape[1], k_start + k.shape[1])
+    seq_len = end if seq_len is None else check.check_int("seq_len", seq_len, 0)
+    if seq_len < end:
+        raise ValueError(f"expected seq_len of at least {end}, where queries and keys end, got {seq_len}")
+    if key_padding_mask is not None:
+        check.check_key_padding_mask(key_padding_mask, q.shape[0], seq_len, q.device)
+    if row_start is not None:
+        check.check_row_start(row_start, q.shape[0])
+        if key_padding_mask is not None or (q_start, k_start, k.shape[1]) != (0, 0, q.shape[1]) or seq_len != end:
+            raise ValueError(
+                "expected row_start with whole sequences and without key_padding_mask where head_groups=True, got a "
+                "range or a mask beside it"
+            )
+    return q_start, k_start, seq_len

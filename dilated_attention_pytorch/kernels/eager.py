@@ -1,0 +1,79 @@
+"""Calls of a kind that was seen before, without what only a first call needs.
+
+On a short sequence the host decides the time: validating a call takes longer than its kernel, and so does an op's way
+through PyTorch's dispatcher. Neither can turn out otherwise for a second call of the same kind. So a call that nothing
+watches (no gradient, no compiler, no mode or transform) and whose kind is known goes to its kernels directly; every
+other call goes through the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels import ops
+
+Repeat = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+_KEPT = 512  # kinds; sequence lengths may never repeat
+_known: dict[Hashable, Repeat] = {}
+
+
+def kind_of(
+    q: Tensor, k: Tensor, v: Tensor, segment_lengths: Sequence[int], dilation_rates: Sequence[int], *settings: Any
+) -> Hashable | None:
+    """What a call's validation and launches depend on; None for a call that has to go through the op.
+
+    Args:
+        q, k, v, segment_lengths, dilation_rates: as the user gave them, which may be anything.
+        settings: every other argument. Values that are equal (1 and True) are of one kind: they mean the same call.
+    """
+    if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor or _watched(q, k, v):
+        return None
+    if not isinstance(segment_lengths, list | tuple) or not isinstance(dilation_rates, list | tuple):
+        return None
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:  # a kernel may be compiled for less alignment
+        return None
+    tensors = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype
+    kind = (tensors, q.device, k.device, v.device, tuple(segment_lengths), tuple(dilation_rates), settings)
+    try:
+        hash(kind)
+    except TypeError:  # a list among the lengths, say: validation has an opinion on it
+        return None
+    return kind
+
+
+def repeat(kind: Hashable | None) -> Repeat | None:
+    """What computes out and lse for calls of a kind; None where it was not seen."""
+    return None if kind is None else _known.get(kind)
+
+
+def remember(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> None:
+    """Keeps how a call was computed that went through validation and the op."""
+    if kind is None or problem.dropout_p > 0.0:
+        return
+    again = ops.repeater(q, k, v, problem, backend)
+    if again is not None:
+        if len(_known) >= _KEPT:
+            _known.pop(next(iter(_known)), None)
+        _known[kind] = again
+
+
+def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether something beside the caller wants to know of the call: the op's dispatch tells it."""
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(q.device.type)
+        or q.is_meta
+        or (q.is_cuda and q.device.index != torch.cuda.current_device())
+    )

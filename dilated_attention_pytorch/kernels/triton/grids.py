@@ -1,0 +1,91 @@
+"""The programs that a launch has, and what masks and packing add to it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
+
+
+class Layout(NamedTuple):
+    """Where a call's rows lie: the arguments that masks and packing add to a kernel."""
+
+    key_mask: Tensor | None
+    row_start: Tensor | None
+    cu_seqlens: Tensor | None
+    seed: Tensor | None
+
+
+class Grid(NamedTuple):
+    """The programs of one branch.
+
+    Attributes:
+        num_sequences: rows of the batch, or packed sequences.
+        num_segments: segments of each that the range may touch.
+        num_tiles: tiles of each segment; of all sequences together when packed.
+        tile_ends: when packed, how many tiles the sequences up to each have; int32 on the device.
+        programs: number of programs for one head.
+    """
+
+    num_sequences: int
+    num_segments: int
+    num_tiles: int
+    tile_ends: Tensor | None
+    programs: int
+
+
+def layout_of(
+    q: Tensor,
+    problem: Problem,
+    key_padding_mask: Tensor | None,
+    row_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+) -> Layout:
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.contiguous().view(torch.uint8)
+    if row_start is not None:
+        row_start = row_start.to(q.device)
+    if cu_seqlens is not None:
+        if not cu_seqlens.is_cuda:  # on the device, reading it would make the host wait
+            check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
+        cu_seqlens = cu_seqlens.to(q.device)
+    return Layout(key_padding_mask, row_start, cu_seqlens, None if seed is None else seed.to(q.device))
+
+
+def grid_of(problem: Problem, layout: Layout, branch: int, batch: int, count: int, tile: int, *, by_keys: bool) -> Grid:
+    length, rate = segment_length(problem, branch), problem.pattern.dilation_rates[branch]
+    if layout.cu_seqlens is not None:
+        return _packed_grid(layout.cu_seqlens, length, rate, tile, count)
+    start = problem.k_start if by_keys else problem.q_start
+    if layout.row_start is not None:
+        # Positions move down by row_start, to anywhere in [0, start]: the range may touch one segment more.
+        num_segments = triton.cdiv(count, length) + (1 if start else 0)
+    else:
+        num_segments = (start + count - 1) // length - start // length + 1
+    slots = triton.cdiv(min(length, count), rate)
+    num_tiles = triton.cdiv(slots, tile)
+    return Grid(batch, num_segments, num_tiles, None, batch * num_segments * num_tiles)
+
+
+def _packed_grid(cu_seqlens: Tensor, length: int, rate: int, tile: int, total: int) -> Grid:
+    """Tiles of every sequence, counted on the device without waiting for it; the host only bounds their number."""
+    lengths = cu_seqlens.diff()
+    segment = lengths.clamp(1, length)
+    tiles = (
+        (lengths + segment - 1) // segment * ((segment + rate - 1) // rate + tile - 1).div(tile, rounding_mode="floor")
+    )
+    num_sequences = lengths.numel()
+    # A sequence of n has at most 2n / g segments (n >= g), each of at most g / (rate * tile) + 1 tiles.
+    bound = 2 * total // (rate * tile) + total // length + 2 * num_sequences + 1
+    return Grid(num_sequences, 1, bound, tiles.cumsum(0).to(torch.int32), bound)
+
+
+def segment_length(problem: Problem, branch: int) -> int:
+    """A segment length that int32 arithmetic can take: one beyond the sequence is as good as the sequence's."""
+    return min(problem.pattern.segment_lengths[branch], max(1, problem.seq_len))

@@ -1,0 +1,103 @@
+"""What a ring will move and compute, rank by rank, before anything runs; and shards that share the work."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.ring_attention.plan import RingPlan, unit_bytes
+
+
+class Share(NamedTuple):
+    """One rank's part of one layer's forward.
+
+    Attributes:
+        start: first position of the shard.
+        stop: the position after its last.
+        received: bytes of K and V that arrive. The backward sends as many gradients back, at their own width.
+        sent: bytes of K and V that leave.
+        dense: bytes that would arrive if every rank fetched all K and V.
+        pairs: (query, key) pairs that the rank computes.
+    """
+
+    start: int
+    stop: int
+    received: int
+    sent: int
+    dense: int
+    pairs: int
+
+
+def forecast(
+    pattern: DilatedPattern, bounds: Sequence[int], head_dim: int, *, batch: int = 1, element_size: int = 2,
+    is_causal: bool = False,
+) -> list[Share]:  # fmt: skip
+    """Each rank's part of a forward over shards with these bounds.
+
+    Args:
+        pattern: the branches, for the key/value heads.
+        bounds: where the shards start; one more entry holds the sequence's length.
+        head_dim: D.
+        batch: B.
+        element_size: bytes of a K or V element.
+        is_causal: queries see no later keys.
+    """
+    bounds = tuple(bounds)
+    seq_len = bounds[-1]
+    shares = []
+    for rank, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        plan = RingPlan(pattern, bounds, rank, is_causal)
+        dense = (seq_len - stop + start) * pattern.num_heads * unit_bytes(batch, head_dim, element_size)
+        moved = plan.received_bytes(batch, head_dim, element_size), plan.sent_bytes(batch, head_dim, element_size)
+        shares.append(
+            Share(start, stop, *moved, dense, pattern.pairs(seq_len, is_causal=is_causal, q_range=(start, stop)))
+        )
+    return shares
+
+
+def balanced_bounds(
+    pattern: DilatedPattern, seq_len: int, world_size: int, *, is_causal: bool = True, multiple: int | None = None
+) -> tuple[int, ...]:
+    """Bounds of contiguous shards whose ranks have as equal work as such bounds allow.
+
+    Under causality a later query sees more keys, so that equal shards leave the last rank with most of the work and
+    the others waiting for it. A shard that does not repeat the pattern from its start (`DilatedPattern.repeats_from`)
+    takes the slower kernels and is counted with half its work again.
+
+    Args:
+        pattern: the branches, for the key/value heads.
+        seq_len: N.
+        world_size: how many ranks share the sequence.
+        is_causal: whether queries see no later keys.
+        multiple: bounds are multiples of it; by default the longest segment that gives a rank eight, or a sixteenth
+            of an equal shard.
+
+    Returns:
+        `world_size + 1` ascending positions, from 0 to seq_len, as `RingPlan` takes them.
+
+    Example:
+        >>> from dilated_attention_pytorch import DilatedPattern
+        >>> balanced_bounds(DilatedPattern((64, 1024), (1, 1), 4), 1024, 2)
+        (0, 704, 1024)
+    """
+    if multiple is None:
+        fitting = [w for w in pattern.segment_lengths if w * 8 * world_size <= seq_len]
+        multiple = max(fitting, default=max(1, seq_len // (16 * world_size)))
+    ends = [*range(0, seq_len, multiple), seq_len]
+    before = [pattern.pairs(seq_len, is_causal=is_causal, q_range=(0, end)) for end in ends]
+
+    def work(i: int, j: int) -> float:
+        return (before[j] - before[i]) * (1.0 if pattern.repeats_from(ends[i], ends[j]) else 1.5)
+
+    # best[j]: the least that the busiest of the ranks so far can have to do, if they share everything before ends[j].
+    best, choices = [0.0] + [float("inf")] * (len(ends) - 1), []
+    for _ in range(world_size):
+        found = [min((max(best[i], work(i, j) if i < j else 0.0), -i) for i in range(j + 1)) for j in range(len(ends))]
+        choices.append([-i for _, i in found])
+        best = [value for value, _ in found]
+    bounds = [len(ends) - 1]
+    for choice in reversed(choices):
+        bounds.append(choice[bounds[-1]])
+    return tuple(ends[i] for i in reversed(bounds))

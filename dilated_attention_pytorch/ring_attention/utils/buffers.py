@@ -1,0 +1,43 @@
+"""Where exchange buffers come from: one pool a process, since their sizes return with every layer and step.
+
+What a backward will read is no exchange buffer: rows that are kept, and everything that autograd saves, are ordinary
+tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core.memory.handle import Handle
+from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
+
+
+@functools.cache
+def exchange_pool() -> UnifiedMemoryPool:
+    """The pool that ring attention's exchange buffers are borrowed from.
+
+    Its purposes are what travels and in which direction: "rows sent", "gradients received". Between steps it keeps the
+    memory; `exchange_pool().trim()` gives it back.
+
+    Returns:
+        The process's pool, with strategy "adaptive" and no limit.
+    """
+    return UnifiedMemoryPool("adaptive")
+
+
+def borrow(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, purpose: str, *, zero: bool = False
+) -> Handle:
+    """A buffer for one exchange."""
+    return exchange_pool().borrow(shape, dtype, device, purpose, zero=zero)
+
+
+def padded_mask(mask: Tensor, length: int) -> Handle:
+    """A mask `(B, n)` with False up to a length, in a buffer to be sent."""
+    buffer = borrow((mask.shape[0], length), mask.dtype, mask.device, "mask sent", zero=True)
+    buffer.tensor[:, : mask.shape[1]] = mask
+    return buffer

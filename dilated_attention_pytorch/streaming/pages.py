@@ -1,0 +1,61 @@
+"""Pages of memory-mapped files, given back to the kernel once they were read or written.
+
+What a process touches of a mapped file counts as its resident memory until the kernel wants it back. Where a tensor
+lies in a *shared* mapping of a file, dropping the pages loses nothing: the next touch finds them in the page cache or
+in the file. Any other memory (anonymous, private copies) would lose its contents, so it is left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_MAPS = Path("/proc/self/maps")
+_MADV_DONTNEED = 4  # Linux
+
+
+def in_shared_file(x: Tensor) -> bool:
+    """Whether all of the tensor's memory lies in one shared mapping of a file. False where there is no /proc."""
+    if x.numel() == 0 or x.device.type != "cpu" or not _MAPS.is_file():
+        return False
+    first, last = _extent(x)
+    for line in _MAPS.read_text().splitlines():
+        bounds, permissions, _, _, inode = line.split()[:5]
+        low, high = (int(bound, 16) for bound in bounds.split("-"))
+        if low <= first < high:
+            return last <= high and permissions[3] == "s" and inode != "0"
+    return False
+
+
+def drop(x: Tensor) -> None:
+    """Drops the pages of a view of a tensor that is `in_shared_file`, batch row by batch row."""
+    for row in x:
+        first, last = _extent(row)
+        low = first // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc().madvise(ctypes.c_void_p(low), ctypes.c_size_t(last - low), _MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Gives the kernel what the allocator keeps of freed memory, where the C library has a call for it (glibc).
+
+    Tensors below 32 MiB come from a heap that grows by fragmentation to several times what is in use.
+    """
+    give_back = getattr(_libc(), "malloc_trim", None)
+    if give_back is not None:
+        give_back(ctypes.c_size_t(0))
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses `[first, last)` that a tensor's elements span."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + span * x.element_size()
+
+
+@lru_cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
