@@ -591,16 +591,29 @@ def test_fragmentation_is_what_a_typical_request_cannot_use() -> None:
 
 
 class TestAdaptive:
+    def begun(self, pool: UnifiedMemoryPool) -> str:
+        pool.borrow(1, torch.uint8, "cpu", purpose="x").release()
+        return self.chosen(pool)
+
     def chosen(self, pool: UnifiedMemoryPool) -> str:
         return pool.stats().strategies["cpu"]
 
-    def test_few_sizes(self) -> None:
+    def test_few_sizes_held_together(self) -> None:
         pool = UnifiedMemoryPool("adaptive")
-        for _ in range(100):
+        assert "nothing seen yet" in self.begun(pool)
+        kept = pool.borrow(1_100_000, torch.uint8, "cpu", purpose="lent over the change")
+        for _ in range(40):
             held = [pool.borrow(size, torch.uint8, "cpu", purpose="x") for size in (1_100_000, 2_200_000, 4_300_000)]
             for handle in held:
                 handle.release()
         assert self.chosen(pool).startswith("adaptive: simple; of the last")
+        kept.tensor.fill_(1)
+        assert adds_up(pool).live == 1
+        reserved = pool.stats().reserved
+        kept.release()  # the strategy that was left gives it up
+        assert pool.stats().reserved < reserved
+        pool.trim()
+        assert pool.stats().reserved == 0
 
     def test_sizes_that_wobble(self) -> None:
         pool = UnifiedMemoryPool("adaptive")
@@ -611,11 +624,16 @@ class TestAdaptive:
         )
         assert pool.stats().peak_reserved < 4 << 20
 
-    def test_many_sizes_that_overlap(self) -> None:
+    def test_a_load_that_changes(self) -> None:
         pool = UnifiedMemoryPool("adaptive")
+        for _ in range(200):
+            held = [pool.borrow(size, torch.uint8, "cpu", purpose="x") for size in (1_100_000, 2_200_000, 4_300_000)]
+            for handle in held:
+                handle.release()
+        assert self.chosen(pool).startswith("adaptive: simple")
         held = []
-        for i in range(300):
-            held.append(pool.borrow(1000 + (i * 7919 % 97) ** 2 * 300, torch.uint8, "cpu", purpose="x"))
+        for i in range(1200):
+            held.append(pool.borrow(1000 + (i * 7919 % 97) ** 2 * 30, torch.uint8, "cpu", purpose="x"))
             if len(held) > 8:
                 held.pop(i * 5 % 8).release()
         assert self.chosen(pool).startswith("adaptive: fragment_aware; of the last")
@@ -624,7 +642,7 @@ class TestAdaptive:
             handle.release()
         adds_up(pool)
         pool.trim()
-        assert pool.stats().reserved == 0  # what the strategy that was left had lent is gone as well
+        assert pool.stats().reserved == 0
 
 
 class TestNuma:
@@ -686,7 +704,7 @@ class TestNuma:
         pool.borrow(1000, torch.uint8, "cpu", purpose="x").release()
         pool.borrow(1000, torch.uint8, "cuda:0", purpose="x").release()
         assert pool.stats().strategies["cpu"].startswith("adaptive: numa")
-        assert pool.stats().strategies["cuda:0"].startswith("adaptive: bucketed")
+        assert pool.stats().strategies["cuda:0"].startswith("adaptive: fragment_aware")
 
     def test_one_node_says_so(self) -> None:
         pool = UnifiedMemoryPool("numa", runtime=FakeRuntime())

@@ -80,6 +80,16 @@ def test_a_limit_on_pinned_memory_waits_for_copies() -> None:
     assert pool.stats().peak_reserved <= 2 * SIZE and pool.stats().waits > 0
 
 
+def test_what_is_no_stream_is_refused_before_anything_changes() -> None:
+    pool = UnifiedMemoryPool("simple")
+    handle = pool.borrow(SIZE, torch.uint8, "cuda", "x")
+    with pytest.raises(TypeError, match=r"expected stream to be a torch.cuda.Stream, got str 'copies'"):
+        handle.release("copies")
+    assert pool.stats().live == 1 and not handle.released
+    handle.release()
+    assert pool.stats().live == 0
+
+
 def test_backward_threads_take_their_blocks_from_the_pool() -> None:
     """`torch.cuda.use_mem_pool` holds for one thread; the pool hands tensors out itself."""
     pool = UnifiedMemoryPool("bucketed")
@@ -126,19 +136,20 @@ def test_a_workspace_held_over_a_graph_keeps_its_address() -> None:
 
 def test_the_pools_segments_are_its_own() -> None:
     """Device memory comes from a `torch.cuda.MemPool`: no activation lies beside a block that stays."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+
+    def segments(address: int) -> list[dict[str, Any]]:
+        return [s for s in torch.cuda.memory_snapshot() if s["address"] <= address < s["address"] + s["total_size"]]
+
     pool = UnifiedMemoryPool("simple")
     held = pool.borrow(3 << 20, torch.uint8, "cuda", "x")
-    segment = torch.cuda.memory_reserved() - before
-    other = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    assert torch.cuda.memory_reserved() - before > segment  # not from the pool's segment, which has room
-    del other
+    address = held.tensor.data_ptr()
+    (own,) = segments(address)
+    assert tuple(own["segment_pool_id"]) != (0, 0)
+    others = [torch.empty(3 << 20, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    assert all(segments(x.data_ptr())[0]["address"] != own["address"] for x in others)
     held.release()
     pool.trim()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() == before
+    assert not [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == own["segment_pool_id"]]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from dilated_attention_pytorch import UnifiedMemoryPool
-from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
+from dilated_attention_pytorch.core.memory.strategies import STRATEGIES, adaptive
 from dilated_attention_pytorch.core.memory.unified_pool import PoolExhausted
 
 STEPS = 5000
@@ -162,13 +162,31 @@ class PoolMachine(RuleBasedStateMachine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_no_sequence_of_calls_breaks_it(strategy: str) -> None:
+def test_no_sequence_of_calls_breaks_it(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arbitrary(kind: Any, trace: list[tuple[int, int]]) -> int:
+        return 1 + len(kind.name) * sum(size for _, size in trace) % 11
+
+    # So that it changes to anything within the steps of one example, with blocks lent.
+    for name, value in {"_FIRST_WINDOW": 3, "_LAST_WINDOW": 6, "_REST": 0, "simulate": arbitrary}.items():
+        monkeypatch.setattr(adaptive, name, value)
+    changes: list[str] = []
+    for kind in adaptive._CANDIDATES:
+        begin = kind.__init__
+
+        def begun(self: Any, source: Any, begin: Any = begin, kind: Any = kind) -> None:
+            begin(self, source)
+            if type(source).__name__ == "Arena":
+                changes.append(kind.name)
+
+        monkeypatch.setattr(kind, "__init__", begun)
+
     class Machine(PoolMachine):
         pass
 
     Machine.strategy = strategy
     run_state_machine_as_test(Machine, settings=settings(max_examples=170, stateful_step_count=60))
     assert Machine.steps >= STEPS, f"{Machine.steps} steps are fewer than promised"
+    assert strategy != "adaptive" or min(changes.count(kind.name) for kind in adaptive._CANDIDATES) > 20
 
 
 @pytest.mark.parametrize("broken", ["no wait", "host does not wait", "early free", "double lend"])

@@ -172,7 +172,7 @@ def _fetch(
     index = call.plan.leaving_index
     rows = torch.cat([index[p][0] for p in receivers]), torch.cat([index[p][1] for p in receivers])
     sent, received = _counts(call, receivers, arriving=False), _counts(call, owners, arriving=True)
-    return call.channel.exchange(remote.pack(k, v, rows), sent, received, "rows", keep=keep)
+    return call.channel.exchange(remote.pack(k, v, rows), sent, received, "rows", keep)
 
 
 def _send_home(call: Call, grads: Handle, owners: tuple[int, ...], receivers: tuple[int, ...]) -> Pending:

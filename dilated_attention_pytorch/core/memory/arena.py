@@ -90,10 +90,11 @@ class Arena:
         """
         if self._ordering != "none":
             used = self._streams | {borrower} if streams is None else set(streams)
+            events = {stream: self._event(stream) for stream in used}
             self._streams |= used
             # What the borrower's stream waited for is behind its new event. Others did not wait.
             uses: Uses = {} if borrower in used else block.uses
-            block.uses = {**uses, **{stream: self._event(stream) for stream in used}}
+            block.uses = {**uses, **events}
         self.strategy.give(block)
 
     def trim(self) -> None:
@@ -136,6 +137,8 @@ class Arena:
 
     def settle(self, block: Block) -> None:
         """See `Source`."""
+        if not block.uses:
+            return
         over = [stream for stream, use in block.uses.items() if self._runtime.finished(use.event)]
         for stream in over:
             del block.uses[stream]

@@ -9,6 +9,7 @@ such thing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from typing import Any, Literal, Protocol
 
@@ -102,7 +103,9 @@ class TorchRuntime:
         device = torch.cuda.current_device()
         if device not in self._device_nodes:
             self._device_nodes[device] = topology.device_node(topology.pci_address(device))
-        return self._device_nodes[device]
+        node = self._device_nodes[device]
+        # Of a device that nobody knows the node of, the caller may: `torchrun --numa-binding` binds it there.
+        return topology.current_node() if node is None else node
 
     def allocate(self, place: Place, size: int, node: int | None) -> Tensor:
         """See `Runtime`."""
@@ -115,9 +118,9 @@ class TorchRuntime:
                 with torch.cuda.use_mem_pool(self._pools[place.device], place.device):
                     return torch.empty(size, dtype=torch.uint8, device=place.device)
             lock = place.pinned and torch.cuda.is_available()
-            if lock or node is not None:
+            if node is not None or (lock and os.name == "posix"):
                 return topology.allocate_pages(size, node, lock=lock)
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=lock)
 
     def empty_device(self, place: Place) -> torch.device:
         """See `Runtime`."""
@@ -133,7 +136,8 @@ class TorchRuntime:
 
     def record(self, stream: Hashable) -> Any:
         """See `Runtime`."""
-        assert isinstance(stream, torch.cuda.Stream)
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"expected stream to be a torch.cuda.Stream, got {type(stream).__name__} {stream!r}")
         return stream.record_event()
 
     def finished(self, event: Any) -> bool:

@@ -13,6 +13,7 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,17 @@ def nodes(sys: Path = SYS) -> dict[int, frozenset[int]]:
 
 
 def pci_address(cuda_device: int) -> str:
-    """A CUDA device's PCI address as the kernel writes it, "0000:3b:00.0"."""
-    properties = torch.cuda.get_device_properties(cuda_device)
-    domain, bus, slot = (getattr(properties, f"pci_{name}_id", 0) for name in ("domain", "bus", "device"))
-    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+    """A CUDA device's PCI address as the kernel writes it, "0000:3b:00.0"; "" where torch does not tell."""
+    properties: Any = torch.cuda.get_device_properties(cuda_device)  # the stub lacks the address
+    if not hasattr(properties, "pci_bus_id"):
+        return ""
+    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
 def device_node(pci: str, sys: Path = SYS) -> int | None:
-    """The node of a PCI device; None where the kernel knows of none (it writes -1)."""
+    """The node of a PCI device; None where nobody knows it (the kernel then writes -1)."""
+    if not pci:
+        return None
     try:
         node = int((sys / "bus/pci/devices" / pci / "numa_node").read_text())
     except (OSError, ValueError):

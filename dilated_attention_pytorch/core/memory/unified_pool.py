@@ -270,11 +270,11 @@ class UnifiedMemoryPool:
             handle._tensor = None
 
     def _take_back(self, ticket: Ticket, arena: Arena, streams: Iterable[Hashable] | None) -> None:
-        del self._live[ticket.number]
         given = 0
         if ticket.block is not None:
             given = ticket.block.size
-            arena.give(ticket.block, ticket.stream, streams)
+            arena.give(ticket.block, ticket.stream, streams)  # first: it refuses what is no stream
+        del self._live[ticket.number]
         for counts in self._ledger.tables(ticket.purpose, str(arena.place)):
             counts.take_back(ticket.size, given)
         if self._log is not None:

@@ -91,7 +91,7 @@ class Channel:
         self._explain = explain
 
     def exchange(
-        self, buffer: Handle, sent: Sequence[int], received: Sequence[int], purpose: str, *, keep: bool = False
+        self, buffer: Handle, sent: Sequence[int], received: Sequence[int], purpose: str, keep: bool = False
     ) -> Pending:
         """Starts one all-to-all; the caller goes on computing and asks the result to `wait`.
 

@@ -13,6 +13,9 @@ class BucketedStrategy(SizedStrategy):
 
     For sizes that vary a little from call to call. A block exceeds its request by less than a quarter of it, beyond
     the first 2 KiB, where units of 512 bytes decide.
+
+    Measured (`benchmarks/pool.py`, CPU): on sizes within a tenth of each other 16 MiB against 1,201 of `simple`, in a
+    twentieth of the time. It did not win against `fragment_aware`, which held the same in the same time.
     """
 
     name: ClassVar[str] = "bucketed"

@@ -24,6 +24,10 @@ class FragmentAwareStrategy(Strategy):
     For many sizes with lifetimes that overlap. Neighbours join at once when the same streams used them last;
     otherwise when a request finds nothing else, because the joined block has to wait for both. A slab is as large as
     a quarter of what is held already, between 1 and 256 MiB.
+
+    Measured (`benchmarks/pool.py`, CPU): on 800 log-uniform sizes with up to 16 blocks lent it reserved 30 MiB for 21
+    lent at the most, `bucketed` 70 and `simple` 533, and was the fastest of the strategies; `torch.empty` was faster
+    still by 15%, on memory that malloc keeps.
     """
 
     name: ClassVar[str] = "fragment_aware"

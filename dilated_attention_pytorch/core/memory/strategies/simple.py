@@ -13,6 +13,9 @@ class SimpleStrategy(SizedStrategy):
 
     For a few sizes that come again and again, such as the exchanges of a fixed pattern. Sizes that never return stay
     until `trim`.
+
+    Measured (`benchmarks/pool.py`, CPU): a fixed set of four odd sizes held together took 9% less than with
+    `bucketed` or `fragment_aware`, in no less time. Sizes that wobble cost it 1,201 MiB where 16 are enough.
     """
 
     name: ClassVar[str] = "simple"
