@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 from dilated_attention_pytorch import UnifiedMemoryPool
@@ -293,7 +294,11 @@ def main() -> None:
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         path = given.out / f"pool_{device.type}.json"
-        path.write_text(json.dumps({"hardware": head, "results": [asdict(r) for r in everything]}, indent=1) + "\n")
+        rows = [{"case": f"{r.load}, {r.contender}", **asdict(r)} for r in everything]
+        outcome = common.result(
+            "pool", rows, "every borrow is written to, page by page, on buffers that the pool lends"
+        )
+        path.write_text(json.dumps(outcome, indent=1) + "\n")
         print(f"wrote {os.fspath(path)}")
 
 
