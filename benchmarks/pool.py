@@ -295,9 +295,7 @@ def main() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         path = given.out / f"pool_{device.type}.json"
         rows = [{"case": f"{r.load}, {r.contender}", **asdict(r)} for r in everything]
-        outcome = common.result(
-            "pool", rows, "every borrow is written to, page by page, on buffers that the pool lends"
-        )
+        outcome = common.result("pool", rows, "every page of every borrowed buffer is written to")
         path.write_text(json.dumps(outcome, indent=1) + "\n")
         print(f"wrote {os.fspath(path)}")
 
