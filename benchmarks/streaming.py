@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import shutil
 import statistics
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import write
 from torch import Tensor
 
 from dilated_attention_pytorch import (
@@ -525,11 +525,8 @@ def main() -> None:
         bench.pool.trim()
         print(f"  {time.perf_counter() - started:.0f} s so far", flush=True)
     print(table(bench.rows))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"streaming_{name.split(',')[0].replace(' ', '_')}.json"
-        facts = {"device": name, "torch": torch.__version__, "platform": platform.platform(), "rows": bench.rows}
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    rows = [{"case": f"{row['section']}, {row['what']}", **row} for row in bench.rows]
+    write(options.out, "streaming", rows, check="small cases against fp64, then sampled rows of every section")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
     from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
     from dilated_attention_pytorch.ring_attention.distributed import RingDistributedDilatedAttention
+    from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
     from dilated_attention_pytorch.ring_attention.plan import RingPlan
     from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
     from dilated_attention_pytorch.ring_attention.utils.buffers import exchange_pool
@@ -35,6 +36,7 @@ _LAZY = {
     "RingDistributedDilatedAttention": f"{_HERE}.distributed",
     "RingError": f"{_HERE}.utils.communication",
     "RingPlan": f"{_HERE}.plan",
+    "balanced_bounds": f"{_HERE}.forecast",
     "counting": f"{_HERE}.utils.communication",
     "exchange_pool": f"{_HERE}.utils.buffers",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "RingDistributedDilatedAttention",
     "RingError",
     "RingPlan",
+    "balanced_bounds",
     "counting",
     "exchange_pool",
 ]
