@@ -21,7 +21,7 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test lint format types docs docs-test figures tables slide slide-volume bench-cpu bench-compare dist clean
+.PHONY: help venv demo test lint format types docs docs-test figures tables slide slide-volume bench-cpu bench-compare bench-test dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ tables: $(STAMP) ## write the tables of README and docs anew from benchmarks/res
 
 docs-test: $(STAMP) ## run every code block of README and docs, every example and every notebook
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/test_docs.py tests/test_examples.py tests/test_notebooks.py $(PYTEST_ARGS)
+
+bench-test: $(STAMP) ## that bench-compare finds a planted slowdown and no other; needs a quiet machine
+	$(ONE_THREAD) $(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
 
 bench-compare: $(STAMP) ## this tree against BASE=<revision>, interleaved; fails on a regression over 5%
 	$(BIN)/python -m benchmarks compare $(or $(BASE),HEAD)

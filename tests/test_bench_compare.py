@@ -60,6 +60,7 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_no_change_passes_three_times_and_a_planted_slowdown_fails(repository: Path) -> None:
     for _ in range(3):
         done = run(repository, "--case", "forward")

@@ -90,7 +90,7 @@ def test_a_clean_environment_runs_the_readme(dist: Path, tmp_path: Path) -> None
         "\n".join(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})) + "\n"
     )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"^<!-- runnable -->\n```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    example = re.search(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert example
     where = f"import {NAME} as package, importlib.metadata as m\nprint(package.__file__, m.version('{NAME}'))\n"
     (tmp_path / "example.py").write_text(f"{example.group(1)}\nprint(tuple(out.shape), q.grad.norm() > 0)\n{where}")
