@@ -60,7 +60,8 @@ def remember(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, problem: Pr
     again = ops.repeater(q, k, v, problem, backend)
     if again is not None:
         if len(_known) >= _KEPT:
-            _known.pop(next(iter(_known)), None)
+            oldest, *_ = tuple(_known)  # whole at once: other threads may add meanwhile
+            _known.pop(oldest, None)
         _known[kind] = again
 
 

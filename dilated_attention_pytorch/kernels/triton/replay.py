@@ -164,7 +164,8 @@ def call(
         _local.tape = outer
     if tape.finish(results):
         if len(_tapes) >= _KEPT:
-            _tapes.pop(next(iter(_tapes)), None)
+            oldest, *_ = tuple(_tapes)  # whole at once: other threads may add meanwhile
+            _tapes.pop(oldest, None)
         _tapes[_kind(key, inputs)] = tape
     return results
 
