@@ -80,9 +80,11 @@ def refuse(failures: Iterable[str]) -> None:
 
 def result(benchmark: str, rows: list[dict[str, Any]], check: str) -> dict[str, Any]:
     """A run's result in the one shape."""
+    ranks = os.environ.get("WORLD_SIZE")
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", ranks] if ranks else ["python"]
     return {
         "benchmark": benchmark,
-        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *sys.argv[1:]]),
+        "command": shlex.join([*launcher, f"benchmarks/{benchmark}.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "revision": revision(),
         "machine": machine(),

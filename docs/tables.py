@@ -25,13 +25,16 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTAL
 def results(benchmark: str) -> list[dict[str, Any]]:
     """The committed results of a benchmark, one a machine."""
     files = sorted(RESULTS.glob(f"{benchmark}_*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return [result for result in found if result["benchmark"] == benchmark]
 
 
 def said(result: dict[str, Any]) -> str:
     """Where the numbers come from."""
     machine, versions = result["machine"], result["versions"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    if machine.get("gpus", 1) > 1:
+        where = f"{machine['gpus']} x {where}"
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if name in {"torch", "triton"})
     return f"{where} ({software}, {result['date']}), `{result['command']}`:"
 
@@ -108,6 +111,64 @@ def cpu() -> str:
     return "\n\n".join(parts) or "No result is committed yet: `python -m benchmarks cpu --out benchmarks/results`."
 
 
+def ring() -> str:
+    """One GPU and a ring of several on the same work; what each of four ranks computes."""
+    parts = []
+    for result in results("ring"):
+        lines = [said(result), "", "| | one GPU | ring | |", "|---|---|---|---|"]
+        for row in result["rows"]:
+            if "ring_ms" in row:
+                gain = f"{row['rate']:.2f}x the rate" if "rate" in row else f"{row['ratio']:.2f}x"
+                lines.append(f"| {row['case']} | {row['one_ms']:.0f} ms | {row['ring_ms']:.0f} ms | {gain} |")
+        alone = next(row for row in result["rows"] if row["case"] == "exchange alone")
+        lines += ["", f"The exchange alone takes {alone['sparse_ms']:.1f} ms with packing, gathering dense K and V "
+                  f"{alone['dense_ms']:.1f} ms."]  # fmt: skip
+        parts.append("\n".join(lines))
+    for result in results("ring_shares"):
+        lines = [said(result), "", "| one GPU computes the shares of | ms of each | at most |", "|---|---|---|"]
+        for row in result["rows"]:
+            times = ", ".join(f"{x:.0f}" for x in row["rank_ms"])
+            lines.append(f"| {row['case']} | {times} | {row['at_most']:.2f}x one GPU's {row['one_ms']:.0f} ms |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def slides() -> str:
+    """The slide encoder on a GPU: inference and fine-tuning, beside sdpa and with checkpointing."""
+    parts = []
+    for result in results("slides"):
+        rows = {row["case"]: row for row in result["rows"]}
+        if "gpu" not in result["machine"]:
+            continue
+        head = "| tiles | inference | with `sdpa` | fine-tuning step | with `sdpa` | step with checkpointing |"
+        lines = [said(result), "", head, "|---|---|---|---|---|---|"]
+        for n in sorted({row["tiles"] for row in result["rows"] if "tiles" in row}):
+            cells = [f"{n:,}"]
+            for job, who in (("inference", "triton"), ("inference", "sdpa"), ("fine-tuning", "triton"),
+                             ("fine-tuning", "sdpa"), ("fine-tuning, checkpointing", "triton")):  # fmt: skip
+                row = rows[f"{n:,} tiles, {job}, zero_keys, {who}"]
+                cells.append(f"{row['ms']:.0f} ms, {row['peak_gib']:.1f} GiB")
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def streaming() -> str:
+    """Streaming beside copies and computing alone."""
+    parts = []
+    for result in results("streaming"):
+        head = "| tokens | | whole | copies | computing | ratio | moved | memory |"
+        lines = [said(result), "", head, "|---|---|---|---|---|---|---|---|"]
+        for row in result["rows"]:
+            times = [f"{row[x]:.2f} s" if x in row else "" for x in ("seconds", "copies", "compute")]
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            memory = f"{row['rss_gib']:.2f} GiB resident" if "rss_gib" in row else f"{row['device_gib']:.1f} GiB of GPU"
+            cells = [f"{row['tokens']:,}", row["what"], *times, ratio, f"{row['gib']:.0f} GiB", memory]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def support() -> str:
     """What each backend computes."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -118,7 +179,8 @@ def support() -> str:
 
 # From committed files, in no time.
 QUICK: dict[str, Callable[[], str]] = {
-    "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu,
+    "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu, "ring": ring,
+    "slides": slides, "streaming": streaming,
 }  # fmt: skip
 # By computing something.
 TRIED: dict[str, Callable[[], str]] = {"support": support}

@@ -230,6 +230,10 @@ def test_the_ranges_in_the_readme_are_the_results() -> None:
         ratios = [row["ratio"] for row in ours if f" {passes} " in row["case"]]
         low, high = (f"{x:.2f}".rstrip("0") for x in (min(ratios), max(ratios)))
         assert re.search(rf"\b{low} to {high} (of dense cuDNN attention's rate )?{words}", readme), (low, high, words)
+    (ring,) = load(ROOT / "docs" / "tables.py").results("ring")
+    million = "two remote branches, 1048576 tokens, forward+backward"
+    (gain,) = (row["ratio"] for row in ring["rows"] if row["case"] == million)
+    assert ring["machine"]["gpus"] == 2 and f"two H100s do a million tokens {gain:.2f} times as fast as one" in readme
     short = {row["who"]: 1e3 * row["ms"] for row in result["rows"] if row["case"] == "D=64 full fwd N=1024"}
     for ours_, dense in (("auto", "dense flash"), ("auto *", "dense flash *")):
         assert f"{short[ours_]:.0f} us against {short[dense]:.0f} us" in readme, (ours_, short)
