@@ -230,6 +230,9 @@ def test_the_ranges_in_the_readme_are_the_results() -> None:
         ratios = [row["ratio"] for row in ours if f" {passes} " in row["case"]]
         low, high = (f"{x:.2f}".rstrip("0") for x in (min(ratios), max(ratios)))
         assert re.search(rf"\b{low} to {high} (of dense cuDNN attention's rate )?{words}", readme), (low, high, words)
+    (cpu,) = load(ROOT / "docs" / "tables.py").results("cpu")
+    ratios = [row["ratio"] for row in cpu["rows"]]
+    assert f"On a CPU the whole op takes {min(ratios):.2f} to {max(ratios):.2f} times" in readme, ratios
     (ring,) = load(ROOT / "docs" / "tables.py").results("ring")
     million = "two remote branches, 1048576 tokens, forward+backward"
     (gain,) = (row["ratio"] for row in ring["rows"] if row["case"] == million)
