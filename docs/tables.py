@@ -32,7 +32,9 @@ def results(benchmark: str) -> list[dict[str, Any]]:
 def said(result: dict[str, Any]) -> str:
     """Where the numbers come from."""
     machine, versions = result["machine"], result["versions"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    where = (
+        machine.get("gpu") or f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    )
     if machine.get("gpus", 1) > 1:
         where = f"{machine['gpus']} x {where}"
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if name in {"torch", "triton"})
