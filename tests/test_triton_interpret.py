@@ -168,7 +168,10 @@ class TestAligned:
         [(64, 16, 1, 4), (64, 32, 2, 2), (61, 16, 1, 2), (62, 24, 2, 2)],
         ids=["even", "even batch grouped", "ragged", "ragged batch width"],
     )
-    def test_walk(self, n, d, batch, kv_heads):
+    @pytest.mark.parametrize("short_forward", [0, configs.SHORT_FORWARD], ids=["descriptors", "pointers"])
+    def test_walk(self, n, d, batch, kv_heads, short_forward, monkeypatch):
+        monkeypatch.setattr(configs, "SHORT_FORWARD", short_forward)
+        replay._tapes.clear()
         lengths, rates = (32, 64, 1000), (1, 2, 2)
         problem = make_problem(lengths, rates, kv_heads, d, n)
         plan = launch_aligned.alignment(problem, n, n)
