@@ -1,15 +1,17 @@
 """Times the Hilbert curve in torch against a plain loop over bits, and checks that both give the same.
 
-python benchmarks/hilbert.py
+python benchmarks/hilbert.py [--out benchmarks/results]
 """
 
 from __future__ import annotations
 
-import platform
+import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from common import announce, refuse, write
 from torch import Tensor
 
 from dilated_attention_pytorch.kernels import hilbert_tables
@@ -52,20 +54,29 @@ def best(call: Callable[[], object], repeats: int = 7) -> float:
 
 def main() -> None:
     """Prints a table."""
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, 262,144 points, ms\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the numbers as JSON")
+    options = parser.parse_args()
+    rows = []
+    announce()
+    print("262,144 points, ms\n")
     print("| grid | tables: encode | decode | bit loop: encode | whole order of the grid |")
     print("| --- | --- | --- | --- | --- |")
     for grid, bits in (((512, 512), 9), ((64, 64, 64), 6)):
         coords = grid_coords(grid)
         index = hilbert_tables.encode(coords.unbind(-1), bits)
-        assert torch.equal(index, bit_loop(coords, bits))
+        if not torch.equal(index, bit_loop(coords, bits)):
+            refuse([f"tables and bit loop differ on a grid of {grid}"])
         times = (
             best(lambda c=coords, b=bits: hilbert_tables.encode(c.unbind(-1), b)),
             best(lambda i=index, g=grid, b=bits: hilbert_decode(i, len(g), b)),
             best(lambda c=coords, b=bits: bit_loop(c, b)),
             best(lambda c=coords: curve_order("hilbert", c)),
         )
-        print(f"| {' x '.join(map(str, grid))} | " + " | ".join(f"{t:.1f}" for t in times) + " |")
+        case = " x ".join(map(str, grid))
+        print(f"| {case} | " + " | ".join(f"{t:.1f}" for t in times) + " |")
+        rows.append(dict(zip(("case", "encode_ms", "decode_ms", "loop_ms", "order_ms"), (case, *times), strict=True)))
+    write(options.out, "hilbert", rows, check="the tables' indices equal the bit loop's on every point")
 
 
 if __name__ == "__main__":

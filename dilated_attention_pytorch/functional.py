@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import reference
+from dilated_attention_pytorch.core import dropout, reference
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
@@ -175,7 +175,8 @@ def dilated_attention_with_lse(
         check.check_row_start(row_start, q.shape[0])
     if padding == "zero_keys":
         _check_zero_keys(problem, q, k, key_padding_mask, row_start)
-    seed_tensor = _seed(seed, problem.dropout_p, q.device)
+    check.check_seed(seed)
+    seed_tensor = dropout.seed_tensor(seed, problem.dropout_p, q.device)
 
     if backend == "reference":
         if cu_seqlens is not None:
@@ -221,8 +222,7 @@ def _problem(
 ) -> Problem:
     check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check.check_choice("padding", padding, Padding)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"expected is_causal to be a bool, got {type(is_causal).__name__} {is_causal!r}")
+    check.check_bool("is_causal", is_causal)
     q_start, k_start = check.check_int("q_start", q_start, 0), check.check_int("k_start", k_start, 0)
     end = max(q_start + q.shape[1], k_start + k.shape[1])
     if seq_len is None:
@@ -232,14 +232,10 @@ def _problem(
             f"expected seq_len of at least {end}, where queries [{q_start}, {q_start + q.shape[1]}) and keys "
             f"[{k_start}, {k_start + k.shape[1]}) end, got {seq_len}"
         )
-    if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
     return Problem(
         pattern=pattern,
         is_causal=is_causal,
-        scale=float(scale),
+        scale=check.check_scale(scale, q.shape[-1]),
         dropout_p=check.check_probability("dropout_p", dropout_p),
         q_start=q_start,
         k_start=k_start,
@@ -264,21 +260,6 @@ def _check_zero_keys(
             f"expected whole sequences with padding='zero_keys', got {q.shape[1]} queries and {k.shape[1]} keys of a "
             f"sequence of {problem.seq_len}"
         )
-
-
-def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed as an int64 scalar on the device, or None where nothing is dropped."""
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
-            raise TypeError(f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {seed.shape}")
-        return seed.reshape(()).to(device, torch.int64) if dropout_p > 0.0 else None
-    if seed is not None:
-        seed = check.check_int("seed", seed, -(2**63))
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(-(2**62), 2**62, (), device=device)
-    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

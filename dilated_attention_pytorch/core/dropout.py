@@ -7,11 +7,24 @@ to be evaluated again wherever it is needed, in torch here and in a kernel's reg
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+
+
+def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """A checked seed as an int64 scalar on the device, drawn when absent; None where nothing is dropped."""
+    if dropout_p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.reshape(()).to(device, torch.int64)
+    if seed is None:
+        return torch.randint(-(2**62), 2**62, (), device=device)
+    return torch.tensor(operator.index(seed), dtype=torch.int64, device=device)
 
 
 def mix(x: Tensor) -> Tensor:

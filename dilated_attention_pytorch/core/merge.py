@@ -58,3 +58,8 @@ def merge_into(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> No
 
 def _per_row(weight: Tensor) -> Tensor:
     return weight.transpose(1, 2).unsqueeze(-1)
+
+
+def rows_last(lse: Tensor) -> Tensor:
+    """`(B, H, N)` seen as `(B, N, H, 1)`, the layout of everything else."""
+    return lse.transpose(1, 2).unsqueeze(-1)

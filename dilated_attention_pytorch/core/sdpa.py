@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import dropout, engines
-from dilated_attention_pytorch.core.merge import merge_into
+from dilated_attention_pytorch.core.merge import merge_into, rows_last
 from dilated_attention_pytorch.core.plan import Piece, Rows, pieces
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
@@ -74,7 +74,7 @@ def forward(
     for part in _parts(problem, q, k, row_start, cu_seqlens):
         extras = _extras(part, q, k, bias, seed)
         tensors = part.on_queries(q), part.on_keys(k), part.on_keys(v)
-        results = part.on_queries(out), part.on_queries(_rows_last(lse))
+        results = part.on_queries(out), part.on_queries(rows_last(lse))
         _forward_part(part.problem, extras, *tensors, *results)
     if key_padding_mask is not None:
         masked = ~key_padding_mask[:, problem.q_start : problem.q_start + q.shape[1]]
@@ -113,14 +113,14 @@ def backward(
     """Gradients of q, k and v in fp32 (fp64), given what the forward returned."""
     q, k, v, out, grad_out = _ready(q), _ready(k), _ready(v), _ready(out), _ready(grad_out)
     # exp(s - inf) = 0: a query that sees nothing, or is masked, gives and gets no gradient.
-    lse = _rows_last(lse.masked_fill(torch.isneginf(lse), torch.inf))
+    lse = rows_last(lse.masked_fill(torch.isneginf(lse), torch.inf))
     dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulator(x.dtype), device=x.device) for x in (q, k, v))
     bias = _bias(problem, key_padding_mask, k)
     for part in _parts(problem, q, k, row_start, cu_seqlens):
         extras = _extras(part, q, k, bias, seed)
         tensors = part.on_queries(q), part.on_keys(k), part.on_keys(v)
         results = part.on_queries(out), part.on_queries(lse)
-        upstream = part.on_queries(grad_out), None if grad_lse is None else part.on_queries(_rows_last(grad_lse))
+        upstream = part.on_queries(grad_out), None if grad_lse is None else part.on_queries(rows_last(grad_lse))
         grads = part.on_queries(dq), part.on_keys(dk), part.on_keys(dv)
         if problem.mixing_gradient == "exact":
             _backward_part(part.problem, extras, upstream, *tensors, *results, *grads)
@@ -128,7 +128,7 @@ def backward(
         for branch in range(len(problem.pattern.branches)):
             # With the branch weights constant, a branch's softmax is differentiated around its own output.
             own, own_lse = _empty_result(tensors[0])
-            _forward_part(part.problem, extras, *tensors, own, _rows_last(own_lse), branch)
+            _forward_part(part.problem, extras, *tensors, own, rows_last(own_lse), branch)
             _backward_part(part.problem, extras, upstream, *tensors, own.to(q.dtype), results[1], *grads, branch)
     return dq, dk, dv
 
@@ -337,8 +337,3 @@ def _empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _accumulator(q.dtype)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
     return q.new_zeros(q.shape, dtype=dtype), lse
-
-
-def _rows_last(lse: Tensor) -> Tensor:
-    """`(B, H, N)` seen as `(B, N, H, 1)`, the layout of everything else."""
-    return lse.transpose(1, 2).unsqueeze(-1)

@@ -31,6 +31,31 @@ def check_int(name: str, value: object, minimum: int) -> int:
     return number
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raises unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
+
+
+def check_scale(scale: object, head_dim: int) -> float:
+    """The factor on q . k: a number as it was given, or `head_dim ** -0.5` for None."""
+    if scale is None:
+        root: float = float(head_dim) ** -0.5
+        return root
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
+    return float(scale)
+
+
+def check_seed(seed: object) -> None:
+    """Raises unless the seed is None, a 64-bit int or an integer scalar tensor."""
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
+            raise TypeError(f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {seed.shape}")
+    elif seed is not None:
+        check_int("seed", seed, -(2**63))
+
+
 def check_positive_int(name: str, value: object) -> int:
     """An int of at least 1."""
     return check_int(name, value, 1)

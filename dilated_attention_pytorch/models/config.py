@@ -95,8 +95,7 @@ class LongNetConfig:
             check.check_choice(name, getattr(self, name), allowed)
         if self.positions is not None:
             check.check_choice("positions", self.positions, Positions)
-        if not isinstance(self.tie_weights, bool):
-            raise TypeError(f"expected tie_weights to be a bool, got {self.tie_weights!r}")
+        check.check_bool("tie_weights", self.tie_weights)
         pattern = self.pattern
         if self.nhead % pattern.num_heads:
             raise ValueError(

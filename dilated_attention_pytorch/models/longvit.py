@@ -80,8 +80,7 @@ class LongViTConfig:
         grid = check.check_positive_ints("position_grid", self.position_grid)
         if len(grid) != 2:
             raise ValueError(f"expected position_grid to be (rows, columns), got {grid}")
-        if not isinstance(self.global_pool, bool):
-            raise TypeError(f"expected global_pool to be a bool, got {self.global_pool!r}")
+        check.check_bool("global_pool", self.global_pool)
         layers = self.layers
         for name, value in (
             ("position_grid", grid),

@@ -111,8 +111,7 @@ class SlideEncoderConfig:
             raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {self.embed_dim}")
         check.check_probability("drop_path", self.drop_path)
         check_above_zero("norm_eps", self.norm_eps)
-        if not isinstance(self.global_pool, bool):
-            raise TypeError(f"expected global_pool to be a bool, got {self.global_pool!r}")
+        check.check_bool("global_pool", self.global_pool)
         object.__setattr__(self, "segment_lengths", layers.segment_lengths)
         object.__setattr__(self, "dilation_rates", layers.dilation_rates)
 

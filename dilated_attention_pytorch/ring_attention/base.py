@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation
@@ -102,15 +101,10 @@ class BaseRingAttention(nn.Module, ABC):
                 "expected query, key and value of the same positions, got "
                 f"{query.shape[1]} queries and {key.shape[1]} keys"
             )
-        if not isinstance(is_causal, bool):
-            raise TypeError(f"expected is_causal to be a bool, got {type(is_causal).__name__} {is_causal!r}")
+        validation.check_bool("is_causal", is_causal)
         if key_padding_mask is not None:
             validation.check_key_padding_mask(key_padding_mask, query.shape[0], query.shape[1], query.device)
-        if isinstance(seed, Tensor):
-            if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
-                raise TypeError(f"expected seed to be an int or an integer scalar tensor, got {seed.dtype}")
-        elif seed is not None:
-            validation.check_int("seed", seed, -(2**63))
+        validation.check_seed(seed)
         return self.attend(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask, seed=seed)
 
     def dropout_p(self) -> float:
@@ -124,14 +118,3 @@ class BaseRingAttention(nn.Module, ABC):
             f"segment_lengths={list(config.segment_lengths)}, dilation_rates={list(config.dilation_rates)}, "
             f"mode={config.mode!r}"
         )
-
-
-def drawn_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed as an int64 scalar, drawn from torch's generator when absent; None where nothing is dropped."""
-    if dropout_p == 0.0:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.reshape(()).to(device, torch.int64)
-    if seed is None:
-        return torch.randint(-(2**62), 2**62, (), device=device)
-    return torch.tensor(seed, dtype=torch.int64, device=device)

@@ -88,8 +88,7 @@ class RingAttentionConfig:
         if self.backend == "reference":
             raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
         object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))
-        if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
-            raise TypeError(f"expected scale to be a float, got {type(self.scale).__name__} {self.scale!r}")
+        validation.check_scale(self.scale, 1)
         if self.gradient_dtype is not None and self.gradient_dtype not in validation.FLOAT_DTYPES:
             raise TypeError(
                 f"expected gradient_dtype to be a floating torch.dtype or None, got {self.gradient_dtype!r}"

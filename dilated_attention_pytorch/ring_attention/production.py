@@ -10,10 +10,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch._deprecated import takes_old_call
+from dilated_attention_pytorch.core import dropout, validation
 from dilated_attention_pytorch.functional import dilated_attention_with_lse, in_autocast_dtype
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.ring_attention import op
-from dilated_attention_pytorch.ring_attention.base import BaseRingAttention, drawn_seed
+from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
 from dilated_attention_pytorch.ring_attention.config import OLD_RING, RingAttentionConfig
 from dilated_attention_pytorch.types import AttentionOutput
 
@@ -97,7 +98,6 @@ class RingDilatedAttention(BaseRingAttention):
                 backend=config.backend,
             )
         query, key, value = in_autocast_dtype(query, key, value)
-        scale = float(query.shape[-1]) ** -0.5 if config.scale is None else float(config.scale)
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         wire = config.gradient_dtype
         out, lse, *_ = op.ring_attention(
@@ -105,12 +105,12 @@ class RingDilatedAttention(BaseRingAttention):
             key,
             value,
             key_padding_mask,
-            drawn_seed(seed, dropout_p, query.device),
+            dropout.seed_tensor(seed, dropout_p, query.device),
             list(config.segment_lengths),
             list(config.dilation_rates),
             config.offsets,
             is_causal,
-            scale,
+            validation.check_scale(config.scale, query.shape[-1]),
             dropout_p,
             self.group_name,
             config.mode,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.handle import Handle
+from dilated_attention_pytorch.core.merge import rows_last
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention import gathered, remote
 from dilated_attention_pytorch.ring_attention.plan import RingPlan
@@ -113,8 +114,8 @@ def backward(
     local = None if is_kept else _local_backward(call, grad_out, grad_lse, q, k, v, out, lse, mask, seed)
     extras = Extras(_hidden(call.plan, bits), seed)
     of_queries: list[remote.QueryGradient] = []
-    rows_lse = _rows_last(lse.masked_fill(torch.isneginf(lse), torch.inf))
-    rows_grad_lse = None if grad_lse is None else _rows_last(grad_lse)
+    rows_lse = rows_last(lse.masked_fill(torch.isneginf(lse), torch.inf))
+    rows_grad_lse = None if grad_lse is None else rows_last(grad_lse)
     homeward: list[tuple[Pending, tuple[int, ...]]] = []
     for number, (owners, receivers) in enumerate(rounds):
         arrived = pending
@@ -231,7 +232,3 @@ def _own_mask(plan: RingPlan, mask: Tensor | None) -> Tensor | None:
 
 def _no_units(k: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty((0, k.shape[0], 2, k.shape[3]), dtype=dtype, device=k.device)
-
-
-def _rows_last(lse: Tensor) -> Tensor:
-    return lse.transpose(1, 2).unsqueeze(-1)

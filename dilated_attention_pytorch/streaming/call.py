@@ -119,11 +119,8 @@ def prepare(
     if key_padding_mask is not None:
         check.check_key_padding_mask(key_padding_mask, batch, n, torch.device("cpu"))
     pattern = DilatedPattern(settings.segment_lengths, settings.dilation_rates, kv_heads, settings.offsets)  # type: ignore[arg-type]
-    if not isinstance(settings.is_causal, bool):
-        raise TypeError(f"expected is_causal to be a bool, got {settings.is_causal!r}")
-    scale = float(width) ** -0.5 if settings.scale is None else settings.scale
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
+    check.check_bool("is_causal", settings.is_causal)
+    scale = check.check_scale(settings.scale, width)
     if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
         raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")
     for name in ("device_limit", "range_length"):

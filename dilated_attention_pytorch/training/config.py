@@ -116,8 +116,7 @@ class TrainConfig:
             raise ValueError(f"expected weight_decay of at least 0, got {self.weight_decay}")
         check.check_choice("precision", self.precision, Precision)
         for name in ("gradient_checkpointing", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"expected {name} to be a bool, got {getattr(self, name)!r}")
+            check.check_bool(name, getattr(self, name))
         if self.warmup_steps >= self.steps:
             raise ValueError(f"expected warmup_steps below steps, got {self.warmup_steps} and {self.steps}")
         if self.batch_size % self.micro_batch_size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.merge import merge_into
+from dilated_attention_pytorch.core.merge import merge_into, rows_last
 from dilated_attention_pytorch.types import AttentionOutput
 
 
@@ -36,11 +36,11 @@ class LSEAccumulator:
         heads = first.out.shape[2] if num_kv_heads is None else num_kv_heads
         # (B, N, H_kv, G, D): query heads of one key head side by side, as rows are gathered.
         self._out_rows = self._out.unflatten(2, (heads, -1))
-        self._lse_rows = self._lse.transpose(1, 2).unsqueeze(-1).unflatten(2, (heads, -1))
+        self._lse_rows = rows_last(self._lse).unflatten(2, (heads, -1))
 
     def add(self, partial: AttentionOutput) -> None:
         """Merges a partial of all queries."""
-        merge_into(self._out, self._lse.transpose(1, 2).unsqueeze(-1), partial.out, _rows_last(partial.lse))
+        merge_into(self._out, rows_last(self._lse), partial.out, rows_last(partial.lse))
 
     def add_rows(self, rows: Tensor, heads: Tensor, out: Tensor, lse: Tensor) -> None:
         """Merges a partial of some queries, none of them twice.
@@ -65,7 +65,3 @@ class LSEAccumulator:
     def result(self, dtype: torch.dtype) -> AttentionOutput:
         """`out` in `dtype`, `lse` in the accumulator's."""
         return AttentionOutput(self._out.to(dtype), self._lse)
-
-
-def _rows_last(lse: Tensor) -> Tensor:
-    return lse.transpose(1, 2).unsqueeze(-1)
