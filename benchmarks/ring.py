@@ -336,6 +336,7 @@ def main() -> None:
     if bench.rank == 0:
         said = "each mode against fp64 within twice one device's own error; then against one device at the timed size"
         common.write(bench.options.out, "ring", bench.rows, check=said)
+    dist.barrier()  # rank 0 still writes: no rank takes the group down under another
     dist.destroy_process_group()
 
 

@@ -335,19 +335,23 @@ class TestLongNet:
         got = model.generate(x[:, :40], max_new_tokens=30, do_sample=False, attention_mask=torch.ones(2, 40))
         assert torch.equal(got[:, 40:], plain.generate(x[:, :40], 30, greedy=True))
 
-    def test_missing_weights_start_as_the_model_does(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "lost", ["decoder.layers.0.ffn.fc1.weight", "decoder.layers.0.self_attn.q_proj.weight", "embed_tokens.weight"]
+    )
+    def test_missing_weights_start_as_the_model_does(self, tmp_path: Path, lost: str) -> None:
         from safetensors.torch import load_file, save_file
 
-        longnet().save_pretrained(tmp_path)
+        fresh = longnet()
+        fresh.save_pretrained(tmp_path)
         state = load_file(tmp_path / "model.safetensors")
-        lost = "model.decoder.layers.0.ffn.fc1.weight"
-        del state[lost]
+        del state[f"model.{lost}"]
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        torch.manual_seed(0)
-        again = LongNetForCausalLM.from_pretrained(tmp_path)
-        assert 0.0 < again.get_parameter(lost).std() < 1.0
-        kept = "model.decoder.layers.1.ffn.fc1.weight"
-        assert torch.equal(again.get_parameter(kept), state[kept])
+        for _ in range(3):  # memory that nobody wrote may look right once
+            again = LongNetForCausalLM.from_pretrained(tmp_path)
+            # Both are estimates from at least 1,024 draws: five standard errors of their quotient.
+            quotient = again.get_parameter(f"model.{lost}").std() / fresh.get_parameter(f"model.{lost}").std()
+            torch.testing.assert_close(quotient, torch.tensor(1.0).double(), rtol=0.0, atol=0.16)
+            assert all(torch.equal(again.get_parameter(name), kept) for name, kept in state.items())
 
     def test_loss_is_the_shifted_cross_entropy(self) -> None:
         model, x = longnet(), tokens(2, 30)

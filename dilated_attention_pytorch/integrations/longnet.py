@@ -103,7 +103,14 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """MAGNETO's, as `LongNetLM` starts; transformers calls it for what a checkpoint lacks."""
-        if isinstance(module, MultiheadDilatedAttention | nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+            return
+        # It asks for the layers that hold the weights; how those start is known where they stand. What was loaded is
+        # left alone: transformers guards it within torch's own init functions.
+        owners = (MultiheadDilatedAttention, FeedForward, LongNetLM)
+        module = next((m for m in self.modules() if isinstance(m, owners) and module in m.children()), module)
+        if isinstance(module, MultiheadDilatedAttention):
             module.reset_parameters()
         elif isinstance(module, FeedForward):
             for linear in (module.fc1, module.fc2):
