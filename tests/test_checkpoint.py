@@ -144,7 +144,7 @@ class TestConfig:
             ({"positions": "none"}, ValueError, r"expected positions to be one of \['rotary', 'xpos'\], got 'none'"),
             ({"layer_norm_eps": 0.0}, ValueError, "expected layer_norm_eps above 0, got 0.0"),
             ({"scale_base": "512"}, TypeError, "expected scale_base to be a float, got str"),
-            ({"tie_weights": 1}, TypeError, "expected tie_weights to be a bool, got 1"),
+            ({"tie_weights": 1}, TypeError, "expected tie_weights to be a bool, got int 1"),
             ({"dilation_rates": [1, 2]}, ValueError, "of equal length, got 5 lengths"),
             ({"vocab_size": 0}, ValueError, "expected vocab_size to be at least 1, got 0"),
         ],
