@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,3 +101,32 @@ def test_bad_input() -> None:
         attention(x, x, x, q_start=8)
     with pytest.raises(ValueError, match="same positions"):
         attention(x, x[:, :4], x[:, :4])
+
+
+LEAVING = """
+import os, pathlib
+import torch
+import torch.distributed as dist
+from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention
+
+def threads():
+    return [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(1))
+q = torch.randn(1, 8, 2, 4, requires_grad=True)
+config = RingAttentionConfig(segment_lengths=[4, 8], dilation_rates=[1, 2])
+RingDilatedAttention(config, dist.group.WORLD)(q, q, q).sum().backward()
+import torch._dynamo
+assert "pt_gloo_runloop" in threads()
+dist.destroy_process_group()
+print(*threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in /proc")
+def test_a_destroyed_group_leaves_no_thread() -> None:
+    """One of gloo's that drops a tensor while the interpreter shuts down would abort the process."""
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "gloo" not in done.stdout

@@ -66,26 +66,35 @@ UNEVEN = replace(
 )
 
 
-def launch(processes: int, jobs: list[Job], corpus: Corpus) -> None:
+def start(processes: int, command: list[str]) -> list[subprocess.Popen[str]]:
     """What torchrun sets, without its launcher's own seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    work = json.dumps([(asdict(replace(config, context_parallel=2)), str(out), at) for config, out, at in jobs])
-    command = [sys.executable, "-c", WORKER, work, str(Path(corpus.train.filename).parent)]
     started = []
     for rank in range(processes):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         env = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def finish(started: list[subprocess.Popen[str]]) -> list[str]:
+    """What each process said on stderr, once all have ended."""
     try:
-        errors = [process.communicate(timeout=300)[1] for process in started]
-        # All of them: where one fails, the others only say that it is gone.
-        assert not any(process.returncode for process in started), "\n".join(errors)
+        return [process.communicate(timeout=300)[1] for process in started]
     finally:
         for process in started:
             process.kill()
             process.communicate()
+
+
+def launch(processes: int, jobs: list[Job], corpus: Corpus) -> None:
+    work = json.dumps([(asdict(replace(config, context_parallel=2)), str(out), at) for config, out, at in jobs])
+    started = start(processes, ["-c", WORKER, work, str(Path(corpus.train.filename).parent)])
+    errors = finish(started)
+    # All of them: where one fails, the others only say that it is gone.
+    assert not any(process.returncode for process in started), "\n".join(errors)
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +224,22 @@ def test_the_command_line_takes_it(
         run()
     assert stop.value.code == 2 and not out.exists()
     assert "a multiple of context_parallel 2, got 1" in capsys.readouterr().err
+
+
+def test_where_the_first_rank_fails_the_others_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is a file: rank 0 alone writes, so it alone knows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"line {i} of a file that is all its own\n" * 20)
+    out.touch()
+    small = {"context": 64, "steps": 2, "warmup_steps": 1, "num_layers": 1, "eval_excerpts": 1}
+    command = ["-m", "dilated_attention_pytorch.cli", "train", "--context-parallel", "2", "--device", "cpu"]
+    command += ["--data", str(text), "--out", str(out), *(f"--set={name}={value}" for name, value in small.items())]
+    started = start(2, command)
+    first, second = finish(started)
+    assert [process.returncode for process in started] == [2, 2], first + second
+    assert "error: [Errno 17] File exists" in first and "Traceback" not in first
+    assert "error: rank 1 ends: rank 0 failed, and says why" in second and "Traceback" not in second
+    assert out.read_bytes() == b""

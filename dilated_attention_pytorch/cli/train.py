@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,11 +54,8 @@ def train(
         config = replace(config, context_parallel=context_parallel)
     with join(None if device is None else check_device(device)) as world:
         config.micro_steps(world.size)  # what cannot be shared out is known before anything is read
-        if world.is_main:  # the others find what it has built
-            corpus = build_corpus(data, suffixes=suffix or (), val_fraction=val_fraction)
-        world.wait()
-        if not world.is_main:
-            corpus = build_corpus(data, suffixes=suffix or (), val_fraction=val_fraction)
+        build = partial(build_corpus, data, suffixes=suffix or (), val_fraction=val_fraction)
+        corpus = world.first(build) or build()  # the others find what the first has built
         reporter = None
         if world.is_main:
             from dilated_attention_pytorch.cli.progress import RichReporter

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: see ring_attention/utils/communication.py
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def first(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives in the main process, which alone does it; None in the others, which wait for it.
+
+        Raises:
+            ConnectionAbortedError: in the others, where it failed; the main process raises its own error.
+        """
+        if not self.is_main:
+            if self.any(False):
+                raise ConnectionAbortedError(f"rank {self.rank} ends: rank 0 failed, and says why")
+            return None
+        try:
+            done = work()
+        except BaseException:
+            self.any(True)
+            raise
+        self.any(False)
+        return done
+
 
 @contextmanager
 def join(device: str | None = None) -> Iterator[World]:
@@ -75,6 +97,7 @@ def join(device: str | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        dist.barrier()  # nobody takes the group down while another still works
     finally:
         if mine:
             dist.destroy_process_group()

@@ -130,16 +130,10 @@ class Trainer:
         Raises:
             Interrupted: SIGINT or SIGTERM came. The step in hand was finished and saved; a second signal ends at once.
         """
-        config, main = self.config, self.world.is_main
-        log: MetricsLog | None = None
+        log = self.world.first(self._open)
         try:
-            if main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                log = MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
-                settings = json.dumps(state_file.plain(config) | {"corpus": self.corpus.fingerprint}, indent=1)
-                state_file.replace_text(self.folder / "train.json", settings + "\n")
             if self.reporter is not None:
-                self.reporter.start(self.step, config, sum(p.numel() for p in self.model.parameters()))
+                self.reporter.start(self.step, self.config, sum(p.numel() for p in self.model.parameters()))
             with self._signals():
                 evaluation = self._loop(log)
             return Result(self._whole_model(), evaluation)
@@ -148,6 +142,13 @@ class Trainer:
                 log.close()
             if self.reporter is not None:
                 self.reporter.stop()
+
+    def _open(self) -> MetricsLog:
+        """The folder, with what was asked for and the log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(state_file.plain(self.config) | {"corpus": self.corpus.fingerprint}, indent=1)
+        state_file.replace_text(self.folder / "train.json", settings + "\n")
+        return MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
 
     def _loop(self, log: MetricsLog | None) -> Evaluation:
         config, evaluation = self.config, None
@@ -217,16 +218,17 @@ class Trainer:
 
     def save(self) -> None:
         """Leaves the present step on disk: the state, and the model for use; whole, however they are sharded."""
-        main = self.world.is_main
-        weights = parallel.whole(self.model.state_dict(), keep=main)
-        optimizer = parallel.whole(self.optimizer.state_dict(), keep=main)
-        if main:
+        weights = parallel.whole(self.model.state_dict(), keep=self.world.is_main)
+        optimizer = parallel.whole(self.optimizer.state_dict(), keep=self.world.is_main)
+
+        def write() -> None:
             state_file.save_state(
                 self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
                 model=weights, optimizer=optimizer,
             )  # fmt: skip
             save_pretrained(self.model if self.layout.mesh is None else self._unsharded(weights), self.folder)
-        self.world.wait()
+
+        self.world.first(write)
 
     def _whole_model(self) -> LongNetLM:
         """The model itself, or on rank 0 a whole copy of a sharded one."""

@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions' default arguments hold the group that the world has when the module is loaded, and torch._dynamo loads
+# it whenever it comes. Loaded before there is a group it pins none, so that `destroy_process_group` ends gloo's
+# threads: one that lets go of a tensor while the interpreter shuts down aborts the process.
+import torch.distributed.nn
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
