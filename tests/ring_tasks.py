@@ -53,6 +53,7 @@ class RingCase:
     seed: int = 0
     uneven: bool = False
     packed: bool = False
+    padding: str = "none"
     options: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
@@ -80,7 +81,7 @@ class RingCase:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         out, lse = dilated_attention_with_lse(
             q, k, v, **self.pattern, is_causal=self.is_causal, key_padding_mask=mask, dropout_p=self.dropout,
-            seed=self.seed, backend=backend,
+            seed=self.seed, padding=self.padding, backend=backend,
         )  # fmt: skip
         return self._differentiate((q, k, v), out, lse, grad_out, grad_lse)
 
@@ -113,8 +114,8 @@ class RingCase:
         if self.packed:  # views with strides, as a joint projection gives them
             k, v = torch.stack((k, v), 2).unbind(2)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-        config = RingAttentionConfig(**self.pattern, mode=mode, dropout=self.dropout, timeout=20, **self.options)
-        attention = RingDilatedAttention(config, group)
+        settings = {"mode": mode, "dropout": self.dropout, "padding": self.padding, "timeout": 20}
+        attention = RingDilatedAttention(RingAttentionConfig(**self.pattern, **settings, **self.options), group)
         own_mask = None if mask is None else mask[:, start:stop].to(device())
         seed = self.seed if self.dropout else None
         out, lse = attention.with_lse(q, k, v, self.is_causal, own_mask, seed=seed)
@@ -173,6 +174,15 @@ def drawn(number: int) -> RingCase:
     )
 
 
+def filled_up(number: int) -> RingCase:
+    """A drawn configuration with `padding="zero_keys"`, for which the official code moves no rows."""
+    case, draw = drawn(number), random.Random(-number)
+    case.is_causal, case.masked, case.padding = False, False, "zero_keys"
+    rates = case.pattern["dilation_rates"]
+    case.pattern["segment_lengths"] = [draw.choice([r * draw.randint(1, 9), case.length, 200]) for r in rates]
+    return case
+
+
 def run_cases(
     groups: Groups, cases: list[tuple[RingCase, int, str, torch.dtype]], mutation: str = ""
 ) -> list[dict[str, Tensor] | None]:
@@ -192,6 +202,18 @@ def through_the_op() -> Iterator[None]:
     """Nothing broken: the step that Triton takes, with the backend that a CPU has."""
     with mock.patch.object(op, "_step", lambda backend: OpStep(backend)):
         yield
+
+
+def refused(groups: Groups, config: dict[str, Any], call: dict[str, Any]) -> str:
+    """What a legal shard of 8 positions raises, on every rank."""
+    config = {"dilation_rates": [1] * len(config["segment_lengths"]), "timeout": 20} | config
+    attention = RingDilatedAttention(RingAttentionConfig(**config), groups[dist.get_world_size()])
+    q = torch.zeros(1, 8, 2, 4)
+    try:
+        attention(q, q, q, **call)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 # Routing broken on purpose. Each must make `RingCase.errors` red.
@@ -407,7 +429,7 @@ def checked_op(groups: Groups, world_size: int) -> dict[str, str] | None:
         return None
     generator = torch.Generator().manual_seed(dist.get_rank())
     q, k, v = (torch.randn(1, 6, 2, 4, generator=generator, requires_grad=True) for _ in range(3))
-    settings = ([64], [1], "modulo", True, 0.5, 0.0, groups[world_size].group_name)
+    settings = ([64], [1], "modulo", True, 0.5, 0.0, "none", groups[world_size].group_name)
     wire = ("sparse", "", False, True, False, "first", 20.0, "sdpa")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     return torch.library.opcheck(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import ring_tasks
 import torch
 from ring_pool import Pool
-from ring_tasks import SPREAD, TOLERANCE, RingCase, drawn
+from ring_tasks import SPREAD, TOLERANCE, RingCase, drawn, filled_up
 
 from dilated_attention_pytorch import AttentionOutput, DilatedPattern, merge_attention
 from dilated_attention_pytorch.ring_attention import LSEAccumulator, RingAttentionConfig, RingDilatedAttention
@@ -44,6 +46,36 @@ def test_every_rank_has_what_one_device_has(pool: Pool, first: int) -> None:
         assert max(errors.values()) <= TOLERANCE, (mode, world_size, errors, case)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 40, BATCH))
+def test_zero_keys_are_those_of_one_device(pool: Pool, first: int) -> None:
+    cases = [filled_up(number) for number in range(first, first + BATCH)]
+    jobs = list(itertools.product(cases, WORLD_SIZES, MODES, (torch.float64,)))
+    results, filled = pool.run("run_cases", jobs), []
+    for case in cases:
+        bare = replace(case, padding="none")
+        wanted = case.whole()
+        assert case.errors([case.whole(backend="reference")], wanted)["lse"] <= TOLERANCE
+        for i, (_, world_size, mode, _) in enumerate(jobs):
+            if jobs[i][0] is case:
+                errors = case.errors([results[rank][i] for rank in range(world_size)], wanted)
+                assert max(errors.values()) <= TOLERANCE, (mode, world_size, errors, case)
+        filled.append(relative_norm(bare.whole()["out"], wanted["out"]))
+    assert max(filled) > 0.01  # it is not for want of zero keys
+
+
+def test_zero_keys_go_without_what_they_cannot_have(pool: Pool) -> None:
+    def errors(config: dict[str, Any], **call: Any) -> set[str]:
+        return set(pool.run("refused", {"padding": "zero_keys", **config}, call))
+
+    (moved,) = errors({"segment_lengths": [8, 20], "dilation_rates": [2, 3]})
+    assert "got the branch (w=20, r=3) and 64 positions: the official code moves its rows" in moved
+    assert errors({"segment_lengths": [8, 64], "dilation_rates": [2, 3]}) == {"nothing"}
+    for call in ({"is_causal": True}, {"key_padding_mask": torch.ones(1, 8, dtype=torch.bool)}):
+        (refused,) = errors({"segment_lengths": [8]}, **call)
+        assert "expected is_causal=False and no key_padding_mask with padding='zero_keys'" in refused
+
+
 def test_the_oracle_is_the_reference() -> None:
     """One device's sdpa, which the ranks are held to, against the dense definition."""
     for number in range(20):
@@ -59,8 +91,9 @@ def test_low_precision_errs_at_most_twice_as_much_as_one_device(
 ) -> None:
     options = {} if gradient_dtype is None else {"gradient_dtype": dtype}
     pattern = {"segment_lengths": [16, 64, 256], "dilation_rates": [1, 2, 4]}
-    for is_causal in (False, True):
-        case = RingCase(256, 2, 4, 2, 16, pattern, is_causal=is_causal, seed=3, options=options)
+    shape = {"batch": 2, "kv_heads": 4, "group": 2, "width": 16}
+    for settings in ({}, {"is_causal": True}, {"padding": "zero_keys", "length": 250}):
+        case = RingCase(**{"length": 256, **settings}, **shape, pattern=pattern, seed=3, options=options)
         alone, rounded = case.whole(dtype), case.whole_of_rounded(dtype)
         for world_size, mode in itertools.product((2, 4), MODES):
             results = pool.run("run_cases", [(case, world_size, mode, dtype)])

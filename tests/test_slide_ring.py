@@ -25,10 +25,10 @@ def pool() -> Iterator[Pool]:
 BOUNDS = [[0, 30, 61], [0, 25, 56], [0, 25, 61], [0, 0, 40]]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "padding"), [(False, "none"), (True, "none"), (False, "zero_keys")])
 @pytest.mark.parametrize("global_pool", [False, True])
-def test_shards_are_the_whole(pool: Pool, global_pool: bool, masked: bool) -> None:
-    options: dict[str, Any] = {"global_pool": global_pool, "drop_path": 0.0}
+def test_shards_are_the_whole(pool: Pool, global_pool: bool, masked: bool, padding: str) -> None:
+    options: dict[str, Any] = {"global_pool": global_pool, "drop_path": 0.0, "padding": padding}
     shards = pool.run("encode", BOUNDS, masked, options, masked)
     encoder = model(**options)
     for i, cuts in enumerate(BOUNDS):
@@ -60,9 +60,12 @@ def test_what_ring_attention_does_not_have(tmp_path: Any) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        for options in ({"padding": "zero_keys"}, {"mixing_gradient": "detached"}):
-            with pytest.raises(ValueError, match="for a sequence over several ranks"):
-                model(**options).shard_context(dist.group.WORLD)
+        with pytest.raises(ValueError, match="for a sequence over several ranks"):
+            model(mixing_gradient="detached").shard_context(dist.group.WORLD)
+        official = model(padding="zero_keys")
+        official.shard_context(dist.group.WORLD)
+        with pytest.raises(ValueError, match="expected no mask with padding='zero_keys' on a sharded model"):
+            official(*slides(30, True))
         encoder = model().eval()
         tiles, coords, _ = slides(30, False)
         want = encoder(tiles, coords)

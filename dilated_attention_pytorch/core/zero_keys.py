@@ -138,6 +138,23 @@ def visibility(
     return seen, source, pads.to(torch.promote_types(torch.float32, torch.get_default_dtype()))
 
 
+def counts(pattern: DilatedPattern, start: int, stop: int, seq_len: int, device: torch.device | None) -> Tensor:
+    """How many zero keys positions `[start, stop)` of a sequence see, all branches together: float `(H_kv, n)`."""
+    positions = torch.arange(start, stop, device=device)[None]
+    no_keys, lengths = positions[:, :0], torch.full_like(positions, seq_len)
+    found = [visibility(pattern, i, positions, no_keys, lengths, 1)[2][0] for i in range(len(pattern.branches))]
+    return torch.stack(found).sum(0)
+
+
+def moving_branch(pattern: DilatedPattern, seq_len: int) -> tuple[int, int] | None:
+    """The first branch (w, r) whose outputs the official code writes to other positions than it reads queries from."""
+    for length, rate in pattern.branches:
+        read, written = strides(length, rate, seq_len)
+        if read != written and seq_len > read:
+            return length, rate
+    return None
+
+
 def read_rows(queries: Tensor, q_pos: Tensor, source: Tensor) -> Tensor:
     """The query rows at the source positions, zeros where there is none.
 

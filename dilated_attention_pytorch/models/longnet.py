@@ -240,8 +240,7 @@ class LongNetLM(nn.Module):
             ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
 
         Raises:
-            ValueError: settings that ring attention does not have: `mixing_gradient="detached"`,
-                `padding="zero_keys"`.
+            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
         """
         config = ring_config(self.config, **{"backend": self._backend, **ring})
         self._shards = shard_layers(self.decoder.layers, config, group, mesh_dim)

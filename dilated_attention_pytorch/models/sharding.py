@@ -27,21 +27,21 @@ def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
         options: further fields of `RingAttentionConfig`, such as `mode`, `timeout` and `backend`.
 
     Raises:
-        ValueError: a setting that ring attention does not have: detached mixing gradients, padding by zero keys.
+        ValueError: a setting that ring attention does not have: detached mixing gradients.
         TypeError: an unknown option.
     """
     from dilated_attention_pytorch.ring_attention import RingAttentionConfig
 
-    for name, allowed in (("mixing_gradient", "exact"), ("padding", "none")):
-        if getattr(config, name) != allowed:
-            raise ValueError(
-                f"expected {name}={allowed!r} for a sequence over several ranks, got {getattr(config, name)!r}: "
-                "ring attention has no other"
-            )
+    if config.mixing_gradient != "exact":
+        raise ValueError(
+            f"expected mixing_gradient='exact' for a sequence over several ranks, got {config.mixing_gradient!r}: "
+            "ring attention has no other"
+        )
     return RingAttentionConfig(
         segment_lengths=config.segment_lengths,
         dilation_rates=config.dilation_rates,
         offsets=config.offsets,
+        padding=config.padding,
         dropout=config.attention_dropout,
         **options,
     )

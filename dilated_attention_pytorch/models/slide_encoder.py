@@ -173,10 +173,12 @@ class SlideEncoder(nn.Module):
     def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
         """From now on each rank of a group holds some tiles of every slide, in rank order, as many as it likes.
 
-        All attention becomes ring attention. `forward` takes this rank's tiles, coordinates and mask; `pooled` and
-        `layers` are the whole slide's, on every rank, and `tiles` are this rank's. Compute the same loss from `pooled`
-        on every rank: the gradients of the encoder's parameters are then this rank's share, to be summed over the
-        group; those of a head on top are whole on each.
+        All attention becomes ring attention. With `padding="zero_keys"` it takes no mask, so the slides of a batch are
+        of one length; and not several segments of a w that r does not divide, whose rows the official code moves
+        (beyond 185,363 tokens with the published pattern). `forward` takes this rank's tiles, coordinates and mask;
+        `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this rank's. Compute the same loss
+        from `pooled` on every rank: the gradients of the encoder's parameters are then this rank's share, to be summed
+        over the group; those of a head on top are whole on each.
 
         Args:
             group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
@@ -184,8 +186,7 @@ class SlideEncoder(nn.Module):
             ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
 
         Raises:
-            ValueError: settings that ring attention does not have: `mixing_gradient="detached"`,
-                `padding="zero_keys"`.
+            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
         """
         config = ring_config(self.config.layers, **{"backend": self._backend, **ring})
         self._shards = shard_layers(self.encoder.layers, config, group, mesh_dim)
@@ -231,6 +232,11 @@ class SlideEncoder(nn.Module):
             self._shards.compare_again()
         has_cls = self._shards is None or self._shards.rank == 0
         rows = Rows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=has_cls, pack=self._shards is None)
+        if rows.mask is not None and config.padding == "zero_keys" and self._shards is not None:
+            raise ValueError(
+                "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
+                "depends on each slide's own length; give one slide at a time, or take padding='none'"
+            )
         if rows.mask is not None and config.padding == "zero_keys":
             raise ValueError(
                 "expected mask to be padded on the right with padding='zero_keys', got one with holes: the official "

@@ -105,6 +105,12 @@ class BaseRingAttention(nn.Module, ABC):
         if key_padding_mask is not None:
             validation.check_key_padding_mask(key_padding_mask, query.shape[0], query.shape[1], query.device)
         validation.check_seed(seed)
+        if self.config.padding == "zero_keys" and (is_causal or key_padding_mask is not None):
+            raise ValueError(
+                "expected is_causal=False and no key_padding_mask with padding='zero_keys', got "
+                f"is_causal={is_causal} and {'no' if key_padding_mask is None else 'a'} mask: the official code's "
+                "numbers know neither"
+            )
         return self.attend(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask, seed=seed)
 
     def dropout_p(self) -> float:

@@ -11,7 +11,7 @@ import torch
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.types import Backend, Offsets
+from dilated_attention_pytorch.types import Backend, Offsets, Padding
 
 Mode = Literal["auto", "sparse", "ring", "gather"]
 RemoteRows = Literal["keep", "refetch"]
@@ -41,6 +41,8 @@ class RingAttentionConfig:
         scale: factor on q . k; `D ** -0.5` by default.
         dropout: probability of dropping an attention weight, in training mode only. The mask is a function of global
             positions, so it does not depend on the world size.
+        padding: `"none"`, or `"zero_keys"` for the numbers of published checkpoints: without causality or mask, and
+            where w_i is a multiple of r_i or the sequence one segment, so that the official code moves no rows.
         mode: `"sparse"` fetches the rows a rank's heads keep, in one exchange, while local attention runs; `"ring"`
             fetches the same rows from one rank after another, so that those of two ranks at most are held;
             `"gather"` fetches all of K and V; `"auto"` decides from the plan's bytes.
@@ -70,6 +72,7 @@ class RingAttentionConfig:
     offsets: Offsets = "modulo"
     scale: float | None = None
     dropout: float = 0.0
+    padding: Padding = "none"
     mode: Mode = "sparse"
     gradient_dtype: torch.dtype | None = None
     remote_rows: RemoteRows = "keep"
@@ -81,6 +84,7 @@ class RingAttentionConfig:
         pattern = DilatedPattern(tuple(self.segment_lengths), tuple(self.dilation_rates), 1, self.offsets)
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        validation.check_choice("padding", self.padding, Padding)
         validation.check_choice("mode", self.mode, Mode)
         validation.check_choice("remote_rows", self.remote_rows, RemoteRows)
         validation.check_choice("check", self.check, Check)

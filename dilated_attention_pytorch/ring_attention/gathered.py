@@ -17,15 +17,14 @@ def forward(
     plan: RingPlan, problem: Problem, step: Step, channel: Channel, q: Tensor, k: Tensor, v: Tensor,
     mask: Tensor | None, seed: Tensor | None, *, keep: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
-    """As `schedule.forward`."""
+    """The part of all keys as the step gives it, and what arrived (empty unless it is kept)."""
     arriving = _gather(plan, channel, k, v, keep=keep)
     gathered = arriving.wait()
     keys, values = _whole(plan, gathered)
     arriving.release()
     whole = problem.at(problem.q_start, 0, plan.seq_len)
     out, lse = step.forward(q, keys, values, whole, key_padding_mask=_gather_mask(plan, channel, mask), seed=seed)
-    lse = lse.contiguous()
-    return AttentionOutput(out.to(q.dtype), lse), gathered.flatten() if keep else k.new_empty(0)
+    return AttentionOutput(out, lse.contiguous()), gathered.flatten() if keep else k.new_empty(0)
 
 
 def backward(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
+from dilated_attention_pytorch.core import zero_keys
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention import schedule
@@ -41,6 +42,7 @@ def ring_attention(
     is_causal: bool,
     scale: float,
     dropout_p: float,
+    padding: str,
     group_name: str,
     mode: str,
     gradient_dtype: str,
@@ -65,6 +67,7 @@ def ring_attention(
         is_causal: hide later keys.
         scale: factor on q . k.
         dropout_p: probability of dropping a weight.
+        padding: "none" or "zero_keys".
         group_name: the process group's.
         mode: of `RingAttentionConfig`.
         gradient_dtype: name of a torch dtype, or "" for the accumulator's.
@@ -78,7 +81,7 @@ def ring_attention(
     Returns:
         out, lse, what was kept (flat), the shards' lengths (on the CPU) and the seed.
     """
-    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
+    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p, padding)
     wire = (group_name, mode, gradient_dtype, keep_rows, requires_grad, same_seed, check, timeout, backend)
     channel, lengths = _open("forward", check, q, k, key_padding_mask, seed, settings, wire)
     if seed is not None:
@@ -90,7 +93,7 @@ def ring_attention(
 
 @ring_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    group_name, keep = args[8], args[11]
+    group_name, keep = args[9], args[12]
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
     kept = k.new_empty(torch.library.get_ctx().new_dynamic_size() if keep else 0)
     lengths = torch.empty(_resolve_process_group(group_name).size(), dtype=torch.int64, device="cpu")
@@ -116,6 +119,7 @@ def ring_attention_backward(
     is_causal: bool,
     scale: float,
     dropout_p: float,
+    padding: str,
     group_name: str,
     mode: str,
     gradient_dtype: str,
@@ -127,7 +131,7 @@ def ring_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; arguments as in `ring_attention`, after what it returned."""
-    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p)
+    settings = (segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p, padding)
     wire = (group_name, mode, gradient_dtype, keep_rows, requires_grad, same_seed, check, timeout, backend)
     seed = used_seed if dropout_p > 0.0 else None
     channel, _ = _open("backward", check, q, k, key_padding_mask, None, settings, wire)
@@ -169,7 +173,7 @@ def _open(
     settings: tuple[Any, ...], wire: tuple[Any, ...],
 ) -> tuple[Channel, tuple[int, ...]]:  # fmt: skip
     """The handshake: everything that must be the same on every rank, by the names users know."""
-    segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p = settings
+    segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p, padding = settings
     group_name, mode, gradient_dtype, keep_rows, requires_grad, same_seed, _, timeout, backend = wire
     batch, length, heads, width = q.shape
     fingerprint: dict[str, Any] = {
@@ -183,6 +187,7 @@ def _open(
         "is_causal": is_causal,
         "scale": scale,
         "dropout": dropout_p,
+        "padding": padding,
         "seed": int(seed) if seed is not None and same_seed else None,
         "key_padding_mask": "given" if mask is not None else "none",
         "requires_grad": requires_grad,
@@ -200,18 +205,24 @@ def _open(
 def _call(
     channel: Channel, lengths: tuple[int, ...], q: Tensor, k: Tensor, settings: tuple[Any, ...], wire: tuple[Any, ...]
 ) -> schedule.Call:
-    segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p = settings
+    segment_lengths, dilation_rates, offsets, is_causal, scale, dropout_p, padding = settings
     _, mode, gradient_dtype, keep_rows, _, _, _, _, backend = wire
     pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), k.shape[2], offsets)
     bounds = tuple(itertools.accumulate(lengths, initial=0))
     plan = plan_for(pattern, bounds, channel.rank, is_causal, k.device)
+    zeros = padding == "zero_keys"
+    if zeros and (branch := zero_keys.moving_branch(pattern, plan.seq_len)) is not None:
+        raise ValueError(
+            f"expected segments of a multiple of the rate, or one alone, with padding='zero_keys' over ranks, got the "
+            f"branch (w={branch[0]}, r={branch[1]}) and {plan.seq_len} positions: the official code moves its rows"
+        )
     start, _ = plan.shard
     problem = Problem(pattern, is_causal, scale, dropout_p, start, start, plan.seq_len, "exact", "none")
     wire_dtype = torch.promote_types(q.dtype, torch.float32)
     if gradient_dtype:
         wire_dtype = getattr(torch, gradient_dtype)
     chosen = choose_mode(plan) if mode == "auto" else mode
-    return schedule.Call(plan, problem, chosen, _step(backend), channel, wire_dtype, keep_rows)
+    return schedule.Call(plan, problem, chosen, _step(backend), channel, wire_dtype, keep_rows, zeros)
 
 
 def choose_mode(plan: RingPlan) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import zero_keys
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 
 
@@ -127,6 +128,11 @@ class RingPlan:
             positions, heads = units.index()
             found[peer] = (positions - self.shard[0]).to(self.device), heads.to(self.device)
         return found
+
+    @cached_property
+    def num_zero_keys(self) -> Tensor:
+        """How many zero keys (SPEC 5) each position of the shard sees, float `(H_kv, n)`, on the device."""
+        return zero_keys.counts(self.pattern, *self.shard, self.seq_len, self.device)
 
     @cached_property
     def arriving_positions(self) -> dict[int, Tensor]:

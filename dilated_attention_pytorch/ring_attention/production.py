@@ -95,6 +95,7 @@ class RingDilatedAttention(BaseRingAttention):
                 dropout_p=dropout_p,
                 seed=seed,
                 key_padding_mask=key_padding_mask,
+                padding=config.padding,
                 backend=config.backend,
             )
         query, key, value = in_autocast_dtype(query, key, value)
@@ -112,6 +113,7 @@ class RingDilatedAttention(BaseRingAttention):
             is_causal,
             validation.check_scale(config.scale, query.shape[-1]),
             dropout_p,
+            config.padding,
             self.group_name,
             config.mode,
             "" if wire is None else str(wire).removeprefix("torch."),

@@ -37,6 +37,8 @@ class Call:
         channel: what exchanges go through.
         wire_dtype: what gradients travel in.
         keep: whether the forward gives back what arrived, for the backward.
+        zero_keys: whether softmaxes count the official code's zero keys. The backward does not ask: their values and
+            gradients are 0, and the lse that it is given counts them.
     """
 
     plan: RingPlan
@@ -46,6 +48,7 @@ class Call:
     channel: Channel
     wire_dtype: torch.dtype
     keep: bool
+    zero_keys: bool
 
     def rounds(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The exchanges, each as (peers that rows come from, peers that rows go to)."""
@@ -63,7 +66,20 @@ def forward(
 ) -> tuple[AttentionOutput, Tensor]:
     """Attention of this rank's queries over all ranks' keys, and what arrived (empty unless it is kept)."""
     if call.mode == "gather":
-        return gathered.forward(call.plan, call.problem, call.step, call.channel, q, k, v, mask, seed, keep=call.keep)
+        found, kept = gathered.forward(
+            call.plan, call.problem, call.step, call.channel, q, k, v, mask, seed, keep=call.keep
+        )
+    else:
+        found, kept = _exchanged(call, q, k, v, mask, seed)
+    if call.zero_keys:
+        found = _with_zero_keys(call.plan, found).result(q.dtype)
+    return AttentionOutput(found.out.to(q.dtype), found.lse), kept
+
+
+def _exchanged(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None
+) -> tuple[AttentionOutput, Tensor]:
+    """`forward` where only the rows that are needed travel; not rounded to the query's dtype."""
     problem = call.problem
     rounds = call.rounds()
     keep = call.keep and call.mode == "sparse"
@@ -89,6 +105,15 @@ def forward(
     if mask is not None:
         merged.hide(~mask)
     return merged.result(q.dtype), kept
+
+
+def _with_zero_keys(plan: RingPlan, found: AttentionOutput) -> LSEAccumulator:
+    """The partial of all real keys, merged with that of keys whose logit and value are 0."""
+    merged = LSEAccumulator(found)
+    counts = plan.num_zero_keys.repeat_interleave(found.out.shape[2] // plan.pattern.num_heads, 0)
+    lse = counts.to(torch.promote_types(found.lse.dtype, torch.float32)).log()
+    merged.add(AttentionOutput(found.out.new_zeros(()).expand_as(found.out), lse.expand_as(found.lse)))
+    return merged
 
 
 def backward(
