@@ -10,8 +10,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group: see ring_attention/utils/communication.py
 from torch import Tensor
+
+if dist.is_available():  # before there is a group: see ring_attention/utils/communication.py
+    import torch.distributed.nn
 
 T = TypeVar("T")
 
