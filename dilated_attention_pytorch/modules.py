@@ -83,7 +83,9 @@ class DilatedAttention(nn.Module):
         head_groups: bool | None = None,
     ) -> None:
         super().__init__()
-        pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), 1, offsets)
+        lengths = check.check_positive_ints("segment_lengths", segment_lengths)
+        rates = check.check_positive_ints("dilation_rates", dilation_rates)
+        pattern = DilatedPattern(lengths, rates, 1, offsets)
         check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
         check.check_choice("padding", padding, Padding)
         check.check_choice("backend", backend, Backend)

@@ -498,6 +498,21 @@ def changing_lengths(groups: Groups, world_size: int) -> list[float] | None:
     return found
 
 
+def out_of_step(groups: Groups) -> list[str]:
+    """The first rank changes its shard one call before the second: what each call of this rank ends in."""
+    rank, found = dist.get_rank(), []
+    attention = _attention(groups[2], [8], "first")
+    for lengths in ((8, 8), (12, 8), (12, 12)):
+        x = torch.zeros(1, lengths[rank], 1, 2)
+        try:
+            attention(x, x, x)
+        except communication.RingError as error:
+            found.append(str(error))
+            break
+        found.append("no error")
+    return found
+
+
 def on_a_mesh(groups: Groups, world_size: int) -> bool:
     """A mesh of one dimension, and a dimension of one with two, mean the group that they hold."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -46,6 +46,17 @@ def test_every_rank_has_what_one_device_has(pool: Pool, first: int) -> None:
         assert max(errors.values()) <= TOLERANCE, (mode, world_size, errors, case)
 
 
+def test_an_empty_batch_is_as_good_as_any(pool: Pool) -> None:
+    for is_causal, remote_rows in itertools.product((False, True), ("keep", "refetch")):
+        case = RingCase(24, 0, 2, 2, 4, SPREAD, is_causal=is_causal, options={"remote_rows": remote_rows})
+        for mode in MODES:
+            results = pool.run("run_cases", [(case, 3, mode, torch.float64)])
+            for rank in range(3):
+                assert {name: tuple(x.shape) for name, x in results[rank][0].items()} == {
+                    "out": (0, 8, 4, 4), "lse": (0, 4, 8), "dq": (0, 8, 4, 4), "dk": (0, 8, 2, 4), "dv": (0, 8, 2, 4)
+                }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 40, BATCH))
 def test_zero_keys_are_those_of_one_device(pool: Pool, first: int) -> None:
@@ -186,6 +197,18 @@ def test_balanced_shards(world_size: int, is_causal: bool) -> None:
     assert busiest(bounds) == min(busiest((0, *inner, n)) for inner in every)
 
 
+def test_bounds_that_make_no_sense_are_refused() -> None:
+    pattern = DilatedPattern((8,), (1,), 2)
+    for given, message in (
+        ((-5, 2), "expected seq_len to be at least 0, got -5"),
+        ((8, 0), "expected world_size to be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            balanced_bounds(pattern, *given)
+    with pytest.raises(ValueError, match="expected multiple to be at least 1, got 0"):
+        balanced_bounds(pattern, 8, 2, multiple=0)
+
+
 def test_gathering_costs_what_dense_costs(pool: Pool) -> None:
     case = RingCase(96, 2, 4, 3, 5, {"segment_lengths": [64], "dilation_rates": [2]})
     for world_size in (2, 3, 8):
@@ -244,6 +267,11 @@ def test_accumulator_is_the_merge() -> None:
     for got in (whole, by_rows):
         out, lse = got.result(torch.float64)
         assert relative_norm(out, want.out) < 1e-14 and relative_norm(lse, want.lse) < 1e-14
+    kept = [x.clone() for x in (out, lse)]
+    by_rows.add(parts[1])
+    assert torch.equal(out, kept[0]) and torch.equal(lse, kept[1])  # what was read stays
+    with pytest.raises(ValueError, match=r"expected a partial of out \(2, 5, 4, 3\) .* got \(2, 1, 4, 3\)"):
+        whole.add(AttentionOutput(parts[0].out[:, :1], parts[0].lse[..., :1]))
 
 
 @pytest.mark.parametrize("keep", ["keep", "refetch"])

@@ -63,6 +63,19 @@ def test_disagreement_one_rank_sees_is_not_silent_either() -> None:
 
 
 @pytest.mark.slow
+def test_ranks_that_compare_at_different_steps_hear_of_it() -> None:
+    """The second rank's first stale plan moves nothing, so it computes that call alone; they meet a step apart."""
+    pool = Pool(2, [2], "ring_tasks")
+    try:
+        first, second = pool.run("out_of_step")
+    finally:
+        pool.close()
+    assert first[:-1] == ["no error"] and second[:-1] == ["no error"] * 2
+    for error in (first[-1], second[-1]):
+        assert "ranks disagree on step: 2 on ranks [0], 3 on ranks [1]" in error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "sleeps"])
 @pytest.mark.parametrize(
     ("where", "check"), [("compare", "always"), ("compare", "first"), ("exchange", "first"), ("backward", "first")]
@@ -91,6 +104,8 @@ def test_bad_input() -> None:
             RingAttentionConfig(**pattern, **wrong)
     with pytest.raises(TypeError, match="gradient_dtype"):
         RingAttentionConfig(**pattern, gradient_dtype=torch.int32)
+    with pytest.raises(TypeError, match="segment_lengths to be a sequence of ints, got int 8"):
+        RingAttentionConfig(segment_lengths=8, dilation_rates=[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="process_group"):
         RingDilatedAttention(RingAttentionConfig(**pattern), "world")  # type: ignore[arg-type]
     attention = RingDilatedAttention(RingAttentionConfig(**pattern))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.validation import check_positive_ints
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets
 
@@ -98,7 +99,9 @@ def use_dilated_attention(
     Raises:
         ValueError: a pattern that does not fit together, or a model whose attention cannot be replaced.
     """
-    pattern = DilatedPattern(tuple(segment_lengths), tuple(dilation_rates), 1, offsets)
+    lengths = check_positive_ints("segment_lengths", segment_lengths)
+    rates = check_positive_ints("dilation_rates", dilation_rates)
+    pattern = DilatedPattern(lengths, rates, 1, offsets)
     register()
     model.set_attn_implementation(NAME)
     # A composite model has a config a part; what each attention layer reads is its own.

@@ -52,8 +52,9 @@ class RingAttentionConfig:
             mode `"ring"` always does.
         check: when ranks compare what they are about to do. `"first"`: at a group's first call and whenever a rank's
             call differs from its previous one on that group. Something has to change on some rank for a disagreement
-            to appear, so none passes unseen; where the others saw no change, it ends in a timeout. `"always"`: at every
-            exchange, so that every disagreement is named, and so that shards may change length on one rank alone.
+            to appear, so none passes unseen: where the others saw no change, that rank's call ends in an error when
+            they next compare, or in a timeout, but theirs may have returned by then. `"always"`: at every exchange,
+            so that every disagreement is named before data moves, and shards may change length on one rank alone.
             `"never"`: not at all; shards are then taken to be equally long.
         timeout: seconds a rank waits for the others before it raises.
         backend: `"auto"`, `"sdpa"` or `"triton"`.
@@ -81,7 +82,9 @@ class RingAttentionConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        pattern = DilatedPattern(tuple(self.segment_lengths), tuple(self.dilation_rates), 1, self.offsets)
+        lengths = validation.check_positive_ints("segment_lengths", self.segment_lengths)
+        rates = validation.check_positive_ints("dilation_rates", self.dilation_rates)
+        pattern = DilatedPattern(lengths, rates, 1, self.offsets)
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
         validation.check_choice("padding", self.padding, Padding)

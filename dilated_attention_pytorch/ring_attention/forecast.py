@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.validation import check_int, check_positive_int
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, unit_bytes
 
 
@@ -77,12 +78,20 @@ def balanced_bounds(
     Returns:
         `world_size + 1` ascending positions, from 0 to seq_len, as `RingPlan` takes them.
 
+    Raises:
+        ValueError: a negative length, no ranks, a multiple below 1.
+        TypeError: one of them is no int.
+
     Example:
         >>> from dilated_attention_pytorch import DilatedPattern
         >>> balanced_bounds(DilatedPattern((64, 1024), (1, 1), 4), 1024, 2)
         (0, 704, 1024)
     """
-    if multiple is None:
+    check_int("seq_len", seq_len, 0)
+    check_positive_int("world_size", world_size)
+    if multiple is not None:
+        check_positive_int("multiple", multiple)
+    else:
         fitting = [w for w in pattern.segment_lengths if w * 8 * world_size <= seq_len]
         multiple = max(fitting, default=max(1, seq_len // (16 * world_size)))
     ends = [*range(0, seq_len, multiple), seq_len]

@@ -58,8 +58,8 @@ def add_home(dk: Tensor, dv: Tensor, index: tuple[Tensor, Tensor], grads: Tensor
     rows, heads = index
     flat = rows * dk.shape[2] + heads
     grads = grads.to(dk.dtype)
-    dk.view(dk.shape[0], -1, dk.shape[3]).index_add_(1, flat, grads[:, :, 0].transpose(0, 1))
-    dv.view(dv.shape[0], -1, dv.shape[3]).index_add_(1, flat, grads[:, :, 1].transpose(0, 1))
+    dk.flatten(1, 2).index_add_(1, flat, grads[:, :, 0].transpose(0, 1))
+    dv.flatten(1, 2).index_add_(1, flat, grads[:, :, 1].transpose(0, 1))
 
 
 def attend(

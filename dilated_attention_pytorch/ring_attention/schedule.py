@@ -145,7 +145,7 @@ def backward(
     for number, (owners, receivers) in enumerate(rounds):
         arrived = pending
         if is_kept:
-            units = kept.unflatten(0, (-1, k.shape[0], 2, k.shape[3])) if kept.numel() else _no_units(k, kept.dtype)
+            units = kept.view(sum(_counts(call, owners, arriving=True)), k.shape[0], 2, k.shape[3])
         else:
             assert pending is not None
             units = pending.wait()
@@ -253,7 +253,3 @@ def _own_mask(plan: RingPlan, mask: Tensor | None) -> Tensor | None:
         return None
     start, stop = plan.shard
     return torch.nn.functional.pad(mask, (start, plan.seq_len - stop))
-
-
-def _no_units(k: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty((0, k.shape[0], 2, k.shape[3]), dtype=dtype, device=k.device)

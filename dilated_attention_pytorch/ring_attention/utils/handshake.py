@@ -87,11 +87,14 @@ def begin(
     state.step += 1
     label = f"{phase}, step {state.step}"
     channel = Channel(group, timeout, label, lambda message: _explain(state, group, message))
-    mine = json.dumps({"phase": phase, **fingerprint, "length": length})
+    told = {"phase": phase, **fingerprint, "length": length}
+    mine = json.dumps(told)
     if check == "never":
         return channel, (length,) * group.size()
     if check == "always" or mine != state.previous:
-        state.lengths = _compare(state, group, mine, length * row_bytes, label, timeout)
+        # With the step: ranks that compare at different ones would go on with each other's rows.
+        stepped = json.dumps({"step": state.step, **told})
+        state.lengths = _compare(state, group, stepped, length * row_bytes, label, timeout)
         state.previous = mine
     return channel, state.lengths
 

@@ -39,7 +39,12 @@ class LSEAccumulator:
         self._lse_rows = rows_last(self._lse).unflatten(2, (heads, -1))
 
     def add(self, partial: AttentionOutput) -> None:
-        """Merges a partial of all queries."""
+        """Merges a partial of all queries; raises ValueError for shapes that are not the first one's."""
+        if partial.out.shape != self._out.shape or partial.lse.shape != self._lse.shape:
+            raise ValueError(
+                f"expected a partial of out {tuple(self._out.shape)} and lse {tuple(self._lse.shape)}, got "
+                f"{tuple(partial.out.shape)} and {tuple(partial.lse.shape)}"
+            )
         merge_into(self._out, rows_last(self._lse), partial.out, rows_last(partial.lse))
 
     def add_rows(self, rows: Tensor, heads: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -63,5 +68,5 @@ class LSEAccumulator:
         self._lse.masked_fill_(masked[:, None], -torch.inf)
 
     def result(self, dtype: torch.dtype) -> AttentionOutput:
-        """`out` in `dtype`, `lse` in the accumulator's."""
-        return AttentionOutput(self._out.to(dtype), self._lse)
+        """`out` in `dtype`, `lse` in the accumulator's; later merges do not change them."""
+        return AttentionOutput(self._out.to(dtype, copy=True), self._lse.clone())
