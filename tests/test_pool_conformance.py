@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_streams import GARBAGE, FakeRuntime
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import UnifiedMemoryPool
 from dilated_attention_pytorch.core.memory import replay, topology
-from dilated_attention_pytorch.core.memory.blocks import ALIGNMENT
+from dilated_attention_pytorch.core.memory.blocks import ALIGNMENT, aligned
 from dilated_attention_pytorch.core.memory.events import read_events
 from dilated_attention_pytorch.core.memory.stats import fragmentation
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
@@ -109,12 +110,26 @@ class TestSizes:
         with pool.borrow(1000, torch.uint8, device, purpose="small") as again:
             again.tensor.fill_(1)
 
+    @pytest.mark.parametrize("shape", [(1 << 63) - 1, 1 << 63, 10**30, (1 << 40, 1 << 40)], ids=str)
+    def test_more_than_torch_can_count(self, strategy: str, shape: Any) -> None:
+        for limit in (None, 1 << 80):
+            pool = UnifiedMemoryPool(strategy, limit)
+            with pytest.raises(PoolExhausted, match="64 bits"):
+                pool.borrow(shape, torch.uint8, "cpu", purpose="x")
+            stats = adds_up(pool)
+            assert stats.reserved == stats.peak_reserved == stats.live == 0
+
+    @pytest.mark.parametrize("shape", [(0, 1 << 63), (0, 1 << 62, 8)], ids=str)
+    def test_nothing_of_more_than_torch_can_count(self, pool: UnifiedMemoryPool, shape: Any) -> None:
+        with pytest.raises(ValueError, match="shape to have strides of 64 bits"):
+            pool.borrow(shape, torch.uint8, "cpu", purpose="x")
+
     def test_bucketed_wastes_less_than_a_quarter(self) -> None:
         rounded = BucketedStrategy(None).rounded  # type: ignore[arg-type]
         for size in [*range(1, 20_000), *(2**k + d for k in range(12, 40) for d in (-1, 0, 1, 511, 513))]:
             assert size <= rounded(size) and rounded(size) % ALIGNMENT == 0
             assert rounded(size) < 1.25 * size or size <= 2048, size
-            assert rounded(rounded(size)) == rounded(size)
+            assert rounded(rounded(size)) == rounded(aligned(size)) == rounded(size)
 
 
 class TestHandles:
@@ -188,6 +203,25 @@ class TestHandles:
             (x * handle.tensor).sum().backward()
             assert x.grad is not None and x.grad.sum() == 10
 
+    @pytest.mark.parametrize("size", [0, 10])
+    def test_a_handle_outlives_inference_mode(self, pool: UnifiedMemoryPool, size: int) -> None:
+        with torch.inference_mode():
+            handle = pool.borrow(size, torch.float32, "cpu", purpose="x", zero=True)
+            assert torch.is_inference_mode_enabled()
+        assert not handle.tensor.is_inference() and not handle.tensor.requires_grad
+        handle.tensor.fill_(1.0)
+        x = torch.ones(size, requires_grad=True)
+        (x * handle.tensor).sum().backward()
+        assert x.grad is not None and x.grad.sum() == size
+        handle.release()
+
+    @pytest.mark.parametrize("size", [0, 10])
+    @pytest.mark.parametrize("pinned", [False, True])
+    def test_the_default_device_is_not_asked(self, strategy: str, size: int, pinned: bool) -> None:
+        pool = UnifiedMemoryPool(strategy)
+        with torch.device("meta"), pool.borrow(size, torch.float32, "cpu", "x", pinned=pinned, zero=True) as handle:
+            assert handle.tensor.device.type == "cpu" and not handle.tensor.any()
+
     def test_autograd_notices_what_it_should_not_have_saved(self) -> None:
         """Blocks of whole allocations share a version counter with the next borrower's tensor."""
         pool = UnifiedMemoryPool("simple")
@@ -204,7 +238,9 @@ class TestArguments:
     def test_constructor(self) -> None:
         with pytest.raises(ValueError, match=r"one of \['simple', 'bucketed', 'fragment_aware', 'numa', 'adaptive'\]"):
             UnifiedMemoryPool("best")
-        with pytest.raises(ValueError, match="limit to be positive, got 0"):
+        with pytest.raises(ValueError, match=r"strategy to be one of .* got \['simple'\]"):
+            UnifiedMemoryPool(["simple"])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="limit to be at least 1, got 0"):
             UnifiedMemoryPool(limit=0)
         for limit in (1.5, True, "1"):
             with pytest.raises(TypeError, match="limit"):
@@ -226,7 +262,35 @@ class TestArguments:
             pool.borrow(3, torch.float32, "mps", purpose="x")
         with pytest.raises(ValueError, match="expected device to be there, got 'cuda:99'"):
             pool.borrow(3, torch.float32, "cuda:99", purpose="x")
+        for device in ("foo", "cuda:-1"):
+            with pytest.raises(ValueError, match=f"device to name a device.* got '{device}'"):
+                pool.borrow(3, torch.float32, device, purpose="x")
+        for flag in ("pinned", "zero"):
+            with pytest.raises(TypeError, match=f"{flag} to be a bool, got str 'no'"):
+                pool.borrow(3, torch.float32, "cpu", purpose="x", **{flag: "no"})
         assert pool.stats().requested == 0
+
+    def test_integers_of_numpy(self, strategy: str, tmp_path: Path) -> None:
+        pool = UnifiedMemoryPool(strategy, limit=np.int64(1 << 22))  # type: ignore[arg-type]
+        with pool.record(tmp_path / "events.jsonl"):
+            for shape, want in (((np.int64(3), 4), (3, 4)), (np.int32(5), (5,))):
+                with pool.borrow(shape, torch.float32, "cpu", purpose="x") as handle:  # type: ignore[arg-type]
+                    assert handle.tensor.shape == want
+        assert [e.size for e in read_events(tmp_path / "events.jsonl") if e.kind == "borrow"] == [48, 20]
+        with pytest.raises(TypeError, match="shape to be an int or a sequence of ints, got ndarray"):
+            pool.borrow(np.array([3, 4]), torch.float32, "cpu", purpose="x")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("stream", ["nonsense", 0, 1.5, ["nonsense"]], ids=str)
+    def test_what_is_no_stream(self, pool: UnifiedMemoryPool, device: torch.device, stream: Any) -> None:
+        handle = pool.borrow(3, torch.float32, device, purpose="x")
+        for release in (handle.release, lambda stream: pool.release(handle.tensor, stream)):
+            with pytest.raises(TypeError, match=r"stream to be a torch\.cuda\.Stream, got"):
+                release(stream)
+            assert pool.stats().live == 1 and not handle.released
+        handle.release([None] if device.type == "cpu" else None)
+        assert pool.stats().live == 0
+        with pytest.raises(TypeError, match="tensor to be a Tensor, got str"):
+            pool.release("x")  # type: ignore[arg-type]
 
     @pytest.mark.gpu
     def test_pinned_memory_is_host_memory(self, pool: UnifiedMemoryPool) -> None:
@@ -261,6 +325,44 @@ class TestLimit:
         pool = UnifiedMemoryPool(strategy, limit=5000)
         with pool.borrow(4000, torch.uint8, "cpu", purpose="x"):
             assert pool.stats().reserved <= 5000
+
+    def test_a_request_gets_its_own_size_where_its_class_has_no_room(self, strategy: str) -> None:
+        """And the block serves such requests again, but none that is larger."""
+        pool = UnifiedMemoryPool(strategy, limit=1_200_000)
+        addresses = set()
+        for _ in range(3):
+            with pool.borrow(1_100_000, torch.uint8, "cpu", purpose="x") as handle:
+                handle.tensor.fill_(1)
+                addresses.add(handle.tensor.data_ptr())
+        stats = adds_up(pool)
+        assert len(addresses) == 1 and (stats.hits, stats.misses, stats.trims) == (2, 1, 0)
+        with pool.borrow(1_190_000, torch.uint8, "cpu", purpose="x") as larger:
+            larger.tensor.fill_(1)
+            assert larger.tensor.numel() == 1_190_000 and adds_up(pool).reserved <= 1_200_000
+        pool.trim()
+        assert pool.stats().reserved == 0
+
+    def test_the_refusal_names_the_rounding(self, strategy: str) -> None:
+        pool = UnifiedMemoryPool(strategy, limit=4100)
+        with pytest.raises(PoolExhausted, match=r"4100 bytes \(4608 in whole units of 512\).* limit of 4100 bytes"):
+            pool.borrow(4100, torch.uint8, "cpu", purpose="x")
+        with pytest.raises(PoolExhausted, match="expected 4608 bytes for"):
+            pool.borrow(4608, torch.uint8, "cpu", purpose="x")
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError, torch.OutOfMemoryError])
+    def test_a_failed_allocation_books_nothing(
+        self, strategy: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> Tensor:
+            raise error
+
+        pool = UnifiedMemoryPool(strategy, runtime=FakeRuntime())
+        monkeypatch.setattr(FakeRuntime, "allocate", fail)
+        with pytest.raises(PoolExhausted if error is torch.OutOfMemoryError else error):
+            pool.borrow(1 << 20, torch.uint8, "cpu", purpose="x")
+        monkeypatch.undo()
+        assert adds_up(pool).reserved == pool.stats().peak_reserved == 0
+        pool.borrow(1 << 20, torch.uint8, "cpu", purpose="x").release()
 
     def test_trim(self, pool: UnifiedMemoryPool) -> None:
         handles = [pool.borrow(3 << 20, torch.uint8, "cpu", purpose="x") for _ in range(4)]

@@ -7,6 +7,7 @@ import itertools
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,6 +231,19 @@ def test_autograd() -> None:
     assert relative_norm(total[2], whole(q, k, v, torch.ones_like(q), **PATTERN)["dv"]) <= 1e-12
 
 
+def test_slices_of_one_buffer() -> None:
+    """Inputs and results side by side in one allocation, as an arena or one mapped file has them."""
+    shape = (1, 150, 2, 4)
+    buffer = torch.randn(9, *shape, dtype=torch.float64)
+    q, k, v, grad, _, out, dq, dk, dv = buffer
+    lse = buffer[4].flatten()[: 2 * 150].view(1, 2, 150)
+    want = whole(*(x.clone() for x in (q, k, v, grad)), **PATTERN)
+    streamed_forward(q, k, v, out=out, lse=lse, **PATTERN, range_length=48)
+    streamed_backward(grad, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **PATTERN, range_length=48)
+    got = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    assert max(errors(got, want, q, k, v, grad).values()) <= 1e-12
+
+
 def test_strided_inputs() -> None:
     packed = torch.randn(2, 130, 3, 4, 8, dtype=torch.float64)
     q, k, v = packed.unbind(2)
@@ -364,6 +378,9 @@ class TestErrors:
             ({"device_limit": 1000}, ValueError, "expected device_limit of at least .* got 1,000"),
             ({"range_length": 1.5}, TypeError, "range_length"),
             ({"is_causal": 1}, TypeError, "is_causal"),
+            ({"progress": "no"}, TypeError, "progress to be a bool, got str 'no'"),
+            ({"device": "foo"}, ValueError, "device to name a device.* got 'foo'"),
+            ({"device": 3.5}, TypeError, "device to be a str or torch.device, got float"),
             ({"scale": "big"}, TypeError, "scale"),
             ({"key_padding_mask": torch.ones(1, 3, dtype=torch.bool)}, ValueError, "key_padding_mask"),
             ({"out": torch.empty(1, 64, 2, 5)}, ValueError, "expected out"),
@@ -387,6 +404,27 @@ class TestErrors:
             with pytest.raises(error, match=words):
                 dilated_attention_streamed(*inputs, **PATTERN)
 
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"dtype": np.float32}, TypeError, "k.dtype to be a torch.dtype, got type <class 'numpy.float32'>"),
+            ({"dtype": "float32"}, TypeError, "k.dtype to be a torch.dtype, got str 'float32'"),
+            ({"shape": None}, TypeError, "k.shape to be a sequence of ints, got NoneType"),
+            ({"shape": (1, 64, 2.0, 4)}, TypeError, r"k.shape\[2\] to be an int, got float"),
+            ({"shape": (1, -64, 2, 4)}, ValueError, r"k.shape\[1\] to be at least 0, got -64"),
+            ({"read": lambda start, stop: None}, TypeError, r"k\.read\(0, 32\) to give a Tensor, got NoneType"),
+            ({"read": lambda start, stop: np.zeros((1, 32, 2, 4))}, TypeError, "to give a Tensor, got ndarray"),
+            ({"read": lambda start, stop: torch.zeros(1, 5, 2, 4)}, ValueError, r"give .* got .* \(1, 5, 2, 4\)"),
+            ({"read": lambda start, stop: torch.zeros(1, 32, 2, 4)}, ValueError, "torch.float64 .* got torch.float32"),
+        ],
+    )  # fmt: skip
+    def test_sources(self, change: dict[str, Any], error: type[Exception], words: str) -> None:
+        q, k, v = draw_qkv(64)
+        source = Source(k)
+        vars(source).update(change)
+        with pytest.raises(error, match=words):
+            dilated_attention_streamed(q, source, v, **PATTERN, range_length=32)
+
     def test_out_is_untouched_where_the_call_is_refused(self) -> None:
         q, k, v = draw_qkv(64)
         out = torch.zeros_like(q)
@@ -397,6 +435,14 @@ class TestErrors:
         assert not out.any()
         with pytest.raises(ValueError, match="memory of its own"):
             dilated_attention_streamed(q, k, v, out=q, **PATTERN)
+        array = np.random.default_rng(0).standard_normal((1, 300, 2, 4))
+        before, first, last = array.copy(), torch.from_numpy(array[:, :200]), torch.from_numpy(array[:, 100:])
+        with pytest.raises(ValueError, match=r"expected out in memory of its own, got .* overlaps"):
+            dilated_attention_streamed(first, first, first, out=last, **PATTERN)
+        mask = last.view(torch.bool).flatten()[:200].view(1, 200)  # within out, not at its start
+        with pytest.raises(ValueError, match="expected out in memory of its own"):
+            dilated_attention_streamed(*draw_qkv(200), out=last, key_padding_mask=mask, **PATTERN)
+        assert (array == before).all()
 
     def test_autograd_takes_tensors(self) -> None:
         q, k, v = draw_qkv(64)
@@ -447,5 +493,14 @@ def test_modes_of_torch_change_nothing() -> None:
     want = dilated_attention_streamed(q, k, v, **PATTERN, range_length=48)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)
+    grad = torch.randn_like(q)
+    gradients = streamed(q, k, v, grad, **PATTERN, range_length=48)
+    with torch.device("meta"):  # the default device of new tensors
+        assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)
+        found = streamed(q, k, v, grad, **PATTERN, range_length=48)
+        leaf = q.clone().requires_grad_()
+        dilated_attention_streamed(leaf, k, v, **PATTERN, range_length=48).backward(grad)
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+    assert leaf.grad is not None and torch.equal(leaf.grad, gradients["dq"])
     with torch.inference_mode():
         assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)

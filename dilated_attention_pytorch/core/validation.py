@@ -37,6 +37,16 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
 
 
+def check_device(name: str, value: object) -> torch.device:
+    """The device that a string or a device names; whether it is there is not asked."""
+    if not isinstance(value, str | torch.device):
+        raise TypeError(f"expected {name} to be a str or torch.device, got {type(value).__name__} {value!r}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {value!r}") from error
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """The factor on q . k: a number as it was given, or `head_dim ** -0.5` for None."""
     if scale is None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming.call import Settings, check_target, prepare, refuse
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
@@ -30,7 +31,8 @@ def dilated_attention_streamed(
 def dilated_attention_streamed(
     q: Tensor | RangeSource, k: Tensor | RangeSource, v: Tensor | RangeSource, *, out: Sink, **options: Any
 ) -> Sink: ...
-def dilated_attention_streamed(  # type: ignore[misc]
+@uncompiled  # type: ignore[misc]
+def dilated_attention_streamed(
     q: Tensor | RangeSource,
     k: Tensor | RangeSource,
     v: Tensor | RangeSource,
@@ -126,6 +128,7 @@ def dilated_attention_streamed(  # type: ignore[misc]
     return _forward(settings, q, k, v, key_padding_mask, out, None, wants_lse=False)[0]
 
 
+@uncompiled
 def streamed_forward(
     q: Tensor | RangeSource,
     k: Tensor | RangeSource,
@@ -154,6 +157,7 @@ def streamed_forward(
     return AttentionOutput(*_forward(checked, q, k, v, key_padding_mask, out, lse, wants_lse=True))  # type: ignore[arg-type]
 
 
+@uncompiled
 def streamed_backward(
     grad_out: Tensor | RangeSource,
     q: Tensor | RangeSource,
@@ -191,14 +195,14 @@ def streamed_backward(
     """
     upstream = {"grad_out": grad_out, "out": out, "lse": lse}
     call = prepare(_settings("streamed_backward", settings), q, k, v, key_padding_mask, upstream)
-    taken: list[object] = [grad_out, q, k, v, out, lse]
+    taken: list[object] = [grad_out, q, k, v, out, lse, key_padding_mask]
     targets: dict[str, Tensor | RangeSink] = {}
     for name, given, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         check_target(name, given, like, taken)
         taken.append(given)
     work = call.work()
     for name, given, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        targets[name] = torch.empty(tuple(like.shape), dtype=like.dtype) if given is None else given
+        targets[name] = torch.empty(tuple(like.shape), dtype=like.dtype, device="cpu") if given is None else given
     call.run(work, targets)
     return targets["dq"], targets["dk"], targets["dv"]
 
@@ -230,11 +234,11 @@ def _forward(
     call = prepare(settings, q, k, v, key_padding_mask)
     batch, n, heads, _ = tuple(q.shape)
     like = torch.empty((batch, heads, n), dtype=torch.promote_types(q.dtype, torch.float32), device="meta")
-    check_target("out", out, q, (q, k, v))
-    check_target("lse", lse, like, (q, k, v, out))
+    check_target("out", out, q, (q, k, v, key_padding_mask))
+    check_target("lse", lse, like, (q, k, v, key_padding_mask, out))
     work = call.work()
     if out is None:
-        out = torch.empty(tuple(q.shape), dtype=q.dtype)
+        out = torch.empty(tuple(q.shape), dtype=q.dtype, device="cpu")
     targets: dict[str, Tensor | RangeSink] = {"out": out}
     if wants_lse:
         lse = torch.empty_like(like, device="cpu") if lse is None else lse

@@ -16,7 +16,7 @@ from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.kernels.choice import choose_backend
-from dilated_attention_pytorch.streaming import pipeline
+from dilated_attention_pytorch.streaming import pages, pipeline
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource, Reader, TensorReader, reader, writer
@@ -120,6 +120,7 @@ def prepare(
         check.check_key_padding_mask(key_padding_mask, batch, n, torch.device("cpu"))
     pattern = DilatedPattern(settings.segment_lengths, settings.dilation_rates, kv_heads, settings.offsets)  # type: ignore[arg-type]
     check.check_bool("is_causal", settings.is_causal)
+    check.check_bool("progress", settings.progress)
     scale = check.check_scale(settings.scale, width)
     if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
         raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")
@@ -150,7 +151,11 @@ def prepare(
 
 
 def check_target(name: str, x: Tensor | RangeSink | None, like: RangeSource | Tensor, inputs: Sequence[object]) -> None:
-    """A host tensor of the shape and dtype of `like` that shares no memory with an input, or a sink."""
+    """A host tensor of the shape and dtype of `like` that shares no memory with an input, or a sink.
+
+    Memory counts from a tensor's first element to its last: views that interleave are refused although no element is
+    shared.
+    """
     if x is None:
         return
     if not isinstance(x, Tensor):
@@ -162,9 +167,19 @@ def check_target(name: str, x: Tensor | RangeSink | None, like: RangeSource | Te
         raise ValueError(f"expected {name} in host memory, got it on {x.device}")
     if x.requires_grad:
         raise ValueError(f"expected {name} without requires_grad: it is overwritten")
-    memory = x.untyped_storage().data_ptr()
-    if x.numel() and any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() == memory for y in inputs):
-        raise ValueError(f"expected {name} in memory of its own, got memory of another argument")
+    if any(isinstance(y, Tensor) and _overlap(x, y) for y in inputs):
+        raise ValueError(
+            f"expected {name} in memory of its own, got a tensor whose memory, from its first element to its last, "
+            "overlaps another argument's"
+        )
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the addresses that two host tensors span have one in common."""
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (first, last), (other_first, other_last) = pages.extent(x), pages.extent(y)
+    return first < other_last and other_first < last
 
 
 def refuse(**options: Any) -> None:
@@ -189,6 +204,17 @@ def _check_input(name: str, x: object) -> None:
             f"expected {name} to be a Tensor or a source with shape, dtype and read(start, stop), "
             f"got {type(x).__name__} without {', '.join(missing)}"
         )
+    source: Any = x
+    if not isinstance(source.dtype, torch.dtype):
+        raise TypeError(
+            f"expected {name}.dtype to be a torch.dtype, got {type(source.dtype).__name__} {source.dtype!r}"
+        )
+    if isinstance(source.shape, str | bytes) or not isinstance(source.shape, Sequence):
+        raise TypeError(
+            f"expected {name}.shape to be a sequence of ints, got {type(source.shape).__name__} {source.shape!r}"
+        )
+    for i, size in enumerate(source.shape):
+        check.check_int(f"{name}.shape[{i}]", size, 0)
 
 
 def _check_like(name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -202,7 +228,8 @@ def _stand_in(x: Tensor | RangeSource) -> Tensor:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    found = check.check_device("device", chosen)
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"expected device to be a CPU or a CUDA device, got {found}")
     if found.type == "cuda":

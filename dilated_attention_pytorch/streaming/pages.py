@@ -19,11 +19,17 @@ _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4  # Linux
 
 
+def extent(x: Tensor) -> tuple[int, int]:
+    """The addresses `[first, last)` that the elements of a tensor span, which has some."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + span * x.element_size()
+
+
 def in_shared_file(x: Tensor) -> bool:
     """Whether all of the tensor's memory lies in one shared mapping of a file. False where there is no /proc."""
     if x.numel() == 0 or x.device.type != "cpu" or not _MAPS.is_file():
         return False
-    first, last = _extent(x)
+    first, last = extent(x)
     for line in _MAPS.read_text().splitlines():
         bounds, permissions, _, _, inode = line.split()[:5]
         low, high = (int(bound, 16) for bound in bounds.split("-"))
@@ -35,7 +41,7 @@ def in_shared_file(x: Tensor) -> bool:
 def drop(x: Tensor) -> None:
     """Drops the pages of a view of a tensor that is `in_shared_file`, batch row by batch row."""
     for row in x:
-        first, last = _extent(row)
+        first, last = extent(row)
         low = first // mmap.PAGESIZE * mmap.PAGESIZE
         _libc().madvise(ctypes.c_void_p(low), ctypes.c_size_t(last - low), _MADV_DONTNEED)
 
@@ -48,12 +54,6 @@ def trim() -> None:
     give_back = getattr(_libc(), "malloc_trim", None)
     if give_back is not None:
         give_back(ctypes.c_size_t(0))
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses `[first, last)` that a tensor's elements span."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + span * x.element_size()
 
 
 @lru_cache

@@ -110,6 +110,8 @@ class SourceReader:
     def _read(self, start: int, stop: int) -> Tensor:
         rows = self._source.read(start, stop)
         want = (*self._given[: self._dim], stop - start, *self._given[self._dim + 1 :])
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"expected {self._name}.read({start}, {stop}) to give a Tensor, got {type(rows).__name__}")
         if tuple(rows.shape) != want or rows.dtype != self.dtype or rows.device.type != "cpu":
             raise ValueError(
                 f"expected {self._name}.read({start}, {stop}) to give {self.dtype} {want} on the CPU, "

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.strategies.base import Exhausted, Strategy
 
 _RECENT = 256  # sizes that say what a request is like
+_MOST = (1 << 63) - 1  # bytes that torch can ask for
 
 
 @dataclass
@@ -34,10 +35,11 @@ class Budget:
 
     def take(self, size: int) -> None:
         """Books memory before it is allocated; raises `Exhausted` over the limit."""
+        if size > _MOST:
+            raise Exhausted("torch, which counts bytes in 64 bits")
         if self.limit is not None and self.reserved + size > self.limit:
             raise Exhausted("the limit")
         self.reserved += size
-        self.peak = max(self.peak, self.reserved)
 
 
 class Arena:
@@ -95,6 +97,10 @@ class Arena:
             # What the borrower's stream waited for is behind its new event. Others did not wait.
             uses: Uses = {} if borrower in used else block.uses
             block.uses = {**uses, **events}
+        else:
+            for stream in streams or ():
+                if stream is not None:
+                    self._runtime.record(stream)  # no order to keep, but what is no stream is refused
         self.strategy.give(block)
 
     def trim(self) -> None:
@@ -112,9 +118,12 @@ class Arena:
         self.budget.take(size)
         try:
             tensor = self._runtime.allocate(self.place, size, node)
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors for want of memory
+        except BaseException as error:
             self.budget.reserved -= size
-            raise Exhausted(str(error).partition("\n")[0]) from error
+            if isinstance(error, MemoryError | RuntimeError):  # torch raises RuntimeErrors for want of memory
+                raise Exhausted(str(error).partition("\n")[0]) from error
+            raise
+        self.budget.peak = max(self.budget.peak, self.budget.reserved)
         self._held += size
         allocation = Allocation(tensor, size, node)
         if self._ordering == "stream":

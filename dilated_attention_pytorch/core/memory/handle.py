@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.arena import Arena
 from dilated_attention_pytorch.core.memory.blocks import Block
+from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
@@ -69,12 +70,16 @@ class Handle:
         """Whether it was."""
         return self._tensor is None
 
+    @uncompiled
     def release(self, stream: Hashable | Iterable[Hashable] | None = None) -> None:
         """Gives the block back, as soon as the last work on it is queued. A second call does nothing.
 
         Args:
             stream: the stream or streams whose work uses the block, all of them; a later borrower's work comes after
                 theirs. None: the stream current at the borrow and the one current now.
+
+        Raises:
+            TypeError: what is no stream; the block is still lent.
         """
         self._pool._release(self, stream)
 

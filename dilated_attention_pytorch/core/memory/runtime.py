@@ -120,7 +120,7 @@ class TorchRuntime:
             lock = place.pinned and torch.cuda.is_available()
             if node is not None or (lock and os.name == "posix"):
                 return topology.allocate_pages(size, node, lock=lock)
-            return torch.empty(size, dtype=torch.uint8, pin_memory=lock)
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=lock)
 
     def empty_device(self, place: Place) -> torch.device:
         """See `Runtime`."""

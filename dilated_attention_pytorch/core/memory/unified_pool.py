@@ -8,21 +8,23 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.memory import stats as figures
 from dilated_attention_pytorch.core.memory.arena import Arena, Budget
-from dilated_attention_pytorch.core.memory.blocks import Block, Place
+from dilated_attention_pytorch.core.memory.blocks import ALIGNMENT, Block, Place, aligned
 from dilated_attention_pytorch.core.memory.events import EventLog
 from dilated_attention_pytorch.core.memory.handle import Handle, Ticket
 from dilated_attention_pytorch.core.memory.runtime import Runtime, TorchRuntime
 from dilated_attention_pytorch.core.memory.stats import PoolStats
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
 from dilated_attention_pytorch.core.memory.strategies.base import Exhausted
+from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
 
 
 class PoolExhausted(MemoryError):
@@ -59,14 +61,12 @@ class UnifiedMemoryPool:
         (0, 1)
     """
 
+    @uncompiled
     def __init__(self, strategy: str = "adaptive", limit: int | None = None, *, runtime: Runtime | None = None) -> None:
-        if strategy not in STRATEGIES:
+        if not isinstance(strategy, str) or strategy not in STRATEGIES:
             raise ValueError(f"expected strategy to be one of {list(STRATEGIES)}, got {strategy!r}")
         if limit is not None:
-            if isinstance(limit, bool) or not isinstance(limit, int):
-                raise TypeError(f"expected limit to be an int of bytes or None, got {type(limit).__name__} {limit!r}")
-            if limit <= 0:
-                raise ValueError(f"expected limit to be positive, got {limit}")
+            limit = check.check_positive_int("limit", limit)
         self.strategy = strategy
         self.limit = limit
         self._given_runtime = runtime
@@ -86,6 +86,7 @@ class UnifiedMemoryPool:
         self._log: EventLog | None = None
         self.dropped: deque[int] = deque()  # numbers of handles that went without a release; no lock guards it
 
+    @uncompiled
     def borrow(
         self,
         shape: int | Sequence[int],
@@ -112,30 +113,36 @@ class UnifiedMemoryPool:
         Raises:
             TypeError: an argument of the wrong type.
             ValueError: a negative size, a device that is not there, pinned memory on a device.
-            PoolExhausted: over the limit even after trimming, or out of memory.
+            PoolExhausted: over the limit even after trimming, out of memory, or more bytes than torch can count.
         """
         sizes = _sizes(shape)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
-        if not isinstance(device, str | torch.device):
-            raise TypeError(f"expected device to be a str or torch.device, got {type(device).__name__} {device!r}")
+        where = check.check_device("device", device)
         if not isinstance(purpose, str):
             raise TypeError(f"expected purpose to be a str, got {type(purpose).__name__} {purpose!r}")
-        place = self._runtime.place(torch.device(device), pinned)
+        check.check_bool("pinned", pinned)
+        check.check_bool("zero", zero)
+        place = self._runtime.place(where, pinned)
         size = math.prod(sizes) * dtype.itemsize
-        if self._runtime.capturing(place):
-            tensor = torch.empty(sizes, dtype=dtype, device=place.device, pin_memory=pinned)
-            with self._lock:
-                self._ledger.bypassed += 1
-            handle = Handle(self, Ticket(-1, None, None, size, purpose, None), tensor)
-        else:
-            with self._lock:
-                self._take_dropped()
-                handle = self._lend(place, sizes, dtype, size, purpose)
+        if size == 0 and math.prod(max(1, n) for n in sizes) >= 1 << 63:
+            raise ValueError(f"expected shape to have strides of 64 bits, got {sizes}")
+        # Inference tensors may not be written to once inference mode is over.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            if self._runtime.capturing(place):
+                tensor = torch.empty(sizes, dtype=dtype, device=place.device, pin_memory=pinned)
+                with self._lock:
+                    self._ledger.bypassed += 1
+                handle = Handle(self, Ticket(-1, None, None, size, purpose, None), tensor)
+            else:
+                with self._lock:
+                    self._take_dropped()
+                    handle = self._lend(place, sizes, dtype, size, purpose)
         if zero:
             handle.tensor.zero_()
         return handle
 
+    @uncompiled
     def release(self, tensor: Tensor, stream: Hashable | Iterable[Hashable] | None = None) -> None:
         """Releases the handle whose tensor this is.
 
@@ -145,7 +152,10 @@ class UnifiedMemoryPool:
 
         Raises:
             ValueError: a tensor that is not lent by this pool, or not any more.
+            TypeError: no tensor, or no stream.
         """
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected tensor to be a Tensor, got {type(tensor).__name__} {tensor!r}")
         handle = self._handles.get(id(tensor))
         if handle is None or handle.released or handle.tensor is not tensor:
             raise ValueError(
@@ -239,8 +249,9 @@ class UnifiedMemoryPool:
             return arena.take(size, stream)
         except Exhausted as error:
             limit = "no limit" if self.limit is None else f"a limit of {self.limit} bytes"
+            units = "" if aligned(size) == size else f" ({aligned(size)} in whole units of {ALIGNMENT})"
             raise PoolExhausted(
-                f"expected {size} bytes for {purpose!r} on {arena.place} to fit into {limit} beside the "
+                f"expected {size} bytes{units} for {purpose!r} on {arena.place} to fit into {limit} beside the "
                 f"{self._budget.reserved} bytes held; refused by {error}. Largest owners: "
                 f"{figures.owners(self._ledger.by_purpose)}"
             ) from error
@@ -302,12 +313,17 @@ class UnifiedMemoryPool:
 
 
 def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) else shape
-    if not isinstance(sizes, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
-        raise TypeError(f"expected shape to be a sequence of ints, got {shape!r}")
-    if any(n < 0 for n in sizes):
-        raise ValueError(f"expected shape to have no negative size, got {tuple(sizes)}")
-    return tuple(sizes)
+    if isinstance(shape, Sequence) and not isinstance(shape, str | bytes):
+        return tuple(
+            n if type(n) is int and n >= 0 else check.check_int(f"shape[{i}]", n, 0)  # a borrow is short
+            for i, n in enumerate(shape)
+        )
+    try:
+        return (check.check_int("shape", shape, 0),)
+    except TypeError as error:
+        raise TypeError(
+            f"expected shape to be an int or a sequence of ints, got {type(shape).__name__} {shape!r}"
+        ) from error
 
 
 _pools: weakref.WeakSet[UnifiedMemoryPool] = weakref.WeakSet()

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Protocol
 
-from dilated_attention_pytorch.core.memory.blocks import Allocation, Block, Place, Uses
+from dilated_attention_pytorch.core.memory.blocks import Allocation, Block, Place, Uses, aligned
 
 Ready = Callable[[Block], bool]
 
@@ -71,7 +71,11 @@ class Strategy(ABC):
 
 
 class SizedStrategy(Strategy):
-    """One allocation a block, and a list of free blocks for every size."""
+    """One allocation a block, and a list of free blocks for every size class.
+
+    Where there is no room for a block of its class's size, a request gets one of its own size, which then serves those
+    requests of the class that fit.
+    """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
@@ -83,31 +87,35 @@ class SizedStrategy(Strategy):
 
     def find(self, size: int, ready: Ready | None) -> Block | None:
         """See `Strategy`."""
-        blocks = self._free.get(self.rounded(size), [])
-        if ready is None:
-            # The one released first, whose uses end first.
-            chosen = 0 if blocks else None
-        else:
-            # The one released last, which caches may still hold.
-            chosen = next((i for i in reversed(range(len(blocks))) if ready(blocks[i])), None)
+        key = self.rounded(size)
+        blocks = self._free.get(key, [])
+        # Of those to wait for the one released first, whose uses end first; else the last, which caches may still hold.
+        order = range(len(blocks)) if ready is None else reversed(range(len(blocks)))
+        chosen = next((i for i in order if blocks[i].size >= size and (ready is None or ready(blocks[i]))), None)
         if chosen is None:
             return None
         block = blocks.pop(chosen)
         if not blocks:
-            del self._free[block.size]
+            del self._free[key]
         block.free = False
         return block
 
     def grow(self, size: int) -> Block:
         """See `Strategy`."""
-        allocation = self.source.allocate(self.rounded(size))
+        wanted, least = self.rounded(size), aligned(size)
+        try:
+            allocation = self.source.allocate(wanted)
+        except Exhausted:
+            if wanted == least:
+                raise
+            allocation = self.source.allocate(least)
         return Block(allocation, 0, allocation.size, self, dict(allocation.uses))
 
     def give(self, block: Block) -> None:
         """See `Strategy`."""
         assert block.owner is self and not block.free
         block.free = True
-        self._free.setdefault(block.size, []).append(block)
+        self._free.setdefault(self.rounded(block.size), []).append(block)
 
     def trim(self) -> None:
         """See `Strategy`."""
