@@ -54,7 +54,8 @@ TABLE: tuple[OldName, ...] = (
     # 0.1, whose names 0.2 kept
     _row("DilatedAttention", "DilatedAttention", "_old.attention:DilatedAttention01", "dilated_attention"),
     _row("MultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention:MultiheadDilatedAttention01",
-         "dilated_attention"),
+         "dilated_attention",
+         by_hand="is_causal is not the fourth argument, and a checkpoint's norm is inner_attn_ln"),
     _row("LongNet", "LongNet", "models.longnet", "long_net"),
     _row("LongNetLM", "LongNetLM", "_old.models:LongNetLM01", "long_net",
          by_hand="num_tokens is vocab_size, and is_causal is gone"),

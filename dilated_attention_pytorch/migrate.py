@@ -1,7 +1,8 @@
 """Finds the names of 0.1 and 0.2 in a code base and writes the new ones in their place, with libcst.
 
 What is rewritten means the same under the new name: the new class takes the old call. Everything else is listed, with
-the reason why it is left to its author.
+the reason why it is left to its author. A name that one file keeps is kept by all of them: what one makes, another may
+take by its name, call with a mask, or ask `isinstance`. What is kept works, through `_deprecated.TABLE`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,17 +30,11 @@ except ImportError as error:
         "expected libcst, which reads and writes the code, found none: pip install 'dilated-attention-pytorch[migrate]'"
     ) from error
 
-from dilated_attention_pytorch._deprecated import BY_PLACE, NOT_REPLACED, OLD_MODULES, PACKAGE, OldName
+from dilated_attention_pytorch._clues import MODULES, OLD, Clues, at
+from dilated_attention_pytorch._deprecated import NOT_REPLACED, PACKAGE, OldName
 
-# Dotted old name to its row.
-OLD: dict[str, OldName] = {
-    f"{PACKAGE}.{place}.{name}" if place else f"{PACKAGE}.{name}": row
-    for place, names in BY_PLACE.items()
-    for name, row in names.items()
-}
 # A module of the present as well, so nothing that is reached through it can be reached through the package instead.
 _CORE = f"{PACKAGE}.core"
-MODULES = {f"{PACKAGE}.{place}" for place in OLD_MODULES}
 
 
 class Finding(NamedTuple):
@@ -86,26 +81,49 @@ def python_files(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files) if name.endswith((".py", ".pyi")))
 
 
+def migrate(sources: Iterable[tuple[str, bytes]]) -> dict[str, Migrated | ValueError]:
+    """The old names in files by path, and the files with those rewritten that can be; the error of one that cannot.
+
+    Give all of a program at once: a name that one file takes from another stays, and only together do they show it.
+    """
+    done: dict[str, Migrated | ValueError] = {}
+    clues = Clues()
+    read: dict[str, tuple[bytes, MetadataWrapper, _Survey]] = {}
+    for path, source in sources:
+        done[path] = Migrated([], source, source)
+        ours = PACKAGE.encode() in source
+        try:
+            clues.read(path, source)
+            module = cst.parse_module(source if ours else b"")
+        except (cst.ParserSyntaxError, SyntaxError, ValueError, LookupError) as error:
+            reason = error.message if isinstance(error, cst.ParserSyntaxError) else str(error)
+            if ours:
+                done[path] = ValueError(f"expected Python source, got what does not parse: {reason}")
+            continue
+        if not ours:
+            continue
+        survey = _Survey(path)
+        read[path] = source, MetadataWrapper(module, unsafe_skip_copy=True), survey
+        read[path][1].visit(survey)
+    _settle([survey for _, _, survey in read.values()], clues.stays())
+    for path, (source, wrapper, survey) in read.items():
+        rewrite = _Rewrite(survey.stuck)
+        after = wrapper.visit(rewrite)
+        findings = sorted({*survey.by_hand(), *rewrite.done}, key=lambda finding: (finding.line, finding.old))
+        done[path] = Migrated(findings, source, after.bytes if rewrite.done else source)
+    return done
+
+
 def migrate_source(source: bytes) -> Migrated:
-    """The old names in a source, and the source with those rewritten that can be.
+    """`migrate` of a program that is one file.
 
     Raises:
         ValueError: the source cannot be parsed.
     """
-    if PACKAGE.encode() not in source:
-        return Migrated([], source, source)
-    try:
-        module = cst.parse_module(source)
-    except (cst.ParserSyntaxError, UnicodeDecodeError, LookupError) as error:
-        reason = error.message if isinstance(error, cst.ParserSyntaxError) else str(error)
-        raise ValueError(f"expected Python source, got what does not parse: {reason}") from error
-    wrapper = MetadataWrapper(module, unsafe_skip_copy=True)
-    survey = _Survey()
-    wrapper.visit(survey)
-    rewrite = _Rewrite(survey.stuck())
-    after = wrapper.visit(rewrite)
-    findings = sorted({*survey.by_hand(), *rewrite.done}, key=lambda finding: (finding.line, finding.old))
-    return Migrated(findings, source, after.bytes if rewrite.done else source)
+    (result,) = migrate([("", source)]).values()
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def write_atomically(path: Path, source: bytes) -> None:
@@ -134,7 +152,7 @@ class _Visitor(cst.CSTTransformer):
         """The dotted name of what an expression refers to, where that came by an import."""
         names = self.get_metadata(QualifiedNameProvider, node, set())
         found = {name.name for name in names if name.source is QualifiedNameSource.IMPORT}
-        return found.pop() if len(found) == 1 else ""
+        return found.pop() if len(names) == 1 and found else ""
 
 
 def _from(node: cst.ImportFrom) -> str:
@@ -154,31 +172,20 @@ def _without_successor(dotted: str) -> bool:
 class _Survey(_Visitor):
     """Reads a file: which old names and modules it has, and what keeps one from being rewritten."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__()
+        self.path = path
         self.found: list[tuple[int, str]] = []
+        self.through: set[str] = set()  # names that are reached through an old module
         self.others: list[Finding] = []  # what stays where it is, without keeping the same name elsewhere
         self.reasons: dict[str, str] = {}
         self.taken: set[str] = set()  # names that the file itself gives a meaning
-
-    def stuck(self) -> dict[str, str]:
-        """Old names and modules that stay, with the reason."""
-        stuck = dict(self.reasons)
-        for _, old in self.found:
-            row = OLD.get(old)
-            if row is None:
-                continue
-            if row.by_hand:
-                stuck.setdefault(old, row.by_hand)
-            elif row.now != row.name and row.now in self.taken:
-                stuck.setdefault(old, f"this file has a {row.now} of its own")
-        return stuck
+        self.stuck: dict[str, str] = {}  # old names and modules that stay, with the reason: from `_settle`
 
     def by_hand(self) -> Iterator[Finding]:
-        stuck = self.stuck()
         for line, old in self.found:
-            if old in stuck:
-                yield Finding(line, old, _now(old), stuck[old])
+            if old in self.stuck:
+                yield Finding(line, old, _now(old), self.stuck[old])
         yield from self.others
 
     def _note(self, node: cst.CSTNode, old: str, reason: str = "") -> None:
@@ -224,6 +231,11 @@ class _Survey(_Visitor):
         self._use(node)
 
     def _use(self, node: cst.Name | cst.Attribute) -> None:
+        names = {name.name for name in self.get_metadata(QualifiedNameProvider, node, set())}
+        if len(names) > 1:
+            for old in names & (OLD.keys() | MODULES):
+                self._note(node, old, f"{at(self.path, self.line(node))} has it from one of several places")
+            return
         old = self.imported(node)
         row = OLD.get(old)
         if row is None:
@@ -235,9 +247,8 @@ class _Survey(_Visitor):
                 self.others.append(Finding(self.line(node), old, _now(old), "core has other things now"))
                 return
             self._note(node, old)
-            # What stays is reached through its module, which then has to stay as well.
-            if row.by_hand and old.rpartition(".")[0] in MODULES:
-                self.reasons.setdefault(old.rpartition(".")[0], f"{row.name} is reached through it")
+            if old.rpartition(".")[0] in MODULES:
+                self.through.add(old)
         elif node.value == row.name:
             self._note(node, old)
 
@@ -245,6 +256,37 @@ class _Survey(_Visitor):
         value = node.evaluated_value
         if isinstance(value, str) and (value in OLD or value in MODULES):
             self.others.append(Finding(self.line(node), value, _now(value), "a string"))
+
+
+def _settle(surveys: list[_Survey], stays: dict[OldName, str]) -> None:
+    """Decides what stays in each file, given the rows that stay anyway."""
+    for survey in surveys:
+        for old in {old for _, old in survey.found} & OLD.keys():
+            row = OLD[old]
+            if row.by_hand:
+                stays[row] = row.by_hand
+            elif old in survey.reasons:
+                stays.setdefault(row, survey.reasons[old])
+            elif row.now != row.name and row.now in survey.taken:
+                stays.setdefault(row, f"{survey.path or 'this file'} has a {row.now} of its own")
+    before = -1
+    while before != (before := len(stays) + sum(len(survey.reasons) for survey in surveys)):
+        for survey in surveys:
+            here = survey.path or "this file"
+            rows = {old: OLD[old] for _, old in survey.found if old in OLD}
+            kept = {row.name for old, row in rows.items() if row in stays and old not in survey.through}
+            for old, row in rows.items():
+                module = old.rpartition(".")[0]
+                if row.now != row.name and row.now in kept:
+                    stays.setdefault(row, f"{here} keeps the old {row.now}")
+                if old in survey.through and row in stays:
+                    survey.reasons.setdefault(module, f"{row.name} is reached through it")
+                # Where another class stands in for it, it is not the one that the other files would take.
+                if old in survey.through and module in survey.reasons and row.stand_in.startswith("_old."):
+                    stays.setdefault(row, f"{here} reaches it through {module}, which stays")
+    for survey in surveys:
+        survey.stuck = {old: stays[OLD[old]] for _, old in survey.found if OLD.get(old) in stays}
+        survey.stuck |= {old: reason for old, reason in survey.reasons.items() if old not in OLD}
 
 
 class _Rewrite(_Visitor):

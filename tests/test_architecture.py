@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Old names, until 0.4.0: what stands in for them, where they were, and the command that finds them.
     "_old": _MODELS,
     **{place: {"_deprecated"} for place in OLD_MODULES},
-    "migrate": {"_deprecated"},
+    "_clues": {"_deprecated"},
+    "migrate": {"_deprecated", "_clues"},
     "cli": _MODELS | {"training", "integrations", "viz", "testing", "migrate"},
     # Helpers for tests, the users' and ours; nothing but the command line builds on them.
     "testing": _MODELS,

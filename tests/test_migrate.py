@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import stat
 import subprocess
 import sys
@@ -54,14 +55,17 @@ def left(source: str) -> list[tuple[int, str]]:
         (f"import {P}.dilated_attention as m\nm.DilatedAttention\n", f"import {P} as m\nm.DilatedAttention\n"),
         # comments, layout and line ends stay
         (
-            f"from {P} import (\n    RingDilatedAttentionV2,  # one\n    dilated_attention,  # two\n)\n",
-            f"from {P} import (\n    RingDilatedAttention,  # one\n    dilated_attention,  # two\n)\n",
+            f"from {P} import (\n    RingDilatedAttentionV2,  # one\n    legacy_mode,  # two\n)\n"
+            "RingDilatedAttentionV2()\n",
+            f"from {P} import (\n    RingDilatedAttention,  # one\n    legacy_mode,  # two\n)\n"
+            "RingDilatedAttention()\n",
         ),
         (f"# top\r\nfrom {P}.long_net import LongNet  # why\r\n", f"# top\r\nfrom {P} import LongNet  # why\r\n"),
         # two old names of one class become one
         (
-            f"from {P} import RingDilatedAttentionV2, RingDilatedAttentionV3\n",
-            f"from {P} import RingDilatedAttention\n",
+            f"from {P} import RingDilatedAttentionV2, RingDilatedAttentionV3\n"
+            "RingDilatedAttentionV2()\nRingDilatedAttentionV3()\n",
+            f"from {P} import RingDilatedAttention\nRingDilatedAttention()\nRingDilatedAttention()\n",
         ),
         # an import that can move only in part is two
         (
@@ -118,6 +122,153 @@ def test_what_is_left_is_listed_and_not_touched(source: str, expected: list[tupl
     assert left(source) == expected
     if "import long_net" not in source:
         assert rewritten(source) == source
+
+
+V2 = "RingDilatedAttentionV2"
+USE = f"print(isinstance({V2}([16], [1]), object))\n"
+# Programs that ran, and did not after a rewriting of their names: their files, and why they are left as they are.
+KEPT = {
+    "two imports": ({"main": f"""
+try:
+    from {P} import {V2}
+except ImportError:
+    from {P}.ring_dilated_attention_v2 import {V2}
+{USE}"""}, "one of several places"),
+    "an import or none": ({"main": f"""
+try:
+    from {P} import {V2}
+except ImportError:
+    {V2} = None
+print({V2} is None)"""}, "one of several places"),
+    "bound again": ({"main": f"""
+from functools import partial
+from {P} import {V2}
+{V2} = partial({V2}, dropout=0.0)
+print(isinstance({V2}, partial))"""}, "one of several places"),
+    "__all__": ({
+        "lib": f"from {P} import {V2}\n{V2}\n__all__ = ['{V2}']",
+        "main": f"from lib import *\n{USE}"}, "lib.py:3 has it in a string"),
+    "re-exported": ({"lib": f"from {P} import {V2}", "main": f"from lib import {V2}\n{USE}"}, "lib.py:1 imports it"),
+    "from another file": ({
+        "lib": f"from {P} import {V2}\n{V2}", "main": f"from lib import {V2}\n{USE}"}, "main.py:1 takes it from"),
+    "an attribute": ({
+        "lib": f"from {P} import {V2}\n{V2}", "main": f"import lib\nprint(lib.{V2} is None)"}, "main.py:2 takes it"),
+    "a star": ({
+        "lib": f"from {P} import {V2}\n{V2}", "main": f"from lib import *\n{USE}"}, "from a star import"),
+    "annotation": ({"main": f"""
+import typing
+from {P} import {V2}
+def f(x: "list[{V2}]", y={V2}): ...
+print(len(typing.get_type_hints(f)))"""}, "in a string"),
+    "doctest": ({"main": f"""
+import doctest, sys
+from {P} import {V2}
+def f(y={V2}):
+    \"\"\"A `{V2}`.
+
+    >>> {V2} is None
+    False
+    \"\"\"
+print([doctest.run_docstring_examples(f, globals())])"""}, "in a string"),
+    "the call of 0.1": ({"main": f"""
+import torch
+from {P}.dilated_attention import MultiheadDilatedAttention
+x = torch.ones(1, 32, 32)
+print(MultiheadDilatedAttention(32, 4, [1, 2], [16, 32])(x, x, x, True)[0].shape)"""}, "is_causal is not the fourth"),
+    "a fifth argument": ({"main": f"""
+import torch
+from {P}.dilated_attention import DilatedAttention
+x = torch.ones(1, 32, 4, 8)
+print(DilatedAttention([16, 32], [1, 2])(x, x, x, True, None).shape)"""}, "main.py:5 passes attention_mask or a fifth"),
+    "attention_mask": ({"main": f"""
+import torch
+from {P}.ring_dilated_attention_v2_collective import RingDilatedAttentionV2Collective
+x, ring = torch.ones(1, 32, 4, 8), RingDilatedAttentionV2Collective([16, 32], [1, 2])
+print(ring(x, x, value=x, attention_mask=None).shape)"""}, "main.py:5 passes attention_mask"),
+    "the mask of a subclass": ({
+        "lib": f"""
+from {P} import {V2}
+class Ring({V2}):
+    def forward(self, q, k, v, is_causal=False, attention_mask=None):
+        return super().forward(q, k, v, is_causal, attention_mask)""",
+        "main": "import torch\nfrom lib import Ring\nx = torch.ones(1, 8, 2, 4)\nprint(Ring([8], [1])(x, x, x).shape)",
+        }, "lib.py:5 passes"),
+    "isinstance": ({"main": f"""
+from {P} import RingDilatedAttentionHybrid, {V2}
+ring = {V2}([16], [1])
+print(isinstance(ring, RingDilatedAttentionHybrid), isinstance(ring, {V2}))"""}, "tells it from"),
+    "isinstance of what a third file makes": ({
+        "lib": f"from {P} import RingDilatedAttentionHybrid",
+        "main": f"import lib\nfrom {P} import {V2} as V\n"
+        "print(isinstance(lib.RingDilatedAttentionHybrid([16], [1]), V))"}, "tells it from"),
+    "isinstance of what another file makes": ({
+        "lib": f"from {P} import RingDilatedAttentionHybrid\nmake = lambda: RingDilatedAttentionHybrid([16], [1])",
+        "main": f"from lib import make\nfrom {P} import {V2} as V\nprint(isinstance(make(), V))"}, "tells it from"),
+    "keys": ({"main": f"""
+from {P} import RingDilatedAttentionV3, {V2}
+print({{{V2}: 1, RingDilatedAttentionV3: 2}}[{V2}])"""}, "tells it from"),
+    "two bases": ({"main": f"""
+from {P} import RingDilatedAttentionV3, {V2}
+class Both(RingDilatedAttentionV3, {V2}): ...
+print(len(Both.__bases__))"""}, "tells it from"),
+    "a name that stays elsewhere": ({
+        "lib": f"RingDilatedAttention = 1\nfrom {P} import {V2}\nis_ring = lambda x: isinstance(x, {V2})",
+        "main": f"from lib import is_ring\nfrom {P} import {V2}\nprint(is_ring({V2}([16], [1])))"}, "of its own"),
+}  # fmt: skip
+MOVED = {
+    "two classes that become one": {"main": f"""
+from {P} import RingDilatedAttentionV3, {V2}
+rings = {{"2": {V2}, "3": RingDilatedAttentionV3}}
+print(sorted(rings), len([make([16], [1]) for make in rings.values()]))"""},
+    "one class": {
+        "lib": f"from {P} import {V2}\nmake = lambda: {V2}([16], [1])",
+        "main": f"from lib import make\nfrom {P}.ring_dilated_attention_v2 import {V2}\n"
+        f"print(isinstance(make(), {V2}))",
+    },
+    "the masks of other models": {"main": f"""
+from {P} import {V2}
+def bert(ids, attention_mask=None): return ids
+print(bert(1, attention_mask=None), {V2}([16], [1], 0.0, 1, None).config)"""},
+}  # fmt: skip
+
+
+class TestPrograms:
+    """A program prints the same before and after."""
+
+    @pytest.fixture()
+    def migrated(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+        def run() -> str:
+            sys.modules.pop("lib", None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runpy.run_path(str(tmp_path / "main.py"))
+            sys.modules.pop("lib", None)
+            return str(capsys.readouterr().out)
+
+        def migrated(files: dict[str, str]) -> tuple[str, str]:
+            for name, source in files.items():
+                (tmp_path / f"{name}.py").write_text(source)
+            before = run()
+            printed = CliRunner().invoke(app, ["migrate", "--write", str(tmp_path)], catch_exceptions=False).output
+            capsys.readouterr()
+            assert before and run() == before
+            return printed, "".join((tmp_path / f"{name}.py").read_text() for name in files)
+
+        return migrated
+
+    @pytest.mark.parametrize("program", KEPT)
+    def test_what_would_break_is_kept_and_listed(self, program: str, migrated: Any) -> None:
+        files, reason = KEPT[program]
+        printed, _ = migrated(files)
+        assert "(by hand: " in printed and reason in printed
+
+    @pytest.mark.parametrize("program", MOVED)
+    def test_what_would_not_is_rewritten(self, program: str, migrated: Any) -> None:
+        printed, after = migrated(MOVED[program])
+        assert "by hand:" not in printed and V2 not in after
 
 
 @pytest.mark.parametrize("old", sorted(OLD))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +18,23 @@ def migrate(
     ] = False,
 ) -> None:
     """List the names of 0.1 and 0.2 in a code base, and rewrite those whose calls stay as they are."""
-    from dilated_attention_pytorch.migrate import migrate_source, python_files, write_atomically
+    from dilated_attention_pytorch.migrate import migrate as migrated
+    from dilated_attention_pytorch.migrate import python_files, write_atomically
 
     count, left, unread, changed = 0, 0, 0, 0
-    for path in (file for one in paths for file in python_files(one)):
-        try:
-            result = migrate_source(path.read_bytes())
-        except (ValueError, OSError) as error:
-            print(f"{path}: skipped: {error}", file=sys.stderr)
+
+    def sources() -> Iterator[tuple[str, bytes]]:
+        nonlocal unread
+        for path in (file for one in paths for file in python_files(one)):
+            try:
+                yield str(path), path.read_bytes()
+            except OSError as error:
+                print(f"{path}: skipped: {error}", file=sys.stderr)
+                unread += 1
+
+    for path, result in migrated(sources()).items():
+        if isinstance(result, ValueError):
+            print(f"{path}: skipped: {result}", file=sys.stderr)
             unread += 1
             continue
         for line, old, new, by_hand in result.findings:
@@ -34,10 +44,10 @@ def migrate(
             continue
         changed += 1
         if write:
-            write_atomically(path, result.after)
+            write_atomically(Path(path), result.after)
             continue
         before, after = (text.decode("utf-8", "replace").splitlines() for text in (result.before, result.after))
-        print("\n".join(difflib.unified_diff(before, after, str(path), str(path), lineterm="")))
+        print("\n".join(difflib.unified_diff(before, after, path, path, lineterm="")))
     did = f"{changed} files rewritten" if write else f"{changed} files would change (--write does it)"
     print(f"{count} old names, {left} of them left to do by hand; {did}")
     if unread:
