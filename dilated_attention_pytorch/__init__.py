@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # First: importing a submodule binds it here, and from the next lines on that name is the function.
 from dilated_attention_pytorch import dilated_attention as _old_module  # noqa: F401  # isort: skip
-from dilated_attention_pytorch._deprecated import old_name
-from dilated_attention_pytorch._old.attention import DilatedAttention01, MultiheadDilatedAttention01
+from dilated_attention_pytorch._deprecated import BY_PLACE, load, old_name
 from dilated_attention_pytorch.core.merge import merge_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.functional import dilated_attention, dilated_attention_with_lse
@@ -36,12 +35,9 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.streaming import dilated_attention_streamed
 
 # `import dilated_attention_pytorch.dilated_attention as m` gives the function too, whatever is imported first: Python
-# takes the attribute. So the function has the two names that the old module is asked for.
-for _name, _class in (
-    ("DilatedAttention", DilatedAttention01),
-    ("MultiheadDilatedAttention", MultiheadDilatedAttention01),
-):
-    setattr(dilated_attention, _name, _class)
+# takes the attribute. So the function has the names that the old module is asked for; what stands in for them warns.
+for _row in BY_PLACE["dilated_attention"].values():
+    setattr(dilated_attention, _row.name, load(_row))
 
 __version__ = "0.3.0.dev0"
 

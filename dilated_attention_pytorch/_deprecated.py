@@ -72,6 +72,12 @@ TABLE: tuple[OldName, ...] = (
     _row("ImprovedMultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention",
          "", "improved_multihead_dilated_attention",
          by_hand="masks are True where real"),
+    _row("DistributedImprovedDilatedAttention", "DilatedAttention", "_old.attention",
+         "", "improved_distributed_dilated_attention",
+         by_hand="dropout is attention_dropout, and no rank shares its work; RingDilatedAttention does"),
+    _row("DistributedImprovedMultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention",
+         "", "improved_distributed_dilated_attention",
+         by_hand="it returns a pair, masks are True where real, and no rank shares its work"),
     _row("create_dilated_attention", "DilatedAttention", "_old.factories", "", "core",
          by_hand="a class has no attention_type"),
     _row("create_multihead_dilated_attention", "MultiheadDilatedAttention", "_old.factories", "", "core",
@@ -101,6 +107,7 @@ TABLE: tuple[OldName, ...] = (
     _ring("RingDilatedAttentionHybrid", "ring_dilated_attention_hybrid"),
     _ring("RingDilatedAttentionTrue", "ring_dilated_attention_true"),
     _ring("TrueRingDilatedAttention", "ring_dilated_attention_true", "true_ring_dilated_attention"),
+    _row("SimulatedRingDilatedAttention", "RingDilatedAttention", "_old.ring", "simulated_ring_dilated_attention"),
     _ring("RingDilatedAttentionV2", "ring_dilated_attention_v2"),
     _ring("RingDilatedAttentionV2Collective", "ring_dilated_attention_v2_collective"),
     _ring("RingDilatedAttentionV2Flash", "ring_dilated_attention_v2_flash"),
@@ -110,8 +117,15 @@ TABLE: tuple[OldName, ...] = (
 )
 # fmt: on
 
-# What 0.2 had and this package does not: sparse patterns that are not dilated attention, and tools around them.
-NOT_REPLACED = ("BlockSparse", "SparsePattern", "DistributedSparse", "HeadParallel")
+# How names of 0.2 begin that have no successor: sparse patterns that are not dilated attention, and their tools.
+NOT_REPLACED = (
+    "BlockSparse", "RingBlockSparse", "SparsePattern", "SparseAttention", "DistributedSparse", "HeadParallel",
+    "HierarchicalConfig", "AdaptiveConfig", "AdaptiveSparsity", "ContentAdaptiveSparsity", "ImportanceScorer",
+    "PatternConfig", "PatternOptimizer", "PatternQualityAnalyzer", "PatternType",
+    "DynamicDilated", "DynamicMultihead", "DynamicSegment", "SegmentSelection",
+    "create_block_sparse", "create_multihead_block_sparse", "create_adaptive", "create_hierarchical", "create_dynamic",
+    "get_hierarchical_presets", "get_block_sparse",
+)  # fmt: skip
 
 # By place, then by name.
 BY_PLACE: dict[str, dict[str, OldName]] = {}
@@ -171,6 +185,8 @@ def old_name(place: str, name: str) -> Any:
     """An old name of the package itself or of `core`, with its warning; AttributeError where it never was one."""
     owner = f"{PACKAGE}.{place}" if place else PACKAGE
     row = BY_PLACE[place].get(name)
+    if not place and name in OLD_MODULES:  # 0.2's package had imported them
+        return importlib.import_module(f"{PACKAGE}.{name}")
     if row is None:
         gone = f": 0.2's {name} is not dilated attention and has no successor" if name.startswith(NOT_REPLACED) else ""
         raise AttributeError(f"module {owner!r} has no attribute {name!r}{gone}")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,8 +167,24 @@ def _now(old: str) -> str:
     return f"{PACKAGE}.{OLD[old].now}" if old in OLD else PACKAGE if old in MODULES else ""
 
 
-def _without_successor(dotted: str) -> bool:
-    return dotted.startswith(f"{PACKAGE}.") and dotted.rpartition(".")[2].startswith(NOT_REPLACED)
+def _missing(dotted: str) -> str:
+    """Why there is nothing of a name; empty where there may be: what modules hold is not looked up."""
+    module, _, name = dotted.rpartition(".")
+    if module.partition(".")[0] != PACKAGE:
+        return ""
+    if name.startswith(NOT_REPLACED):
+        return "it is not dilated attention and has no successor"
+    if module not in (PACKAGE, _CORE) or name.startswith("__"):
+        return ""
+    owner = sys.modules[module]
+    folder = Path(owner.__path__[0])
+    there = name in {*vars(owner), *getattr(owner, "__all__", ())} or (folder / name).is_dir() or dotted in OLD
+    return "" if there or (folder / f"{name}.py").exists() else "there is nothing of this name since 0.3"
+
+
+def _missing_import(dotted: str) -> str:
+    """`_missing` of a name or of what it is in."""
+    return next(filter(None, map(_missing, accumulate(dotted.split("."), "{}.{}".format))), "")
 
 
 class _Survey(_Visitor):
@@ -214,14 +232,16 @@ class _Survey(_Visitor):
                 self._note(alias, dotted)
             elif dotted in MODULES and dotted != f"{PACKAGE}.dilated_attention":
                 self._note(alias, dotted, "a module taken by name; take the names from the package")
-            elif _without_successor(dotted):
-                self._note(alias, dotted, "it is not dilated attention and has no successor")
+            elif reason := _missing_import(dotted):
+                self._note(alias, dotted, reason)
         return False
 
     def visit_Import(self, node: cst.Import) -> bool:
         for alias in node.names:
             if alias.evaluated_name in MODULES:
                 self._note(alias, alias.evaluated_name)
+            elif reason := _missing_import(alias.evaluated_name):
+                self._note(alias, alias.evaluated_name, reason)
         return False
 
     def visit_Name(self, node: cst.Name) -> None:
@@ -239,8 +259,8 @@ class _Survey(_Visitor):
         old = self.imported(node)
         row = OLD.get(old)
         if row is None:
-            if _without_successor(old):
-                self._note(node, old, "it is not dilated attention and has no successor")
+            if reason := _missing(old):
+                self._note(node, old, reason)
             return
         if isinstance(node, cst.Attribute):
             if old.rpartition(".")[0] == _CORE and not row.by_hand:

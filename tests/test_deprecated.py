@@ -34,7 +34,7 @@ def _nothing_has_warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for place in _deprecated.OLD_MODULES:
         if place != "dilated_attention":
             monkeypatch.delitem(sys.modules, f"{NAME}.{place}", raising=False)
-            monkeypatch.delattr(package, place, raising=False)
+            monkeypatch.delitem(vars(package), place, raising=False)
     yield
 
 
@@ -94,6 +94,9 @@ def build(place: str, name: str) -> tuple[nn.Module, list[Tensor], Tensor]:
         module = old(32, 4, [1, 2], [8, 16])
         out = module(x, x, x, is_causal=True)
         return module, [x], out if place == "multihead_dilated_attention" else out[0]
+    if name == "DistributedImprovedMultiheadDilatedAttention":
+        module = old(32, 4, [8, 16], [1, 2])
+        return module, [x], module(x, is_causal=True)
     if name == "ImprovedMultiheadDilatedAttention":
         module = old(32, 4, [1, 2], [8, 16])
         return module, [x], module(x, x, x, is_causal=True)[0]
@@ -113,6 +116,21 @@ def successor(place: str, name: str) -> Any:
     """The new object, found where the warning sends the user."""
     module, _, attribute = f"{NAME}.{_deprecated.BY_PLACE[place][name].now}".rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+ALL_OF_0_2 = (
+    "BlockSparseRingDilatedAttention BlockSparseRingDistributedDilatedAttention "
+    "BlockSparseRingMultiheadDilatedAttention BlockSparseOptimized BlockSparseTorchSparse BlockSparseHierarchical "
+    "HierarchicalConfig create_hierarchical_attention get_hierarchical_presets BlockSparseAdaptive AdaptiveConfig "
+    "ImportanceScorer AdaptiveSparsityTrainer create_adaptive_block_sparse RingDilatedAttention RingDilatedAttentionV2 "
+    "RingDilatedAttentionV2Collective RingDilatedAttentionProduction RingAttentionConfig "
+    "create_production_ring_attention DilatedAttention DilatedTransformerDecoderLayer DilatedTransformerEncoderLayer "
+    "DistributedImprovedDilatedAttention DistributedImprovedMultiheadDilatedAttention DistributedSparseConfig "
+    "DistributedSparsePattern ImprovedDilatedAttention ImprovedMultiheadDilatedAttention LongNet "
+    "MultiheadDilatedAttention PatternConfig PatternOptimizer PatternQualityAnalyzer PatternType SparsePatternConfig "
+    "SparsePatternGenerator create_adaptive_sparse_attention create_block_sparse_attention create_dilated_attention "
+    "create_multihead_dilated_attention RingDilatedAttentionV2Flash"
+)
 
 
 class TestEveryName:
@@ -209,6 +227,8 @@ class TestNumbers:
         assert isinstance(standard(x), Tensor)  # keys and values are the query where they are absent
         out, weights = standard(x, x, x, need_weights=True)
         assert torch.equal(out, standard(x, x, x)) and weights is None
+        distributed = take("", "create_multihead_dilated_attention")("improved_distributed", 32, 4, [8, 16], [1, 2])
+        assert isinstance(distributed(x), Tensor)
         improved = take("", "ImprovedMultiheadDilatedAttention")(32, 4, [1, 2], [8, 16])
         assert isinstance(improved(x, x, x), tuple)
         assert torch.equal(improved(x, x, x, True)[0], improved(x, x, x, is_causal=True)[0])
@@ -345,13 +365,33 @@ class TestArguments:
             warnings.simplefilter("ignore")
             eval(call, names)
 
-    def test_names_that_have_no_successor_say_so(self) -> None:
-        with pytest.raises(AttributeError, match="BlockSparseRingDilatedAttention is not dilated attention"):
-            package.BlockSparseRingDilatedAttention  # noqa: B018
+    @pytest.mark.parametrize("name", ALL_OF_0_2.split())
+    def test_public_names_of_0_2_are_here_or_say_why_not(self, name: str) -> None:
+        if name not in package.__all__ and name not in _deprecated.BY_PLACE[""]:
+            with pytest.raises(AttributeError, match=f"0.2's {name} is not dilated attention and has no successor"):
+                getattr(package, name)
+
+    def test_names_that_never_were(self) -> None:
         with pytest.raises(AttributeError, match=r"^module 'dilated_attention_pytorch' has no attribute 'nonsense'$"):
             package.nonsense  # noqa: B018
         with pytest.raises(ImportError, match="cannot import name 'Nonsense'"):
             as_user(f"from {NAME}.dilated_attention import Nonsense")
+
+
+@pytest.mark.parametrize("place", sorted({*_deprecated.OLD_MODULES} - {"dilated_attention"}))
+def test_old_modules_are_attributes_of_the_package(place: str) -> None:
+    names, caught = as_user(f"import {NAME} as p\n\nmodule = p.{place}\n")
+    assert names["module"] is sys.modules[f"{NAME}.{place}"]
+    assert [(w.category, w.filename, w.lineno) for w in caught] == [(DeprecationWarning, "user_script.py", 3)]
+
+
+@pytest.mark.parametrize("name", _deprecated.BY_PLACE["dilated_attention"])
+def test_the_function_has_the_names_of_the_old_module(name: str) -> None:
+    names, caught = as_user(f"import {NAME}.dilated_attention as m\n\nmade = m.{name}(*{{}})\n".format(
+        (32, 4, [1], [8]) if "Multihead" in name else ([8], [1])
+    ))  # fmt: skip
+    assert isinstance(names["made"], successor("dilated_attention", name))
+    assert [(w.category, w.filename, w.lineno) for w in caught] == [(DeprecationWarning, "user_script.py", 3)]
 
 
 def test_subclasses_and_isinstance() -> None:

@@ -89,6 +89,7 @@ def test_rewrites(before: str, after: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
+        f"import {P} as d, {P}.viz.hilbert\nd.__version__, d.core.reference, d.functional.nothing, d.LongNet.forward\n",
         "from other import RingDilatedAttentionV2, LongNet\nRingDilatedAttentionV2()\n",
         "class RingDilatedAttentionV2: pass\nx = RingDilatedAttentionV2()\nx.LongNet\n",
         f"from {P} import dilated_attention, DilatedAttention, LongNet\nfrom {P}.core import reference\n",
@@ -111,6 +112,12 @@ def test_leaves_the_unknown_alone(source: str) -> None:
         (f"from {P} import long_net\nlong_net.LongNet\n", [(1, "long_net")]),
         (f"name = '{P}.long_net'\n", [(1, "long_net")]),
         (f"from {P} import BlockSparseRingDilatedAttention\n", [(1, "BlockSparseRingDilatedAttention")]),
+        (f"from {P}.transformer_refactored import create_encoder_layer\ncreate_encoder_layer()\n", [
+            (1, "transformer_refactored.create_encoder_layer")]),
+        (f"import {P}.utils.validation, {P} as p\np.UnfoldRingDilatedAttention.a\np.PatternConfig\n", [
+            (1, "utils.validation"), (2, "UnfoldRingDilatedAttention"), (3, "PatternConfig")]),
+        (f"from {P}.core import BaseDilatedAttention, create_dilated_attention\n", [
+            (1, "core.BaseDilatedAttention"), (1, "core.create_dilated_attention")]),
         # a module that something has to be reached through stays, with all that is
         (f"import {P}.long_net as n\nn.LongNet\nn.LongNetLM\n", [(1, "long_net"), (3, "long_net.LongNetLM")]),
         # the new name is taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ _IMPROVED = OldCall(
      "lightweight_pool"),
     {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "dropout": "attention_dropout"},
     ("device", "dtype"),
+)  # fmt: skip
+_DISTRIBUTED = _IMPROVED._replace(
+    order=("segment_lengths", "dilation_rates", "dropout", "use_tf32", "sequence_parallel", "model_parallel",
+           "use_flash_attention", "dtype", "device"),
+    keywords=(),
+)  # fmt: skip
+_DISTRIBUTED_MULTIHEAD = OLD_MULTIHEAD._replace(
+    order=("embed_dim", "num_heads", "segment_lengths", "dilation_rates", "dropout", "bias", "layer_norm",
+           "layer_norm_eps", "gamma_init", "device", "dtype", "use_tf32", "sequence_parallel", "model_parallel",
+           "use_deepspeed", "use_gradient_checkpointing", "communication_backend", "cpu_offload",
+           "use_8bit_optimizer", "use_flash_attention", "compile_model"),
 )  # fmt: skip
 _IMPROVED_MULTIHEAD = OLD_MULTIHEAD._replace(order=(*OLD_MULTIHEAD.order[:-1], "use_tf32"))
 
@@ -59,6 +70,13 @@ class ImprovedDilatedAttention(_OldDilated):
         super().__init__(**_IMPROVED.arguments("ImprovedDilatedAttention", args, kwargs))
 
 
+class DistributedImprovedDilatedAttention(_OldDilated):
+    """0.2's name; as its rings, it took the whole sequence on every rank and returned all of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(**_DISTRIBUTED.arguments("DistributedImprovedDilatedAttention", args, kwargs))
+
+
 class MultiheadDilatedAttention01(MultiheadDilatedAttention):
     """0.1's `MultiheadDilatedAttention`: `forward` takes three tensors and `is_causal`, and returns a pair."""
 
@@ -84,8 +102,11 @@ def _old_norm(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 class MultiheadDilatedAttention02(MultiheadDilatedAttention):
     """0.2's `MultiheadDilatedAttention`: `forward` returns a tensor, or a pair with `need_weights=True`."""
 
+    _call: ClassVar[tuple[str, OldCall]] = "MultiheadDilatedAttention", OLD_MULTIHEAD
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**OLD_MULTIHEAD.arguments("MultiheadDilatedAttention", args, kwargs))
+        name, call = self._call
+        super().__init__(**call.arguments(name, args, kwargs))
 
     def forward(  # type: ignore[override]
         self,
@@ -102,6 +123,12 @@ class MultiheadDilatedAttention02(MultiheadDilatedAttention):
         call = forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
         out, _ = super().forward(**call)
         return (out, None) if need_weights else out
+
+
+class DistributedImprovedMultiheadDilatedAttention(MultiheadDilatedAttention02):
+    """0.2's name: see `DistributedImprovedDilatedAttention`."""
+
+    _call = "DistributedImprovedMultiheadDilatedAttention", _DISTRIBUTED_MULTIHEAD
 
 
 class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):

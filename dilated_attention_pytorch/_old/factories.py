@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 
 from dilated_attention_pytorch._old.attention import (
+    DistributedImprovedMultiheadDilatedAttention,
     ImprovedDilatedAttention,
     ImprovedMultiheadDilatedAttention,
     MultiheadDilatedAttention02,
@@ -86,8 +88,12 @@ def create_multihead_dilated_attention(
         from dilated_attention_pytorch._old.ring_multihead import RingMultiheadDilatedAttentionHybrid
 
         return RingMultiheadDilatedAttentionHybrid(**{"layer_norm": True, **values})
-    # Only "standard" returned a tensor.
-    kind = MultiheadDilatedAttention02 if attention_type == "standard" else ImprovedMultiheadDilatedAttention
+    # "improved" alone returned a pair.
+    kind: type[nn.Module] = ImprovedMultiheadDilatedAttention
+    if attention_type == "standard":
+        kind = MultiheadDilatedAttention02
+    elif attention_type.endswith("distributed"):
+        kind = DistributedImprovedMultiheadDilatedAttention
     return kind(**values)
 
 

@@ -84,6 +84,12 @@ class TrueRingDilatedAttention(_OldRing):
     old_order = ("segment_lengths", "dilation_rates", "dropout", "ring_size", "chunk_size_kv", "device", "dtype")
 
 
+class SimulatedRingDilatedAttention(_OldRing):
+    """0.2's name."""
+
+    old_order = ("segment_lengths", "dilation_rates", "dropout", "ring_size", "chunk_k_v", "device", "dtype")
+
+
 class RingDilatedAttentionV2(_OldRing):
     """0.2's name."""
 
