@@ -178,6 +178,16 @@ def test_no_longer_side_has_long_jumps_only_at_the_rim() -> None:
         assert bool(((walk[end] == 0) | (walk[end] == torch.tensor([36, 52]))).any(1).all())
 
 
+def test_what_inference_left_in_a_cache_serves_training() -> None:
+    hilbert_tables._tables.cache_clear()
+    grid = (7, 11)  # no other test's
+    with torch.inference_mode():
+        hilbert_order(grid=grid)
+    x = torch.randn(1, 77, 2, requires_grad=True)
+    hilbert_order(grid=grid).apply(x).sum().backward()
+    assert not any(table.is_inference() for table in hilbert_tables._tables(2, "cpu")[:2])
+
+
 class TestHilbertsfc:
     """Used where it is installed and gives this curve; what comes out does not depend on it."""
 

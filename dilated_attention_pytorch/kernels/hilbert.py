@@ -170,7 +170,8 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
 
 @lru_cache(maxsize=32)
 def _grid_order(name: Curve, grid: tuple[int, ...]) -> CurveOrder:
-    return _order(name, grid_coords(grid))
+    with torch.inference_mode(False):  # what is kept serves training too
+        return _order(name, grid_coords(grid))
 
 
 def grid_coords(grid: Sequence[int]) -> Tensor:

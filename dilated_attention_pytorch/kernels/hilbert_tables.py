@@ -143,7 +143,8 @@ def _tables(num_dims: int, device: str) -> Tables:
     while len(turn) < num_dims:
         turn.append(moves[turn[-1]][0][1])
     starts = tuple(turn[-n % num_dims] for n in range(num_dims))
-    return Tables(torch.tensor(encoding, device=device), torch.tensor(decoding, device=device), starts)
+    with torch.inference_mode(False):  # what is kept serves training too
+        return Tables(torch.tensor(encoding, device=device), torch.tensor(decoding, device=device), starts)
 
 
 def _machine(num_dims: int) -> tuple[dict[State, int], list[list[tuple[int, int]]]]:
