@@ -21,6 +21,8 @@ transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -28,6 +30,8 @@ from transformers import (  # noqa: E402
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianModel,
     MistralConfig,
     MistralForCausalLM,
     ModernBertConfig,
@@ -294,6 +298,18 @@ class TestWhatIsRefused:
         model = bert(is_decoder=True, add_cross_attention=True)
         with pytest.raises(ValueError, match="cross-attention"):
             model(tokens(1, 10), encoder_hidden_states=torch.randn(1, 10, 32, dtype=torch.float64))
+
+    @pytest.mark.parametrize(("model_class", "config_class"), [(BartModel, BartConfig), (MarianModel, MarianConfig)])
+    def test_cross_attention_of_a_class_that_serves_all_uses(self, model_class: Any, config_class: Any) -> None:
+        """Source and target are equally long, so the shapes tell nothing."""
+        x, sizes = tokens(1, 10), {"vocab_size": VOCAB, "d_model": 32, "pad_token_id": 0, **PATTERN}
+        for stack in ("encoder", "decoder"):
+            sizes |= {f"{stack}_layers": 1, f"{stack}_ffn_dim": 32, f"{stack}_attention_heads": HEADS}
+        config = config_class(**sizes, bos_token_id=None, eos_token_id=None, decoder_start_token_id=1)
+        model = model_class._from_config(config, attn_implementation="dilated").eval()
+        assert model.encoder(x).last_hidden_state.shape == model.decoder(x).last_hidden_state.shape == (1, 10, 32)
+        with pytest.raises(ValueError, match="cross-attention: .*Attention with is_decoder=True and is_causal=False"):
+            model(input_ids=x, decoder_input_ids=x)
 
     def test_right_padding_with_a_cache(self) -> None:
         batch, attention_mask, _ = padded([5, 9], "right")

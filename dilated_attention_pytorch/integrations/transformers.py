@@ -200,6 +200,12 @@ def _check_arguments(
         )
     if "CrossAttention" in name or getattr(module, "is_cross_attention", False):
         raise ValueError(f"expected self-attention with attn_implementation={NAME!r}, got the cross-attention {name}")
+    # One class serves all three uses in Bart and its kin: a decoder's layer is causal, or looks at the encoder.
+    if getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True):
+        raise ValueError(
+            f"expected self-attention with attn_implementation={NAME!r}, got a cross-attention: {name} with "
+            "is_decoder=True and is_causal=False"
+        )
     config = getattr(module, "config", None)
     missing = [k for k in ("dilated_segment_lengths", "dilated_dilation_rates") if getattr(config, k, None) is None]
     if missing:
