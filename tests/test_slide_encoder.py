@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch import dilated_attention
+from dilated_attention_pytorch import dilated_attention, legacy_mode
 from dilated_attention_pytorch.models import (
     SlideEncoder,
     SlideEncoderConfig,
@@ -335,6 +335,10 @@ class TestAttentionMap:
             encoder.attention_map(tiles.expand(2, -1, -1), coords.expand(2, -1, -1), layer=0)
         with pytest.raises(ValueError, match="evaluation mode"):
             encoder.train().attention_map(tiles, coords, layer=0)
+        with pytest.warns(FutureWarning, match="legacy_mode is on"), legacy_mode():
+            legacy = tiny(offsets="modulo")
+        with pytest.raises(ValueError, match="expected an encoder with head_groups=False"):
+            legacy.attention_map(tiles, coords, layer=0)
 
     def test_heat_map(self, tmp_path: Path) -> None:
         encoder, (tiles, coords) = tiny(), slide(40)

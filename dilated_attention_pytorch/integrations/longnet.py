@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dilated_attention_pytorch.models import config as core
+from dilated_attention_pytorch.models.checkpoint import check_head_groups
 from dilated_attention_pytorch.models.layers import FeedForward
 from dilated_attention_pytorch.models.longnet import LongNetLM
 from dilated_attention_pytorch.modules import MultiheadDilatedAttention
@@ -120,6 +122,11 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             for end in (module.embed_tokens, module.output_projection):
                 if end is not None:
                     nn.init.normal_(end.weight, std=self.config.d_model**-0.5)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a model made in legacy mode, whose layout no config holds, is refused."""
+        check_head_groups(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
@@ -44,16 +45,13 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: something else than a model of this package.
+        ValueError: a model made in legacy mode.
         ImportError: safetensors is not installed.
     """
     name = type(model).__name__
     if _ARCHITECTURES.get(name, (None,))[0] is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
-    if any(getattr(module, "head_groups", False) for module in model.modules()):
-        raise ValueError(
-            "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
-            "layout; save its state_dict() instead"
-        )
+    check_head_groups(model)
     save_file = safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
@@ -61,6 +59,15 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     _write(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     _write(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def check_head_groups(model: nn.Module) -> None:
+    """Raises a ValueError for a model made in legacy mode, which `config.json` would not bring back."""
+    if any(getattr(module, "head_groups", False) for module in model.modules()):
+        raise ValueError(
+            "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
+            "layout; save its state_dict() instead"
+        )
 
 
 def load_pretrained(

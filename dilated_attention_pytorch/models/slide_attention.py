@@ -36,6 +36,10 @@ def attention_map(
 ) -> AttentionMap:
     """See `SlideEncoder.attention_map`."""
     config = encoder.config
+    if any(getattr(module, "head_groups", False) for module in encoder.modules()):
+        raise ValueError(
+            "expected an encoder with head_groups=False, got one made in legacy mode, whose heads have one branch each"
+        )
     if encoder.training:
         raise ValueError("expected a model in evaluation mode, got one in training: call eval() first")
     if not 0 <= check.check_int("layer", layer, 0) < config.depth:
