@@ -115,6 +115,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "GPT"}))
     with pytest.raises(ValueError, match=r"expected architecture in config.json to be one of .* got 'GPT'"):
         load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"model\.safetensors to hold tensors as safetensors writes them, got "):
+        load_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"expected safetensors, .* pip install 'dilated-attention-pytorch\[cli\]'"):
         save_pretrained(tiny_lm(), tmp_path)

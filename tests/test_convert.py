@@ -97,6 +97,7 @@ def test_torchscale_encoder(n: int, prefix: str) -> None:
     found = convert({prefix + name: x for name, x in state.items()}, **PATTERN)
     assert found.source == "torchscale-encoder" and isinstance(found.model, LongNetEncoder) and not found.notes
     assert not found.model.training and found.model.config.padding == "zero_keys"
+    assert not {x.data_ptr() for x in state.values()} & {x.data_ptr() for x in found.model.parameters()}
     x = torch.randn(n, WIDTH, dtype=torch.float64)
     assert relative_norm(found.model(x[None])[0], torchscale_forward(state, x, causal=False)) < 1e-13
 

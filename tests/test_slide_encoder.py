@@ -451,6 +451,27 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="tensors by name, got list"):
             SlideEncoder.from_pretrained(tmp_path / "list.pth")
 
+    @pytest.mark.parametrize("content", ["nothing", "word", "pointer", "page", "half"])
+    @pytest.mark.parametrize("form", ["pth", "safetensors"])
+    def test_files_that_cannot_be_read(self, form: str, content: str, tmp_path: Path) -> None:
+        path = tmp_path / f"slide.{form}"
+        if content == "half":
+            save = torch.save if form == "pth" else pytest.importorskip("safetensors.torch").save_file
+            save({"cls_token": torch.zeros(1, 1, 32)}, path)
+        path.write_bytes({
+            "nothing": b"", "word": b"hello", "page": b"<!DOCTYPE html><html><body>Not found</body></html>",
+            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 345323520\n",
+            "half": path.read_bytes()[:-100] if content == "half" else b"",
+        }[content])  # fmt: skip
+        with pytest.raises(ValueError, match=rf"expected {path} to hold tensors as \S+ writes them, got \w+: ."):
+            SlideEncoder.from_pretrained(path)
+
+    def test_a_mapping_stays_the_callers(self) -> None:
+        state = tiny().state_dict()
+        twins = [SlideEncoder.from_pretrained(state, num_heads=4) for _ in range(2)]
+        places = [x.data_ptr() for model in twins for x in model.parameters()] + [x.data_ptr() for x in state.values()]
+        assert len(set(places)) == 3 * len(state)
+
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
     def test_building_and_loading_the_full_size(self, tmp_path: Path) -> None:
         """Under 1.5 GiB and 5 s, the import left out of the time; the official code needs 16 GB and a minute."""

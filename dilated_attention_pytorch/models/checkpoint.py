@@ -18,7 +18,7 @@ from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, Lo
 from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
 from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide_encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import load_into, safetensors
+from dilated_attention_pytorch.models.weights import load_into, read_safetensors, safetensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -90,14 +90,13 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: the file's keys or shapes are not the model's; the message names every one of them.
+        ValueError: weights that cannot be read, or keys or shapes that are not the model's, every one of them named.
         ImportError: safetensors is not installed.
     """
     source = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (source / name).is_file():
             raise FileNotFoundError(f"expected {name} in {source}, found none")
-    load_file = safetensors().load_file
     values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     architecture = values.pop("architecture", None)
     if architecture not in _ARCHITECTURES:
@@ -105,7 +104,8 @@ def load_pretrained(
     # Built without memory: the file's tensors become the parameters.
     kind, config = _ARCHITECTURES[architecture]
     model: Model = kind(config.from_dict(values), backend=backend, device="meta")
-    load_into(model, load_file(source / WEIGHTS, device=str(device)), device=device, dtype=dtype)
+    state = read_safetensors(source / WEIGHTS, device)
+    load_into(model, state, copy=False, device=device, dtype=dtype)
     return model.eval()
 
 

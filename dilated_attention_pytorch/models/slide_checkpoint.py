@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig, slide_segment_lengths
 from dilated_attention_pytorch.models.slide_positions import sincos
-from dilated_attention_pytorch.models.weights import read_state, safetensors
+from dilated_attention_pytorch.models.weights import read_safetensors, read_state
 
 TABLE = "pos_embed"
 _CHECKED_ROWS = 257
@@ -43,8 +43,8 @@ def config_and_state(
         architecture = values.pop("architecture", None)
         if architecture != "SlideEncoder":
             raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
-        state: dict[str, Tensor] = safetensors().load_file(Path(source) / "model.safetensors")
-        return replace(SlideEncoderConfig.from_dict(values), **options), state
+        config = replace(SlideEncoderConfig.from_dict(values), **options)
+        return config, read_safetensors(Path(source) / "model.safetensors")
     state = read_state(source)
     config = replace(SlideEncoderConfig(padding="zero_keys"), **(_sizes(state) | options))
     table = state.pop(TABLE, None)

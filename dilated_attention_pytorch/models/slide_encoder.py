@@ -144,7 +144,8 @@ class SlideEncoder(nn.Module):
 
         Width, depth and the widths of tiles and feed-forward network come from the weights' shapes; the number of heads
         is 16 unless said. `padding` is `"zero_keys"` unless said: published weights were trained with it, and its
-        numbers are the official ones. Loading needs about the weights' own size in memory.
+        numbers are the official ones. Loading a file needs about the weights' own size in memory; tensors of a mapping
+        are copied.
 
         Args:
             source: a checkpoint, `.pth` or `.safetensors`: `{"model": state_dict}` or the state dict itself; or that
@@ -167,7 +168,7 @@ class SlideEncoder(nn.Module):
 
         config, state = config_and_state(source, max_wsi_size, tile_size, overrides)
         model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
-        load_into(model, state, device=device, dtype=dtype)
+        load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
         return model.eval()
 
     def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:

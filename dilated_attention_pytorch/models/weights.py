@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file or mapping that holds something else than tensors by name.
+        ValueError: a file that cannot be read; a file or mapping that holds something else than tensors by name.
         ImportError: a `.safetensors` file without the package.
     """
     if isinstance(source, Mapping):
@@ -34,15 +33,32 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of weights at {path}, found none")
     if path.suffix == ".safetensors":
-        state: dict[str, Tensor] = safetensors().load_file(path)
-        return state
+        return read_safetensors(path)
     try:
         # Tensors and plain containers alone: a pickle can hold any code.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"expected {path} to hold tensors as torch.save writes them, got: {reason}") from error
+    except Exception as error:  # what is no pickle, or half of one, makes it raise anything
+        raise ValueError(f"expected {path} to hold tensors as torch.save writes them, got {_reason(error)}") from error
     return _tensors(loaded, str(path))
+
+
+def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file.
+
+    Raises:
+        ValueError: a file that cannot be read as one.
+        ImportError: the package is not installed.
+    """
+    load_file = safetensors().load_file
+    try:
+        state: dict[str, Tensor] = load_file(path, device=str(device))
+    except importlib.import_module("safetensors").SafetensorError as error:
+        raise ValueError(f"expected {path} to hold tensors as safetensors writes them, got {_reason(error)}") from error
+    return state
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: " + (str(error).splitlines() or ["no reason given"])[0]
 
 
 def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
@@ -61,6 +77,7 @@ def load_into(
     model: nn.Module,
     state: Mapping[str, Tensor],
     *,
+    copy: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -69,7 +86,9 @@ def load_into(
     Args:
         model: whose names and shapes the tensors must have, each and all.
         state: the tensors.
-        device: where they go; one that is there already is not copied.
+        copy: the parameters get memory of their own; without it, for tensors that nobody else holds, those that are in
+            place already stay where they are.
+        device: where they go.
         dtype: of floating tensors; their own by default.
 
     Raises:
@@ -77,7 +96,7 @@ def load_into(
     """
     check_state(model, state)
     moved = {
-        key: value.detach().to(device, (dtype or value.dtype) if value.is_floating_point() else value.dtype)
+        key: value.detach().to(device, (dtype or value.dtype) if value.is_floating_point() else value.dtype, copy=copy)
         for key, value in state.items()
     }
     model.load_state_dict(moved, assign=True)
