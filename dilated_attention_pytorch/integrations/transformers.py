@@ -13,18 +13,19 @@ on, and the position of a query in decoding from the number of keys the cache ho
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.validation import check_positive_ints
+from dilated_attention_pytorch.core.validation import check_choice, check_positive_ints
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
@@ -97,15 +98,26 @@ def use_dilated_attention(
         backend: as in `dilated_attention`.
 
     Raises:
-        ValueError: a pattern that does not fit together, or a model whose attention cannot be replaced.
+        ValueError: a pattern that does not fit together, an unknown option, or a model whose attention cannot be
+            replaced; the model is then as it was.
     """
     lengths = check_positive_ints("segment_lengths", segment_lengths)
     rates = check_positive_ints("dilation_rates", dilation_rates)
     pattern = DilatedPattern(lengths, rates, 1, offsets)
+    check_choice("mixing_gradient", mixing_gradient, MixingGradient)
+    check_choice("backend", backend, Backend)
+    # transformers takes a model without attention (Mamba) for one whose attention can be set.
+    known = (hasattr(sys.modules.get(type(m).__module__), "ALL_ATTENTION_FUNCTIONS") for m in model.modules())
+    if not model._can_set_attn_implementation() or not any(known):
+        raise ValueError(
+            f"expected a model whose attention goes through AttentionInterface, got a {type(model).__name__}, which "
+            "has none that can be replaced"
+        )
     register()
     model.set_attn_implementation(NAME)
     # A composite model has a config a part; what each attention layer reads is its own.
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+    configs = (getattr(m, "config", None) for m in model.modules())
+    for config in {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values():
         config.dilated_segment_lengths = list(pattern.segment_lengths)
         config.dilated_dilation_rates = list(pattern.dilation_rates)
         config.dilated_offsets, config.dilated_mixing_gradient = offsets, mixing_gradient
