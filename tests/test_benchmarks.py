@@ -78,6 +78,33 @@ def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "sdpa s" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_shares_of_a_ring_are_checked(
+    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What arrives from peers decides: a thousandth more, and no share is timed."""
+    shares = load("ring_shares", monkeypatch)
+    right = shares.Post.exchange
+
+    def exchange(*given: object, **more: object) -> object:
+        arrived = right(*given, **more)
+        arrived.rows *= factor
+        return arrived
+
+    monkeypatch.setattr(shares.Post, "exchange", exchange)
+    monkeypatch.setattr(
+        sys, "argv", ["ring_shares.py", "--smoke", "--ranks", "2", "--rounds", "1", "--out", str(tmp_path)]
+    )
+    if factor == 1.0:
+        shares.main()
+        (path,) = tmp_path.glob("ring_shares_*.json")
+        assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 3
+    else:
+        with pytest.raises(SystemExit, match="nothing is timed"):
+            shares.main()
+        assert "one device" not in capsys.readouterr().out
+
+
 def test_problems_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     common = load("common", monkeypatch)
     assert common.problems({"rows": [], "more": 1})[-2:] == [
