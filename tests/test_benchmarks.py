@@ -105,6 +105,16 @@ def test_shares_of_a_ring_are_checked(
         assert "one device" not in capsys.readouterr().out
 
 
+def test_a_sharded_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a world of one the run's gradient is one device's, unless it is off."""
+    million = load("million", monkeypatch)
+    world = million.World(0, 1, million.torch.device("cpu"))
+    assert million.check(world) == []
+    right, calls = million.gradient, iter([1.0, 1.0, 1.00001])  # exact, one device, sharded
+    monkeypatch.setattr(million, "gradient", lambda *given: right(*given) * next(calls))
+    assert "the gradient is off by 1.0e-05" in million.check(world)[0]
+
+
 def test_problems_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     common = load("common", monkeypatch)
     assert common.problems({"rows": [], "more": 1})[-2:] == [
