@@ -252,6 +252,7 @@ class TestCommandLine:
         torch.save(torchscale(), tmp_path / "encoder.pt")
         common = ("convert", tmp_path / "encoder.pt", tmp_path / "out")
         assert "--heads with weights of torchscale-encoder" in fails(capsys, monkeypatch, *common)
+        assert "--from to be one of ['gigapath'" in fails(capsys, monkeypatch, *common, "--from", "bogus")
         everything = (*common, "--heads", 4, "-w", "8", "-r", "1")
         refused = fails(capsys, monkeypatch, *everything, "--scale-embedding")
         assert "expected no --scale-embedding with weights of torchscale-encoder" in refused

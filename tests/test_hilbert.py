@@ -71,12 +71,16 @@ def test_an_aligned_stretch_is_a_square(num_dims: int, bits: int) -> None:
         assert bool((sides == (1 << inner) - 1).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64],
+)
 def test_any_shape_and_integer(dtype: torch.dtype) -> None:
     points = torch.randint(64, (3, 5, 2)).to(dtype)
     got = hilbert_encode(points, 6)
     assert got.shape == (3, 5) and got.dtype == torch.int64
     assert torch.equal(got.flatten(), hilbert_encode(points.flatten(0, 1).long(), 6))
+    assert torch.equal(hilbert_order(points.flatten(0, 1)).order, hilbert_order(points.flatten(0, 1).long()).order)
     assert hilbert_encode(torch.empty(0, 3, dtype=dtype), 4).shape == (0,)
     assert hilbert_decode(torch.empty(2, 0, dtype=dtype), 3, 4).shape == (2, 0, 3)
 
@@ -261,6 +265,9 @@ class TestHilbertsfc:
         (lambda: hilbert_encode(torch.zeros(1, 3, dtype=torch.int64), 0), ValueError, "at least 1, got 0"),
         (lambda: hilbert_decode(torch.tensor([16]), 2, 2), ValueError, r"expected index in \[0, 2 \*\* 4\)"),
         (lambda: hilbert_decode(torch.tensor([1.0]), 2, 2), TypeError, "expected index to be of integers"),
+        (lambda: hilbert_decode([0, 1], 2, 1), TypeError, "expected index to be a Tensor, got list"),
+        (lambda: hilbert_decode(torch.tensor([1]), [2], 1), TypeError, "expected num_dims to be an int, got list"),
+        (lambda: hilbert_order(torch.tensor([[0, 2**63]], dtype=torch.uint64)), ValueError, r"below 2 \*\* 63"),
         (lambda: hilbert_decode(torch.tensor([1]), 4, 2), ValueError, "expected num_dims to be 2 or 3, got 4"),
         (lambda: hilbert_order(grid=(2, 2)).apply(torch.zeros(1, 5)), ValueError, "expected 4 tokens along"),
     ],

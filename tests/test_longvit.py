@@ -117,3 +117,10 @@ def test_bad_configs() -> None:
             LongViTConfig(**TINY | options)
     with pytest.raises(TypeError, match="images to be a Tensor"):
         tiny()([1, 2])
+    for dtype in (torch.uint8, torch.float32):
+        with pytest.raises(TypeError, match=f"the parameters' dtype torch.float64, got {dtype}"):
+            tiny()(torch.zeros(1, 3, 8, 8, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiny().float()(torch.zeros(1, 3, 8, 8).bfloat16()).pooled.isfinite().all()
+    with pytest.raises(TypeError, match="gradient_checkpointing to be a bool, got str 'yes'"):
+        LongViT(**TINY, gradient_checkpointing="yes")

@@ -251,6 +251,8 @@ class TestPositions:
         for wrong, message in ((coords + 256 * 1001, "tile numbers from"), (coords - 256_000, "tile numbers from -")):
             with pytest.raises(ValueError, match=message):
                 encoder(tiles, wrong)
+        with pytest.raises(ValueError, match="expected finite coords, got inf or nan"):
+            encoder(tiles, torch.where(coords == coords[0, 2, 1], torch.nan, coords.double()))
         with pytest.raises(TypeError, match="a slide's pixels need 18 bits"):
             encoder(tiles, coords.bfloat16())
         assert torch.equal(encoder(tiles, coords).pooled, encoder(tiles, coords.double()).pooled)
@@ -318,7 +320,7 @@ class TestAttentionMap:
 
     def test_the_mean_over_heads(self) -> None:
         encoder, given = tiny(), slide(30)
-        each = [encoder.attention_map(*given, layer=0, head=h, query=7).tiles for h in range(4)]
+        each = [encoder.attention_map(*given, layer=0, head=h, query=torch.tensor([7])).tiles for h in range(4)]
         torch.testing.assert_close(encoder.attention_map(*given, layer=0, query=7).tiles, torch.stack(each).mean(0))
 
     def test_mistakes(self) -> None:
@@ -333,6 +335,10 @@ class TestAttentionMap:
                 encoder.attention_map(tiles, coords, **options)
         with pytest.raises(ValueError, match="expected one slide"):
             encoder.attention_map(tiles.expand(2, -1, -1), coords.expand(2, -1, -1), layer=0)
+        with pytest.raises(TypeError, match="expected tiles to be a Tensor, got list"):
+            encoder.attention_map(tiles.tolist(), coords, layer=0)
+        with pytest.raises(TypeError, match="expected query to be an int, got float"):
+            encoder.attention_map(tiles, coords, layer=0, query=torch.tensor([1.0]))
         with pytest.raises(ValueError, match="evaluation mode"):
             encoder.train().attention_map(tiles, coords, layer=0)
         with pytest.warns(FutureWarning, match="legacy_mode is on"), legacy_mode():
@@ -534,6 +540,7 @@ def test_bad_input() -> None:
         ((tiles, coords, torch.ones(1, 10)), TypeError, "mask of dtype torch.bool"),
         ((tiles, coords, torch.ones(1, 9, dtype=torch.bool)), ValueError, r"mask of shape \(1, 10\), got \(1, 9\)"),
         ((tiles, [[0, 0]]), TypeError, "coords to be a Tensor, got list"),
+        ((tiles, coords, [[True] * 10]), TypeError, "mask to be a Tensor, got list"),
     ):
         with pytest.raises(error, match=message):
             encoder(*given)
@@ -548,6 +555,9 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             SlideEncoder(**TINY | options)
+    for wrong in ("yes", 3, None):
+        with pytest.raises(TypeError, match="expected gradient_checkpointing to be a bool, got"):
+            SlideEncoder.from_pretrained(encoder.state_dict(), num_heads=4, gradient_checkpointing=wrong)
     with pytest.raises(ValueError, match="unknown keys"):
         SlideEncoderConfig.from_dict({"width": 3})
     with pytest.raises(TypeError, match="expected config to be a SlideEncoderConfig"):

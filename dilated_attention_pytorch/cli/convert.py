@@ -39,11 +39,14 @@ def convert(
     ] = False,
 ) -> None:
     """Convert weights of Prov-GigaPath's slide encoder, torchscale's LongNet or fkodom's LongNet."""
+    from dilated_attention_pytorch.core.validation import check_choice
     from dilated_attention_pytorch.models.checkpoint import save_pretrained
+    from dilated_attention_pytorch.models.convert import Source, sniff
     from dilated_attention_pytorch.models.convert import convert as converted
-    from dilated_attention_pytorch.models.convert import sniff
     from dilated_attention_pytorch.models.weights import read_state
 
+    if source is not None:
+        check_choice("--from", source, Source)
     state = read_state(src)
     kind: Any = source or sniff(state)
     given: dict[str, Any] = {

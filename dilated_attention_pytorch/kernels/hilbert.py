@@ -104,9 +104,11 @@ def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
         >>> hilbert_decode(torch.arange(4), 2, 1).tolist()
         [[0, 0], [0, 1], [1, 1], [1, 0]]
     """
-    if num_dims not in _MAX_BITS:
+    if check.check_positive_int("num_dims", num_dims) not in _MAX_BITS:
         raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims!r}")
     _check_bits(num_bits, num_dims)
+    if not isinstance(index, Tensor):
+        raise TypeError(f"expected index to be a Tensor, got {type(index).__name__}")
     if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
         raise TypeError(f"expected index to be of integers, got {index.dtype}")
     index = index.to(torch.int64)
@@ -200,10 +202,13 @@ def _cells(coords: Tensor) -> Tensor:
             raise ValueError("expected coords whose extent is a finite float64, got a larger one")
         last = (1 << _FLOAT_BITS[coords.shape[1]]) - 1
         return (points / extent * last).to(torch.int64) if extent > 0 else points.to(torch.int64)
-    low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
+    whole = coords.to(torch.int64)  # torch has no minima of wider unsigned integers
+    if coords.dtype == torch.uint64 and bool((whole < 0).any()):
+        raise ValueError("expected coords below 2 ** 63, got larger ones")
+    low, high = whole.amin(0).tolist(), whole.amax(0).tolist()
     if max(b - a for a, b in zip(low, high, strict=True)) >= 1 << 62:
         raise ValueError(f"expected coords whose extent is below 2 ** 62, got {low} to {high}")
-    cells = coords.to(torch.int64) - coords.amin(0).to(torch.int64)
+    cells = whole - whole.amin(0)
     return cells // _common_step(cells).clamp(min=1)
 
 

@@ -169,6 +169,7 @@ class LongViT(nn.Module):
         super().__init__()
         if config is not None and not isinstance(config, LongViTConfig):
             raise TypeError(f"expected config to be a LongViTConfig, got {type(config).__name__} {config!r}")
+        check.check_bool("gradient_checkpointing", gradient_checkpointing)
         self.config = config = replace(config or LongViTConfig(), **overrides)
         self.gradient_checkpointing = gradient_checkpointing
         width, size = config.embed_dim, config.patch_size
@@ -200,13 +201,15 @@ class LongViT(nn.Module):
 
         Raises:
             ValueError: another shape.
-            TypeError: no tensor.
+            TypeError: no tensor, or one of another dtype; under autocast it may be any that autocast converts.
         """
         config, size = self.config, self.config.patch_size
         if not isinstance(images, Tensor):
             raise TypeError(f"expected images to be a Tensor, got {type(images).__name__}")
         if images.dim() != 4 or images.shape[1] != config.in_chans:
             raise ValueError(f"expected images of shape (B, {config.in_chans}, H, W), got {tuple(images.shape)}")
+        if images.dtype != self.cls_token.dtype and not _autocast_converts(images):
+            raise TypeError(f"expected images of the parameters' dtype {self.cls_token.dtype}, got {images.dtype}")
         if 0 in images.shape[2:] or images.shape[2] % size or images.shape[3] % size:
             raise ValueError(f"expected sides that are multiples of patch_size={size}, got {tuple(images.shape[2:])}")
         x = self.patch_embed(images).permute(0, 2, 3, 1)  # (B, rows, columns, D)
@@ -246,3 +249,9 @@ class LongViT(nn.Module):
             return self.pos_embed
         table = self.pos_embed.permute(0, 3, 1, 2)
         return nn.functional.interpolate(table, grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+
+
+def _autocast_converts(x: Tensor) -> bool:
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return enabled and x.dtype in (torch.float16, torch.bfloat16, torch.float32)

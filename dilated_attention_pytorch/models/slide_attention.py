@@ -48,8 +48,8 @@ def attention_map(
         raise ValueError(f"expected head in [0, {config.num_heads}), got {head}")
     if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
         raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
+    x, _ = encoder.embed(tiles, coords)  # checks both
     positions = _positions(query, tiles.shape[1])
-    x, _ = encoder.embed(tiles, coords)
     states = itertools.chain([x], encoder.encoder.states(x, is_causal=False))
     x = deque(itertools.islice(states, layer + 1), maxlen=1).pop()  # what goes into the layer asked for
     found: Any = encoder.encoder.layers[layer]
@@ -77,10 +77,12 @@ def attention_map(
 
 def _positions(query: Any, num_tiles: int) -> list[int]:
     """Rows of the sequence, in which the cls token comes before the tiles."""
-    if query == "cls":
-        return [0]
     if isinstance(query, str):
+        if query == "cls":
+            return [0]
         raise ValueError(f"expected query to be tile numbers or 'cls', got {query!r}")
+    if hasattr(query, "tolist"):  # an array or tensor
+        query = query.tolist()
     numbers = [check.check_int("query", one, 0) for one in (query if isinstance(query, list | tuple) else [query])]
     outside = [one for one in numbers if one >= num_tiles]
     if outside or not numbers:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
 from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig
@@ -102,6 +103,7 @@ class SlideEncoder(nn.Module):
         super().__init__()
         if config is not None and not isinstance(config, SlideEncoderConfig):
             raise TypeError(f"expected config to be a SlideEncoderConfig, got {type(config).__name__} {config!r}")
+        check.check_bool("gradient_checkpointing", gradient_checkpointing)
         self.config = config = replace(config or SlideEncoderConfig(), **overrides)
         self.gradient_checkpointing = gradient_checkpointing
         self._backend = backend
@@ -263,7 +265,7 @@ class SlideEncoder(nn.Module):
         *,
         layer: int,
         head: int | None = None,
-        query: int | Literal["cls"] | list[int] = "cls",
+        query: int | Literal["cls"] | Sequence[int] | Tensor = "cls",
     ) -> AttentionMap:
         """How much some tiles, or the cls token, attend to each tile in one layer: exact, for what is asked alone.
 
@@ -274,7 +276,7 @@ class SlideEncoder(nn.Module):
             coords: `(1, L, 2)`.
             layer: which layer, from 0.
             head: which head, from 0; the mean over heads without it.
-            query: a tile's number, several of them, or `"cls"`.
+            query: a tile's number, several of them (an array or tensor too), or `"cls"`.
 
         Returns:
             `AttentionMap(tiles, cls, nothing)`; a row of the three sums to 1.
@@ -326,8 +328,8 @@ class SlideEncoder(nn.Module):
         return nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
 
     def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
-        for name, x in (("tiles", tiles), ("coords", coords)):
-            if not isinstance(x, Tensor):
+        for name, x in (("tiles", tiles), ("coords", coords), ("mask", mask)):
+            if not isinstance(x, Tensor) and (x is not None or name != "mask"):
                 raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
         if not tiles.is_floating_point():
             raise TypeError(f"expected tiles of a floating dtype, got {tiles.dtype}")

@@ -52,13 +52,19 @@ def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor 
 
     Raises:
         TypeError: half precision, which cannot hold a slide's pixels.
-        ValueError: a tile outside of the grid.
+        ValueError: a tile outside of the grid, inf or NaN.
     """
     if coords.dtype in (torch.float16, torch.bfloat16) or coords.is_complex() or coords.dtype == torch.bool:
         raise TypeError(
             f"expected coords of an int dtype, float32 or float64, got {coords.dtype}: a slide's pixels need 18 bits"
         )
-    tile = torch.floor(coords / tile_size).long() if coords.is_floating_point() else coords.long() // tile_size
+    if coords.is_floating_point():
+        finite = coords.isfinite() if real is None else coords.isfinite() | ~real[..., None]
+        if not bool(finite.all()):
+            raise ValueError("expected finite coords, got inf or nan")
+        tile = torch.floor(coords / tile_size).long()
+    else:
+        tile = coords.long() // tile_size
     number = tile[..., 0] * slide_ngrids + tile[..., 1]
     if real is not None:
         number = number.masked_fill(~real, 0)
