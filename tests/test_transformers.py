@@ -267,6 +267,7 @@ class TestWhatIsRefused:
             (lambda: llama("sdpa"), {"backend": "foo"}, "expected backend to be one of .* got 'foo'"),
             (lambda: llama("sdpa"), {"mixing_gradient": "foo"}, "expected mixing_gradient to be one of .* got 'foo'"),
             (lambda: longnet(), {}, "got a LongNetForCausalLM, which has none"),
+            (lambda: longnet().model, {}, "got a LongNetLM, which has none"),
             (
                 lambda: MambaModel(MambaConfig(vocab_size=9, hidden_size=8, state_size=2, num_hidden_layers=1)), {},
                 "got a MambaModel, which has none",
@@ -275,10 +276,10 @@ class TestWhatIsRefused:
     )  # fmt: skip
     def test_a_switch_that_cannot_be(self, make: Any, options: dict[str, str], message: str) -> None:
         model = make()
-        before = model.config.to_dict(), model.config._attn_implementation
+        before = model.config.to_dict(), getattr(model.config, "_attn_implementation", None)
         with pytest.raises(ValueError, match=message):
             use_dilated_attention(model, [8], [1], **options)
-        assert (model.config.to_dict(), model.config._attn_implementation) == before
+        assert (model.config.to_dict(), getattr(model.config, "_attn_implementation", None)) == before
 
     def test_sliding_windows(self) -> None:
         config = MistralConfig(**SIZES, num_key_value_heads=KV_HEADS, sliding_window=8, **PATTERN)

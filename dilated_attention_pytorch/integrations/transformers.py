@@ -108,7 +108,7 @@ def use_dilated_attention(
     check_choice("backend", backend, Backend)
     # transformers takes a model without attention (Mamba) for one whose attention can be set.
     known = (hasattr(sys.modules.get(type(m).__module__), "ALL_ATTENTION_FUNCTIONS") for m in model.modules())
-    if not model._can_set_attn_implementation() or not any(known):
+    if not getattr(model, "_can_set_attn_implementation", bool)() or not any(known):
         raise ValueError(
             f"expected a model whose attention goes through AttentionInterface, got a {type(model).__name__}, which "
             "has none that can be replaced"
