@@ -45,7 +45,7 @@ class Case:
         if self.uses_lse:
             objective = objective + (lse.masked_fill(torch.isneginf(lse), 0.0) * grad_lse).sum()
         dq, dk, dv = torch.autograd.grad(objective, (q, k, v))
-        scale = q.shape[-1] ** -0.5
+        scale = abs(self.options.get("scale", q.shape[-1] ** -0.5))
         used = grad_lse if self.uses_lse else None
         self.scales = {
             "dq": gradient_scale(grad_out, used, v, k, scale),

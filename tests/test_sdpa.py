@@ -35,6 +35,19 @@ def test_every_range_of_a_short_segment(causal):
             assert max(errors.values()) <= 1e-10, (a, b, c, d, errors)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.4, -3])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("engine", ["flash", "eager"])
+def test_scales_that_are_not_above_zero(scale, causal, engine):
+    """torch's kernels hide later keys before they scale, which made NaN of them."""
+    options = {"segment_lengths": [32, 100], "dilation_rates": [1, 3], "is_causal": causal, "scale": scale}
+    options["key_padding_mask"] = torch.arange(70).expand(2, -1) % 5 > 0
+    case = Case((2, 70, 4, 8), (2, 70, 2, 8), options, uses_lse=engine == "eager")
+    want = case.run("reference")
+    errors = case.errors(case.run("sdpa"), want)
+    assert max(errors.values()) <= 1e-10, errors
+
+
 def test_eager_tiles_equal_one_tile(monkeypatch):
     """The eager engine cuts long calls; tiny tiles exercise every cut."""
     options = {"segment_lengths": [16, 40], "dilation_rates": [1, 3], "dropout_p": 0.3, "seed": 5, "is_causal": True}

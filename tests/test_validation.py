@@ -93,6 +93,10 @@ GOOD = x(2, 16, 4, 8)
         ),
         pytest.param((GOOD,) * 3, {**ONE, "is_causal": 1}, TypeError, "is_causal to be a bool, got int", id="causal"),
         pytest.param((GOOD,) * 3, {**ONE, "scale": "big"}, TypeError, "scale to be a float, got str", id="scale"),
+        *(
+            pytest.param((GOOD,) * 3, {**ONE, "scale": s}, ValueError, "scale to be finite, got", id=f"scale {s:.0e}")
+            for s in (float("nan"), float("inf"), -float("inf"))
+        ),
         pytest.param((GOOD,) * 3, {**ONE, "dropout_p": 1.0}, ValueError, r"dropout_p in \[0, 1\), got 1.0", id="p"),
         pytest.param((GOOD,) * 3, {**ONE, "dropout_p": "0.1"}, TypeError, "dropout_p to be a float", id="p type"),
         pytest.param((GOOD,) * 3, {**ONE, "dropout_p": 0.1, "seed": 1.5}, TypeError, "seed to be an int", id="seed"),

@@ -7,7 +7,7 @@ and lse of each query, which makes the gradients of a query's keys exact even th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ def forward(
     Returns:
         out `(b, H, Lq, D)`, 0 where no key is seen, and lse `(b, H, Lq, 1)`, -inf there.
     """
+    if scale <= 0:
+        sign, scale = _above_zero(scale)
+        return forward(q * sign, k, v, scale=scale, is_causal=is_causal, bias=bias, drop=drop)
     engine = name(q, bias, drop)
     if engine == "cpu_flash":
         dtype = compute_dtype(q.device, q.dtype)
@@ -129,6 +132,11 @@ def backward(
     Returns:
         grad of q, k, v.
     """
+    if scale <= 0:
+        sign, scale = _above_zero(scale)
+        rest: dict[str, Any] = {"is_causal": is_causal, "bias": bias, "drop": drop, "grad_lse": grad_lse}
+        dq, dk, dv = backward(grad_out, q * sign, k, v, out, lse, scale=scale, **rest)
+        return dq * sign, dk, dv
     engine = name(q, bias, drop, grad_lse)
     rows = lse.squeeze(-1)
     if engine == "cpu_flash":
@@ -178,6 +186,15 @@ def backward(
         )[:3]
         return tuple(x.transpose(1, 2) for x in grads)
     return _eager_backward(grad_out, q, k, v, out, lse, scale, is_causal, bias, drop, grad_lse)
+
+
+def _above_zero(scale: float) -> tuple[float, float]:
+    """A scale that is not above 0 as (sign for q, scale above 0).
+
+    torch's kernels take the largest logit, and hide keys, before they scale: there a scale below 0 turns the smallest
+    into the largest and a hidden -inf into inf, and 0 turns it into NaN.
+    """
+    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
 
 
 def _has_flash(device: torch.device) -> bool:

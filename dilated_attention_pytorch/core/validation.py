@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -54,6 +55,8 @@ def check_scale(scale: object, head_dim: int) -> float:
         return root
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
+    if not abs(scale) <= sys.float_info.max:  # NaN is not, either
+        raise ValueError(f"expected scale to be finite, got {scale}")
     return float(scale)
 
 
