@@ -152,6 +152,25 @@ def test_autocast_takes_its_dtype_and_gradients_come_back_in_fp32(backend):
     assert q.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("use_lse", [False, True])
+def test_autocast_ends_where_attention_starts(backend, use_lse):
+    """Autocast rounds the inputs, as it does for torch's attention; the softmax and its gradients stay in fp32."""
+    q, k, v = qkv(1, 30, 2, 8, dtype=torch.bfloat16)
+    options = {"dropout_p": 0.2, "seed": 4, "backend": backend, **PATTERN}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, lse = dilated_attention_with_lse(q, k, v, **options)
+            objective = out.float().square().sum() + (lse.sum() if use_lse else 0.0)
+            # The reference's own backward is autograd's, which autocast reaches where it is on.
+            grads = torch.autograd.grad(objective, (q, k, v)) if backend == "sdpa" else ()
+        results.append((out, lse, *grads))
+    assert results[1][1].dtype == torch.float32
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(want, got)
+
+
 def test_double_backward_is_refused_not_wrong():
     q, k, v = qkv(1, 12, 2, 4)
     (grad,) = torch.autograd.grad(dilated_attention(q, k, v, **PATTERN).sum(), q, create_graph=True)

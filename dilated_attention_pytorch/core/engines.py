@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import dropout
+from dilated_attention_pytorch.core.autocast import without_autocast
 
 _TILE_ELEMENTS = 1 << 23  # logits that the eager engine holds at a time: 32 MiB in fp32
 
@@ -237,6 +238,7 @@ def _kept(drop: Dropout, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
     return keep.to(dtype) / (1.0 - drop.p)
 
 
+@without_autocast
 def _eager_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, bias: Tensor | None, drop: Dropout | None
 ) -> tuple[Tensor, Tensor]:
@@ -255,6 +257,7 @@ def _eager_forward(
     return out, lse
 
 
+@without_autocast
 def _eager_backward(
     grad_out: Tensor,
     q: Tensor,

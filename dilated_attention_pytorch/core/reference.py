@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import dropout, zero_keys
+from dilated_attention_pytorch.core.autocast import without_autocast
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.types import AttentionOutput
 
 
+@without_autocast
 def attention(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,27 @@
+"""Autocast stops where the attention starts: what is accumulated in fp32 (SPEC 3) stays in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def without_autocast(function: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """The function with autocast off on its first tensor's device: autocast would round the factors of each product."""
+
+    @wraps(function)
+    def exact(x: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return exact
