@@ -6,6 +6,7 @@ error that says so. Anything else is a bug, and raises.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,6 +45,13 @@ def _twice(call: Callable[..., Tensor], leaves: list[Tensor], cotangent: Tensor)
     return list(torch.autograd.grad(sum((g * g).sum() for g in first), leaves))  # type: ignore[arg-type]
 
 
+def _forward_mode(call: Callable[..., Tensor], leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """Output and its derivative along one direction of all three inputs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)  # its own
+        return list(torch.func.jvp(call, tuple(x.detach() for x in leaves), (cotangent,) * 3))
+
+
 def _compiled(call: Callable[..., Tensor], leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
     """Traced as a whole; the compiler's own code generation is no concern of the op."""
     torch._dynamo.reset()
@@ -71,6 +79,7 @@ FEATURES = (
     Feature('`padding="zero_keys"`', options={"padding": "zero_keys"}),
     Feature("`torch.compile(fullgraph=True)`", run=_compiled),
     Feature("second derivatives", run=_twice),
+    Feature("forward-mode derivatives (`torch.func.jvp`)", run=_forward_mode),
 )
 
 
