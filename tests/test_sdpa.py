@@ -1,6 +1,7 @@
 """The sdpa backend against the reference: more than two thousand drawn calls in fp64, and half precision."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ def test_scales_that_are_not_above_zero(scale, causal, engine):
     options = {"segment_lengths": [32, 100], "dilation_rates": [1, 3], "is_causal": causal, "scale": scale}
     options["key_padding_mask"] = torch.arange(70).expand(2, -1) % 5 > 0
     case = Case((2, 70, 4, 8), (2, 70, 2, 8), options, uses_lse=engine == "eager")
+    want = case.run("reference")
+    errors = case.errors(case.run("sdpa"), want)
+    assert max(errors.values()) <= 1e-10, errors
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"padding": "zero_keys"}], ids=str)
+def test_lengths_and_rates_as_long_as_an_int(options):
+    """No segment and no slot comes after the first, so the step to it is never taken."""
+    options = options | {"segment_lengths": [8, sys.maxsize, 40], "dilation_rates": [1, 2, 2**62]}
+    case = Case((2, 40, 2, 4), (2, 40, 2, 4), options)
     want = case.run("reference")
     errors = case.errors(case.run("sdpa"), want)
     assert max(errors.values()) <= 1e-10, errors

@@ -71,6 +71,9 @@ GOOD = x(2, 16, 4, 8)
             r"dilation_rates\[0\].*got float 1.5",
             id="fractional rate",
         ),
+        pytest.param(
+            (GOOD,) * 3, {**ONE, "segment_lengths": [2**63]}, ValueError, r"s\[0\] to be below 2\*\*63", id="too long"
+        ),
         pytest.param((GOOD,) * 3, {**ONE, "segment_lengths": [True]}, TypeError, "got bool True", id="bool length"),
         pytest.param((GOOD,) * 3, {**ONE, "segment_lengths": 8}, TypeError, "sequence of ints, got int 8", id="scalar"),
         pytest.param(
@@ -100,6 +103,9 @@ GOOD = x(2, 16, 4, 8)
         pytest.param((GOOD,) * 3, {**ONE, "dropout_p": 1.0}, ValueError, r"dropout_p in \[0, 1\), got 1.0", id="p"),
         pytest.param((GOOD,) * 3, {**ONE, "dropout_p": "0.1"}, TypeError, "dropout_p to be a float", id="p type"),
         pytest.param((GOOD,) * 3, {**ONE, "dropout_p": 0.1, "seed": 1.5}, TypeError, "seed to be an int", id="seed"),
+        pytest.param(
+            (GOOD,) * 3, {**ONE, "dropout_p": 0.1, "seed": 2**70}, ValueError, r"seed to be below", id="wide seed"
+        ),
         pytest.param(
             (GOOD,) * 3,
             {**ONE, "dropout_p": 0.1, "seed": torch.rand(2)},

@@ -26,9 +26,12 @@ class Rows(NamedTuple):
         """The view `(B, num_segments, num_slots, heads, D)` of x `(B, N, H, D)`."""
         x = x[:, :, heads]
         batch, row, head, width = x.stride()
+        # A step that is never taken may be as long as an int: elements times that would be none.
+        segment = self.segment_stride * row if self.num_segments > 1 else row
+        slot = self.slot_stride * row if self.num_slots > 1 else row
         return x.as_strided(
             (x.shape[0], self.num_segments, self.num_slots, x.shape[2], x.shape[3]),
-            (batch, self.segment_stride * row, self.slot_stride * row, head, width),
+            (batch, segment, slot, head, width),
             x.storage_offset() + self.start * row,
         )
 

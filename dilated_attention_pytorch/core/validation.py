@@ -22,13 +22,15 @@ def check_choice(name: str, value: object, options: Any) -> None:
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
-    """The value as an int; bools and floats are refused."""
+    """The value as an int of 64 bits; bools and floats are refused."""
     if isinstance(value, bool | Tensor) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
         raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r}")
     # A plain or traced int is kept as it is; other integer types (NumPy's) become one.
     number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
     if number < minimum:
         raise ValueError(f"expected {name} to be at least {minimum}, got {number}")
+    if number >= 2**63:
+        raise ValueError(f"expected {name} to be below 2**63, got {number}")
     return number
 
 
