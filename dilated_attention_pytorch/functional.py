@@ -59,7 +59,8 @@ def dilated_attention(
             int64 scalar tensor; drawn from torch's generator when absent.
         key_padding_mask: bool `(B, N)`, True = real. A masked key is seen by nobody, a masked query returns 0;
             positions do not move. With a partial range it covers the whole sequence, `(B, seq_len)`.
-        row_start: int `(B,)`: the first real position of each left-padded row, from which positions count.
+        row_start: int `(B,)`: the first real position of each left-padded row, from which positions count. At least 0,
+            which is checked where reading it does not make the host wait: not on a GPU.
         cu_seqlens: int `(sequences + 1,)`, rising from 0 to total: bounds of packed sequences; positions restart at
             each.
         q_start: position of the first query, where q is a slice of the sequence.
@@ -181,6 +182,8 @@ def dilated_attention_with_lse(
     if backend == "reference":
         if cu_seqlens is not None:
             check.check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
+        if row_start is not None and type(row_start) is Tensor and not torch.compiler.is_compiling():
+            check.check_row_start_values(row_start)  # a traced or fake tensor has no values to read
         out, lse = reference.attention(
             q,
             k,

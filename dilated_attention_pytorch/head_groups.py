@@ -259,6 +259,7 @@ def _checked_ranges(
         check.check_key_padding_mask(key_padding_mask, q.shape[0], seq_len, q.device)
     if row_start is not None:
         check.check_row_start(row_start, q.shape[0])
+        check.check_row_start_values(row_start)
         if key_padding_mask is not None or (q_start, k_start, k.shape[1]) != (0, 0, q.shape[1]) or seq_len != end:
             raise ValueError(
                 "expected row_start with whole sequences and without key_padding_mask where head_groups=True, got a "

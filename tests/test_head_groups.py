@@ -186,6 +186,7 @@ def test_call_errors_are_in_the_callers_terms() -> None:
         ({"seq_len": 19}, "seq_len of at least 20"),
         ({"row_start": torch.zeros(2, dtype=torch.long), "q_start": 1}, "expected row_start with whole sequences"),
         ({"row_start": torch.zeros(3, dtype=torch.long)}, r"row_start of shape \(B,\) = \(2,\)"),
+        ({"row_start": torch.tensor([0, -1])}, "row_start of at least 0, got -1"),
         ({"q_start": -1}, "expected q_start to be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):

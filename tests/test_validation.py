@@ -158,6 +158,13 @@ GOOD = x(2, 16, 4, 8)
             id="row_start dtype",
         ),
         pytest.param(
+            (GOOD,) * 3,
+            {**ONE, "row_start": torch.tensor([0, -3])},
+            ValueError,
+            "row_start of at least 0, got -3 at index 1",
+            id="row_start below 0",
+        ),
+        pytest.param(
             (GOOD[0],) * 3,
             {**ONE, "cu_seqlens": torch.tensor([0, 9, 5, 16])},
             ValueError,

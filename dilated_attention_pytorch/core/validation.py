@@ -139,13 +139,21 @@ def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch
 
 
 def check_row_start(row_start: Tensor, batch: int) -> None:
-    """An int (B,) vector of the first real position of each row."""
+    """Shape and dtype; the values are checked by `check_row_start_values` where they may be read."""
     if not isinstance(row_start, Tensor):
         raise TypeError(f"expected row_start to be a Tensor, got {type(row_start).__name__}")
     if row_start.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected row_start of dtype int32 or int64, got {row_start.dtype}")
     if tuple(row_start.shape) != (batch,):
         raise ValueError(f"expected row_start of shape (B,) = {(batch,)}, got {tuple(row_start.shape)}")
+
+
+def check_row_start_values(row_start: Tensor) -> None:
+    """None below 0; on a GPU they are not read, which would make the host wait."""
+    if not row_start.is_cuda:
+        for i, first in enumerate(row_start.tolist()):
+            if first < 0:
+                raise ValueError(f"expected row_start of at least 0, got {first} at index {i}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from dilated_attention_pytorch.core import sdpa
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core.validation import check_row_start_values
 from dilated_attention_pytorch.kernels import flops
 from dilated_attention_pytorch.kernels.choice import choose_backend
 
@@ -94,6 +95,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
     problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
+    if row_start is not None:
+        check_row_start_values(row_start)
     out, lse = implementation(q, problem, backend).forward(
         q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
     )
