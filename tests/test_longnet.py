@@ -167,6 +167,13 @@ class TestLanguageModel:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens), model(tokens), rtol=0, atol=1e-12)
 
+    def test_runs_on_meta_tensors(self) -> None:
+        model = lm(device="meta", positions="rotary")
+        tokens = torch.zeros(2, 30, dtype=torch.int64, device="meta")
+        assert model(tokens).shape == (2, 30, 17)
+        with torch.no_grad():  # where calls may be repeated without the op
+            assert model(tokens, row_start=tokens[:, 0]).shape == model(tokens).shape == (2, 30, 17)
+
     def test_no_buffer_and_no_table_grows_with_the_length(self) -> None:
         model = lm(positions="xpos")
         before = sum(x.numel() for x in model.state_dict().values())

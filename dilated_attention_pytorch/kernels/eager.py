@@ -74,7 +74,7 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or q.is_meta  # before autocast, which does not know the device
         or torch.is_autocast_enabled(q.device.type)
-        or q.is_meta
         or (q.is_cuda and q.device.index != torch.cuda.current_device())
     )
