@@ -112,6 +112,19 @@ def test_bad_input_is_still_refused(wrong):
         dilated_attention(*inputs(), segment_lengths=wrong, dilation_rates=[1, 2])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"segment_lengths": [8.0, 32]}, {"dilation_rates": [True, 2]}, {"is_causal": 0}, {"q_start": False},
+        {"k_start": 0.0}, {"dropout_p": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_equal_values_of_another_type_are_still_refused(wrong):
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        dilated_attention(*inputs(), **(PATTERN | wrong))
+
+
 def test_kinds_are_bounded(known, monkeypatch):
     monkeypatch.setattr(eager, "_KEPT", 3)
     for n in range(1, 7):

@@ -31,7 +31,7 @@ def kind_of(
 
     Args:
         q, k, v, segment_lengths, dilation_rates: as the user gave them, which may be anything.
-        settings: every other argument. Values that are equal (1 and True) are of one kind: they mean the same call.
+        settings: every other argument.
     """
     if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor or _watched(q, k, v):
         return None
@@ -40,7 +40,9 @@ def kind_of(
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:  # a kernel may be compiled for less alignment
         return None
     tensors = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype
-    kind = (tensors, q.device, k.device, v.device, tuple(segment_lengths), tuple(dilation_rates), settings)
+    # Types too: 8.0 and True equal 8 and 1, and validation tells them apart.
+    values = *segment_lengths, *dilation_rates, *settings
+    kind = (tensors, q.device, k.device, v.device, len(segment_lengths), values, tuple(map(type, values)))
     try:
         hash(kind)
     except TypeError:  # a list among the lengths, say: validation has an opinion on it
