@@ -102,3 +102,13 @@ def test_a_key_reached_by_two_branches_counts_twice():
     # Branch (2, 1) shows both keys, branch (1, 1) each query its own: weights 2/3 and 1/3.
     out = dilated_attention(q, q, v, segment_lengths=[2, 1], dilation_rates=[1, 1])
     torch.testing.assert_close(out.flatten(), torch.tensor([2.0, 3.0], dtype=torch.float64))
+
+
+def test_zero_keys_take_nothing_from_the_default_dtype():
+    q, k, v = (torch.randn(1, 21, 2, 4) for _ in range(3))
+    options = {"segment_lengths": [8], "dilation_rates": [3], "padding": "zero_keys", "backend": "reference"}
+    want = dilated_attention_with_lse(q, k, v, **options)
+    torch.set_default_dtype(torch.float64)
+    got = dilated_attention_with_lse(q, k, v, **options)
+    assert got.lse.dtype == torch.float32
+    assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)

@@ -113,7 +113,7 @@ def visibility(
         group: query heads a key head.
 
     Returns:
-        Bool `(B, H, Nq, Nk)`; int64 `(B, Nq)`, -1 for a zero query; float `(B, H, Nq)`.
+        Bool `(B, H, Nq, Nk)`; int64 `(B, Nq)`, -1 for a zero query; int64 `(B, H, Nq)`.
     """
     length, rate = pattern.branches[branch]
     g = seq_len.clamp_max(length)
@@ -135,15 +135,15 @@ def visibility(
     real = ((stop - start)[:, None] - o + rate - 1).div(rate, rounding_mode="floor").clamp_min(0)
     alone = (slots[:, None] == 1) & (real == 0)
     pads = torch.where(writes & ~alone, slots[:, None] - real, 0)
-    return seen, source, pads.to(torch.promote_types(torch.float32, torch.get_default_dtype()))
+    return seen, source, pads
 
 
 def counts(pattern: DilatedPattern, start: int, stop: int, seq_len: int, device: torch.device | None) -> Tensor:
-    """How many zero keys positions `[start, stop)` of a sequence see, all branches together: float `(H_kv, n)`."""
+    """How many zero keys positions `[start, stop)` of a sequence see, all branches together: fp32 `(H_kv, n)`."""
     positions = torch.arange(start, stop, device=device)[None]
     no_keys, lengths = positions[:, :0], torch.full_like(positions, seq_len)
     found = [visibility(pattern, i, positions, no_keys, lengths, 1)[2][0] for i in range(len(pattern.branches))]
-    return torch.stack(found).sum(0)
+    return torch.stack(found).sum(0).to(torch.float32)
 
 
 def moving_branch(pattern: DilatedPattern, seq_len: int) -> tuple[int, int] | None:
