@@ -1,6 +1,7 @@
 """What must hold of any implementation: causality, padding, packing, parts, dropout (SPEC 2-4)."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -224,3 +225,25 @@ class TestMerge:
         b = AttentionOutput(torch.zeros(1, 3, 1, 3), torch.zeros(1, 1, 3))
         with pytest.raises(ValueError, match=r"one shape, got out \(1, 2, 1, 3\) and \(1, 3, 1, 3\)"):
             merge_attention(a, b)
+
+    def test_packed_partials_merge(self):
+        """With one branch and no causality, attention over two copies of the keys is attention over one."""
+        q, k, v = (torch.randn(11, 2, 4) for _ in range(3))
+        options = {"segment_lengths": [4], "dilation_rates": [1], "cu_seqlens": torch.tensor([0, 3, 11])}
+        part = dilated_attention_with_lse(q, k, v, **options)
+        merged = merge_attention(part, tuple(part))
+        torch.testing.assert_close(merged.out, part.out)
+        torch.testing.assert_close(merged.lse, part.lse + math.log(2))
+
+    @pytest.mark.parametrize(
+        ("b", "error", "message"),
+        [
+            (torch.zeros(1, 2, 3, 4), TypeError, r"expected b to be an AttentionOutput \(out, lse\), got Tensor"),
+            ((torch.zeros(1, 2, 3, 4), None), TypeError, "expected b to be an AttentionOutput"),
+            ((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)), ValueError, r"got \(1, 2, 3, 4\) and \(1, 2, 3\)"),
+            ((torch.zeros(3, 4), torch.zeros(3)), ValueError, r"expected b of out \(B, N, H, D\)"),
+        ],
+    )
+    def test_what_is_no_partial(self, b, error, message):
+        with pytest.raises(error, match=message):
+            merge_attention(AttentionOutput(torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 2)), b)

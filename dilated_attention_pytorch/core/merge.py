@@ -15,7 +15,7 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
     `sigmoid(lse_b - lse_a)`, which neither overflows nor needs an epsilon. Differentiable in all four tensors.
 
     Args:
-        a: `out` `(B, N, H, D)`, `lse` `(B, H, N)`.
+        a: `out` `(B, N, H, D)`, `lse` `(B, H, N)`; packed, `(total, H, D)` and `(H, total)`.
         b: the same shapes, over other keys of the same queries.
 
     Returns:
@@ -23,8 +23,10 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
         `out` 0, `lse` -inf.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, or do not belong together.
+        TypeError: something other than two tensors.
     """
+    a, b = _checked("a", a), _checked("b", b)
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
         raise ValueError(
             "expected two partials of one shape, got "
@@ -38,7 +40,7 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
     weight_b = torch.sigmoid(safe_b - safe_a).masked_fill(both_empty, 0.0)
     weight_a = torch.sigmoid(safe_a - safe_b).masked_fill(both_empty, 0.0)
     lse = torch.logaddexp(safe_a, safe_b).masked_fill(both_empty, -torch.inf)
-    out = a.out.to(dtype) * _per_row(weight_a) + b.out.to(dtype) * _per_row(weight_b)
+    out = a.out.to(dtype) * rows_last(weight_a) + b.out.to(dtype) * rows_last(weight_b)
     return AttentionOutput(out.to(a.out.dtype), lse)
 
 
@@ -56,10 +58,19 @@ def merge_into(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> No
     lse.copy_(torch.logaddexp(lse, new_lse))
 
 
-def _per_row(weight: Tensor) -> Tensor:
-    return weight.transpose(1, 2).unsqueeze(-1)
+def _checked(name: str, partial: object) -> AttentionOutput:
+    """Any pair of (out, lse) is taken, such as a plain tuple."""
+    if not isinstance(partial, tuple) or len(partial) != 2 or not all(isinstance(x, Tensor) for x in partial):
+        raise TypeError(f"expected {name} to be an AttentionOutput (out, lse), got {type(partial).__name__}")
+    out, lse = partial
+    if out.dim() not in (3, 4) or lse.shape != (*out.shape[:-3], out.shape[-2], out.shape[-3]):
+        raise ValueError(
+            f"expected {name} of out (B, N, H, D) and lse (B, H, N), or packed (total, H, D) and (H, total), got "
+            f"{tuple(out.shape)} and {tuple(lse.shape)}"
+        )
+    return AttentionOutput(out, lse)
 
 
 def rows_last(lse: Tensor) -> Tensor:
-    """`(B, H, N)` seen as `(B, N, H, 1)`, the layout of everything else."""
-    return lse.transpose(1, 2).unsqueeze(-1)
+    """`(..., H, N)` seen as `(..., N, H, 1)`, the layout of everything else."""
+    return lse.transpose(-1, -2).unsqueeze(-1)
