@@ -58,7 +58,8 @@ def dilated_attention(
         seed: of the dropout mask, which is a function of (seed, batch, head, branch, query, key) alone. An int or an
             int64 scalar tensor; drawn from torch's generator when absent.
         key_padding_mask: bool `(B, N)`, True = real. A masked key is seen by nobody, a masked query returns 0;
-            positions do not move. With a partial range it covers the whole sequence, `(B, seq_len)`.
+            positions do not move. With a partial range it covers the whole sequence, `(B, seq_len)`. What is masked has
+            to be finite all the same, as in torch's own attention: 0 * NaN is NaN.
         row_start: int `(B,)`: the first real position of each left-padded row, from which positions count. At least 0,
             which is checked where reading it does not make the host wait: not on a GPU.
         cu_seqlens: int `(sequences + 1,)`, rising from 0 to total: bounds of packed sequences; positions restart at

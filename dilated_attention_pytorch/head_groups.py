@@ -73,7 +73,7 @@ def head_groups_by_default() -> bool:
 
 def head_runs(num_heads: int, num_branches: int) -> list[slice]:
     """The consecutive heads of each branch; the first branches have one more where they do not divide."""
-    size, extra = divmod(num_heads, num_branches)
+    size, extra = num_heads // num_branches, num_heads % num_branches  # divmod is none of torch.compile's
     ends = [i * size + min(i, extra) for i in range(num_branches + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
@@ -92,7 +92,7 @@ class _Members(NamedTuple):
 
     def before(self, position: int) -> int:
         """How many stand before a position."""
-        inside = position % self.length  # not divmod, which torch.compile does not know of symbolic lengths
+        inside = position % self.length  # not divmod here either
         return position // self.length * self.per_segment + max(0, -(-(inside - self.offset) // self.rate))
 
     def of(self, positions: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ class DilatedAttention(nn.Module):
         lengths = check.check_positive_ints("segment_lengths", segment_lengths)
         rates = check.check_positive_ints("dilation_rates", dilation_rates)
         pattern = DilatedPattern(lengths, rates, 1, offsets)
+        check.check_scale(scale, 1)
         check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
         check.check_choice("padding", padding, Padding)
         check.check_choice("backend", backend, Backend)

@@ -135,6 +135,14 @@ class TestCache:
                 model(tokens, cache=model.make_cache(), row_start=torch.tensor([1]))
             with pytest.raises(ValueError, match="expected at least one token with a cache, got none"):
                 model(tokens[:, :0], cache=model.make_cache())
+            with pytest.raises(ValueError, match="expected a cache of the model's 2 layers, got one of 1"):
+                model(tokens, cache=KeyValueCache((40,), 1))
+            cache = model.make_cache()
+            model(tokens, cache=cache)
+            for num_new in (1, 3):
+                with pytest.raises(ValueError, match="expected 1 rows of tokens, as the cache has, got 2"):
+                    model(tokens[:, :num_new].expand(2, -1), cache=cache)
+            assert model(tokens, cache=cache).shape == (1, 5, 17)  # a refused call leaves it as it was
             cache = model.make_cache()
             with pytest.raises(RuntimeError, match=r"expected KeyValueCache.begin before a layer appends"):
                 cache.layers[0].append(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
@@ -228,6 +236,9 @@ class TestGenerate:
             ({"greedy": True, "top_k": 3}, ValueError, "expected no temperature, top_k or top_p with greedy=True"),
             ({"seed": 1, "generator": torch.Generator()}, ValueError, "expected seed or generator, got both"),
             ({"seed": 1.0}, TypeError, "expected seed to be an int, got float 1.0"),
+            ({"greedy": "yes"}, TypeError, "expected greedy to be a bool, got str 'yes'"),
+            ({"eos_token": 1.5}, TypeError, "expected eos_token to be an int, got float 1.5"),
+            ({"eos_token": 17}, ValueError, r"expected eos_token in \[0, 17\), got 17"),
             ({"beams": 4}, TypeError, r"got \['beams'\]"),
             ({"row_start": torch.tensor([9])}, ValueError, r"expected row_start in \[0, 9\), got \[9\]"),
             ({"row_start": [0]}, TypeError, "expected row_start to be a Tensor, got list"),

@@ -130,6 +130,13 @@ def test_compiles_as_one_graph(length: int) -> None:
     close(compiled(q, k, v, True), module(q, k, v, True), [q, k, v])
 
 
+def test_compiles_with_dynamic_shapes() -> None:
+    module = DilatedAttention([4, 8], [1, 2], head_groups=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    q = torch.randn(1, 24, 3, 4)
+    torch.testing.assert_close(compiled(q, q, q), module(q, q, q))
+
+
 def test_heads_by_branch() -> None:
     sizes = [run.stop - run.start for run in head_runs(12, 5)]
     assert sizes == [3, 3, 2, 2, 2]  # the paper's twelve heads and five branches

@@ -57,6 +57,7 @@ class TestDilatedAttention:
             ({"attention_dropout": 1.0}, ValueError, r"expected attention_dropout in \[0, 1\), got 1.0"),
             ({"mixing_gradient": "none"}, ValueError, "expected mixing_gradient to be one of"),
             ({"padding": "zeros"}, ValueError, "expected padding to be one of"),
+            ({"scale": "a"}, TypeError, "expected scale to be a float, got str 'a'"),
             ({"backend": "cuda"}, ValueError, "expected backend to be one of"),
         ],
     )

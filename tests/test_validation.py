@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.kernels.choice import choose_backend
 
 ONE = {"segment_lengths": [8], "dilation_rates": [1]}
 
@@ -246,6 +247,11 @@ def test_a_named_backend_never_falls_back():
     double = GOOD.double()  # what the kernels have no room for
     with pytest.raises(NotImplementedError, match="backend='sdpa' computes"):
         dilated_attention(double, double, double, backend="triton", **ONE)
+
+
+def test_an_unknown_backend_is_no_choice():
+    with pytest.raises(ValueError, match=r"expected backend to be one of .* got 'foo'"):
+        choose_backend(GOOD.device, GOOD.dtype, 8, backend="foo")
 
 
 def test_arguments_after_the_tensors_are_keyword_only():

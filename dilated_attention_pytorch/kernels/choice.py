@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from dilated_attention_pytorch.core.validation import check_choice
 from dilated_attention_pytorch.types import Backend, MixingGradient
 
 _MAX_HEAD_DIM = 256
@@ -41,11 +42,15 @@ def choose_backend(
     Returns:
         The backend's name, and the reason in words.
 
+    Raises:
+        ValueError: an unknown backend.
+
     Example:
         >>> choose_backend(torch.device("cpu"), torch.float32, 64).backend
         'sdpa'
     """
     if backend != "auto":
+        check_choice("backend", backend, Backend)
         return BackendChoice(backend, "asked for by name")
     why_not = _why_not_triton(device, dtype, head_dim, mixing_gradient)
     if why_not is None:

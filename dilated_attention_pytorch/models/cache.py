@@ -82,6 +82,22 @@ class KeyValueCache:
         tensors = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
         return sum(x.numel() * x.element_size() for x in tensors)
 
+    def check(self, batch: int, num_layers: int) -> None:
+        """Whether a model can go on with the cache.
+
+        Args:
+            batch: rows of the new tokens.
+            num_layers: of the model.
+
+        Raises:
+            ValueError: a cache of another model, or of another batch.
+        """
+        if len(self.layers) != num_layers:
+            raise ValueError(f"expected a cache of the model's {num_layers} layers, got one of {len(self.layers)}")
+        held = self.layers[0].keys if self.layers else None
+        if held is not None and held.shape[0] != batch:
+            raise ValueError(f"expected {held.shape[0]} rows of tokens, as the cache has, got {batch}")
+
     def begin(self, num_new: int) -> None:
         """Plans for `num_new` further positions; every layer then appends once, and `commit` ends it."""
         if self._step is not None:

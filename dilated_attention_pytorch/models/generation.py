@@ -89,7 +89,7 @@ def stream(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Un
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
             raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
-    _check_sampling(sampling)
+    _check_sampling(sampling, vocab_size)
     generator = sampling.get("generator")
     seed = sampling.get("seed")
     if seed is not None:
@@ -97,14 +97,18 @@ def stream(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Un
     return _stream(model, prompt, max_new_tokens, sampling, generator)
 
 
-def _check_sampling(sampling: Sampling) -> None:
+def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     unknown = sorted(set(sampling) - set(Sampling.__annotations__))
     if unknown:
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
     temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
+    check.check_bool("greedy", sampling.get("greedy", False))
     if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError("expected no temperature, top_k or top_p with greedy=True, which draws nothing")
     check.check_positive_int("top_k", 1 if top_k is None else top_k)
+    eos_token = sampling.get("eos_token")
+    if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
+        raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")

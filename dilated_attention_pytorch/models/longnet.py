@@ -318,6 +318,7 @@ class LongNetLM(nn.Module):
             raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
         if tokens.shape[1] == 0:
             raise ValueError("expected at least one token with a cache, got none")
+        cache.check(tokens.shape[0], self.config.num_decoder_layers)
         cache.begin(tokens.shape[1])
         out = self.decoder(x, is_causal=True, row_start=cache.row_start, start=cache.length, caches=cache.layers)
         cache.commit()
