@@ -240,6 +240,9 @@ class _Cache:
             raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 
+    def check(self, batch: int, num_layers: int) -> None:
+        """Nothing to refuse: layers are made as they are asked for, and generation reorders batches as it likes."""
+
     def begin(self, num_new: int) -> None:
         """Nothing to prepare."""
 
