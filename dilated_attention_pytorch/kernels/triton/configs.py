@@ -1,4 +1,8 @@
-"""Tile shapes for the kernels: `tuned` where a device was measured, a careful guess elsewhere."""
+"""Tile shapes for the kernels: `tuned` where a device was measured, a careful guess elsewhere.
+
+What a program may take of shared memory, in bytes: 232,448 on Hopper and Blackwell's data-centre GPUs, 166,912 on the
+A100 and Orin, 101,376 on every other GPU from 8.0 on (RTX 30 to 50, A10, A40, L4, L40).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ class Config(NamedTuple):
         num_stages: depth of the load pipeline.
         max_registers: cap on registers a thread, where more programs a multiprocessor are worth a spill.
         early: in dK/dV, issue the product dO V^T before the exponentials.
-        descriptors: load through the copy engine (TMA) where the layout allows it.
+        descriptors: load through the copy engine (TMA) where there is one and the layout allows it.
     """
 
     block_m: int
@@ -42,7 +46,7 @@ SHORT_CAUSAL = 12 * 64 * 16384
 # longer than the copy engine saves. 37 us a call against 45 to 68 at N=1024; from N=2048 on the device decides.
 SHORT_FORWARD = 12 * 64 * 1024
 
-# (kernel, head_dim up to) -> candidates for 16-bit inputs where `tuned` has none: they fit an A100's shared memory.
+# (kernel, head_dim up to) -> candidates for 16-bit inputs where `tuned` has none, on GPUs with Hopper's shared memory.
 _HALF: dict[tuple[str, int], tuple[Config, ...]] = {
     ("aligned_forward", 64): (Config(128, 64, 4, 3), Config(64, 64, 4, 3)),
     ("aligned_forward", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
@@ -73,6 +77,43 @@ _SINGLE: dict[tuple[str, int], tuple[Config, ...]] = {
 }
 
 
+def _plain(block_m: int, block_n: int, num_warps: int, num_stages: int, early: bool = False) -> Config:
+    return Config(block_m, block_n, num_warps, num_stages, early=early, descriptors=False)
+
+
+# The same for all other GPUs: without a copy engine Triton spells descriptors out, at the price of the load pipeline
+# and of up to thousands of spills. Chosen by compiling for sm_80 and sm_86, not measured: large tiles that fit 101,376
+# bytes and spill nothing without masks (tests/test_triton_compile.py); fp32 above 128 spills whatever the tile.
+_SMALL_HALF: dict[tuple[str, int], tuple[Config, ...]] = {
+    ("aligned_forward", 64): (_plain(128, 64, 4, 3), _plain(64, 64, 4, 3)),
+    ("aligned_forward", 128): (_plain(128, 64, 8, 2), _plain(64, 64, 4, 2)),
+    ("aligned_dq", 64): (_plain(128, 64, 8, 2), _plain(64, 64, 4, 2)),
+    ("aligned_dq", 128): (_plain(128, 32, 8, 2), _plain(64, 32, 4, 2)),
+    ("aligned_dkv", 64): (_plain(32, 128, 8, 2), _plain(32, 64, 4, 2)),
+    ("aligned_dkv", 128): (_plain(64, 64, 8, 2), _plain(32, 64, 8, 2)),
+    ("forward", 64): (_plain(128, 64, 8, 3),),
+    ("forward", 128): (_plain(128, 32, 8, 2),),
+    ("forward", 256): (_plain(64, 32, 8, 2),),
+    ("dq", 64): (_plain(128, 32, 8, 3),),
+    ("dq", 128): (_plain(128, 32, 8, 2),),
+    ("dq", 256): (_plain(64, 32, 8, 1),),
+    ("dkv", 64): (_plain(32, 64, 4, 1, early=True),),
+    ("dkv", 128): (_plain(32, 64, 8, 2, early=True),),
+    ("dkv", 256): (_plain(32, 32, 8, 2, early=True),),
+}
+_SMALL_SINGLE: dict[tuple[str, int], tuple[Config, ...]] = {
+    ("forward", 64): (_plain(32, 32, 4, 3),),
+    ("forward", 128): (_plain(16, 32, 4, 1),),
+    ("forward", 256): (_plain(16, 16, 8, 1),),
+    ("dq", 64): (_plain(32, 32, 4, 2),),
+    ("dq", 128): (_plain(16, 32, 4, 1),),
+    ("dq", 256): (_plain(16, 16, 8, 1),),
+    ("dkv", 64): (_plain(32, 32, 4, 1, early=True),),
+    ("dkv", 128): (_plain(16, 16, 4, 1, early=True),),
+    ("dkv", 256): (_plain(16, 16, 8, 1),),
+}
+
+
 def architecture(q: Tensor) -> str:
     """The name by which the table of measured shapes knows the device."""
     if q.is_cuda:
@@ -86,9 +127,11 @@ def candidates(kernel: str, q: Tensor, is_causal: bool = False) -> tuple[Config,
     if triton.knobs.runtime.interpret:
         return (Config(16, 16, 4, 1),)
     width = max(64, triton.next_power_of_2(q.shape[3]))
+    name = architecture(q)
+    large = 90 <= int(name.removeprefix("sm_")) < 120
     if q.dtype == torch.float32:
-        return _SINGLE.get((kernel, width), ())
-    measured = tuned.TABLE.get((architecture(q), kernel, width, is_causal))
+        return (_SINGLE if large else _SMALL_SINGLE).get((kernel, width), ())
+    measured = tuned.TABLE.get((name, kernel, width, is_causal))
     if measured is not None:
         return tuple(Config(row[0], row[1], row[2], row[3], early="early" in row) for row in measured)
-    return _HALF.get((kernel, width), ())
+    return (_HALF if large else _SMALL_HALF).get((kernel, width), ())

@@ -128,7 +128,7 @@ def forward(
     lse = replay.empty(q, (batch, heads, n), torch.float32)
     even = plan.even(config.block_m, config.block_n)
     k_view = v_view = None
-    if descriptors and (even or batch == 1):
+    if descriptors and config.descriptors and (even or batch == 1):
         k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
     num_keys = k.shape[1]
     num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_m)
@@ -199,7 +199,7 @@ def backward_dq(
     dq = replay.empty(q, q.shape)
     even = plan.even(config.block_m, config.block_n)
     k_view = v_view = None
-    if descriptors and (even or batch == 1):
+    if descriptors and config.descriptors and (even or batch == 1):
         k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
     num_tiles = terms.shape[4] // config.block_m
     replay.launch(
@@ -232,7 +232,7 @@ def backward_dkv(
     dk, dv = replay.empty(k, k.shape), replay.empty(v, v.shape)
     even = plan.even(config.block_m, config.block_n)
     q_view = grad_view = None
-    if descriptors and (even or batch == 1):
+    if descriptors and config.descriptors and (even or batch == 1):
         q_view, grad_view = descriptor(q, plan.rate, config.block_m), descriptor(grad_out, plan.rate, config.block_m)
     length = terms.shape[4]
     terms_view = TensorDescriptor(terms, [2 * batch * heads * plan.rate, length], [length, 1], [1, config.block_m])
