@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 
@@ -86,6 +87,9 @@ class TestPattern:
     def test_blocked_offsets_and_rate_beyond_length(self, changes):
         check(1, 37, 3, 24, (7, 23, 100), (1, 3, 40), offsets="blocked", **changes)
 
+    def test_rate_beyond_the_sequence(self, changes):
+        check(1, 21, 3, 16, (7, 100), (50, 2**33), **changes)
+
     def test_whole_tiles(self, changes):
         check(1, 64, 2, 16, (32, 64), (1, 2), **changes)
 
@@ -156,8 +160,9 @@ class TestZeroKeys:
         layout = {"cu_seqlens": torch.tensor([0, 5, 30, 41])}
         check(1, 41, 4, 16, (7, 20, 100), (2, 3, 4), padding="zero_keys", layout=layout)
 
-    def test_a_lone_zero_key_counts_for_nothing(self):
-        check(1, 20, 5, 16, (4, 3, 20), (7, 5, 1), padding="zero_keys")
+    @pytest.mark.parametrize("rates", [(7, 5, 1), (19, 2**33, 500)], ids=["beyond segments", "beyond the sequence"])
+    def test_a_lone_zero_key_counts_for_nothing(self, rates):
+        check(1, 20, 5, 16, (4, 3, 20), rates, padding="zero_keys")
 
 
 class TestAligned:
@@ -219,6 +224,27 @@ def test_long_causal_sequences_launch_by_branch(n, monkeypatch):
     replay._tapes.clear()
     check(1, n, 2, 16, (32, 64), (1, 2), **CAUSAL)
     replay._tapes.clear()
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "heads", "rate"), [(4096, 1, 16, 1), (70_000, 1, 1, 1), (1, 1024, 16, 4096), (1, 1024, 1, 131_072)]
+)
+def test_launches_have_one_axis_and_terms_are_as_many_as_rows(batch, n, heads, rate, monkeypatch):
+    """CUDA's other axes end at 65,535 programs."""
+    grids, shapes = [], []
+    empty = replay.empty
+
+    def allocate(like, shape, *args, **kwargs):
+        shapes.append(tuple(shape))
+        return empty(like, shape, *args, **kwargs)
+
+    monkeypatch.setattr(replay, "launch", lambda kernel, grid, *args, **flags: grids.append(grid))
+    monkeypatch.setattr(replay, "empty", allocate)
+    q, lse = torch.zeros(batch, n, heads, 16), torch.zeros(batch, heads, n)
+    problem = make_problem((n,), (rate,), heads, 16, n)
+    launch._backward(q, None, q, q, q, q, lse, problem, launch.Layout(None, None, None, None))
+    assert [len(grid) for grid in grids] == [1] * 4
+    assert [math.prod(shape) for shape in shapes if shape[0] == 2] == [2 * batch * heads * n]
 
 
 @pytest.mark.parametrize("seed", range(4))

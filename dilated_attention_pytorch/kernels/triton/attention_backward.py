@@ -19,16 +19,20 @@ from dilated_attention_pytorch.kernels.triton.geometry import (
     segment_slots,
 )  # fmt: skip
 
+# Launches have one axis: the others of CUDA end at 65,535, which a batch of short sequences or a large rate passes.
 
-@triton.jit(do_not_specialize=["num_queries"])
+
+@triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def delta_kernel(
     out, grad_out, grad_lse, delta,
     out_batch, out_row, out_head, grad_batch, grad_row, grad_head, lse_batch, lse_head, num_queries,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, GRAD_LSE: tl.constexpr,
+    num_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """`rowsum(out * dO) - grad_lse`, fp32."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    num_tiles = tl.cdiv(num_queries, BM)
+    tile, pid = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
+    head, batch = pid % num_heads, (pid // num_heads).to(tl.int64)
+    rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (rows < num_queries)[:, None] & (d < D)[None, :]
     o = tl.load(out + batch * out_batch + head * out_head + rows[:, None] * out_row + d[None, :], mask, 0.0)
@@ -40,19 +44,19 @@ def delta_kernel(
     tl.store(delta + at, total, rows < num_queries)
 
 
-@triton.jit(do_not_specialize=["num_queries", "rate", "length"])
-def terms_kernel(lse, delta, terms, num_queries, rate, length, BM: tl.constexpr):
-    """The lse in units of log2 (+inf where there is no row) and delta of each row, as `[2, B * H, rate, length]`: the
-    rows of one branch's slots side by side."""
-    at = tl.program_id(0) * BM + tl.arange(0, BM)
-    residue = tl.program_id(1)
-    rows = at * rate + residue
-    inside = (at < length) & (rows < num_queries)
-    first = tl.program_id(2).to(tl.int64) * num_queries
-    to = (tl.program_id(2).to(tl.int64) * rate + residue) * length + at
-    tl.store(terms + to, load_lse(lse + first + rows, inside), mask=at < length)
-    to += tl.num_programs(2).to(tl.int64) * rate * length
-    tl.store(terms + to, tl.load(delta + first + rows, mask=inside, other=0.0), mask=at < length)
+@triton.jit(do_not_specialize=["num_queries", "rate", "length", "num_sequences"])
+def terms_kernel(lse, delta, terms, num_queries, rate, length, num_sequences, BM: tl.constexpr):
+    """The lse in units of log2 (+inf where it is -inf) and delta of each row, as `[2, B * H, rate, length]`: the rows
+    of one branch's slots side by side. What lies past a residue's last row stays unwritten."""
+    num_tiles = tl.cdiv(num_queries, BM)
+    tile, sequence = tl.program_id(0) % num_tiles, (tl.program_id(0) // num_tiles).to(tl.int64)
+    rows = tile * BM + tl.arange(0, BM)
+    inside = rows < num_queries
+    at = sequence * num_queries + rows
+    to = (sequence * rate + rows % rate) * length + rows // rate
+    tl.store(terms + to, load_lse(lse + at, inside), mask=inside)
+    to += num_sequences.to(tl.int64) * rate * length
+    tl.store(terms + to, tl.load(delta + at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit

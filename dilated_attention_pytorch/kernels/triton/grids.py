@@ -59,7 +59,7 @@ def layout_of(
 
 
 def grid_of(problem: Problem, layout: Layout, branch: int, batch: int, count: int, tile: int, *, by_keys: bool) -> Grid:
-    length, rate = segment_length(problem, branch), problem.pattern.dilation_rates[branch]
+    length, rate = segment_length(problem, branch), dilation_rate(problem, branch)
     if layout.cu_seqlens is not None:
         return _packed_grid(layout.cu_seqlens, length, rate, tile, count)
     start = problem.k_start if by_keys else problem.q_start
@@ -89,3 +89,11 @@ def _packed_grid(cu_seqlens: Tensor, length: int, rate: int, tile: int, total: i
 def segment_length(problem: Problem, branch: int) -> int:
     """A segment length that int32 arithmetic can take: one beyond the sequence is as good as the sequence's."""
     return min(problem.pattern.segment_lengths[branch], max(1, problem.seq_len))
+
+
+def dilation_rate(problem: Problem, branch: int) -> int:
+    """A rate that int32 arithmetic can take, with no more residues than rows or heads: from the segment's length on
+    each head keeps at most one slot of a segment, whatever the rate is."""
+    # Segments filled up with zero keys are written a rate apart: there the sequence counts.
+    length = max(1, problem.seq_len) if problem.padding == "zero_keys" else segment_length(problem, branch)
+    return min(problem.pattern.dilation_rates[branch], max(length, problem.pattern.num_heads))

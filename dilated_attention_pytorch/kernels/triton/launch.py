@@ -13,7 +13,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, launch_aligned, replay
 from dilated_attention_pytorch.kernels.triton.configs import Config
-from dilated_attention_pytorch.kernels.triton.grids import Grid, Layout, grid_of, layout_of, segment_length
+from dilated_attention_pytorch.kernels.triton.grids import (
+    Grid,
+    Layout,
+    dilation_rate,
+    grid_of,
+    layout_of,
+    segment_length,
+)
 from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment, descriptor, strided_view
 
 _LOG2E = 1.4426950408889634
@@ -223,8 +230,8 @@ def compute_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Ten
     delta = replay.empty(out, (batch, heads, n), torch.float32)
     rows = 64
     replay.launch(
-        attention_backward.delta_kernel, (triton.cdiv(n, rows), heads, batch), out, grad_out, grad_lse, delta,
-        *_strides(out), *_strides(grad_out), *delta.stride()[:2], n,
+        attention_backward.delta_kernel, (triton.cdiv(n, rows) * heads * batch,), out, grad_out, grad_lse, delta,
+        *_strides(out), *_strides(grad_out), *delta.stride()[:2], n, heads,
         D=width, BLOCK_D=_block_d(out), BM=rows, GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
     return delta
@@ -280,20 +287,15 @@ def backward_branch_dkv(
     batch, n, heads, _ = q.shape
     grid = grid_of(problem, layout, branch, k.shape[0], k.shape[1], config.block_n, by_keys=True)
     even, rank, q_view, grad_view = _views(q, q, grad_out, problem, layout, branch, config, config.block_m)
-    rate = problem.pattern.dilation_rates[branch]
-    length = triton.cdiv(triton.cdiv(n, rate), 128) * 128
+    # The descriptor below takes whole tiles, but only where the rows are whole tiles (`_views`).
+    rate = dilation_rate(problem, branch)
+    length = triton.cdiv(n, rate)
     terms = replay.empty(q, (2, batch, heads, rate, length), torch.float32)
+    rows = 512
     replay.launch(
-        attention_backward.terms_kernel,
-        (length // 128, rate, batch * heads),
-        lse,
-        delta,
-        terms,
-        n,
-        rate,
-        length,
-        BM=128,
-    )
+        attention_backward.terms_kernel, (triton.cdiv(n, rows) * batch * heads,), lse, delta, terms,
+        n, rate, length, batch * heads, BM=rows,
+    )  # fmt: skip
     if rank == 2:
         view = TensorDescriptor(terms, [2 * batch * heads * rate, length], [length, 1], [1, config.block_m])
     _launch(
@@ -367,7 +369,7 @@ def _views(
 ) -> tuple[bool, int, TensorDescriptor | None, TensorDescriptor | None]:
     """Whether every tile of the branch is whole, and the views through which the copy engine loads a and b, with
     their rank; rank 0 where it does not."""
-    n, rate = problem.seq_len, problem.pattern.dilation_rates[branch]
+    n, rate = problem.seq_len, dilation_rate(problem, branch)
     length = min(problem.pattern.segment_lengths[branch], n)
     whole = q.shape[1] == n and problem.q_start == 0 and layout.row_start is None and layout.cu_seqlens is None
     tiles = all(size % (rate * tile) == 0 for size in (n, length) for tile in (config.block_m, config.block_n))
@@ -389,8 +391,8 @@ def _pointers(layout: Layout, grid: Grid) -> tuple[Tensor | None, ...]:
 def _sizes(q: Tensor, k: Tensor, problem: Problem, branch: int, grid: Grid) -> tuple[int, ...]:
     return (
         q.shape[2], k.shape[2], q.shape[1], k.shape[1], problem.q_start, problem.k_start,
-        segment_length(problem, branch), problem.pattern.dilation_rates[branch], branch,
-        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // problem.pattern.dilation_rates[branch],
+        segment_length(problem, branch), dilation_rate(problem, branch), branch,
+        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // dilation_rate(problem, branch),
     )  # fmt: skip
 
 
