@@ -216,6 +216,17 @@ def refused(groups: Groups, config: dict[str, Any], call: dict[str, Any]) -> str
     return "nothing"
 
 
+def tangent(groups: Groups) -> str:
+    """What a forward-mode derivative ends in, on every rank."""
+    q = torch.zeros(1, 8, 2, 4)
+    attention = _attention(groups[dist.get_world_size()], [64], "first")
+    try:
+        torch.func.jvp(lambda x: attention(x, q, q), (q,), (q,))
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing"
+
+
 # Routing broken on purpose. Each must make `RingCase.errors` red.
 
 

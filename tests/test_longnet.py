@@ -181,6 +181,8 @@ class TestLanguageModel:
         assert not list(model.buffers()) and sum(x.numel() for x in model.state_dict().values()) == before
 
     def test_bad_input(self) -> None:
+        with pytest.raises(TypeError, match="expected gradient_checkpointing to be a bool, got str 'yes'"):
+            lm(gradient_checkpointing="yes")
         with pytest.raises(ValueError, match="expected vocab_size, the number of tokens, got None"):
             LongNetLM(**SMALL)
         with pytest.raises(TypeError, match="expected config to be a LongNetConfig, got int 256"):

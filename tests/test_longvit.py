@@ -105,6 +105,11 @@ def test_training_and_saving(tmp_path: Path) -> None:
     assert torch.equal(twin(images).pooled, model(images).pooled)
 
 
+def test_meta_tensors() -> None:
+    model = LongViT(**TINY, device="meta")
+    assert model(torch.zeros(2, 3, 16, 8, device="meta")).pooled.shape == (2, model.config.embed_dim)
+
+
 def test_bad_configs() -> None:
     for options, message in (
         ({"order": "spiral"}, "expected order to be one of"),

@@ -97,6 +97,10 @@ def test_missing_rank_is_named_within_the_timeout(how: str, where: str, check: s
         assert "no error" not in results[1][0]
 
 
+def test_a_forward_mode_tangent_is_not_lost(pool: Pool) -> None:
+    assert all("expected no forward-mode tangent" in text for text in pool.run("tangent"))
+
+
 def test_bad_input() -> None:
     pattern: dict[str, Any] = {"segment_lengths": [8], "dilation_rates": [1]}
     for wrong in ({"mode": "dense"}, {"timeout": 0}, {"backend": "reference"}, {"check": True}, {"dropout": 1.0}):

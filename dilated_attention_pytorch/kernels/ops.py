@@ -33,8 +33,7 @@ def attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Calls the op; arguments as in `core.reference.attention`, and the backend's name."""
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(q, k, v)
+    refuse_tangents(q, k, v)
     pattern = problem.pattern
     return _attention(
         q,
@@ -59,15 +58,17 @@ def attention(
     )
 
 
-def _refuse_tangents(q: Tensor, k: Tensor, v: Tensor) -> None:
+def refuse_tangents(q: Tensor, k: Tensor, v: Tensor) -> None:
     """A custom op has no way to register a forward-mode formula: its outputs would just lose the tangents."""
+    if forward_ad._current_level < 0:
+        return
     for name, x in (("q", q), ("k", k), ("v", v)):
         while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for looking at a tangent
             x = torch._C._functorch.get_unwrapped(x)
         if forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"expected no forward-mode tangent (torch.func.jvp, make_dual), got one on {name}; "
-                "backend='reference' computes it"
+                "backend='reference' of dilated_attention computes it"
             )
 
 

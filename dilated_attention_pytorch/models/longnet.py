@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
+from dilated_attention_pytorch.core.validation import check_bool
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.generation import Sampling, generate, stream
@@ -89,6 +90,7 @@ class LongNet(nn.Module):
         self.decoder = LayerStack(
             config, m, gamma, cross_attention=True, backend=backend, device=device, dtype=dtype
         )  # fmt: skip
+        check_bool("gradient_checkpointing", gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward(
@@ -150,6 +152,7 @@ class LongNetEncoder(nn.Module):
         self.config = config = _configured(config, overrides)
         n = config.num_encoder_layers
         self.encoder = LayerStack(config, n, math.sqrt(math.log(2 * n)), backend=backend, device=device, dtype=dtype)
+        check_bool("gradient_checkpointing", gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
 
     def forward(
@@ -223,6 +226,7 @@ class LongNetLM(nn.Module):
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
+        check_bool("gradient_checkpointing", gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
         self._backend = backend
         self._shards: ContextShards | None = None

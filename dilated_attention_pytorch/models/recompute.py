@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dilated_attention_pytorch.core.autocast import without_autocast
 from dilated_attention_pytorch.functional import in_autocast_dtype
 
 
@@ -31,10 +32,7 @@ def gelu_norm_linear(h: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor
     """
     h, norm_weight, norm_bias, weight = in_autocast_dtype(h, norm.weight, norm.bias, linear.weight)
     (bias,) = (None,) if linear.bias is None else in_autocast_dtype(linear.bias)
-    with torch.autocast(h.device.type, enabled=False):
-        out: Tensor = _GeluNormLinear.apply(  # type: ignore[no-untyped-call]
-            h, norm_weight, norm_bias, norm.eps, weight, bias
-        )
+    out: Tensor = without_autocast(_GeluNormLinear.apply)(h, norm_weight, norm_bias, norm.eps, weight, bias)
     return out
 
 

@@ -13,6 +13,7 @@ from dilated_attention_pytorch._deprecated import takes_old_call
 from dilated_attention_pytorch.core import dropout, validation
 from dilated_attention_pytorch.functional import dilated_attention_with_lse, in_autocast_dtype
 from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.kernels.ops import refuse_tangents
 from dilated_attention_pytorch.ring_attention import op
 from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
 from dilated_attention_pytorch.ring_attention.config import OLD_RING, RingAttentionConfig
@@ -98,6 +99,7 @@ class RingDilatedAttention(BaseRingAttention):
                 padding=config.padding,
                 backend=config.backend,
             )
+        refuse_tangents(query, key, value)
         query, key, value = in_autocast_dtype(query, key, value)
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         wire = config.gradient_dtype
