@@ -115,6 +115,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "GPT"}))
     with pytest.raises(ValueError, match=r"expected architecture in config.json to be one of .* got 'GPT'"):
         load_pretrained(tmp_path)
+    for text, got in (("{", "JSON, got JSONDecodeError"), ("[1]", "a JSON object, got list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"config\.json to hold {got}"):
+            load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"model\.safetensors to hold tensors as safetensors writes them, got "):

@@ -255,6 +255,8 @@ class TestGenerate:
             lm().stream(options.pop("prompt"), options.pop("max_new_tokens"), **options)
 
     def test_left_pad_refuses_empty_prompts(self) -> None:
+        with pytest.raises(TypeError, match=r"expected sequences\[0\] to be a Tensor, got list"):
+            left_pad([[1, 2]])  # type: ignore[list-item]
         with pytest.raises(ValueError, match=r"expected non-empty tensors of shape \(N,\), got shapes \[\(0,\)\]"):
             left_pad([torch.zeros(0, dtype=torch.long)])
 

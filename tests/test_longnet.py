@@ -183,6 +183,8 @@ class TestLanguageModel:
     def test_bad_input(self) -> None:
         with pytest.raises(TypeError, match="expected gradient_checkpointing to be a bool, got str 'yes'"):
             lm(gradient_checkpointing="yes")
+        with pytest.raises(ValueError, match=r"expected tokens in \[0, 17\), got -1 to 16"):
+            lm()(torch.tensor([[16, -1]]))
         with pytest.raises(ValueError, match="expected vocab_size, the number of tokens, got None"):
             LongNetLM(**SMALL)
         with pytest.raises(TypeError, match="expected config to be a LongNetConfig, got int 256"):

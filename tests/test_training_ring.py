@@ -223,10 +223,14 @@ def test_the_command_line_takes_it(
         run()
     assert stop.value.code == 2 and not out.exists()
     assert "a multiple of context_parallel 2, got 1" in capsys.readouterr().err
+    out.touch()
+    with pytest.raises(SystemExit):
+        run()
+    assert f"error: expected --out to be a folder, got the file {out}" in capsys.readouterr().err
 
 
 def test_where_the_first_rank_fails_the_others_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is a file: rank 0 alone writes, so it alone knows."""
+    """A folder below a file: rank 0 alone writes, so it alone knows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text, out = tmp_path / "text", tmp_path / "out"
     text.mkdir()
@@ -235,10 +239,16 @@ def test_where_the_first_rank_fails_the_others_end_too(tmp_path: Path, monkeypat
     out.touch()
     small = {"context": 64, "steps": 2, "warmup_steps": 1, "num_layers": 1, "eval_excerpts": 1}
     command = ["-m", "dilated_attention_pytorch.cli", "train", "--context-parallel", "2", "--device", "cpu"]
-    command += ["--data", str(text), "--out", str(out), *(f"--set={name}={value}" for name, value in small.items())]
+    command += [
+        "--data",
+        str(text),
+        "--out",
+        str(out / "run"),
+        *(f"--set={name}={value}" for name, value in small.items()),
+    ]
     started = start(2, command)
     first, second = finish(started)
     assert [process.returncode for process in started] == [2, 2], first + second
-    assert "error: [Errno 17] File exists" in first and "Traceback" not in first
+    assert "error: [Errno 20] Not a directory" in first and "Traceback" not in first
     assert "error: rank 1 ends: rank 0 failed, and says why" in second and "Traceback" not in second
     assert out.read_bytes() == b""

@@ -52,6 +52,8 @@ def train(
     config = preset_named(preset).changed(_pairs(set_ or []))
     if context_parallel is not None:
         config = replace(config, context_parallel=context_parallel)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected --out to be a folder, got the file {out}")
     with join(None if device is None else check_device(device)) as world:
         config.micro_steps(world.size)  # what cannot be shared out is known before anything is read
         build = partial(build_corpus, data, suffixes=suffix or (), val_fraction=val_fraction)

@@ -18,7 +18,7 @@ from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, Lo
 from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
 from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide_encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import load_into, read_safetensors, safetensors
+from dilated_attention_pytorch.models.weights import load_into, read_config, read_safetensors, safetensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -94,10 +94,9 @@ def load_pretrained(
         ImportError: safetensors is not installed.
     """
     source = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (source / name).is_file():
-            raise FileNotFoundError(f"expected {name} in {source}, found none")
-    values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    values = read_config(source / CONFIG)
+    if not (source / WEIGHTS).is_file():
+        raise FileNotFoundError(f"expected {WEIGHTS} in {source}, found none")
     architecture = values.pop("architecture", None)
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {architecture!r}")

@@ -192,7 +192,11 @@ def left_pad(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
 
     Raises:
         ValueError: no sequence, or an empty one.
+        TypeError: one that is no tensor.
     """
+    for i, x in enumerate(sequences):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected sequences[{i}] to be a Tensor, got {type(x).__name__}")
     if not sequences or any(x.dim() != 1 or x.numel() == 0 for x in sequences):
         raise ValueError(f"expected non-empty tensors of shape (N,), got shapes {[tuple(x.shape) for x in sequences]}")
     longest = max(len(x) for x in sequences)

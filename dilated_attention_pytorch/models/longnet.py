@@ -299,7 +299,11 @@ class LongNetLM(nn.Module):
         """
         self._check(tokens, cu_seqlens is not None)
         start = self._shard_start(tokens, row_start, cu_seqlens, cache, seq_len)
-        x = self.embed_tokens(tokens) * math.sqrt(self.config.d_model)
+        try:
+            x = self.embed_tokens(tokens) * math.sqrt(self.config.d_model)
+        except IndexError as error:  # on a CPU; looking at a GPU's tokens would make the host wait
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
         if self.training and self.config.dropout > 0.0:
             x = nn.functional.dropout(x, self.config.dropout)
         if cache is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig, slide_segment_lengths
 from dilated_attention_pytorch.models.slide_positions import sincos
-from dilated_attention_pytorch.models.weights import read_safetensors, read_state
+from dilated_attention_pytorch.models.weights import read_config, read_safetensors, read_state
 
 TABLE = "pos_embed"
 _CHECKED_ROWS = 257
@@ -39,7 +38,7 @@ def config_and_state(
             )
         options["segment_lengths"] = slide_segment_lengths(max_wsi_size or 262_144, tile_size or 256)
     if not isinstance(source, Mapping) and Path(source).is_dir():
-        values = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        values = read_config(Path(source) / "config.json")
         architecture = values.pop("architecture", None)
         if architecture != "SlideEncoder":
             raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")

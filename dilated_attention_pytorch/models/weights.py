@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,27 @@ def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str
     return state
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """What a `config.json` holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no text, or no JSON
+        raise ValueError(f"expected {path} to hold JSON, got {_reason(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected {path} to hold a JSON object, got {type(values).__name__}")
+    return values
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what the file holds
+        return "a file that is none, or that holds more than tensors"
     return f"{type(error).__name__}: " + (str(error).splitlines() or ["no reason given"])[0]
 
 
