@@ -83,9 +83,7 @@ class DilatedAttention(nn.Module):
         head_groups: bool | None = None,
     ) -> None:
         super().__init__()
-        lengths = check.check_positive_ints("segment_lengths", segment_lengths)
-        rates = check.check_positive_ints("dilation_rates", dilation_rates)
-        pattern = DilatedPattern(lengths, rates, 1, offsets)
+        pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
         check.check_scale(scale, 1)
         check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
         check.check_choice("padding", padding, Padding)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.validation import check_choice, check_positive_ints
+from dilated_attention_pytorch.core.validation import check_choice
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets
 
@@ -101,9 +101,7 @@ def use_dilated_attention(
         ValueError: a pattern that does not fit together, an unknown option, or a model whose attention cannot be
             replaced; the model is then as it was.
     """
-    lengths = check_positive_ints("segment_lengths", segment_lengths)
-    rates = check_positive_ints("dilation_rates", dilation_rates)
-    pattern = DilatedPattern(lengths, rates, 1, offsets)
+    pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check_choice("backend", backend, Backend)
     # transformers takes a model without attention (Mamba) for one whose attention can be set.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig, config_from_dict, config_to_dict
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide_positions import sincos_table
@@ -208,8 +209,9 @@ class LongViT(nn.Module):
             raise TypeError(f"expected images to be a Tensor, got {type(images).__name__}")
         if images.dim() != 4 or images.shape[1] != config.in_chans:
             raise ValueError(f"expected images of shape (B, {config.in_chans}, H, W), got {tuple(images.shape)}")
-        if images.dtype != self.cls_token.dtype and not _autocast_converts(images):
-            raise TypeError(f"expected images of the parameters' dtype {self.cls_token.dtype}, got {images.dtype}")
+        images, like = in_autocast_dtype(images, self.cls_token)
+        if images.dtype != like.dtype:
+            raise TypeError(f"expected images of the parameters' dtype {like.dtype}, got {images.dtype}")
         if 0 in images.shape[2:] or images.shape[2] % size or images.shape[3] % size:
             raise ValueError(f"expected sides that are multiples of patch_size={size}, got {tuple(images.shape[2:])}")
         x = self.patch_embed(images).permute(0, 2, 3, 1)  # (B, rows, columns, D)
@@ -249,9 +251,3 @@ class LongViT(nn.Module):
             return self.pos_embed
         table = self.pos_embed.permute(0, 3, 1, 2)
         return nn.functional.interpolate(table, grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-
-
-def _autocast_converts(x: Tensor) -> bool:
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return enabled and x.dtype in (torch.float16, torch.bfloat16, torch.float32)

@@ -82,9 +82,7 @@ class RingAttentionConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        lengths = validation.check_positive_ints("segment_lengths", self.segment_lengths)
-        rates = validation.check_positive_ints("dilation_rates", self.dilation_rates)
-        pattern = DilatedPattern(lengths, rates, 1, self.offsets)
+        pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
         validation.check_choice("padding", self.padding, Padding)

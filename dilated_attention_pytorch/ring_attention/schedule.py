@@ -69,51 +69,49 @@ def forward(
         found, kept = gathered.forward(
             call.plan, call.problem, call.step, call.channel, q, k, v, mask, seed, keep=call.keep
         )
-    else:
-        found, kept = _exchanged(call, q, k, v, mask, seed)
-    if call.zero_keys:
-        found = _with_zero_keys(call.plan, found).result(q.dtype)
-    return AttentionOutput(found.out.to(q.dtype), found.lse), kept
-
-
-def _exchanged(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None
-) -> tuple[AttentionOutput, Tensor]:
-    """`forward` where only the rows that are needed travel; not rounded to the query's dtype."""
+        return _rounded(found, _accumulator(call, found, receives=False), q.dtype), kept
     problem = call.problem
     rounds = call.rounds()
     keep = call.keep and call.mode == "sparse"
     pending = _fetch(call, k, v, rounds[0], keep=keep) if rounds else None
     bits = _start_mask(call, mask) if rounds else None
-    out, lse = call.step.forward(q, k, v, problem, key_padding_mask=_own_mask(call.plan, mask), seed=seed)
+    own_mask = _own_mask(call.plan, mask)
+    local = AttentionOutput(*call.step.forward(q, k, v, problem, key_padding_mask=own_mask, seed=seed))
+    merged = _accumulator(call, local, receives=bool(rounds) and call.plan.receives)
     if not rounds:
-        return AttentionOutput(out.to(q.dtype), lse), k.new_empty(0)
+        return _rounded(local, merged, q.dtype), k.new_empty(0)
     units = k.new_empty(0)
-    merged = LSEAccumulator(AttentionOutput(out, lse), k.shape[2]) if call.plan.receives else None
     extras = Extras(_hidden(call.plan, bits), seed)
     for number, (owners, _) in enumerate(rounds):
         assert pending is not None
         arrived, units = pending, pending.wait()
         if number + 1 < len(rounds):
             pending = _fetch(call, k, v, rounds[number + 1], keep=keep)
-        if merged is not None:
+        if merged is not None and call.plan.receives:
             remote.attend(call.step, call.plan, owners, q, units, problem, extras, merged)
         arrived.release()
     kept = units.flatten() if keep else k.new_empty(0)
-    if merged is None:
-        return AttentionOutput(out.to(q.dtype), lse), kept
-    if mask is not None:
+    if merged is not None and mask is not None:
         merged.hide(~mask)
-    return merged.result(q.dtype), kept
+    return _rounded(local, merged, q.dtype), kept
 
 
-def _with_zero_keys(plan: RingPlan, found: AttentionOutput) -> LSEAccumulator:
-    """The partial of all real keys, merged with that of keys whose logit and value are 0."""
-    merged = LSEAccumulator(found)
-    counts = plan.num_zero_keys.repeat_interleave(found.out.shape[2] // plan.pattern.num_heads, 0)
-    lse = counts.to(torch.promote_types(found.lse.dtype, torch.float32)).log()
-    merged.add(AttentionOutput(found.out.new_zeros(()).expand_as(found.out), lse.expand_as(found.lse)))
+def _accumulator(call: Call, part: AttentionOutput, *, receives: bool) -> LSEAccumulator | None:
+    """What other keys are merged into, zero keys first; None where none come on top of the part's."""
+    if not receives and not call.zero_keys:
+        return None
+    plan, (out, lse) = call.plan, part
+    merged = LSEAccumulator(part, plan.pattern.num_heads)
+    if call.zero_keys:
+        counts = plan.num_zero_keys.repeat_interleave(out.shape[2] // plan.pattern.num_heads, 0)
+        log_counts = counts.to(torch.promote_types(lse.dtype, torch.float32)).log()
+        merged.add(AttentionOutput(out.new_zeros(()).expand_as(out), log_counts.expand_as(lse)))
     return merged
+
+
+def _rounded(part: AttentionOutput, merged: LSEAccumulator | None, dtype: torch.dtype) -> AttentionOutput:
+    """The result in the query's dtype, rounded once: the accumulator's, or the part itself where it is all."""
+    return AttentionOutput(part.out.to(dtype), part.lse) if merged is None else merged.result(dtype)
 
 
 def backward(

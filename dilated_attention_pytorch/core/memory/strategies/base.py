@@ -69,6 +69,15 @@ class Strategy(ABC):
         """What it is doing, in a line."""
         return self.name
 
+    def allocate(self, wanted: int, least: int) -> Allocation:
+        """Raw memory of the wanted size, or of the least where there is no room for it."""
+        try:
+            return self.source.allocate(wanted)
+        except Exhausted:
+            if wanted == least:
+                raise
+            return self.source.allocate(least)
+
 
 class SizedStrategy(Strategy):
     """One allocation a block, and a list of free blocks for every size class.
@@ -102,13 +111,7 @@ class SizedStrategy(Strategy):
 
     def grow(self, size: int) -> Block:
         """See `Strategy`."""
-        wanted, least = self.rounded(size), aligned(size)
-        try:
-            allocation = self.source.allocate(wanted)
-        except Exhausted:
-            if wanted == least:
-                raise
-            allocation = self.source.allocate(least)
+        allocation = self.allocate(self.rounded(size), aligned(size))
         return Block(allocation, 0, allocation.size, self, dict(allocation.uses))
 
     def give(self, block: Block) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from dilated_attention_pytorch.core.memory.blocks import Block, aligned, merged
-from dilated_attention_pytorch.core.memory.strategies.base import Exhausted, Ready, Source, Strategy
+from dilated_attention_pytorch.core.memory.strategies.base import Ready, Source, Strategy
 
 _UNIT = 1 << 20  # slabs are whole MiB
 _LARGEST_SLAB = 256 << 20  # unless one request needs more
@@ -51,13 +51,7 @@ class FragmentAwareStrategy(Strategy):
         """See `Strategy`."""
         size = aligned(size)
         slab = max(size, min(self._held // 4, _LARGEST_SLAB))
-        slab = -(-slab // _UNIT) * _UNIT
-        try:
-            allocation = self.source.allocate(slab)
-        except Exhausted:
-            if slab == size:
-                raise
-            allocation = self.source.allocate(size)
+        allocation = self.allocate(-(-slab // _UNIT) * _UNIT, size)
         self._held += allocation.size
         return self._cut(Block(allocation, 0, allocation.size, self, dict(allocation.uses)), size)
 
