@@ -90,7 +90,7 @@ tables: $(STAMP) ## write the tables of README and docs anew from benchmarks/res
 	$(BIN)/python docs/tables.py
 
 docs-test: $(STAMP) ## run every code block of README and docs, every example and every notebook
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/test_docs.py tests/test_examples.py tests/test_notebooks.py $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/project/test_docs.py tests/project/test_examples.py tests/project/test_notebooks.py $(PYTEST_ARGS)
 
 bench-test: $(STAMP) ## that bench-compare finds a planted slowdown and no other; needs a quiet machine
 	$(ONE_THREAD) $(BIN)/python -m pytest -m timing $(PYTEST_ARGS)

@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver, jit
 
-from dilated_attention_pytorch.core import reference, sdpa
+from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
 from dilated_attention_pytorch.kernels.triton import launch, launch_aligned
 from dilated_attention_pytorch.kernels.triton.configs import Config
 

@@ -31,8 +31,8 @@ def official(max_wsi_size: int, checkpoint: Path | None) -> Any:
     except ImportError as error:
         sys.exit(
             f"expected the official package, found none ({error}): clone prov-gigapath/prov-gigapath from GitHub, and "
-            "pip install it with its flash-attn, fairscale, timm and einops. tests/test_official_parity.py compares "
-            "with a plain re-statement of its rules on any machine."
+            "pip install it with its flash-attn, fairscale, timm and einops. "
+            "tests/models/test_official_parity.py compares with a plain re-statement of its rules on any machine."
         )
     model = LongNetViT(
         embed_dim=768,

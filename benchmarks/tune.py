@@ -19,7 +19,8 @@ TABLE = Path(__file__).resolve().parents[1] / "dilated_attention_pytorch/kernels
 LABEL = re.compile(r"(\w+) d(\d+) (full|causal) (\d+)x(\d+) w(\d+) s(\d+)( early)?$")
 # The general kernels' full rows for widths up to 64 are measured on the slide pattern (D = 48): 64 is mostly aligned.
 MEASURED_AT = {("forward", 64, False): 48, ("dq", 64, False): 48, ("dkv", 64, False): 48}
-# Registers of these go to memory, which tests/test_triton_compile.py refuses; some were measured up to a tenth faster.
+# Registers of these go to memory, which tests/kernels/test_triton_compile.py refuses; some were measured up to a
+# tenth faster.
 SPILLING = {
     ("aligned_dkv", 128): {(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 3, "early")},
     ("dkv", 128): {(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 3, "early"), (32, 64, 4, 3)},

@@ -11,7 +11,7 @@ from dilated_attention_pytorch.core import dropout, reference
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels import eager, ops
+from dilated_attention_pytorch.kernels import fast_path, ops
 from dilated_attention_pytorch.types import AttentionOutput, Backend, MixingGradient, Offsets, Padding
 
 
@@ -148,11 +148,11 @@ def dilated_attention_with_lse(
     """
     kind = None
     if key_padding_mask is None and row_start is None and cu_seqlens is None and seed is None:
-        kind = eager.kind_of(
+        kind = fast_path.kind_of(
             q, k, v, segment_lengths, dilation_rates, is_causal, scale, offsets, dropout_p, q_start, k_start, seq_len,
             mixing_gradient, padding, backend,
         )  # fmt: skip
-    again = eager.repeat(kind)
+    again = fast_path.repeat(kind)
     if again is not None:
         return AttentionOutput(*again(q, k, v))
 
@@ -207,7 +207,7 @@ def dilated_attention_with_lse(
             seed=seed_tensor,
             backend=backend,
         )
-        eager.remember(kind, q, k, v, problem, backend)
+        fast_path.remember(kind, q, k, v, problem, backend)
     return AttentionOutput(out[0], lse[0]) if packed else AttentionOutput(out, lse)
 
 

@@ -2,7 +2,8 @@
 
     python docs/figures.py [FOLDER]
 
-The same code and the same matplotlib give the same bytes; tests/test_project.py compares them with what is committed.
+The same code and the same matplotlib give the same bytes; tests/project/test_project.py compares them with what is
+committed.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def kernels(reports: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def compiled() -> list[dict[str, Any]]:
-    """What tests/test_triton_compile.py finds for Hopper, in a process of its own."""
-    script = Path(__file__).with_name("test_triton_compile.py")
+    """What tests/kernels/test_triton_compile.py finds for Hopper, in a process of its own."""
+    script = Path(__file__).parent / "kernels" / "test_triton_compile.py"
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, script, "90"], env=environment, capture_output=True, text=True, check=True)
     reports = [json.loads(line) for line in done.stdout.splitlines()]

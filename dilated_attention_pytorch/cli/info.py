@@ -13,8 +13,8 @@ from rich.table import Table
 from dilated_attention_pytorch import __version__
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes
-from dilated_attention_pytorch.core.engines import compute_dtype
 from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.kernels.sdpa.torch_calls import compute_dtype
 
 _PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
 

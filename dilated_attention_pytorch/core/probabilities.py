@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import zero_keys
-from dilated_attention_pytorch.core.autocast import without_autocast
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.precision import without_autocast
 from dilated_attention_pytorch.types import Padding
 
 

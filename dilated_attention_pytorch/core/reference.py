@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import dropout, zero_keys
-from dilated_attention_pytorch.core.autocast import without_autocast
+from dilated_attention_pytorch.core.precision import without_autocast
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.types import AttentionOutput
 

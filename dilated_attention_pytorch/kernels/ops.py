@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dilated_attention_pytorch.core import sdpa
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.core.validation import check_row_start_values
 from dilated_attention_pytorch.kernels import flops
 from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
 
 
 def attention(

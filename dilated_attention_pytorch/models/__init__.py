@@ -7,8 +7,8 @@ from dilated_attention_pytorch.models.convert import Conversion, convert
 from dilated_attention_pytorch.models.generation import left_pad
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
-from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig, slide_segment_lengths
-from dilated_attention_pytorch.models.slide_encoder import SlideEncoder, SlideOutput
+from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, slide_segment_lengths
+from dilated_attention_pytorch.models.slide.encoder import SlideEncoder, SlideOutput
 
 __all__ = [
     "Conversion",

@@ -16,8 +16,8 @@ from torch import nn
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
-from dilated_attention_pytorch.models.slide_config import SlideEncoderConfig
-from dilated_attention_pytorch.models.slide_encoder import SlideEncoder
+from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
+from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 from dilated_attention_pytorch.models.weights import load_into, read_config, read_safetensors, safetensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

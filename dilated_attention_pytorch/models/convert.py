@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.models.checkpoint import Model
 from dilated_attention_pytorch.models.config import Activation, LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
-from dilated_attention_pytorch.models.slide_encoder import SlideEncoder
+from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 from dilated_attention_pytorch.models.weights import load_into, read_state
 
 Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]

@@ -14,7 +14,7 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig, config_from_dict, config_to_dict
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
-from dilated_attention_pytorch.models.slide_positions import sincos_table
+from dilated_attention_pytorch.models.slide.positions import sincos_table
 from dilated_attention_pytorch.types import Backend, Offsets
 
 PatchPositions = Literal["learned", "sincos"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dilated_attention_pytorch.core.autocast import without_autocast
+from dilated_attention_pytorch.core.precision import without_autocast
 from dilated_attention_pytorch.functional import in_autocast_dtype
 
 

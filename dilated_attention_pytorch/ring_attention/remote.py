@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import dropout, engines
+from dilated_attention_pytorch.core import dropout
 from dilated_attention_pytorch.core.memory.handle import Handle
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.sdpa import torch_calls
 from dilated_attention_pytorch.ring_attention.plan import Piece, RingPlan
 from dilated_attention_pytorch.ring_attention.step import Step
 from dilated_attention_pytorch.ring_attention.utils import buffers
@@ -135,7 +136,7 @@ def _keys(units: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
 
 def _extras(
     plan: RingPlan, owners: tuple[int, ...], piece: Piece, q: Tensor, problem: Problem, extras: Extras
-) -> tuple[Tensor | None, engines.Dropout | None]:
+) -> tuple[Tensor | None, torch_calls.Dropout | None]:
     if extras.masked is None and extras.seed is None:
         return None, None
     positions = torch.cat([plan.arriving_positions[o] for o in owners])[piece.keys]  # (h, Lk)
@@ -151,5 +152,5 @@ def _extras(
         position = (piece.queries + plan.shard[0])[:, :, None]
         state = dropout.row_state(extras.seed.to(q.device), sequence, head, position).flatten(2, 3).unsqueeze(-1)
         keys = positions[None, :, :, None].expand(batch, -1, -1, -1)
-        drop = engines.Dropout(dropout.absorb(state, piece.branch), keys, problem.dropout_p)
+        drop = torch_calls.Dropout(dropout.absorb(state, piece.branch), keys, problem.dropout_p)
     return bias, drop

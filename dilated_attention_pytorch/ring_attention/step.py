@@ -6,8 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dilated_attention_pytorch.core import engines, sdpa
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
+from dilated_attention_pytorch.kernels.sdpa import torch_calls
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -30,15 +31,15 @@ class Step(Protocol):
         """Its gradients, given the out and lse of all keys."""
 
     def rows_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: engines.Dropout | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        """Attention without causality over `(b, H, L, D)` rows, as `engines.forward`."""
+        """Attention without causality over `(b, H, L, D)` rows, as `torch_calls.forward`."""
 
     def rows_backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-        scale: float, bias: Tensor | None, drop: engines.Dropout | None,
+        scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None,
     ) -> Gradients:  # fmt: skip
-        """Its gradients, as `engines.backward`."""
+        """Its gradients, as `torch_calls.backward`."""
 
 
 class TorchStep:
@@ -60,16 +61,16 @@ class TorchStep:
         )
 
     def rows_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: engines.Dropout | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None
     ) -> tuple[Tensor, Tensor]:
         """See `Step`."""
-        return engines.forward(q, k, v, scale=scale, is_causal=False, bias=bias, drop=drop)
+        return torch_calls.forward(q, k, v, scale=scale, is_causal=False, bias=bias, drop=drop)
 
     def rows_backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-        scale: float, bias: Tensor | None, drop: engines.Dropout | None,
+        scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None,
     ) -> Gradients:  # fmt: skip
         """See `Step`."""
-        return engines.backward(
+        return torch_calls.backward(
             grad_out, q, k, v, out, lse, scale=scale, is_causal=False, bias=bias, drop=drop, grad_lse=grad_lse
         )

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 try:
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-except ImportError:  # a torch that names them otherwise: tests/test_pool_compile.py tells what it makes of pools
+except ImportError:  # a torch that names them otherwise: tests/memory/test_pool_compile.py tells what it makes of pools
     set_code_exec_strategy = None  # type: ignore[assignment]
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -83,7 +83,8 @@ def _plain(block_m: int, block_n: int, num_warps: int, num_stages: int, early: b
 
 # The same for all other GPUs: without a copy engine Triton spells descriptors out, at the price of the load pipeline
 # and of up to thousands of spills. Chosen by compiling for sm_80 and sm_86, not measured: large tiles that fit 101,376
-# bytes and spill nothing without masks and dropout (tests/test_triton_compile.py); fp32 above 128 always spills.
+# bytes and spill nothing without masks and dropout (tests/kernels/test_triton_compile.py); fp32 above 128 always
+# spills.
 _SMALL_HALF: dict[tuple[str, int], tuple[Config, ...]] = {
     ("aligned_forward", 64): (_plain(128, 64, 4, 3), _plain(64, 64, 4, 3)),
     ("aligned_forward", 128): (_plain(128, 64, 8, 2), _plain(64, 64, 4, 2)),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import engines
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import ops
+from dilated_attention_pytorch.kernels.sdpa import torch_calls
 from dilated_attention_pytorch.ring_attention.step import Gradients
 
 
@@ -49,11 +49,11 @@ class OpStep:
         return dq, dk, dv
 
     def rows_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: engines.Dropout | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None
     ) -> tuple[Tensor, Tensor]:
         """See `Step`. Masks and dropout follow positions that the rows no longer tell: torch's engine takes those."""
         if bias is not None or drop is not None:
-            return engines.forward(q, k, v, scale=scale, is_causal=False, bias=bias, drop=drop)
+            return torch_calls.forward(q, k, v, scale=scale, is_causal=False, bias=bias, drop=drop)
         problem = _one_segment(q, k, scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = self.forward(q, k, v, problem, key_padding_mask=None, seed=None)
@@ -61,11 +61,11 @@ class OpStep:
 
     def rows_backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-        scale: float, bias: Tensor | None, drop: engines.Dropout | None,
+        scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None,
     ) -> Gradients:  # fmt: skip
         """See `Step`."""
         if bias is not None or drop is not None:
-            return engines.backward(
+            return torch_calls.backward(
                 grad_out, q, k, v, out, lse, scale=scale, is_causal=False, bias=bias, drop=drop, grad_lse=grad_lse
             )
         problem = _one_segment(q, k, scale)

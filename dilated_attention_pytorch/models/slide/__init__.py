@@ -1,0 +1,1 @@
+"""Slide encoders: loading, coordinates, pooling, attention maps and rows over ranks."""

@@ -1,0 +1,349 @@
+"""Prov-GigaPath's slide encoder: tile embeddings with coordinates in, a slide's embedding out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
+from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
+from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
+from dilated_attention_pytorch.models.slide.positions import position_rows
+from dilated_attention_pytorch.models.slide.rows import Rows
+from dilated_attention_pytorch.types import Backend
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from dilated_attention_pytorch.models.slide.attention import AttentionMap
+
+
+class SlideOutput(NamedTuple):
+    """What `SlideEncoder` gives for a batch of slides.
+
+    Attributes:
+        pooled: `(B, embed_dim)`, each slide's embedding: the official code's last output.
+        layers: `(depth + 1, B, embed_dim)`, the same of every hidden state, the embeddings' first: what the official
+            code gives with `all_layer_embed=True`. Those pass the outer norm alone, not the encoder's own, so the last
+            of them is not `pooled`.
+        tiles: `(B, L, embed_dim)`, each tile's output after both norms; zeros where the mask has none.
+    """
+
+    pooled: Tensor
+    layers: Tensor
+    tiles: Tensor
+
+
+class PatchEmbed(nn.Module):
+    """The projection of tile embeddings, named as in the checkpoints.
+
+    Args:
+        in_chans: width of what comes.
+        embed_dim: width of what goes.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self, in_chans: int, embed_dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_chans, embed_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_chans)` to `(..., embed_dim)`."""
+        out: Tensor = self.proj(x)
+        return out
+
+
+class SlideEncoder(nn.Module):
+    """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
+
+    Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
+    when needed: there is no table to store or load. Under autocast the sum that runs through the layers stays fp32,
+    as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
+
+    Args:
+        config: the model's shape; `SlideEncoderConfig()` by default.
+        backend: of the attention.
+        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
+        device: of the parameters.
+        dtype: of the parameters.
+        overrides: fields of `SlideEncoderConfig` by name, in place of the config's.
+
+    Raises:
+        ValueError: a value out of range; an unknown option.
+        TypeError: a value of the wrong type, an unknown field.
+
+    Example:
+        >>> encoder = SlideEncoder(in_chans=32, embed_dim=64, depth=2, num_heads=4, ffn_dim=128).eval()
+        >>> coords = 256 * torch.cartesian_prod(torch.arange(20), torch.arange(30))
+        >>> out = encoder(torch.randn(1, 600, 32), coords[None])
+        >>> out.pooled.shape, out.layers.shape, out.tiles.shape
+        (torch.Size([1, 64]), torch.Size([3, 1, 64]), torch.Size([1, 600, 64]))
+    """
+
+    def __init__(
+        self,
+        config: SlideEncoderConfig | None = None,
+        *,
+        backend: Backend = "auto",
+        gradient_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        if config is not None and not isinstance(config, SlideEncoderConfig):
+            raise TypeError(f"expected config to be a SlideEncoderConfig, got {type(config).__name__} {config!r}")
+        check.check_bool("gradient_checkpointing", gradient_checkpointing)
+        self.config = config = replace(config or SlideEncoderConfig(), **overrides)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._backend = backend
+        self._shards: ContextShards | None = None
+        width = config.embed_dim
+        # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
+        self.patch_embed = PatchEmbed(config.in_chans, width, device="meta", dtype=dtype)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, device="meta", dtype=dtype))
+        self.encoder = LayerStack(
+            config.layers, config.depth, 1.0, recompute=True, backend=backend, device="meta", dtype=dtype
+        )
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, device="meta", dtype=dtype)
+        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The official initialisation: xavier-uniform weights, zero biases, a cls token of deviation 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        max_wsi_size: int | None = None,
+        tile_size: int | None = None,
+        *,
+        backend: Backend = "auto",
+        gradient_checkpointing: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> SlideEncoder:
+        """A model with the weights of a Prov-GigaPath-shaped checkpoint, in evaluation mode.
+
+        Width, depth and the widths of tiles and feed-forward network come from the weights' shapes; the number of heads
+        is 16 unless said. `padding` is `"zero_keys"` unless said: published weights were trained with it, and its
+        numbers are the official ones. Loading a file needs about the weights' own size in memory; tensors of a mapping
+        are copied.
+
+        Args:
+            source: a checkpoint, `.pth` or `.safetensors`: `{"model": state_dict}` or the state dict itself; or that
+                mapping; or a folder that `save_pretrained` wrote, whose config then holds.
+            max_wsi_size: side of the largest slide in pixels, which decides the segment lengths; 262,144 by default.
+            tile_size: side of a tile in pixels; 256 by default.
+            backend: of the attention.
+            gradient_checkpointing: as in the constructor.
+            device: where the parameters go.
+            dtype: of the parameters; the checkpoint's by default.
+            overrides: fields of `SlideEncoderConfig` by name, such as `global_pool` and `padding`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: keys or shapes that are not the model's, every one of them named; a stored position table that
+                is not the one computed here.
+        """
+        from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
+        from dilated_attention_pytorch.models.weights import load_into
+
+        config, state = config_and_state(source, max_wsi_size, tile_size, overrides)
+        model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
+        load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
+        return model.eval()
+
+    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
+        """From now on each rank of a group holds some tiles of every slide, in rank order, as many as it likes.
+
+        All attention becomes ring attention. With `padding="zero_keys"` it takes no mask, so the slides of a batch are
+        of one length; and not several segments of a w that r does not divide, whose rows the official code moves
+        (beyond 185,363 tokens with the published pattern). `forward` takes this rank's tiles, coordinates and mask;
+        `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this rank's. Compute the same loss
+        from `pooled` on every rank: the gradients of the encoder's parameters are then this rank's share, to be summed
+        over the group; those of a head on top are whole on each.
+
+        Args:
+            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
+            mesh_dim: name of the mesh's dimension over which slides are sharded.
+            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
+
+        Raises:
+            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
+        """
+        config = ring_config(self.config.layers, **{"backend": self._backend, **ring})
+        self._shards = shard_layers(self.encoder.layers, config, group, mesh_dim)
+
+    def forward(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> SlideOutput:
+        """Encodes a batch of slides.
+
+        Args:
+            tiles: `(B, L, in_chans)`, floating; taken into the parameters' dtype.
+            coords: `(B, L, 2)`, x and y of each tile in pixels; ints, fp32 or fp64.
+            mask: bool `(B, L)`, True = real. Padded on the right, each slide gives what it gives alone, in either
+                padding mode. Holes hide tiles and move no position; `padding="zero_keys"` refuses them.
+
+        Returns:
+            `SlideOutput(pooled, layers, tiles)`.
+
+        Raises:
+            ValueError: shapes or coordinates that do not fit; a slide without tiles with `global_pool`.
+            TypeError: an argument of the wrong type or dtype.
+        """
+        x, rows = self.embed(tiles, coords, mask)
+        scales = self._drop_path(rows, x)
+        summary = [self._summary(x, rows)]
+        h = x
+        for h in self.encoder.states(
+            x,
+            is_causal=False,
+            scales=scales,
+            gradient_checkpointing=self.gradient_checkpointing,
+            **rows.options(x.device),
+        ):
+            summary.append(self._summary(h, rows))
+        h = self.encoder.layer_norm(h)
+        summary.append(self._summary(h, rows))
+        pooled = self._outer_norm(self._over_ranks(torch.stack(summary), rows))
+        return SlideOutput(pooled[-1], pooled[:-1], rows.tiles(self.norm(h)))
+
+    def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Rows]:
+        """What the first layer takes, and how slides lie in it; arguments as in `forward`."""
+        self._check(tiles, coords, mask)
+        config = self.config
+        if self._shards is not None:
+            self._shards.compare_again()
+        has_cls = self._shards is None or self._shards.rank == 0
+        rows = Rows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=has_cls, pack=self._shards is None)
+        if rows.mask is not None and config.padding == "zero_keys" and self._shards is not None:
+            raise ValueError(
+                "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
+                "depends on each slide's own length; give one slide at a time, or take padding='none'"
+            )
+        if rows.mask is not None and config.padding == "zero_keys":
+            raise ValueError(
+                "expected mask to be padded on the right with padding='zero_keys', got one with holes: the official "
+                "numbers know no hidden tiles; take them out of the slide, or take padding='none'"
+            )
+        if mask is not None:
+            tiles = tiles.masked_fill(~mask[..., None], 0.0)  # what stands there may be anything, NaN too
+        x = self.patch_embed(tiles.to(self.patch_embed.proj.weight.dtype))
+        x = (x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)).to(
+            self.cls_token.dtype
+        )
+        if has_cls:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        x = rows.lay_out(x)
+        if self.training and config.dropout > 0.0:
+            x = nn.functional.dropout(x, config.dropout)
+        return x, rows
+
+    def attention_map(
+        self,
+        tiles: Tensor,
+        coords: Tensor,
+        *,
+        layer: int,
+        head: int | None = None,
+        query: int | Literal["cls"] | Sequence[int] | Tensor = "cls",
+    ) -> AttentionMap:
+        """How much some tiles, or the cls token, attend to each tile in one layer: exact, for what is asked alone.
+
+        The rest of the layer is not formed: memory grows with the number of queries times the number of tiles.
+
+        Args:
+            tiles: `(1, L, in_chans)`, one slide.
+            coords: `(1, L, 2)`.
+            layer: which layer, from 0.
+            head: which head, from 0; the mean over heads without it.
+            query: a tile's number, several of them (an array or tensor too), or `"cls"`.
+
+        Returns:
+            `AttentionMap(tiles, cls, nothing)`; a row of the three sums to 1.
+
+        Raises:
+            ValueError: a layer, head or query that is not there, more than one slide, a sharded model.
+        """
+        from dilated_attention_pytorch.models.slide.attention import attention_map
+
+        if self._shards is not None:
+            raise ValueError("expected a model that is not sharded for an attention map; load it once more on one rank")
+        return attention_map(self, tiles, coords, layer=layer, head=head, query=query)
+
+    def _drop_path(self, rows: Rows, x: Tensor) -> Tensor | None:
+        """Factors for each layer and slide; None where nothing is dropped."""
+        if not self.training or self.config.drop_path == 0.0:
+            return None
+        factors = stochastic_depth(self.config.drop_path, self.config.depth, rows.num_slides, x.device)
+        if self._shards is not None:  # every rank leaves out the same
+            factors = sum_over_ranks(factors * (self._shards.rank == 0), self._shards)
+        return rows.per_row(factors)
+
+    def _summary(self, h: Tensor, rows: Rows) -> Tensor:
+        """What this rank knows of each slide's embedding, before the norm: `(B, D)`, or with the count beside it."""
+        if self.config.global_pool:
+            sums, counts = rows.tile_sums(h)
+            return torch.cat((sums, counts.to(sums.dtype)), 1)
+        if rows.has_cls:
+            return rows.cls_rows(h)
+        return h[:, :0].sum(1)  # zeros that h still stands behind: this rank's backward runs along with the first's
+
+    def _over_ranks(self, summary: Tensor, rows: Rows) -> Tensor:
+        if self._shards is not None:
+            summary = sum_over_ranks(summary, self._shards)
+        if not self.config.global_pool:
+            return summary
+        sums, counts = summary[..., :-1], summary[..., -1:]
+        if bool((counts == 0).any()):
+            empty = (counts[0, :, 0] == 0).nonzero()[:, 0].tolist()
+            raise ValueError(f"expected at least one tile in every slide with global_pool, got none in slides {empty}")
+        return (sums / counts).to(self.cls_token.dtype)
+
+    def _outer_norm(self, x: Tensor) -> Tensor:
+        if self._shards is None or self._shards.rank == 0:
+            out: Tensor = self.norm(x)
+            return out
+        # The same on every rank; the parameters' gradient is counted on the first alone.
+        weight, bias = self.norm.weight.detach(), self.norm.bias.detach()
+        return nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
+
+    def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
+        for name, x in (("tiles", tiles), ("coords", coords), ("mask", mask)):
+            if not isinstance(x, Tensor) and (x is not None or name != "mask"):
+                raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
+        if not tiles.is_floating_point():
+            raise TypeError(f"expected tiles of a floating dtype, got {tiles.dtype}")
+        if tiles.dim() != 3 or tiles.shape[-1] != self.config.in_chans:
+            raise ValueError(f"expected tiles of shape (B, L, {self.config.in_chans}), got {tuple(tiles.shape)}")
+        if coords.shape != (*tiles.shape[:2], 2):
+            raise ValueError(f"expected coords of shape {(*tiles.shape[:2], 2)}, got {tuple(coords.shape)}")
+        device = self.cls_token.device
+        for name, given in (("tiles", tiles), ("coords", coords), ("mask", mask)):
+            if given is not None and given.device != device:
+                raise ValueError(f"expected {name} on the model's device {device}, got {given.device}")
+        if mask is None:
+            return
+        if mask.dtype != torch.bool:
+            raise TypeError(f"expected mask of dtype torch.bool (True = real), got {mask.dtype}")
+        if mask.shape != tiles.shape[:2]:
+            raise ValueError(f"expected mask of shape {tuple(tiles.shape[:2])}, got {tuple(mask.shape)}")

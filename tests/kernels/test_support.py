@@ -1,0 +1,54 @@
+"""The support matrix of docs/backends.md, tried cell by cell."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def load_matrix() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("support", DOCS / "support.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["support"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MATRIX = load_matrix()
+
+
+def page_rows() -> dict[str, list[str]]:
+    text = (DOCS / "backends.md").read_text(encoding="utf-8")
+    match = re.search(r"<!-- table: support -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert match
+    _, _, *lines = match.group(1).strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_page_has_every_row() -> None:
+    assert list(page_rows()) == [feature.name for feature in MATRIX.FEATURES], "run `make tables`"
+
+
+@pytest.mark.parametrize("backend", MATRIX.BACKENDS)
+@pytest.mark.parametrize("feature", MATRIX.FEATURES, ids=lambda f: f.name)
+def test_cell(feature: Any, backend: str) -> None:
+    if backend == "triton":
+        import torch
+
+        triton = pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("test_gpu.py tries the kernels themselves")
+        if type(triton.language.cdiv).__name__ != "InterpretedFunction":
+            pytest.skip("Triton was imported before its interpreter was switched on")
+    told = page_rows()[feature.name][MATRIX.BACKENDS.index(backend)]
+    assert MATRIX.cell(feature, backend) == told, "run `make tables`"

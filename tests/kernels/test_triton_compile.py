@@ -1,0 +1,185 @@
+"""Compiles the kernels for GPUs that need not be there and reads what the assembler says of them.
+
+    python tests/kernels/test_triton_compile.py 86 --all    # every table, D = 64, 128, 256, bf16 and fp32
+
+Each architecture is one subprocess: the interpreter's tests live in this one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:  # not imported: the interpreter's switch is read then
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
+REGISTERS = 255
+HALF, SINGLE = "bfloat16", "float32"
+# (D, heads, dtype) that CI compiles: D = 256 and fp32 need the most shared memory, checked where there is the least.
+USUAL = [(64, 12, HALF), (128, 6, HALF)]
+CASES = {80: USUAL, 86: [(128, 6, HALF), (256, 3, HALF), (128, 6, SINGLE), (256, 3, SINGLE)], 90: USUAL}
+EVERY = [(d, 768 // d, dtype) for dtype in (HALF, SINGLE) for d in (64, 128, 256)]
+
+
+def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict]:
+    """Prints one line of JSON for each kernel of the tables."""
+    import re
+    import tempfile
+    from pathlib import Path
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    from dilated_attention_pytorch.core.pattern import DilatedPattern
+    from dilated_attention_pytorch.core.problem import Problem
+    from dilated_attention_pytorch.kernels.triton import configs, launch, launch_aligned
+
+    class NoGPU:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    driver.set_active(NoGPU())
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    original = jit.JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage, sass = (
+                subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                for flag in ("-res-usage", "-sass")
+            )
+        report = {
+            "kernel": self.__name__,
+            "d": width,
+            "dtype": dtype,
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+            "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+            "shared": kernel.metadata.shared,
+            "hgmma": len(re.findall(r"\bHGMMA", sass)),
+            "hmma": len(re.findall(r"\bHMMA", sass)),
+            "copies": len(re.findall(r"\bUTMALDG", sass)),
+        }
+        print(json.dumps(report), flush=True)
+        reports.append(report)
+        return kernel
+
+    jit.JITFunction.run = run
+    reports: list[dict] = []
+    n, lengths, rates = 65536, (2048, 4096, 8192), (1, 2, 4)
+    for width, heads, dtype in cases:
+        q = torch.empty(1, n, heads, width, dtype=getattr(torch, dtype))
+        lse = torch.empty(1, heads, n)
+        layout = launch.Layout(None, None, None, None)
+
+        for is_causal in (False, True):
+
+            def config(name, q=q, is_causal=is_causal):
+                return configs.candidates(name, q, is_causal)[0]
+
+            problem = Problem(
+                DilatedPattern(lengths, rates, heads), is_causal, width**-0.5, 0.0, 0, 0, n, "exact", "none"
+            )
+            launch.forward_branch(q, q, q, q, lse, problem, layout, 1, config("forward"), first=False)
+            launch.backward_branch_dq(q, q, q, q, lse, lse, q, problem, layout, 1, config("dq"), first=False)
+            launch.backward_branch_dkv(q, q, q, q, lse, lse, q, q, problem, layout, 1, config("dkv"), first=False)
+            if not configs.candidates("aligned_forward", q, is_causal):
+                continue
+            plan = launch_aligned.alignment(problem, n, n, causal=True)
+            launch_aligned.forward(q, q, q, problem, plan, config("aligned_forward"))
+            if not is_causal:
+                launch_aligned.backward(
+                    q, None, q, q, q, q, lse, problem, plan, config("aligned_dq"), config("aligned_dkv")
+                )
+    return reports
+
+
+def of_the_tables(reports: list[dict]) -> list[dict]:
+    return [r for r in reports if r["kernel"].startswith(("branch", "aligned"))]
+
+
+def too_much_shared(capability: int, reports: list[dict]) -> list[dict]:
+    return [r for r in reports if r["shared"] > SHARED_LIMIT[capability]]
+
+
+def spilling(reports: list[dict]) -> list[dict]:
+    """But fp32 above a head_dim of 128: three tf32 products for one leave no tile that does not spill."""
+    reports = [r for r in reports if (r["d"], r["dtype"]) != (256, SINGLE)]
+    return [r for r in reports if r["stack"] or r["spills"] or r["registers"] > REGISTERS]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="sm_{}".format)
+def compiled(request) -> tuple[int, list[dict]]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, __file__, str(request.param)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    return request.param, of_the_tables(reports)
+
+
+def test_every_kernel_compiles(compiled):
+    assert {r["kernel"] for r in compiled[1]} == {
+        "branch_forward", "branch_backward_dq", "branch_backward_dkv", "aligned_forward", "aligned_backward_dq",
+        "aligned_backward_dkv",
+    }  # fmt: skip
+
+
+def test_products_run_on_tensor_cores(compiled):
+    capability, reports = compiled
+    unit = "hgmma" if capability == 90 else "hmma"
+    assert [r for r in reports if r[unit] == 0] == []
+
+
+def test_shared_memory_fits(compiled):
+    capability, reports = compiled
+    assert too_much_shared(capability, reports) == []
+
+
+def test_nothing_spills(compiled):
+    assert spilling(compiled[1]) == []
+
+
+def test_the_copy_engine_loads_on_hopper(compiled):
+    capability, reports = compiled
+    if capability == 90:
+        assert [r for r in reports if r["copies"] == 0] == []
+
+
+def test_registers_and_spills_are_as_committed(compiled):
+    import golden
+
+    capability, reports = compiled
+    if capability != 90:
+        pytest.skip("the committed figures are Hopper's")
+    kept = json.loads(golden.FILE.read_text(encoding="utf-8"))
+    if kept["versions"]["triton"] != golden.versions()["triton"]:
+        pytest.skip("the figures were taken with another Triton")
+    changed = golden.differences(kept["kernels"], golden.kernels(reports))
+    assert not changed, "\n".join([*changed, "if the change is meant: python tests/golden.py --write"])
+
+
+if __name__ == "__main__":
+    wanted = int(sys.argv[1])
+    every = "--all" in sys.argv
+    made = of_the_tables(compile_all(wanted, EVERY if every else CASES[wanted]))
+    if every:
+        sys.exit("\n".join(map(str, [*too_much_shared(wanted, made), *spilling(made)])) or 0)

@@ -1,0 +1,123 @@
+"""The benchmarks' runner, the one shape of their results, and that a wrong result is never timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_runner_lists_every_benchmark() -> None:
+    done = run()
+    assert done.returncode == 0
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        if path.stem not in {"__main__", "common", "workloads"}:
+            assert f"  {path.stem} " in done.stdout
+    assert run("no-such-benchmark").returncode == 2
+
+
+def test_a_benchmark_runs_and_writes_the_one_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run("cpu", "--smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("cpu_*.json")
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    assert load("common", monkeypatch).problems(outcome) == []
+    assert outcome["benchmark"] == "cpu" and len(outcome["rows"]) == 2
+    assert outcome["versions"]["torch"] in done.stdout and outcome["machine"]["processor"] in done.stdout
+
+
+@pytest.mark.slow
+def test_a_benchmark_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run("ring", "--smoke", "--only", "exchange", "one", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("ring_*.json")
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    assert load("common", monkeypatch).problems(outcome) == []
+    assert [row["case"] for row in outcome["rows"]] == ["exchange alone", "world size 1"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda p: p.stem)
+def test_committed_results_have_the_one_shape(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    assert load("common", monkeypatch).problems(outcome) == []
+    assert path.stem.startswith(outcome["benchmark"])
+
+
+def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = load("cpu", monkeypatch)
+    right = cpu.dilated_attention
+    monkeypatch.setattr(
+        cpu, "dilated_attention", lambda *a, **k: right(*a, **k) * (1 if k.get("backend") == "reference" else 1.001)
+    )
+    monkeypatch.setattr(sys, "argv", ["cpu.py", "--smoke"])
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        cpu.main()
+    assert "sdpa s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_shares_of_a_ring_are_checked(
+    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What arrives from peers decides: a thousandth more, and no share is timed."""
+    shares = load("ring_shares", monkeypatch)
+    right = shares.Post.exchange
+
+    def exchange(*given: object, **more: object) -> object:
+        arrived = right(*given, **more)
+        arrived.rows *= factor
+        return arrived
+
+    monkeypatch.setattr(shares.Post, "exchange", exchange)
+    monkeypatch.setattr(
+        sys, "argv", ["ring_shares.py", "--smoke", "--ranks", "2", "--rounds", "1", "--out", str(tmp_path)]
+    )
+    if factor == 1.0:
+        shares.main()
+        (path,) = tmp_path.glob("ring_shares_*.json")
+        assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 3
+    else:
+        with pytest.raises(SystemExit, match="nothing is timed"):
+            shares.main()
+        assert "one device" not in capsys.readouterr().out
+
+
+def test_a_sharded_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a world of one the run's gradient is one device's, unless it is off."""
+    million = load("million", monkeypatch)
+    world = million.World(0, 1, million.torch.device("cpu"))
+    assert million.check(world) == []
+    right, calls = million.gradient, iter([1.0, 1.0, 1.00001])  # exact, one device, sharded
+    monkeypatch.setattr(million, "gradient", lambda *given: right(*given) * next(calls))
+    assert "the gradient is off by 1.0e-05" in million.check(world)[0]
+
+
+def test_problems_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load("common", monkeypatch)
+    assert common.problems({"rows": [], "more": 1})[-2:] == [
+        "unknown key 'more'",
+        "expected rows, each with its 'case'",
+    ]

@@ -1,0 +1,215 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import call, fails
+
+from dilated_attention_pytorch import DilatedPattern, cli
+
+TINY = [
+    f"--set={setting}"
+    for setting in (
+        "d_model=32", "num_layers=1", "dim_feedforward=32", "segment_lengths=16,64", "dilation_rates=1,2",
+        "context=64", "steps=4", "warmup_steps=1", "eval_every=2", "eval_excerpts=2", "cpu_threads=0",
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"line {i} of a text\n" * 30)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("COLUMNS", "200")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return out, call("train", "--data", text, "--out", out, "--val-fraction", "0.3", "--sample-bytes", "20", *TINY)
+
+
+def test_train_leaves_everything(trained: tuple[Path, str]) -> None:
+    out, printed = trained
+    assert {path.name for path in out.iterdir()} == {
+        "model.safetensors", "config.json", "train.json", "state.pt", "metrics.jsonl",
+        "loss.png", "pattern.png", "sample.txt",
+    }  # fmt: skip
+    sample = (out / "sample.txt").read_text()
+    assert sample.startswith("def ")
+    val = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][-1]["val_bpb"]
+    assert f"validation: {val:.3f} bits per byte" in printed
+    assert "step      4:" in printed and "parameters, 1 layers, context 64 bytes" in printed
+
+
+def test_train_again_finds_it_done_and_refuses_another_config(
+    trained: tuple[Path, str], text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = trained
+    same = ("train", "--data", text, "--out", out, "--val-fraction", "0.3", "--sample-bytes", "20", *TINY)
+    assert "going on after step 4 of 4" in call(*same)
+    assert "which has seed 0 (now 1)" in fails(capsys, monkeypatch, *same, "--set", "seed=1")
+    assert "expected --set NAME=VALUE, got 'seed'" in fails(capsys, monkeypatch, *same, "--set", "seed")
+    assert "got 'sede'" in fails(capsys, monkeypatch, *same, "--set", "sede=1")
+
+
+def test_generate(
+    trained: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = trained
+    one = call("generate", out, "--prompt", "abc", "--bytes", "30", "--seed", "1")
+    assert one.startswith("abc") and one == call("generate", out, "--prompt", "abc", "--bytes", "30", "--seed", "1")
+    assert one != call("generate", out, "--prompt", "abc", "--bytes", "30", "--seed", "2")
+    greedy = call("generate", out, "--bytes", "10", "--temperature", "0")
+    assert greedy == call("generate", out, "--bytes", "10", "--top-k", "1")
+    assert "expected top_p in (0, 1], got 2.0" in fails(capsys, monkeypatch, "generate", out, "--top-p", "2")
+    assert "expected config.json in" in fails(capsys, monkeypatch, "generate", out.parent)
+
+
+def test_plan_counts_what_the_pattern_counts() -> None:
+    options = ("plan", "-n", "1000", "-w", "64,256", "-r", "1,4", "--heads", "3", "--head-dim", "16")
+    found = json.loads(call(*options, "--dtype", "fp32", "--query", "130", "--head", "2", "--json"))
+    pattern = DilatedPattern((64, 256), (1, 4), 3)
+    pairs = pattern.pairs(1000, is_causal=True)
+    assert sum(branch["pairs"] for branch in found["branches"]) == pairs
+    assert found["flops_forward"] == 64 * pairs and found["flops_backward"] == 160 * pairs
+    assert found["bytes_q_k_v_out"] == 4 * 1000 * 3 * 16 * 4
+    assert found["coverage"] == 1.0
+    assert found["neighbours"]["branches"] == [
+        {"branch": 0, "count": 3, "first": 128, "last": 130, "step": 1},
+        {"branch": 1, "count": 33, "first": 2, "last": 130, "step": 4},
+    ]
+    shown = call(*options, "--query", "130", "--full")
+    assert "branches at 1,000 positions, 3 heads, full" in shown and "keys of query 130, head 0" in shown
+    no_branch = json.loads(call("plan", "-n", "16", "-w", "16", "-r", "4", "--heads", "2", "--query", "3", "--json"))
+    assert no_branch["coverage"] == 0.25
+    assert no_branch["neighbours"]["branches"][0] == {"branch": 0, "count": 0, "first": None, "last": None, "step": 1}
+
+
+def test_plan_prints_the_bytes_of_a_ring() -> None:
+    options = (
+        "plan",
+        "-n",
+        "1048576",
+        "-w",
+        "2048,262144,1048576",
+        "-r",
+        "1,8,32",
+        "--heads",
+        "32",
+        "--head-dim",
+        "128",
+    )
+    ring = json.loads(call(*options, "--ranks", "8", "--full", "--json"))["ring"]
+    assert ring["bytes_closed_form"] == 640 * 2**20
+    assert {(s["received"], s["sent"], s["dense"]) for s in ring["shares"]} == {(640 << 20, 640 << 20, 14336 << 20)}
+    assert "640.0 MiB a rank" in call(*options, "--ranks", "8", "--full")
+    causal = ("plan", "-n", "1048576", "-w", "2048,32768,524288,1048576", "-r", "1,2,8,16", "--ranks", "4", "--json")
+    equal, even = (json.loads(call(*causal, *more))["ring"]["shares"] for more in ((), ("--balanced",)))
+    assert sum(s["pairs"] for s in equal) == sum(s["pairs"] for s in even)
+    assert max(s["pairs"] for s in even) < 0.9 * max(s["pairs"] for s in equal)
+
+
+@pytest.mark.parametrize("what", ["pattern", "neighbours", "receptive", "orders", "neighbourhood"])
+def test_show_writes_a_picture(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    assert f"wrote {path}" in call("show", what, "--out", path).replace("\n", "")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_checks_and_times() -> None:
+    options = ("bench", "-n", "256", "-w", "64,256", "-r", "1,2", "--heads", "2", "--head-dim", "16", "--repeats", "1")
+    found = json.loads(call(*options, "--json"))
+    assert found["check_relative_error"] < 1e-6
+    assert found["rows"][0].keys() == {"length", "dilated_s", "tokens_per_s", "dense_s"}
+    assert "speed-up" in call(*options, "--backward") and "speed-up" not in call(*options, "--no-dense")
+
+
+def test_bench_prints_nothing_when_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from dilated_attention_pytorch.cli import bench
+
+    right = bench.dilated_attention
+    monkeypatch.setattr(bench, "dilated_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "auto")))
+    message = fails(capsys, monkeypatch, "bench", "-n", "256", "--repeats", "1")
+    assert "expected a relative error of at most" in message
+
+
+def test_info() -> None:
+    found = json.loads(call("info", "--json"))
+    assert found["versions"]["torch"] and found["devices"][0]["device"].startswith("cpu")
+    assert found["devices"][0]["backend"] == "sdpa" and found["devices"][0]["reason"]
+    assert "devices" in call("info")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "-w", "1,x"), "expected --segments to be ints with commas between them, got '1,x'"),
+        (("plan", "-w", "8,16", "-r", "1"), "expected segment_lengths and dilation_rates of equal length"),
+        (("plan", "--offsets", "odd"), "expected offsets to be one of ['modulo', 'blocked'], got 'odd'"),
+        (("plan", "--dtype", "int8"), "expected --dtype to be one of ['bf16', 'fp16', 'fp32'], got 'int8'"),
+        (("plan", "-n", "8", "--query", "8"), "expected --query in [0, 8), got 8"),
+        (("plan", "--length", "0"), "expected --length of at least 1, got 0"),
+        (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive', "),
+        (("show", "pattern", "--grid", "4,4"), "expected no --grid with 'show pattern', got 4,4"),
+        (("show", "orders", "--grid", "4"), "expected grid of 2 or 3 sizes, got 1"),
+        (("show", "orders", "--rates", "1,2"), "expected no --rates with 'show orders'"),
+        (("show", "neighbourhood", "-n", "64"), "expected no --length with 'show neighbourhood'"),
+        (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected query in [0, 16), got 16"),
+        (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
+        (("show", "pattern", "--out", "x.doc"), "expected a file name that ends in a picture format"),
+        (("bench", "--dtype", "int8"), "expected --dtype to be one of"),
+        (("bench", "--device", "tpu"), "expected --device to be cpu, cuda or cuda:N, got 'tpu'"),
+        (("train", "--out", "nowhere", "--device", "cuda:99"), "expected a --device of this machine"),
+        (("train", "--out", "nowhere", "--preset", "huge"), "expected preset to be one of"),
+        (("train", "--out", "nowhere", "--data", "nothing-here"), "expected a folder of text, found nothing at"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert message in fails(capsys, monkeypatch, *arguments)
+
+
+def test_without_typer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("dilated_attention_pytorch.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: the command line needs typer, which is not installed: pip install 'dilated-attention-pytorch[cli]'\n"
+    )
+
+
+def test_a_real_process(tmp_path: Path) -> None:
+    """The command as a shell runs it: an answer, and an error without a traceback."""
+    command = [sys.executable, "-m", "dilated_attention_pytorch.cli"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    good = subprocess.run(
+        [*command, "plan", "-n", "64", "--json"], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert good.returncode == 0 and json.loads(good.stdout)["length"] == 64
+    bad = subprocess.run([*command, "plan", "-r", "0"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.startswith("error: expected ") and bad.stderr.count("\n") == 1
