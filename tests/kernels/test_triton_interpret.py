@@ -283,7 +283,7 @@ def test_detached_mixing_names_the_backend_that_can():
     q = torch.randn(1, 8, 1, 16)
     problem = make_problem((8,), (1,), 1, 16, 8, mixing_gradient="detached")
     assert backend.why_not(QKV(q, q, q), problem) == ["it has no mixing_gradient='detached'"]
-    with pytest.raises(NotImplementedError, match="detached.*sdpa"):
+    with pytest.raises(NotImplementedError, match=r"detached.*sdpa"):
         choose_backend(QKV(q, q, q), problem, "triton")
 
 
