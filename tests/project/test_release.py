@@ -69,7 +69,16 @@ class TestArchives:
         (archive,) = dist.glob("*.tar.gz")
         with tarfile.open(archive) as opened:
             names = {name.partition("/")[2] for name in opened.getnames()}
-        wanted = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt", "mkdocs.yml", "CHANGELOG.md"}
+        wanted = {
+            "tools/measure_code.py",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+            "Makefile",
+            "constraints.txt",
+            "mkdocs.yml",
+            "CHANGELOG.md",
+        }
         assert wanted <= names
         assert {"tests/project/test_release.py", "docs/index.md", f"{NAME}/py.typed"} <= names
         assert not [name for name in names if name.startswith((".venv", "dist", "runs", "site"))]
