@@ -1,4 +1,4 @@
-"""Merging partial attention by log-sum-exp (`docs/spec.md`, section 4): behind rings, decoding and streaming."""
+"""Merging partial attention by log-sum-exp (SPEC 4): the primitive behind rings, decoding and streaming."""
 
 from __future__ import annotations
 

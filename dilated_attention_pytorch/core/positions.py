@@ -133,7 +133,7 @@ def row_positions(
     cu_seqlens: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The position of every row in its own sequence (`docs/spec.md`, section 4).
+    """The position of every row in its own sequence (SPEC 4).
 
     Args:
         num_rows: rows along N (the total, when packed).

@@ -1,4 +1,4 @@
-"""Autocast stops where the attention starts: accumulation in fp32 (`docs/spec.md`, section 3) stays in fp32."""
+"""Autocast stops where the attention starts: what is accumulated in fp32 (SPEC 3) stays in fp32."""
 
 from __future__ import annotations
 

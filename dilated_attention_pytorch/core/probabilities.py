@@ -1,7 +1,7 @@
-"""The attention probabilities of a few queries: section 3 of `docs/spec.md` written out, one query at a time.
+"""The attention probabilities of a few queries: the multiset softmax of SPEC 3 written out, one query at a time.
 
 A query's probability of a key is summed over the branches that show it; nothing is formed for any other query. With
-`padding="zero_keys"` (section 5) part of a query's probability goes to keys that are not there.
+`padding="zero_keys"` (SPEC 5) part of a query's probability goes to keys that are not there.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Problem:
         k_start: position of the first key.
         seq_len: N, the length of the whole sequence.
         mixing_gradient: differentiate through the branch weights ("exact") or not ("detached").
-        padding: "none", or "zero_keys" for the official code's filled-up segments (`docs/spec.md`, section 5).
+        padding: "none", or "zero_keys" for the official code's filled-up segments (SPEC 5).
     """
 
     pattern: DilatedPattern

@@ -1,4 +1,4 @@
-"""The executable specification: softmax over the multiset union of all branches' keys (`docs/spec.md`, section 3).
+"""The executable specification: dense softmax over the multiset union of all branches' keys (SPEC 3).
 
 Every branch contributes its own copy of the logits, masked to what the branch shows, and one softmax runs over all of
 them. It takes O(branches * N^2) memory, any device, any float dtype, and is plain differentiable torch (second

@@ -112,7 +112,7 @@ def test_a_clean_environment_runs_the_readme(dist: Path, tmp_path: Path) -> None
 
 SOURCES = sorted(
     path
-    for folder in (NAME, "benchmarks", "docs", "examples", "tests")
+    for folder in (NAME, "benchmarks", "docs", "examples", "tests", "tools")
     for path in (ROOT / folder).rglob("*.py")
     if path.name != "test_release.py"
 )
