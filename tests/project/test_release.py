@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -31,6 +32,10 @@ def run(*command: object, cwd: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,24 @@ class TestArchives:
         assert wanted <= names
         assert {"tests/project/test_release.py", "docs/index.md", f"{NAME}/py.typed"} <= names
         assert not [name for name in names if name.startswith((".venv", "dist", "runs", "site"))]
+
+
+def test_the_floors_in_words_are_the_metadata_s() -> None:
+    """Where pages and the Makefile name the lowest Python, torch and transformers."""
+    metadata = tomllib.loads(read("pyproject.toml"))["project"]
+    requirements = [*metadata["dependencies"], *metadata["optional-dependencies"]["hf"]]
+    floors = {"Python": metadata["requires-python"].removeprefix(">=")} | {
+        name: floor for name, floor in (re.match(r"(\w+)>=([\d.]+)", r).groups() for r in requirements)
+    }
+    pages = ["README.md", "CONTRIBUTING.md", "docs/install.md", "docs/slides.md", "docs/huggingface.md", "Makefile"]
+    said = " ".join(" ".join(read(page).split()) for page in pages)
+    named = re.findall(r"\b(Python|torch|transformers),? (?:from )?(\d\.\d+) (?:or later|on\b)", said)
+    rows = re.findall(r"^\| (Python|torch|transformers)[^|]*\| (\d\.\d+) \|", read("docs/install.md"), re.MULTILINE)
+    assert {name for name, _ in named} == {name for name, _ in rows} == {"Python", "torch", "transformers"}
+    assert {(name, floors[name]) for name, _ in [*named, *rows]} == {*named, *rows}
+    # What `make test-floor` installs.
+    found = re.search(r"FLOOR \?= \$\(shell (sed .*)\)$", read("Makefile"), re.MULTILINE)
+    assert found and run("sh", "-c", found.group(1), cwd=ROOT).strip() == floors["torch"]
 
 
 @pytest.mark.slow
