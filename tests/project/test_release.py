@@ -67,7 +67,7 @@ class TestArchives:
         assert metadata.license_expression == "MIT" and metadata.description_content_type == "text/markdown"
         assert metadata.description == (ROOT / "README.md").read_text(encoding="utf-8")
         always = {r.name for r in metadata.requires_dist or [] if r.marker is None}
-        assert always == {"torch", "einops"}
+        assert always == {"torch"}
         assert {"cli", "viz", "hf", "track", "hilbert", "migrate", "all"} <= set(metadata.provides_extra or [])
 
     def test_source_archive_can_be_worked_with(self, dist: Path) -> None:
