@@ -29,8 +29,9 @@ from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
-from dilated_attention_pytorch.kernels.triton import launch, launch_aligned
+from dilated_attention_pytorch.kernels.triton import backend, launch_aligned
 from dilated_attention_pytorch.kernels.triton.configs import Config
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
 WORKERS = 15
 DEVICE = "cuda"
@@ -65,7 +66,6 @@ def compile_only():
         return kernel
 
     jit.JITFunction.run = run
-    launch.check_supported = lambda *_: None
 
 
 def problem(pattern, heads, d, n, causal=False, **changes):
@@ -142,8 +142,10 @@ def small_inputs(case, device):
 
 def run_small(case, device):
     (q, k, v, grad_out, grad_lse), layout = small_inputs(case, device)
-    out, lse = launch.forward(q, k, v, case[4], **layout)
-    return out, lse, *launch.backward(grad_out, grad_lse.float(), q, k, v, out, lse, case[4], **layout)
+    x, masks = QKV(q, k, v), Masks(*(layout.get(n) for n in ("key_padding_mask", "row_start", "cu_seqlens", "seed")))
+    saved = backend.forward(x, case[4], masks)
+    grad = OutputGradient(grad_out, grad_lse.float())
+    return *saved, *backend.backward(grad, x, saved, case[4], masks)
 
 
 def distance(a, b):
@@ -227,9 +229,9 @@ class Data:
             make(1, n, heads, d, device=device, dtype=torch.bfloat16) for _ in range(4)
         )
         self.problem = problem(pattern, heads, d, n, causal, offsets=offsets)
-        self.layout = launch.Layout(None, None, None, None)
+        self.layout = backend.Layout(None, None, None, None)
         if device == DEVICE:
-            self.out, self.lse = (x.detach() for x in sdpa.forward(self.q, self.k, self.v, self.problem))
+            self.out, self.lse = (x.detach() for x in sdpa.forward(QKV(self.q, self.k, self.v), self.problem))
             self.out = self.out.to(torch.bfloat16)
         else:
             self.out, self.lse = torch.empty_like(self.q), torch.empty(1, heads, n)
@@ -238,7 +240,7 @@ class Data:
 def run_variant(data, kind, config):
     """Runs one variant; returns what it computes."""
     q, k, v, p = data.q, data.k, data.v, data.problem
-    order = launch.branch_order(p)
+    order = p.branch_order
     if kind.startswith("aligned"):
         plan = launch_aligned.alignment(p, q.shape[1], q.shape[1])
     if kind == "aligned_forward":
@@ -246,7 +248,7 @@ def run_variant(data, kind, config):
     if kind == "forward":
         out, lse = torch.empty_like(q), q.new_empty(1, q.shape[2], q.shape[1], dtype=torch.float32)
         for rank, branch in enumerate(order):
-            launch.forward_branch(q, k, v, out, lse, p, data.layout, branch, config, first=rank == 0)
+            backend.forward_branch(q, k, v, out, lse, p, data.layout, branch, config, first=rank == 0)
         return out, lse
     if kind == "aligned_dq":
         terms = launch_aligned.terms_buffer(q, plan, 128)
@@ -265,16 +267,16 @@ def run_variant(data, kind, config):
             data.grad, q, k, v, data.terms, p, plan, config, descriptors=config.descriptors
         )
     if not hasattr(data, "delta"):
-        data.delta = launch.compute_delta(data.out, data.grad, None)
+        data.delta = backend.compute_delta(data.out, data.grad, None)
     shares = (data.grad, q, k, v, data.lse, data.delta)
     if kind == "dq":
         dq = torch.empty_like(q)
         for rank, branch in enumerate(order):
-            launch.backward_branch_dq(*shares, dq, p, data.layout, branch, config, first=rank == 0)
+            backend.backward_branch_dq(*shares, dq, p, data.layout, branch, config, first=rank == 0)
         return (dq,)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for rank, branch in enumerate(order):
-        launch.backward_branch_dkv(*shares, dk, dv, p, data.layout, branch, config, first=rank == 0)
+        backend.backward_branch_dkv(*shares, dk, dv, p, data.layout, branch, config, first=rank == 0)
     return dk, dv
 
 
@@ -282,7 +284,8 @@ def expected(data, kind):
     if kind.endswith("forward"):
         return data.out, data.lse
     if not hasattr(data, "grads"):
-        data.grads = sdpa.backward(data.grad, None, data.q, data.k, data.v, data.out, data.lse, data.problem)
+        x, saved = QKV(data.q, data.k, data.v), AttentionOutput(data.out, data.lse)
+        data.grads = sdpa.backward(OutputGradient(data.grad, None), x, saved, data.problem)
     return data.grads[:1] if kind.endswith("dq") else data.grads[1:]
 
 
@@ -463,9 +466,10 @@ def main():
         p = problem(pattern, heads, d, n, offsets=offsets)
         q, k, v, grad = (torch.randn(1, n, heads, d, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
         results = []
-        for backend in (launch, sdpa):
-            out, lse = backend.forward(q, k, v, p)
-            results.append((out, lse, *backend.backward(grad, None, q, k, v, out.to(q.dtype), lse, p)))
+        for module in (backend, sdpa):
+            out, lse = module.forward(QKV(q, k, v), p)
+            saved = AttentionOutput(out.to(q.dtype), lse)
+            results.append((out, lse, *module.backward(OutputGradient(grad, None), QKV(q, k, v), saved, p)))
         errors = row_errors(*results)
         repeats = 3
         forwards = [milliseconds(lambda b=b: b.forward(q, k, v, p), repeats) for b in (launch, sdpa)]

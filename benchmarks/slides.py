@@ -33,9 +33,11 @@ import torch.nn.functional as F
 from common import write
 from torch import Tensor
 
+from dilated_attention_pytorch.core.problem import one_segment
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.models import SlideEncoder
 from dilated_attention_pytorch.testing import peak_bytes, relative_norm
+from dilated_attention_pytorch.types import QKV
 
 LARGEST = 45_680  # tiles of the slide whose fine-tuning takes 39.7 GiB in the official code
 LIMIT_GIB = 20.0
@@ -302,7 +304,8 @@ def gpu_line(n: int, job: str, backend: Any, padding: Any = "zero_keys", checkpo
 
 
 def gpu(numbers: list[int], seconds: float) -> tuple[list[dict[str, Any]], bool]:
-    choice = choose_backend(torch.device("cuda"), torch.bfloat16, 48)
+    x = torch.empty(1, 1, 1, 48, device="cuda", dtype=torch.bfloat16)
+    choice = choose_backend(QKV(x, x, x), one_segment(1, 1, 1, 1.0))
     if choice.backend != "triton":
         sys.exit(f"expected a device for the Triton backend: {choice.reason}")
     deadline = time.monotonic() + seconds

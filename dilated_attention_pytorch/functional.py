@@ -12,7 +12,7 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import fast_path, ops
-from dilated_attention_pytorch.types import AttentionOutput, Backend, MixingGradient, Offsets, Padding
+from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Masks, MixingGradient, Offsets, Padding
 
 
 def dilated_attention(
@@ -35,7 +35,7 @@ def dilated_attention(
     seq_len: int | None = None,
     mixing_gradient: MixingGradient = "exact",
     padding: Padding = "none",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Dilated attention (LongNet, arXiv 2307.02486): one softmax over the multiset union of all branches' keys.
 
@@ -47,8 +47,8 @@ def dilated_attention(
         q: queries `(B, N, H, D)`, or `(total, H, D)` with `cu_seqlens`. fp16, bf16, fp32 or fp64.
         k: keys `(B, N, H_kv, D)`, H a multiple of H_kv.
         v: values, like k.
-        segment_lengths: w_i, in positions, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in positions, one per branch.
+        dilation_rates: r_i, one per branch.
         is_causal: hide keys later than the query.
         scale: factor on q . k; `D ** -0.5` by default.
         offsets: which residue a head keeps: `"modulo"` (the paper) or `"blocked"` (the official code and every
@@ -128,7 +128,7 @@ def dilated_attention_with_lse(
     seq_len: int | None = None,
     mixing_gradient: MixingGradient = "exact",
     padding: Padding = "none",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> AttentionOutput:
     """`dilated_attention` together with the log of its softmax denominator, so that partials can be merged.
 
@@ -154,125 +154,75 @@ def dilated_attention_with_lse(
         )  # fmt: skip
     again = fast_path.repeat(kind)
     if again is not None:
-        return AttentionOutput(*again(q, k, v))
+        return again(QKV(q, k, v))
 
-    packed = cu_seqlens is not None
-    q, k, v = in_autocast_dtype(q, k, v)
-    check.check_qkv(q, k, v, packed=packed)
-    check.check_choice("backend", backend, Backend)
+    x = check.check_qkv(QKV(*in_autocast_dtype(q, k, v)), packed=cu_seqlens is not None)
+    check.check_choice("backend", backend, BackendName)
     # Any sequence will do: the pattern checks it and makes it a tuple.
-    pattern = DilatedPattern(segment_lengths, dilation_rates, k.shape[-2], offsets)  # type: ignore[arg-type]
+    pattern = DilatedPattern(segment_lengths, dilation_rates, x.k.shape[-2], offsets)  # type: ignore[arg-type]
+    masks = Masks(key_padding_mask, row_start, cu_seqlens)
     if cu_seqlens is not None:
-        if any(x is not None for x in (key_padding_mask, row_start, seq_len)) or q_start or k_start:
-            raise ValueError(
-                "expected cu_seqlens alone: key_padding_mask, row_start, q_start, k_start and seq_len describe "
-                "padded or partial sequences, packed ones are whole and have no padding"
-            )
-        check.check_cu_seqlens(cu_seqlens, q.shape[0])
-        q, k, v = q[None], k[None], v[None]
-    problem = _problem(q, k, pattern, is_causal, scale, dropout_p, q_start, k_start, seq_len, mixing_gradient, padding)
-    if key_padding_mask is not None:
-        check.check_key_padding_mask(key_padding_mask, q.shape[0], problem.seq_len, q.device)
-    if row_start is not None:
-        check.check_row_start(row_start, q.shape[0])
+        check.check_packed_alone(masks, q_start, k_start, seq_len)
+        check.check_cu_seqlens(cu_seqlens)
+        x = QKV(*(y[None] for y in x))
+    q_start, k_start, seq_len = check.check_range(x, q_start, k_start, seq_len)
+    problem = Problem(
+        pattern,
+        check.check_bool("is_causal", is_causal),
+        check.check_scale(scale, x.q.shape[-1]),
+        check.check_probability("dropout_p", dropout_p),
+        q_start,
+        k_start,
+        seq_len,
+        check.check_choice("mixing_gradient", mixing_gradient, MixingGradient),
+        check.check_choice("padding", padding, Padding),
+    )
+    check.check_masks(masks, x.q, seq_len)
     if padding == "zero_keys":
-        _check_zero_keys(problem, q, k, key_padding_mask, row_start)
+        _check_zero_keys(problem, x, masks)
     check.check_seed(seed)
-    seed_tensor = dropout.seed_tensor(seed, problem.dropout_p, q.device)
+    masks = masks._replace(seed=dropout.seed_tensor(seed, problem.dropout_p, x.q.device))
 
     if backend == "reference":
-        if cu_seqlens is not None:
-            check.check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
-        if row_start is not None and type(row_start) is Tensor and not torch.compiler.is_compiling():
-            check.check_row_start_values(row_start)  # a traced or fake tensor has no values to read
-        out, lse = reference.attention(
-            q,
-            k,
-            v,
-            problem,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            seed=seed_tensor,
-        )
+        found = _reference(x, problem, masks)
     else:
-        out, lse = ops.attention(
-            q,
-            k,
-            v,
-            problem,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            seed=seed_tensor,
-            backend=backend,
-        )
-        fast_path.remember(kind, q, k, v, problem, backend)
-    return AttentionOutput(out[0], lse[0]) if packed else AttentionOutput(out, lse)
+        ops.refuse_tangents(x)
+        found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
+        fast_path.remember(kind, x, problem, backend)
+    return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    pattern: DilatedPattern,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    q_start: int,
-    k_start: int,
-    seq_len: int | None,
-    mixing_gradient: MixingGradient,
-    padding: Padding,
-) -> Problem:
-    check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
-    check.check_choice("padding", padding, Padding)
-    check.check_bool("is_causal", is_causal)
-    q_start, k_start = check.check_int("q_start", q_start, 0), check.check_int("k_start", k_start, 0)
-    end = max(q_start + q.shape[1], k_start + k.shape[1])
-    if seq_len is None:
-        seq_len = end
-    elif check.check_int("seq_len", seq_len, 0) < end:
-        raise ValueError(
-            f"expected seq_len of at least {end}, where queries [{q_start}, {q_start + q.shape[1]}) and keys "
-            f"[{k_start}, {k_start + k.shape[1]}) end, got {seq_len}"
-        )
-    return Problem(
-        pattern=pattern,
-        is_causal=is_causal,
-        scale=check.check_scale(scale, q.shape[-1]),
-        dropout_p=check.check_probability("dropout_p", dropout_p),
-        q_start=q_start,
-        k_start=k_start,
-        seq_len=seq_len,
-        mixing_gradient=mixing_gradient,
-        padding=padding,
-    )
+def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
+    if masks.cu_seqlens is not None:
+        check.check_cu_seqlens_values(masks.cu_seqlens.tolist(), x.q.shape[1])
+    row_start = masks.row_start
+    if row_start is not None and type(row_start) is Tensor and not torch.compiler.is_compiling():
+        check.check_row_start_values(row_start)  # a traced or fake tensor has no values to read
+    return reference.attention(
+        *x, problem, key_padding_mask=masks.key_padding, row_start=row_start, cu_seqlens=masks.cu_seqlens,
+        seed=masks.seed,
+    )  # fmt: skip
 
 
-def _check_zero_keys(
-    problem: Problem, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, row_start: Tensor | None
-) -> None:
+def _check_zero_keys(problem: Problem, x: QKV, masks: Masks) -> None:
     if problem.is_causal:
         raise ValueError("expected is_causal=False with padding='zero_keys', which is defined without causality only")
-    if key_padding_mask is not None or row_start is not None:
+    if masks.key_padding is not None or masks.row_start is not None:
         raise ValueError(
             "expected no key_padding_mask or row_start with padding='zero_keys': the number of zero keys depends on "
             "each sequence's own length; pack the sequences with cu_seqlens instead"
         )
-    if q.shape[1] != problem.seq_len or k.shape[1] != problem.seq_len:
+    if x.q.shape[1] != problem.seq_len or x.k.shape[1] != problem.seq_len:
         raise ValueError(
-            f"expected whole sequences with padding='zero_keys', got {q.shape[1]} queries and {k.shape[1]} keys of a "
-            f"sequence of {problem.seq_len}"
+            f"expected whole sequences with padding='zero_keys', got {x.q.shape[1]} queries and {x.k.shape[1]} keys of "
+            f"a sequence of {problem.seq_len}"
         )
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, floating tensors in autocast's dtype, as torch's own attention takes them (fp64 stays)."""
-    if not isinstance(tensors[0], Tensor):
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    device = tensors[0].device.type
-    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    dtype, eligible = torch.get_autocast_dtype(first.device.type), (torch.float16, torch.bfloat16, torch.float32)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in eligible else x for x in tensors)

@@ -13,15 +13,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch._deprecated import warn_user
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.members import Members
 from dilated_attention_pytorch.functional import dilated_attention, in_autocast_dtype
-from dilated_attention_pytorch.types import Backend
+from dilated_attention_pytorch.types import QKV, BackendName, Masks
 
 ENVIRONMENT = "DILATED_ATTENTION_LEGACY"
 _WARNING = (
@@ -73,40 +74,9 @@ def head_groups_by_default() -> bool:
 
 def head_runs(num_heads: int, num_branches: int) -> list[slice]:
     """The consecutive heads of each branch; the first branches have one more where they do not divide."""
-    size, extra = num_heads // num_branches, num_heads % num_branches  # divmod is none of torch.compile's
+    size, extra = num_heads // num_branches, num_heads % num_branches  # Dynamo cannot trace divmod
     ends = [i * size + min(i, extra) for i in range(num_branches + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
-
-
-class _Members(NamedTuple):
-    """The positions of a branch that one offset keeps."""
-
-    length: int
-    rate: int
-    offset: int
-
-    @property
-    def per_segment(self) -> int:
-        """How many a whole segment has."""
-        return max(0, -(-(self.length - self.offset) // self.rate))
-
-    def before(self, position: int) -> int:
-        """How many stand before a position."""
-        inside = position % self.length  # not divmod here either
-        return position // self.length * self.per_segment + max(0, -(-(inside - self.offset) // self.rate))
-
-    def of(self, positions: Tensor) -> Tensor:
-        """Which of these positions they are; none of the negative ones."""
-        return ((positions % self.length) % self.rate == self.offset) & (positions >= 0)
-
-    def rows(self, start: int, count: int, device: torch.device) -> slice | Tensor:
-        """Their rows in a tensor of the positions `[start, start + count)`."""
-        if self.length % self.rate == 0:  # then they are equally far apart, and a view takes them
-            return slice((self.offset - start) % self.rate, count, self.rate)
-        # Counted, not searched for: nothing here waits for the device.
-        members = torch.arange(self.before(start), self.before(start + count), device=device)
-        inside = members % self.per_segment * self.rate + self.offset
-        return members // self.per_segment * self.length + inside - start
 
 
 def grouped_attention(
@@ -126,31 +96,30 @@ def grouped_attention(
     q_start: int = 0,
     k_start: int = 0,
     seq_len: int | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Dilated attention where run i of `head_runs` takes branch i alone, with offset `i mod r_i`.
 
     Arguments, results and errors are those of `dilated_attention`, except that `row_start` takes whole sequences and no
     mask beside it.
     """
-    packed = cu_seqlens is not None
-    q, k, v = in_autocast_dtype(q, k, v)
-    check.check_qkv(q, k, v, packed=packed)
-    ranges = _checked_ranges(q, k, key_padding_mask, row_start, cu_seqlens, q_start, k_start, seq_len)
+    x = check.check_qkv(QKV(*in_autocast_dtype(q, k, v)), packed=cu_seqlens is not None)
+    masks = Masks(key_padding_mask, row_start, cu_seqlens)
+    ranges = _checked_ranges(x, masks, q_start, k_start, seq_len)
     branches = list(zip(segment_lengths, dilation_rates, strict=True))
-    ratio = q.shape[-2] // k.shape[-2]
+    ratio = x.q.shape[-2] // x.k.shape[-2]
     parts = []
-    for i, run in enumerate(head_runs(k.shape[-2], len(branches))):
+    for i, run in enumerate(head_runs(x.k.shape[-2], len(branches))):
         if run.start == run.stop:
             continue
         length, rate = branches[i]
-        members = _Members(length, rate, i % rate)
-        heads = q[..., run.start * ratio : run.stop * ratio, :], k[..., run, :], v[..., run, :]
-        if members.per_segment == 0:
-            parts.append(torch.zeros_like(heads[0]))
+        members = Members(length, rate, i % rate)
+        heads = QKV(x.q[..., run.start * ratio : run.stop * ratio, :], x.k[..., run, :], x.v[..., run, :])
+        if members.slots == 0:
+            parts.append(torch.zeros_like(heads.q))
             continue
         options = {
-            "segment_lengths": [members.per_segment],
+            "segment_lengths": [members.slots],
             "dilation_rates": [1],
             "is_causal": is_causal,
             "scale": scale,
@@ -168,12 +137,9 @@ def grouped_attention(
     return torch.cat(parts, dim=-2)
 
 
-_Heads = tuple[Tensor, Tensor, Tensor]
-
-
 def _ranged(
-    heads: _Heads,
-    members: _Members,
+    heads: QKV,
+    members: Members,
     key_padding_mask: Tensor | None,
     q_start: int,
     k_start: int,
@@ -200,29 +166,29 @@ def _ranged(
     return out
 
 
-def _packed(heads: _Heads, members: _Members, cu_seqlens: Tensor, options: dict[str, Any]) -> Tensor:
+def _packed(heads: QKV, members: Members, cu_seqlens: Tensor, options: dict[str, Any]) -> Tensor:
     bounds = cu_seqlens.long()
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-    positions = torch.arange(heads[0].shape[0], device=starts.device) - starts
-    return _taken(heads, members.of(positions).to(heads[0].device), bounds, options)
+    positions = torch.arange(heads.q.shape[0], device=starts.device) - starts
+    return _taken(heads, members.of(positions).to(heads.q.device), bounds, options)
 
 
-def _left_padded(heads: _Heads, members: _Members, row_start: Tensor, options: dict[str, Any]) -> Tensor:
+def _left_padded(heads: QKV, members: Members, row_start: Tensor, options: dict[str, Any]) -> Tensor:
     """Rows that start at different positions are sequences of different lengths, packed."""
-    batch, length = heads[0].shape[:2]
+    batch, length = heads.q.shape[:2]
     positions = torch.arange(length, device=row_start.device) - row_start[:, None].long()
     bounds = torch.arange(batch + 1, device=row_start.device) * length
     q, k, v = (x.flatten(0, 1) for x in heads)
-    out: Tensor = _taken((q, k, v), members.of(positions).flatten().to(q.device), bounds, options)
+    out: Tensor = _taken(QKV(q, k, v), members.of(positions).flatten().to(q.device), bounds, options)
     return out.view(batch, length, *out.shape[1:])
 
 
-def _taken(heads: _Heads, are_members: Tensor, bounds: Tensor, options: dict[str, Any]) -> Tensor:
+def _taken(heads: QKV, are_members: Tensor, bounds: Tensor, options: dict[str, Any]) -> Tensor:
     """Attention among the members of each packed sequence, and 0 elsewhere."""
     rows = are_members.nonzero().flatten()
     before = torch.nn.functional.pad(are_members.cumsum(0), (1, 0))
     q, k, v = (x[rows] for x in heads)
-    out = torch.zeros_like(heads[0])
+    out = torch.zeros_like(heads.q)
     out[rows] = dilated_attention(q, k, v, cu_seqlens=before[bounds.to(before.device)], **options)
     return out
 
@@ -233,36 +199,20 @@ def _next_seed(seed: int | Tensor | None, i: int) -> int | Tensor | None:
     return (check.check_int("seed", seed, -(2**63)) + i + 2**63) % 2**64 - 2**63
 
 
-def _checked_ranges(
-    q: Tensor,
-    k: Tensor,
-    key_padding_mask: Tensor | None,
-    row_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    q_start: int,
-    k_start: int,
-    seq_len: int | None,
-) -> tuple[int, int, int]:
+def _checked_ranges(x: QKV, masks: Masks, q_start: object, k_start: object, seq_len: object) -> tuple[int, int, int]:
     """What the calls on members could only name in their own terms; the ranges, with the length filled in."""
-    q_start, k_start = check.check_int("q_start", q_start, 0), check.check_int("k_start", k_start, 0)
-    if cu_seqlens is not None:
-        if any(x is not None for x in (key_padding_mask, row_start, seq_len)) or q_start or k_start:
-            raise ValueError("expected cu_seqlens alone, got it beside a mask, row_start or a range")
-        check.check_cu_seqlens(cu_seqlens, q.shape[0])
-        check.check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[0])
-        return 0, 0, q.shape[0]
-    end = max(q_start + q.shape[1], k_start + k.shape[1])
-    seq_len = end if seq_len is None else check.check_int("seq_len", seq_len, 0)
-    if seq_len < end:
-        raise ValueError(f"expected seq_len of at least {end}, where queries and keys end, got {seq_len}")
-    if key_padding_mask is not None:
-        check.check_key_padding_mask(key_padding_mask, q.shape[0], seq_len, q.device)
-    if row_start is not None:
-        check.check_row_start(row_start, q.shape[0])
-        check.check_row_start_values(row_start)
-        if key_padding_mask is not None or (q_start, k_start, k.shape[1]) != (0, 0, q.shape[1]) or seq_len != end:
+    if masks.cu_seqlens is not None:
+        check.check_packed_alone(masks, q_start, k_start, seq_len)
+        check.check_cu_seqlens(masks.cu_seqlens)
+        check.check_cu_seqlens_values(masks.cu_seqlens.tolist(), x.q.shape[0])
+        return 0, 0, x.q.shape[0]
+    found = check.check_range(x, q_start, k_start, seq_len)
+    check.check_masks(masks, x.q, found[2])
+    if masks.row_start is not None:
+        check.check_row_start_values(masks.row_start)
+        if masks.key_padding is not None or found != (0, 0, x.q.shape[1]) or x.k.shape[1] != x.q.shape[1]:
             raise ValueError(
                 "expected row_start with whole sequences and without key_padding_mask where head_groups=True, got a "
                 "range or a mask beside it"
             )
-    return q_start, k_start, seq_len
+    return found

@@ -14,7 +14,7 @@ from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, rotate, row_positions
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.head_groups import grouped_attention, head_groups_by_default
-from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets, Padding
+from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
 
 # The constructors of 0.1 and 0.2, until 0.4.0.
 OLD_DILATED = OldCall(
@@ -79,7 +79,7 @@ class DilatedAttention(nn.Module):
         attention_dropout: float = 0.0,
         mixing_gradient: MixingGradient = "exact",
         padding: Padding = "none",
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         head_groups: bool | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class DilatedAttention(nn.Module):
         check.check_scale(scale, 1)
         check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
         check.check_choice("padding", padding, Padding)
-        check.check_choice("backend", backend, Backend)
+        check.check_choice("backend", backend, BackendName)
         self.segment_lengths = pattern.segment_lengths
         self.dilation_rates = pattern.dilation_rates
         self.scale = scale
@@ -95,7 +95,7 @@ class DilatedAttention(nn.Module):
         self.attention_dropout = check.check_probability("attention_dropout", attention_dropout)
         self.mixing_gradient: MixingGradient = mixing_gradient
         self.padding: Padding = padding
-        self.backend: Backend = backend
+        self.backend: BackendName = backend
         if head_groups is not None and not isinstance(head_groups, bool):
             raise TypeError(f"expected head_groups to be a bool or None, got {type(head_groups).__name__}")
         usual = offsets == "modulo" and padding == "none"
@@ -254,7 +254,7 @@ class MultiheadDilatedAttention(nn.Module):
         offsets: Offsets = "modulo",
         mixing_gradient: MixingGradient = "exact",
         padding: Padding = "none",
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         head_groups: bool | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,

@@ -13,8 +13,10 @@ from rich.table import Table
 from dilated_attention_pytorch import __version__
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes
+from dilated_attention_pytorch.core.problem import one_segment
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.sdpa.torch_calls import compute_dtype
+from dilated_attention_pytorch.types import QKV
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
 
@@ -53,7 +55,8 @@ def _look() -> dict[str, Any]:
         names[torch.device("cuda", i)] = f"cuda:{i} {properties.name}, {human_bytes(properties.total_memory)}"
     for device, shown in names.items():
         for dtype in (torch.float32, torch.bfloat16):
-            choice = choose_backend(device, dtype, 64)
+            x = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
+            choice = choose_backend(QKV(x, x, x), one_segment(1, 1, 1, 1.0))
             inner = compute_dtype(device, dtype)
             rows.append({"device": shown, "dtype": _name(dtype), "computes_in": _name(inner)} | choice._asdict())
             if inner != dtype:

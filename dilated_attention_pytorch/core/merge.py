@@ -1,10 +1,11 @@
-"""Merging partial attention by log-sum-exp (SPEC 4): the primitive behind rings, decoding and streaming."""
+"""Merging partial attention by log-sum-exp (docs/spec.md, 4): the primitive behind rings, decoding and streaming."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import AttentionOutput
 
 
@@ -32,7 +33,7 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
             "expected two partials of one shape, got "
             f"out {tuple(a.out.shape)} and {tuple(b.out.shape)}, lse {tuple(a.lse.shape)} and {tuple(b.lse.shape)}"
         )
-    dtype = torch.promote_types(a.lse.dtype, torch.float32)
+    dtype = accumulator(a.lse.dtype)
     lse_a, lse_b = a.lse.to(dtype), b.lse.to(dtype)
     both_empty = torch.isneginf(lse_a) & torch.isneginf(lse_b)
     # Zeros stand in where both are empty, so that no gradient passes through inf - inf.

@@ -1,8 +1,7 @@
 """The dilated pattern: which positions a branch keeps, and which keys a query sees.
 
-This is the only place in Python that knows the membership rule of LongNet (arXiv 2307.02486, section 2.2).
-Position n belongs to (branch i, head h) when `(n mod w_i) mod r_i == o_i(h)`; a query sees the members of its own
-segment in each branch it belongs to.
+LongNet's rule (arXiv 2307.02486, section 2.2; its arithmetic is in `members.py`): position n belongs to (branch i,
+head h) when `(n mod w_i) mod r_i == o_i(h)`; a query sees the members of its own segment in each branch it belongs to.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.members import Members, ceil_div
 from dilated_attention_pytorch.core.validation import check_choice, check_positive_int, check_positive_ints
 from dilated_attention_pytorch.types import Offsets
 
@@ -51,7 +51,7 @@ class DilatedPattern:
     """Branches of (segment length, dilation rate) and the residue each head keeps in each of them.
 
     Args:
-        segment_lengths: w_i, one positive int a branch. They need not divide the sequence, nor nest.
+        segment_lengths: w_i, one positive int per branch. They need not divide the sequence, nor nest.
         dilation_rates: r_i, as many positive ints. They need not divide w_i.
         num_heads: number of key/value heads; a group of query heads shares its key head's rows.
         offsets: `"modulo"`, the paper's `h mod r`, or `"blocked"`, the official code's `h // ceil(H / r)`.
@@ -92,16 +92,20 @@ class DilatedPattern:
     def offset(self, branch: int, head: int) -> int:
         """The residue that key/value head `head` keeps in branch `branch`."""
         rate = self.dilation_rates[branch]
-        return head % rate if self.offsets == "modulo" else head // -(-self.num_heads // rate)
+        return head % rate if self.offsets == "modulo" else head // ceil_div(self.num_heads, rate)
 
     def head_groups(self, branch: int) -> list[tuple[int, slice]]:
         """The heads of a branch by the offset they share, as (offset, slice of heads)."""
         rate = self.dilation_rates[branch]
         if self.offsets == "modulo":
             return [(o, slice(o, self.num_heads, rate)) for o in range(min(rate, self.num_heads))]
-        size = -(-self.num_heads // rate)
+        size = ceil_div(self.num_heads, rate)
         starts = range(0, self.num_heads, size)
         return [(start // size, slice(start, min(start + size, self.num_heads), 1)) for start in starts]
+
+    def members(self, branch: int, offset: int) -> Members:
+        """The positions that the heads of one offset keep in a branch."""
+        return Members(self.segment_lengths[branch], self.dilation_rates[branch], offset)
 
     def membership(self, positions: Tensor) -> Tensor:
         """Which positions each (branch, head) keeps.
@@ -113,15 +117,13 @@ class DilatedPattern:
             Bool `(num_branches, num_heads, *positions.shape)`.
         """
         rows = []
-        for i, (length, rate) in enumerate(self.branches):
-            residue = (positions % length) % rate
-            offsets = [self.offset(i, h) for h in range(self.num_heads)]
-            rows.append(torch.stack([(residue == o) & (positions >= 0) for o in offsets]))
+        for i in range(len(self.branches)):
+            rows.append(torch.stack([self.members(i, self.offset(i, h)).of(positions) for h in range(self.num_heads)]))
         return torch.stack(rows)
 
     def slots(self, branch: int, offset: int) -> int:
         """How many positions a whole segment of the branch keeps for this offset."""
-        return max(0, -(-(self.segment_lengths[branch] - offset) // self.dilation_rates[branch]))
+        return self.members(branch, offset).slots
 
     def keys_of(self, position: int, head: int, seq_len: int, *, is_causal: bool = False) -> list[range]:
         """The key positions that one query sees, a range for each branch it belongs to.
@@ -170,7 +172,7 @@ class DilatedPattern:
         q_range: tuple[int, int] | None = None,
         k_range: tuple[int, int] | None = None,
     ) -> int:
-        """Number of (query, key) pairs over all branches and key/value heads, a key counted once a branch.
+        """Number of (query, key) pairs over all branches and key/value heads, a key counted once per branch.
 
         Args:
             seq_len: N.
@@ -210,8 +212,8 @@ class DilatedPattern:
 
 def slot_range(start: int, stop: int, base: int, rate: int, slots: int) -> tuple[int, int]:
     """The slots j in `[0, slots)` whose position `base + j * rate` lies in `[start, stop)`."""
-    lo = min(max(0, -(-(start - base) // rate)), slots)
-    hi = min(max(lo, -(-(stop - base) // rate)), slots)
+    lo = min(max(0, ceil_div(start - base, rate)), slots)
+    hi = min(max(lo, ceil_div(stop - base, rate)), slots)
     return lo, hi
 
 

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.precision import accumulator
+
 Positions = Literal["rotary", "xpos"]
 
 _GAMMA = 0.4  # xPos, arXiv 2212.10554, section 3: the slowest decay, as the official code has it
@@ -106,7 +108,7 @@ class RotaryPositions:
         pair = torch.arange(self.head_dim // 2, device=at.device, dtype=torch.float64) * (2.0 / self.head_dim)
         angle = at * self.base**-pair
         cos, sin = angle.cos(), angle.sin()
-        table = torch.promote_types(dtype, torch.float32)
+        table = accumulator(dtype)
         if self.scale_base is None:
             cos, sin = cos.to(device, table), sin.to(device, table)
             return Rotation(cos, sin, cos, sin)
@@ -133,7 +135,7 @@ def row_positions(
     cu_seqlens: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The position of every row in its own sequence (SPEC 4).
+    """The position of every row in its own sequence (docs/spec.md, 4).
 
     Args:
         num_rows: rows along N (the total, when packed).

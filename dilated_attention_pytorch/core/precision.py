@@ -1,4 +1,4 @@
-"""Autocast stops where the attention starts: what is accumulated in fp32 (SPEC 3) stays in fp32."""
+"""In which dtype sums are kept: fp32 at least (docs/spec.md, 3), whatever autocast says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over inputs of `dtype`: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def without_autocast(function: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:

@@ -1,7 +1,7 @@
-"""The attention probabilities of a few queries: the multiset softmax of SPEC 3 written out, one query at a time.
+"""The attention probabilities of a few queries: the multiset softmax (docs/spec.md, 3) written out query by query.
 
 A query's probability of a key is summed over the branches that show it; nothing is formed for any other query. With
-`padding="zero_keys"` (SPEC 5) part of a query's probability goes to keys that are not there.
+`padding="zero_keys"` (docs/spec.md, 5) part of a query's probability goes to keys that are not there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core import zero_keys
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.precision import without_autocast
+from dilated_attention_pytorch.core.precision import accumulator, without_autocast
 from dilated_attention_pytorch.types import Padding
 
 
@@ -43,7 +43,7 @@ def attention_probabilities(
         `(len(queries), N)` and `(len(queries),)`, fp32 (fp64): the probability of each key, and of zero keys. A row of
         both sums to 1, or to 0 for a query that sees nothing.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = accumulator(q.dtype)
     n = k.shape[0]
     found = torch.zeros(len(queries), n, dtype=dtype, device=k.device)
     nothing = torch.zeros(len(queries), dtype=dtype, device=k.device)

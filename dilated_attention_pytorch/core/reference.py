@@ -1,4 +1,4 @@
-"""The executable specification: dense softmax over the multiset union of all branches' keys (SPEC 3).
+"""The executable specification: dense softmax over the multiset union of all branches' keys (docs/spec.md, 3).
 
 Every branch contributes its own copy of the logits, masked to what the branch shows, and one softmax runs over all of
 them. It takes O(branches * N^2) memory, any device, any float dtype, and is plain differentiable torch (second
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import dropout, zero_keys
-from dilated_attention_pytorch.core.precision import without_autocast
+from dilated_attention_pytorch.core.precision import accumulator, without_autocast
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.types import AttentionOutput
 
@@ -43,7 +43,7 @@ def attention(
     Returns:
         `out` `(B, Nq, H, D)` and `lse` `(B, H, Nq)`.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = accumulator(q.dtype)
     group = q.shape[2] // k.shape[2]
     queries = q.to(dtype)
     keys = k.to(dtype).repeat_interleave(group, dim=2)

@@ -11,14 +11,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.types import QKV, Masks
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_choice(name: str, value: object, options: Any) -> None:
-    """Raises unless `value` is one of the strings of the Literal `options`."""
+def check_choice(name: str, value: Any, options: Any) -> Any:
+    """One of the strings of the Literal `options`."""
     allowed = get_args(options)
     if value not in allowed:
         raise ValueError(f"expected {name} to be one of {list(allowed)}, got {value!r}")
+    return value
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
@@ -34,14 +37,15 @@ def check_int(name: str, value: object, minimum: int) -> int:
     return number
 
 
-def check_bool(name: str, value: object) -> None:
-    """Raises unless the value is True or False."""
+def check_bool(name: str, value: object) -> bool:
+    """True or False, and nothing that merely equals them."""
     if not isinstance(value, bool):
         raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
+    return value
 
 
 def check_device(name: str, value: object) -> torch.device:
-    """The device that a string or a device names; whether it is there is not asked."""
+    """Parse a str or torch.device; does not check that the device exists."""
     if not isinstance(value, str | torch.device):
         raise TypeError(f"expected {name} to be a str or torch.device, got {type(value).__name__} {value!r}")
     try:
@@ -94,8 +98,9 @@ def check_probability(name: str, value: float) -> float:
     return float(value)
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
-    """Ranks, dtypes, devices and sizes of the three tensors agree."""
+def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
+    """Three tensors whose ranks, dtypes, devices and sizes agree."""
+    q, k, v = inputs
     layout = "(total, H, D)" if packed else "(B, N, H, D)"
     rank = 3 if packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -124,6 +129,40 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
         raise ValueError(
             f"expected q's heads to be a multiple of k's, got {q.shape[-2]} query and {k.shape[-2]} key heads"
         )
+    return inputs
+
+
+def check_range(x: QKV, q_start: object, k_start: object, seq_len: object) -> tuple[int, int, int]:
+    """The positions of the first query and key, and N; by default the later end of the two ranges."""
+    q_start, k_start = check_int("q_start", q_start, 0), check_int("k_start", k_start, 0)
+    q_end, k_end = q_start + x.q.shape[1], k_start + x.k.shape[1]
+    end = max(q_end, k_end)
+    if seq_len is None:
+        return q_start, k_start, end
+    seq_len = check_int("seq_len", seq_len, 0)
+    if seq_len < end:
+        raise ValueError(
+            f"expected seq_len of at least {end}, where queries [{q_start}, {q_end}) and keys [{k_start}, {k_end}) "
+            f"end, got {seq_len}"
+        )
+    return q_start, k_start, seq_len
+
+
+def check_packed_alone(masks: Masks, q_start: object, k_start: object, seq_len: object) -> None:
+    """Raises where packed sequences come with what describes padded or partial ones."""
+    if any(x is not None for x in (masks.key_padding, masks.row_start, seq_len)) or q_start or k_start:
+        raise ValueError(
+            "expected cu_seqlens alone: key_padding_mask, row_start, q_start, k_start and seq_len describe "
+            "padded or partial sequences, packed ones are whole and have no padding"
+        )
+
+
+def check_masks(masks: Masks, q: Tensor, seq_len: int) -> None:
+    """Masks of padded sequences fit q `(B, Nq, H, D)` and N."""
+    if masks.key_padding is not None:
+        check_key_padding_mask(masks.key_padding, q.shape[0], seq_len, q.device)
+    if masks.row_start is not None:
+        check_row_start(masks.row_start, q.shape[0])
 
 
 def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
@@ -156,7 +195,7 @@ def check_row_start_values(row_start: Tensor) -> None:
                 raise ValueError(f"expected row_start of at least 0, got {first} at index {i}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
     """Shape and dtype; the values are checked by `check_cu_seqlens_values` where they may be read."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"expected cu_seqlens to be a Tensor, got {type(cu_seqlens).__name__}")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 
 
@@ -44,7 +45,7 @@ class Segment(NamedTuple):
 def strides(length: int, rate: int, seq_len: int) -> tuple[int, int]:
     """How far apart segments are read and written: g and m * r."""
     g = min(length, seq_len)
-    return g, -(-g // rate) * rate
+    return g, ceil_div(g, rate) * rate
 
 
 @lru_cache(maxsize=4096)
@@ -54,10 +55,10 @@ def segments(length: int, rate: int, offset: int, seq_len: int) -> tuple[Segment
     def each() -> Iterator[Segment]:
         g, written = strides(length, rate, seq_len)
         slots = written // rate
-        for s in range(-(-seq_len // g)):
+        for s in range(ceil_div(seq_len, g)):
             real = min(g, seq_len - s * g)
-            keys = max(0, -(-(real - offset) // rate))
-            kept = min(slots, max(0, -(-(seq_len - s * written - offset) // rate)))
+            keys = max(0, ceil_div(real - offset, rate))
+            kept = min(slots, max(0, ceil_div(seq_len - s * written - offset, rate)))
             alone = slots == 1 and keys == 0
             yield Segment(s, 1, keys, min(keys, kept), keys if kept > keys else -1, 0 if alone else slots - keys)
 
@@ -110,7 +111,7 @@ def visibility(
         q_pos: int64 `(B, Nq)`, the positions the outputs are written to.
         k_pos: int64 `(B, Nk)`.
         seq_len: int64 `(B, Nq)`, N of each query's sequence.
-        group: query heads a key head.
+        group: query heads per key head.
 
     Returns:
         Bool `(B, H, Nq, Nk)`; int64 `(B, Nq)`, -1 for a zero query; int64 `(B, H, Nq)`.

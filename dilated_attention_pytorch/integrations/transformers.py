@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.validation import check_choice
 from dilated_attention_pytorch.functional import dilated_attention
-from dilated_attention_pytorch.types import Backend, MixingGradient, Offsets
+from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -85,7 +85,7 @@ def use_dilated_attention(
     *,
     offsets: Offsets = "modulo",
     mixing_gradient: MixingGradient = "exact",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> None:
     """Switches a loaded model's attention to a dilated pattern, weights untouched; its config keeps the pattern.
 
@@ -103,7 +103,7 @@ def use_dilated_attention(
     """
     pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
-    check_choice("backend", backend, Backend)
+    check_choice("backend", backend, BackendName)
     # transformers takes a model without attention (Mamba) for one whose attention can be set.
     known = (hasattr(sys.modules.get(type(m).__module__), "ALL_ATTENTION_FUNCTIONS") for m in model.modules())
     if not getattr(model, "_can_set_attn_implementation", bool)() or not any(known):

@@ -1,84 +1,54 @@
-"""Which backend a call takes. Imports no Triton: asks whether it could be imported."""
+"""Which backend serves a call: one list of reasons chooses, refuses and is printed by `dilated-attention info`."""
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
+from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.core.validation import check_choice
-from dilated_attention_pytorch.types import Backend, MixingGradient
-
-_MAX_HEAD_DIM = 256
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from dilated_attention_pytorch.kernels.backend import Backend
+from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
+from dilated_attention_pytorch.kernels.triton import support
+from dilated_attention_pytorch.types import QKV, BackendName
 
 
 class BackendChoice(NamedTuple):
-    """Which backend a call takes, and why."""
+    """The backend that a call takes, and why."""
 
     backend: str
     reason: str
 
 
-def choose_backend(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    mixing_gradient: MixingGradient = "exact",
-    backend: Backend = "auto",
-) -> BackendChoice:
-    """The backend that a call takes.
+def choose_backend(x: QKV, problem: Problem, name: BackendName = "auto") -> BackendChoice:
+    """The backend that a call takes; a function of the call alone, so both passes agree.
 
     Args:
-        device: of q, k and v.
-        dtype: of q, k and v.
-        head_dim: D.
-        mixing_gradient: as in `dilated_attention`.
-        backend: what was asked for; a backend named explicitly is never replaced.
-
-    Returns:
-        The backend's name, and the reason in words.
+        x: queries, keys and values; only their device, dtype and width are looked at.
+        problem: the call's settings.
+        name: the backend asked for. A backend named explicitly is never replaced.
 
     Raises:
         ValueError: an unknown backend.
-
-    Example:
-        >>> choose_backend(torch.device("cpu"), torch.float32, 64).backend
-        'sdpa'
+        NotImplementedError: the backend named cannot compute the call; the message says why, and which one can.
     """
-    if backend != "auto":
-        check_choice("backend", backend, Backend)
-        return BackendChoice(backend, "asked for by name")
-    why_not = _why_not_triton(device, dtype, head_dim, mixing_gradient)
-    if why_not is None:
-        return BackendChoice("triton", "fused Triton kernels: one pass over all branches")
-    return BackendChoice("sdpa", f"torch's own attention, memory linear in N; not triton: {why_not}")
+    if name == "auto":
+        reasons = support.why_not(x, problem) or support.why_not_unasked(x)
+        if not reasons:
+            return BackendChoice("triton", "fused Triton kernels: one pass over all branches")
+        why = f"torch's own attention, memory linear in N; not triton: {'; '.join(reasons)}"
+        return BackendChoice("sdpa", why)
+    check_choice("backend", name, BackendName)
+    if name == "triton" and (reasons := support.why_not(x, problem)):
+        raise NotImplementedError(
+            f"backend='triton' cannot compute this call: {'; '.join(reasons)}; backend='sdpa' computes it"
+        )
+    return BackendChoice(name, "asked for by name")
 
 
-def _why_not_triton(
-    device: torch.device, dtype: torch.dtype, head_dim: int, mixing_gradient: MixingGradient
-) -> str | None:
-    if device.type != "cuda":
-        return f"the device is {device.type}, not cuda"
-    if dtype not in _TRITON_DTYPES:
-        return f"it has no {str(dtype).removeprefix('torch.')}"
-    if head_dim > _MAX_HEAD_DIM:
-        return f"head_dim {head_dim} is above {_MAX_HEAD_DIM}"
-    if mixing_gradient != "exact":
-        return f"it has no mixing_gradient={mixing_gradient!r}"
-    return _why_not_on(device)
+def backend_for(x: QKV, problem: Problem, name: BackendName = "auto") -> Backend:
+    """The module that serves a call; Triton is imported when it is first chosen."""
+    if choose_backend(x, problem, name).backend == "sdpa":
+        return sdpa
+    from dilated_attention_pytorch.kernels.triton import backend as triton
 
-
-@lru_cache
-def _why_not_on(device: torch.device) -> str | None:
-    if torch.version.hip is not None:
-        return "it is untested on ROCm"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+    return triton

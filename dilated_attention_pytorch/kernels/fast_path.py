@@ -1,4 +1,5 @@
-"""Calls of a kind that was seen before, without what only a first call needs.
+"""Fast path for repeated calls: skips validation and the dispatcher when the same shapes, strides, dtypes and settings
+were seen before.
 
 On a short sequence the host decides the time: validating a call takes longer than its kernel, and so does an op's way
 through PyTorch's dispatcher. Neither can turn out otherwise for a second call of the same kind. So a call that nothing
@@ -8,17 +9,17 @@ other call goes through the op.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels import ops
-
-Repeat = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+from dilated_attention_pytorch.kernels.backend import Repeat
+from dilated_attention_pytorch.kernels.choice import backend_for
+from dilated_attention_pytorch.types import QKV, BackendName
 
 _KEPT = 512  # kinds; sequence lengths may never repeat
 _known: dict[Hashable, Repeat] = {}
@@ -55,11 +56,11 @@ def repeat(kind: Hashable | None) -> Repeat | None:
     return None if kind is None else _known.get(kind)
 
 
-def remember(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str) -> None:
-    """Keeps how a call was computed that went through validation and the op."""
+def remember(kind: Hashable | None, x: QKV, problem: Problem, backend: BackendName) -> None:
+    """Keep how a call was computed that went through validation and the op."""
     if kind is None or problem.dropout_p > 0.0:
         return
-    again = ops.repeater(q, k, v, problem, backend)
+    again = backend_for(x, problem, backend).repeater(x, problem)
     if again is not None:
         if len(_known) >= _KEPT:
             oldest, *_ = tuple(_known)  # whole at once: other threads may add meanwhile
@@ -68,14 +69,11 @@ def remember(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, problem: Pr
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether something beside the caller wants to know of the call: the op's dispatch tells it."""
+    """True if autograd, torch.compile, a torch mode, functorch, forward AD or autocast has to see this call."""
     return (
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or torch_private.is_watched()
         or q.is_meta  # before autocast, which does not know the device
         or torch.is_autocast_enabled(q.device.type)
         or (q.is_cuda and q.device.index != torch.cuda.current_device())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.problem import Problem
 
 _COUNTER = "torch.utils.flop_counter"
@@ -68,12 +69,11 @@ def _backward(
 
 def _pairs(q: Tensor, k: Tensor, mask: Any, row_start: Any, cu_seqlens: Any, seed: Any, *settings: Any) -> int:
     """(query, key) pairs over a batch and its query heads; rows that a mask or row_start hides count as whole ones."""
-    segment_lengths, dilation_rates, *rest = settings[:11]
-    problem = Problem.of(int(k.shape[2]), tuple(segment_lengths), tuple(dilation_rates), *rest)
+    problem = Problem.unpack(int(k.shape[2]), settings[:11])
     pairs, causal = problem.pattern.pairs, problem.is_causal
     if cu_seqlens is not None:
         # A fake tensor has no values to read: then the packed row counts as one sequence.
-        known = not isinstance(cu_seqlens, torch._subclasses.FakeTensor)
+        known = not torch_private.is_fake(cu_seqlens)
         lengths = cu_seqlens.diff().tolist() if known else [q.shape[1]]
         total = sum(pairs(n, is_causal=causal) for n in lengths)
     else:

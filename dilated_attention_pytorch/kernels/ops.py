@@ -1,7 +1,10 @@
-"""The attention op as PyTorch sees it: schema, fake kernel, autograd, FLOPs. Imports no Triton.
+"""The attention op as PyTorch sees it: schema, fake kernel, autograd. Imports no Triton.
 
 One op with a `backend` argument: `torch.ops.dilated_attention_pytorch.attention`. Name it in a selective
 checkpointing policy to keep its result instead of computing it twice.
+
+Registered by `define`, `impl` and an `autograd.Function`: 17 us per call without gradients and 29 with, where
+`custom_op` and `register_autograd` take 24 and 117 (`benchmarks/dispatch.py`, docs/log.md).
 """
 
 from __future__ import annotations
@@ -11,197 +14,121 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.core.problem import SCHEMA, Problem
 from dilated_attention_pytorch.core.validation import check_row_start_values
 from dilated_attention_pytorch.kernels import flops
-from dilated_attention_pytorch.kernels.choice import choose_backend
-from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
+from dilated_attention_pytorch.kernels.choice import backend_for
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
+
+NAMESPACE = "dilated_attention_pytorch"
+INPUTS = "Tensor q, Tensor k, Tensor v"
+_MASKS = "Tensor? key_padding, Tensor? row_start, Tensor? cu_seqlens, Tensor? seed"
+_SETTINGS = f"{SCHEMA}, str backend"
+
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define(f"attention({INPUTS}, {_MASKS}, {_SETTINGS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+LIBRARY.define(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {INPUTS}, {_MASKS}, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+# q, k, v, *Masks, *Problem.pack(), backend -> out, lse
+attention = torch.ops.dilated_attention_pytorch.attention.default
+# *OutputGradient, *AttentionOutput, then as for attention -> dq, dk, dv
+attention_backward = torch.ops.dilated_attention_pytorch.attention_backward.default
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    problem: Problem,
-    *,
-    key_padding_mask: Tensor | None,
-    row_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Calls the op; arguments as in `core.reference.attention`, and the backend's name."""
-    refuse_tangents(q, k, v)
-    pattern = problem.pattern
-    return _attention(
-        q,
-        k,
-        v,
-        key_padding_mask,
-        row_start,
-        cu_seqlens,
-        seed,
-        list(pattern.segment_lengths),
-        list(pattern.dilation_rates),
-        pattern.offsets,
-        problem.is_causal,
-        problem.scale,
-        problem.dropout_p,
-        problem.q_start,
-        problem.k_start,
-        problem.seq_len,
-        problem.mixing_gradient,
-        problem.padding,
-        backend,
-    )
-
-
-def refuse_tangents(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """A custom op has no way to register a forward-mode formula: its outputs would just lose the tangents."""
-    if forward_ad._current_level < 0:
-        return
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for looking at a tangent
-            x = torch._C._functorch.get_unwrapped(x)
-        if forward_ad.unpack_dual(x).tangent is not None:
+def refuse_tangents(x: QKV) -> None:
+    """Raises for a forward-mode tangent: an op of ours has no formula for it, and its outputs would just lose it."""
+    for name, tensor in zip(x._fields, x, strict=True):
+        if torch_private.has_tangent(tensor):
             raise NotImplementedError(
                 f"expected no forward-mode tangent (torch.func.jvp, make_dual), got one on {name}; "
                 "backend='reference' of dilated_attention computes it"
             )
 
 
-@torch.library.custom_op("dilated_attention_pytorch::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None,
-    row_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    offsets: str,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    q_start: int,
-    k_start: int,
-    seq_len: int,
-    mixing_gradient: str,
-    padding: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
-    problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
-    if row_start is not None:
-        check_row_start_values(row_start)
-    out, lse = implementation(q, problem, backend).forward(
-        q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
-    )
-    return out.to(q.dtype), lse
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, masks = QKV(*arguments[:3]), Masks(*arguments[3:7])
+    problem = Problem.unpack(x.k.shape[2], arguments[7:-1])
+    if masks.row_start is not None:
+        check_row_start_values(masks.row_start)
+    out, lse = backend_for(x, problem, arguments[-1]).forward(x, problem, masks)
+    return out.to(x.q.dtype), lse
 
 
-@_attention.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grad, saved = OutputGradient(*arguments[:2]), AttentionOutput(*arguments[2:4])
+    x, masks = QKV(*arguments[4:7]), Masks(*arguments[7:11])
+    problem = Problem.unpack(x.k.shape[2], arguments[11:-1])
+    grads = backend_for(x, problem, arguments[-1]).backward(grad, x, saved, problem, masks)
+    return tuple(y.to(x.q.dtype) for y in grads)
+
+
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
     return q.new_empty(q.shape), lse
 
 
-@torch.library.custom_op("dilated_attention_pytorch::attention_backward", mutates_args=())
-def _attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None,
-    row_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    offsets: str,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    q_start: int,
-    k_start: int,
-    seq_len: int,
-    mixing_gradient: str,
-    padding: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    settings = (tuple(segment_lengths), tuple(dilation_rates), offsets, is_causal, scale, dropout_p)
-    problem = Problem.of(k.shape[2], *settings, q_start, k_start, seq_len, mixing_gradient, padding)
-    grads = implementation(q, problem, backend).backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        problem,
-        key_padding_mask=key_padding_mask,
-        row_start=row_start,
-        cu_seqlens=cu_seqlens,
-        seed=seed,
-    )
-    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
-    return dq, dk, dv
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[4:7])
 
 
-@_attention_backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+class _Attention(torch.autograd.Function):
+    """The op's derivative: the backward op, given the inputs, the masks and what the forward returned."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch_private.below_autograd():
+            output: tuple[Tensor, Tensor] = attention(*arguments)
+        ctx.save_for_backward(*output, *arguments[:7])
+        ctx.settings = arguments[7:]
+        ctx.set_materialize_grads(False)  # an unused lse costs nothing
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        saved, nothing = ctx.saved_tensors, (None,) * (4 + len(ctx.settings))
+        if grad_out is None and grad_lse is None:
+            return None, None, None, *nothing
+        grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
+        return *attention_backward(grad_out, grad_lse, *saved, *ctx.settings), *nothing
 
 
-def implementation(q: Tensor, problem: Problem, backend: Any) -> Any:
-    """The module whose `forward` and `backward` serve a call; a function of the call alone, so both passes agree."""
-    choice = choose_backend(q.device, q.dtype, q.shape[-1], mixing_gradient=problem.mixing_gradient, backend=backend)
-    if choice.backend == "sdpa":
-        return sdpa
-    try:
-        from dilated_attention_pytorch.kernels.triton import launch
-    except ModuleNotFoundError as error:
-        raise NotImplementedError(
-            f"backend='triton' needs the package {error.name!r}, which is not installed; backend='sdpa' computes it"
-        ) from error
-    return launch
+class _AttentionBackward(torch.autograd.Function):
+    """The end of the road: the backward op has no derivative, and says so only to whoever asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch_private.below_autograd():
+            return attention_backward(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError("expected first derivatives only; backend='reference' computes second ones")
 
 
-def repeater(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, backend: str
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None:
-    """What computes out and lse for tensors of the same layout without the op; None where nothing is gained."""
-    return implementation(q, problem, backend).repeater(q, k, v, problem)
+def at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What an op does at the Autograd key: its Function where a gradient is wanted, else the op itself."""
+
+    def differentiable(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        with torch_private.below_autograd():
+            return op(*arguments)
+
+    return differentiable
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:7])
-    ctx.settings = inputs[7:]
-    ctx.set_materialize_grads(False)  # an unused lse costs nothing
-
-
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, q, k, v, *extras = ctx.saved_tensors
-    none = (None,) * (len(extras) + len(ctx.settings))
-    if grad_out is None and grad_lse is None:
-        return None, None, None, *none
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _attention_backward(grad_out, grad_lse, out, lse, q, k, v, *extras, *ctx.settings)
-    return *grads, *none
-
-
-_attention.register_autograd(_differentiate, setup_context=_setup_context)
-
-
+LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention", at_autograd(attention, _Attention), "Autograd")
+LIBRARY.impl("attention_backward", at_autograd(attention_backward, _AttentionBackward), "Autograd")
+torch.library.register_fake(f"{NAMESPACE}::attention", _fake_forward, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::attention_backward", _fake_backward, lib=LIBRARY)
 flops.register_when_counted()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.precision import accumulator
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.models.longnet import LongNetLM
@@ -167,7 +168,7 @@ def token_probabilities(
     Returns:
         `(B, vocab_size)`, fp32 (fp64), summing to 1.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(accumulator(logits.dtype)) / temperature
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     size = logits.shape[-1]

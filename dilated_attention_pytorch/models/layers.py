@@ -16,7 +16,7 @@ from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
-from dilated_attention_pytorch.types import Backend
+from dilated_attention_pytorch.types import BackendName
 
 
 class FeedForward(nn.Module):
@@ -80,7 +80,7 @@ class Layer(nn.Module):
         *,
         cross_attention: bool = False,
         recompute: bool = False,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -192,7 +192,7 @@ class LayerStack(nn.Module):
         *,
         cross_attention: bool = False,
         recompute: bool = False,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

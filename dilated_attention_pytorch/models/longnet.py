@@ -17,7 +17,7 @@ from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.generation import Sampling, generate, stream
 from dilated_attention_pytorch.models.layers import LayerStack
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers
-from dilated_attention_pytorch.types import Backend
+from dilated_attention_pytorch.types import BackendName
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,7 +75,7 @@ class LongNet(nn.Module):
         self,
         config: LongNetConfig | None = None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -142,7 +142,7 @@ class LongNetEncoder(nn.Module):
         self,
         config: LongNetConfig | None = None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -206,7 +206,7 @@ class LongNetLM(nn.Module):
         self,
         config: LongNetConfig | None = None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -15,7 +15,7 @@ from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig, config_from_dict, config_to_dict
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
-from dilated_attention_pytorch.types import Backend, Offsets
+from dilated_attention_pytorch.types import BackendName, Offsets
 
 PatchPositions = Literal["learned", "sincos"]
 PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
@@ -161,7 +161,7 @@ class LongViT(nn.Module):
         self,
         config: LongViTConfig | None = None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

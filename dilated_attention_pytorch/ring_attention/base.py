@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
-from dilated_attention_pytorch.types import AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput
 
 
 class BaseRingAttention(nn.Module, ABC):
@@ -95,7 +95,7 @@ class BaseRingAttention(nn.Module, ABC):
         seed: int | Tensor | None = None,
     ) -> AttentionOutput:
         """`forward` together with the log-sum-exp `(B, H, n)`; both are differentiable."""
-        validation.check_qkv(query, key, value, packed=False)
+        validation.check_qkv(QKV(query, key, value))
         if query.shape[1] != key.shape[1]:
             raise ValueError(
                 "expected query, key and value of the same positions, got "

@@ -11,7 +11,7 @@ import torch
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.types import Backend, Offsets, Padding
+from dilated_attention_pytorch.types import BackendName, Offsets, Padding
 
 Mode = Literal["auto", "sparse", "ring", "gather"]
 RemoteRows = Literal["keep", "refetch"]
@@ -79,7 +79,7 @@ class RingAttentionConfig:
     remote_rows: RemoteRows = "keep"
     check: Check = "first"
     timeout: float = 600.0
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
         pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ class RingAttentionConfig:
         validation.check_choice("mode", self.mode, Mode)
         validation.check_choice("remote_rows", self.remote_rows, RemoteRows)
         validation.check_choice("check", self.check, Check)
-        validation.check_choice("backend", self.backend, Backend)
+        validation.check_choice("backend", self.backend, BackendName)
         if self.backend == "reference":
             raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
         object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))

@@ -18,12 +18,13 @@ from torch._C._distributed_c10d import _resolve_process_group
 from dilated_attention_pytorch.core import zero_keys
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.choice import backend_for
 from dilated_attention_pytorch.ring_attention import schedule
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, plan_for, unit_bytes
-from dilated_attention_pytorch.ring_attention.step import Step, TorchStep
+from dilated_attention_pytorch.ring_attention.step import BackendStep
 from dilated_attention_pytorch.ring_attention.utils import handshake
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
-from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
+from dilated_attention_pytorch.types import QKV
 
 _DENSE_ENOUGH = 0.8  # of all remote rows: from there on, fetching everything spares the packing
 _TOO_MUCH = 4.0  # times the longest shard: from there on, rows come one peer at a time
@@ -222,7 +223,17 @@ def _call(
     if gradient_dtype:
         wire_dtype = getattr(torch, gradient_dtype)
     chosen = choose_mode(plan) if mode == "auto" else mode
-    return schedule.Call(plan, problem, chosen, _step(backend), channel, wire_dtype, keep_rows, zeros)
+    step = BackendStep(backend_for(QKV(q, k, k), problem, backend))
+    return schedule.Call(
+        plan,
+        problem,
+        chosen,
+        step,
+        channel,
+        wire_dtype,
+        keep_rows,
+        zeros,
+    )
 
 
 def choose_mode(plan: RingPlan) -> str:
@@ -237,10 +248,6 @@ def choose_mode(plan: RingPlan) -> str:
     if plan.largest_arrival > _TOO_MUCH * plan.pattern.num_heads * max(plan.lengths):
         return "ring"
     return "sparse"
-
-
-def _step(backend: str) -> Step:
-    return TorchStep() if backend == "sdpa" else OpStep(backend)
 
 
 def _seed_out(q: Tensor, seed: Tensor | None) -> Tensor:

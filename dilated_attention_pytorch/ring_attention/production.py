@@ -11,13 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention_pytorch._deprecated import takes_old_call
 from dilated_attention_pytorch.core import dropout, validation
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.functional import dilated_attention_with_lse, in_autocast_dtype
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.ops import refuse_tangents
 from dilated_attention_pytorch.ring_attention import op
 from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
 from dilated_attention_pytorch.ring_attention.config import OLD_RING, RingAttentionConfig
-from dilated_attention_pytorch.types import AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput
 
 # 0.2's `RingDilatedAttention` was another name of its `RingDilatedAttentionV2Collective`; until 0.4.0.
 _OLD = OLD_RING._replace(
@@ -99,8 +101,13 @@ class RingDilatedAttention(BaseRingAttention):
                 padding=config.padding,
                 backend=config.backend,
             )
-        refuse_tangents(query, key, value)
-        query, key, value = in_autocast_dtype(query, key, value)
+        x = QKV(*in_autocast_dtype(query, key, value))
+        refuse_tangents(x)
+        query, key, value = x
+        lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
+        pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)
+        scale = validation.check_scale(config.scale, query.shape[-1])
+        problem = Problem(pattern, is_causal, scale, dropout_p)
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         wire = config.gradient_dtype
         out, lse, *_ = op.ring_attention(
@@ -113,7 +120,7 @@ class RingDilatedAttention(BaseRingAttention):
             list(config.dilation_rates),
             config.offsets,
             is_causal,
-            validation.check_scale(config.scale, query.shape[-1]),
+            scale,
             dropout_p,
             config.padding,
             self.group_name,
@@ -124,7 +131,7 @@ class RingDilatedAttention(BaseRingAttention):
             seed is not None,
             config.check,
             float(config.timeout),
-            choose_backend(query.device, query.dtype, query.shape[-1], backend=config.backend).backend,
+            choose_backend(x, problem, config.backend).backend,
         )
         return AttentionOutput(out, lse)
 

@@ -6,9 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
+from dilated_attention_pytorch.core.problem import Problem, one_segment
+from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.kernels.sdpa import torch_calls
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -42,35 +43,50 @@ class Step(Protocol):
         """Its gradients, as `torch_calls.backward`."""
 
 
-class TorchStep:
-    """Torch's own attention, on any device; partials stay in fp32."""
+class BackendStep:
+    """A `Step` over a backend of the op."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, key_padding_mask: Tensor | None, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `Step`."""
-        return sdpa.forward(q, k, v, problem, key_padding_mask=key_padding_mask, seed=seed)
+        return self.backend.forward(QKV(q, k, v), problem, Masks(key_padding_mask, seed=seed))
 
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         problem: Problem, *, key_padding_mask: Tensor | None, seed: Tensor | None,
     ) -> Gradients:  # fmt: skip
         """See `Step`."""
-        return sdpa.backward(
-            grad_out, grad_lse, q, k, v, out, lse, problem, key_padding_mask=key_padding_mask, seed=seed
-        )
+        saved, masks = AttentionOutput(out, lse), Masks(key_padding_mask, seed=seed)
+        return self.backend.backward(OutputGradient(grad_out, grad_lse), QKV(q, k, v), saved, problem, masks)
 
     def rows_forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        """See `Step`."""
-        return torch_calls.forward(q, k, v, scale=scale, is_causal=False, bias=bias, drop=drop)
+        """See `Step`. Masks and dropout follow positions that the rows no longer tell: torch's engine takes those."""
+        if bias is not None or drop is not None:
+            return torch_calls.forward(QKV(q, k, v), torch_calls.Softmax(scale, False, bias, drop))
+        problem = one_segment(q.shape[2], k.shape[2], k.shape[1], scale)
+        out, lse = self.backend.forward(QKV(*(x.transpose(1, 2) for x in (q, k, v))), problem)
+        return out.transpose(1, 2), lse.unsqueeze(-1)
 
     def rows_backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
         scale: float, bias: Tensor | None, drop: torch_calls.Dropout | None,
     ) -> Gradients:  # fmt: skip
         """See `Step`."""
-        return torch_calls.backward(
-            grad_out, q, k, v, out, lse, scale=scale, is_causal=False, bias=bias, drop=drop, grad_lse=grad_lse
+        if bias is not None or drop is not None:
+            how = torch_calls.Softmax(scale, False, bias, drop)
+            grad, saved = OutputGradient(grad_out, grad_lse), AttentionOutput(out, lse)
+            return torch_calls.backward(grad, QKV(q, k, v), saved, how)
+        problem = one_segment(q.shape[2], k.shape[2], k.shape[1], scale)
+        grad_lse, lse = None if grad_lse is None else grad_lse.squeeze(-1), lse.squeeze(-1)
+        grad_out, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, q, k, v, out))
+        grads = self.backend.backward(
+            OutputGradient(grad_out, grad_lse), QKV(q, k, v), AttentionOutput(out, lse), problem
         )
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        return dq, dk, dv

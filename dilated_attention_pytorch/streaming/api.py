@@ -14,7 +14,7 @@ from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming.call import Settings, check_target, prepare, refuse
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
-from dilated_attention_pytorch.types import AttentionOutput, Backend, Offsets
+from dilated_attention_pytorch.types import AttentionOutput, BackendName, Offsets
 
 Sink = TypeVar("Sink", bound=RangeSink)
 
@@ -43,7 +43,7 @@ def dilated_attention_streamed(
     scale: float | None = None,
     offsets: Offsets = "modulo",
     key_padding_mask: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     out: Tensor | RangeSink | None = None,
     device: torch.device | str | None = None,
     device_limit: int | None = None,

@@ -14,13 +14,12 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels import ops
-from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.kernels.choice import backend_for, choose_backend
 from dilated_attention_pytorch.streaming import pages, pipeline
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource, Reader, TensorReader, reader, writer
-from dilated_attention_pytorch.types import Backend, Offsets
+from dilated_attention_pytorch.types import QKV, BackendName, Offsets
 
 CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU where no limit is given
 _SHARE = 0.8  # of a GPU's free memory
@@ -35,7 +34,7 @@ class Settings:
     is_causal: bool
     scale: float | None
     offsets: Offsets
-    backend: Backend
+    backend: BackendName
     device: torch.device | str | None
     device_limit: int | None
     range_length: int | None
@@ -103,7 +102,7 @@ def prepare(
     inputs: dict[str, Tensor | RangeSource] = {"q": q, "k": k, "v": v, **(upstream or {})}
     for name, x in inputs.items():
         _check_input(name, x)
-    check.check_qkv(*(_stand_in(x) for x in (q, k, v)), packed=False)
+    check.check_qkv(QKV(*(_stand_in(x) for x in (q, k, v))))
     batch, n, heads, width = tuple(q.shape)
     kv_heads = k.shape[2]
     if k.shape[1] != n:
@@ -129,13 +128,15 @@ def prepare(
             check.check_positive_int(name, getattr(settings, name))
     problem = Problem(pattern, settings.is_causal, float(scale), 0.0, 0, 0, n, "exact", "none")
     device = _device(settings.device)
-    check.check_choice("backend", settings.backend, Backend)
+    check.check_choice("backend", settings.backend, BackendName)
     if settings.backend == "reference":
         raise NotImplementedError(
             "backend='reference' computes whole sequences alone, with dilated_attention; expected 'auto', 'sdpa' or "
             "'triton' here"
         )
-    chosen = choose_backend(device, q.dtype, width, backend=settings.backend).backend
+    rows = QKV(*(torch.empty((batch, 0, h, width), dtype=q.dtype, device=device) for h in (heads, kv_heads, kv_heads)))
+    engine = backend_for(rows, problem, settings.backend)
+    chosen = choose_backend(rows, problem, settings.backend).backend
     sizes = Sizes(
         batch, heads, kv_heads, width, q.dtype, key_padding_mask is not None, upstream is not None, chosen == "triton",
         device.type,
@@ -143,10 +144,6 @@ def prepare(
     readers = {name: reader(name, x, 2 if name == "lse" else 1) for name, x in inputs.items()}
     if key_padding_mask is not None:
         readers["mask"] = TensorReader(key_padding_mask)
-    rows = torch.empty((batch, 0, heads, width), dtype=q.dtype, device=device)
-    engine = ops.implementation(rows, problem, chosen)
-    if sizes.is_fused:
-        engine.check_supported(rows, problem)
     return Call(problem, sizes, device, engine, settings, readers)
 
 

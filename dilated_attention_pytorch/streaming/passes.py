@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.merge import merge_into
+from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.streaming.compact import CompactBranch
 from dilated_attention_pytorch.streaming.ranges import RangePlan
 from dilated_attention_pytorch.streaming.sources import Reader
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
 
 class Load(NamedTuple):
@@ -76,7 +78,7 @@ class Pass(ABC):
         engine: the backend's module, `core.sdpa` or the Triton launcher.
     """
 
-    def __init__(self, plan: RangePlan, readers: dict[str, Reader], engine: Any) -> None:
+    def __init__(self, plan: RangePlan, readers: dict[str, Reader], engine: Backend) -> None:
         self.plan, self.readers, self.engine = plan, readers, engine
         self._parts: dict[CompactBranch, list[Part]] = {branch: [] for branch in plan.compact}
 
@@ -158,7 +160,7 @@ class ForwardPass(Pass):
             lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=accumulator)
         else:
             whole = problem.at(0, 0, stop - start)
-            out, lse = self.engine.forward(q, x["k"], x["v"], whole, key_padding_mask=x.get("mask"))
+            out, lse = self.engine.forward(QKV(q, x["k"], x["v"]), whole, Masks(x.get("mask")))
         meeting = self._meeting(start, stop)
         if meeting:
             out = out.to(accumulator)
@@ -174,7 +176,7 @@ class ForwardPass(Pass):
 
     def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
         problem = branch.problem(rows, self.plan.problem.is_causal, self.plan.problem.scale)
-        out, lse = self.engine.forward(x["q"], x["k"], x["v"], problem, key_padding_mask=x.get("mask"))
+        out, lse = self.engine.forward(QKV(x["q"], x["k"], x["v"]), problem, Masks(x.get("mask")))
         return out, lse.transpose(1, 2).unsqueeze(-1)
 
 
@@ -202,8 +204,6 @@ class BackwardPass(Pass):
         return self._engine(branch.problem(rows, self.plan.problem.is_causal, self.plan.problem.scale), x)
 
     def _engine(self, problem: Any, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = self.engine.backward(
-            x["grad_out"], None, x["q"], x["k"], x["v"], x["out"], x["lse"].transpose(1, 2), problem,
-            key_padding_mask=x.get("mask"),
-        )  # fmt: skip
-        return grads
+        saved = AttentionOutput(x["out"], x["lse"].transpose(1, 2))
+        inputs = QKV(x["q"], x["k"], x["v"])
+        return self.engine.backward(OutputGradient(x["grad_out"], None), inputs, saved, problem, Masks(x.get("mask")))

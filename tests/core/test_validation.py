@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.core.problem import one_segment
 from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.types import QKV
 
 ONE = {"segment_lengths": [8], "dilation_rates": [1]}
 
@@ -251,7 +253,7 @@ def test_a_named_backend_never_falls_back():
 
 def test_an_unknown_backend_is_no_choice():
     with pytest.raises(ValueError, match=r"expected backend to be one of .* got 'foo'"):
-        choose_backend(GOOD.device, GOOD.dtype, 8, backend="foo")
+        choose_backend(QKV(GOOD, GOOD, GOOD), one_segment(1, 1, 1, 1.0), "foo")
 
 
 def test_arguments_after_the_tensors_are_keyword_only():

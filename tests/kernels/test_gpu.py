@@ -1,6 +1,7 @@
 """The op on a CUDA device, against the reference in fp64 on the same inputs."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dilated_attention_pytorch import MultiheadDilatedAttention, dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.core.problem import one_segment
 from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.sdpa import torch_calls
 from dilated_attention_pytorch.testing import relative_norm
+from dilated_attention_pytorch.types import QKV
 
 pytestmark = [
     pytest.mark.gpu,
@@ -131,10 +134,11 @@ def test_every_cuda_engine_is_used():
 
 
 def test_auto_takes_triton_and_says_why_not():
-    cuda = torch.device("cuda", 0)
-    assert choose_backend(cuda, torch.bfloat16, 64).backend == "triton"
-    assert "float64" in choose_backend(cuda, torch.float64, 64).reason
-    assert "detached" in choose_backend(cuda, torch.bfloat16, 64, mixing_gradient="detached").reason
+    problem = one_segment(1, 1, 1, 1.0)
+    half = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    assert choose_backend(QKV(half, half, half), problem).backend == "triton"
+    assert "float64" in choose_backend(QKV(*(half.double(),) * 3), problem).reason
+    assert "detached" in choose_backend(QKV(half, half, half), replace(problem, mixing_gradient="detached")).reason
 
 
 def qkv(n=4096, heads=4, width=64, dtype=torch.bfloat16, grad=True):
@@ -253,10 +257,10 @@ def test_lse_is_that_of_the_reference():
 
 def test_selective_checkpointing_keeps_the_op(monkeypatch):
     """A policy that names the op spares its second run, and the gradients stay the same bits."""
-    from dilated_attention_pytorch.kernels.triton import launch
+    from dilated_attention_pytorch.kernels.triton import backend
 
-    op, runs, run = torch.ops.dilated_attention_pytorch.attention.default, [], launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *args, **kwargs: runs.append(1) or run(*args, **kwargs))
+    op, runs, run = torch.ops.dilated_attention_pytorch.attention.default, [], backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *args, **kwargs: runs.append(1) or run(*args, **kwargs))
     q, k, v = (torch.randn(1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 
     def gradients(saved):

@@ -40,7 +40,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
 
     from dilated_attention_pytorch.core.pattern import DilatedPattern
     from dilated_attention_pytorch.core.problem import Problem
-    from dilated_attention_pytorch.kernels.triton import configs, launch, launch_aligned
+    from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned
 
     class NoGPU:
         def get_current_target(self):
@@ -87,7 +87,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
     for width, heads, dtype in cases:
         q = torch.empty(1, n, heads, width, dtype=getattr(torch, dtype))
         lse = torch.empty(1, heads, n)
-        layout = launch.Layout(None, None, None, None)
+        layout = backend.Layout(None, None, None, None)
 
         for is_causal in (False, True):
 
@@ -97,9 +97,9 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             problem = Problem(
                 DilatedPattern(lengths, rates, heads), is_causal, width**-0.5, 0.0, 0, 0, n, "exact", "none"
             )
-            launch.forward_branch(q, q, q, q, lse, problem, layout, 1, config("forward"), first=False)
-            launch.backward_branch_dq(q, q, q, q, lse, lse, q, problem, layout, 1, config("dq"), first=False)
-            launch.backward_branch_dkv(q, q, q, q, lse, lse, q, q, problem, layout, 1, config("dkv"), first=False)
+            backend.forward_branch(q, q, q, q, lse, problem, layout, 1, config("forward"), first=False)
+            backend.backward_branch_dq(q, q, q, q, lse, lse, q, problem, layout, 1, config("dq"), first=False)
+            backend.backward_branch_dkv(q, q, q, q, lse, lse, q, q, problem, layout, 1, config("dkv"), first=False)
             if not configs.candidates("aligned_forward", q, is_causal):
                 continue
             plan = launch_aligned.alignment(problem, n, n, causal=True)

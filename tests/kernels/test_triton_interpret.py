@@ -20,7 +20,9 @@ if type(triton.language.cdiv).__name__ != "InterpretedFunction":
 from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels.triton import configs, launch, launch_aligned, replay
+from dilated_attention_pytorch.kernels.choice import choose_backend
+from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned, replay
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
 
 def make_problem(lengths, rates, kv_heads, d, seq_len, *, offsets="modulo", **changes) -> Problem:
@@ -29,6 +31,10 @@ def make_problem(lengths, rates, kv_heads, d, seq_len, *, offsets="modulo", **ch
         padding="none",
     )  # fmt: skip
     return Problem(DilatedPattern(lengths, rates, kv_heads, offsets), **(settings | changes))
+
+
+def masks_of(layout: dict) -> Masks:
+    return Masks(*(layout.get(name) for name in ("key_padding_mask", "row_start", "cu_seqlens", "seed")))
 
 
 def oracle(inputs: list[Tensor], problem: Problem, layout: dict, dtype: torch.dtype) -> list[Tensor]:
@@ -60,8 +66,11 @@ def check(
     shapes = (batch, n, heads, d), (batch, n_keys, kv_heads, d), (batch, n_keys, kv_heads, d), (batch, n, heads, d)
     inputs = [torch.randn(s, generator=generator).to(dtype) for s in (*shapes, (batch, heads, n))]
     q, k, v, grad_out, grad_lse = inputs
-    out, lse = launch.forward(q, k, v, problem, **layout)
-    grads = launch.backward(grad_out, grad_lse.float(), q, k, v, out, lse, problem, **layout)
+    masks = masks_of(layout)
+    out, lse = backend.forward(QKV(q, k, v), problem, masks)
+    grads = backend.backward(
+        OutputGradient(grad_out, grad_lse.float()), QKV(q, k, v), AttentionOutput(out, lse), problem, masks
+    )
     assert (out.dtype, lse.dtype, *(g.dtype for g in grads)) == (dtype, torch.float32, dtype, dtype, dtype)
     exact = oracle(inputs, problem, layout, torch.float64)
     assert torch.equal(torch.isneginf(lse), torch.isneginf(reference.attention(q, k, v, problem, **layout).lse))
@@ -201,7 +210,7 @@ class TestAligned:
         """Segments of 32 are the shard's own; it lies within one of 192, at a multiple of the rate."""
         lengths, rates = (32, 192), (1, 4)
         problem = make_problem(lengths, rates, 4, 16, 192, q_start=start, k_start=start, **changes)
-        nearer = problem.counted_from_range(64, 64)
+        nearer = problem.rebased(64, 64)
         assert nearer == make_problem(lengths, rates, 4, 16, 64, **changes)
         assert launch_aligned.alignment(nearer, 64, 64, causal=True) is not None
         check(1, 64, 4, 16, lengths, rates, q_start=start, k_start=start, seq_len=192, **changes)
@@ -242,7 +251,7 @@ def test_launches_have_one_axis_and_terms_are_as_many_as_rows(batch, n, heads, r
     monkeypatch.setattr(replay, "empty", allocate)
     q, lse = torch.zeros(batch, n, heads, 16), torch.zeros(batch, heads, n)
     problem = make_problem((n,), (rate,), heads, 16, n)
-    launch._backward(q, None, q, q, q, q, lse, problem, launch.Layout(None, None, None, None))
+    backend._backward(q, None, q, q, q, q, lse, problem, backend.Layout(None, None, None, None))
     assert [len(grid) for grid in grids] == [1] * 4
     assert [math.prod(shape) for shape in shapes if shape[0] == 2] == [2 * batch * heads * n]
 
@@ -264,7 +273,7 @@ def test_strided_inputs_past_the_heads():
     packed = torch.randn(1, 64, 3, 2, 16)
     problem = make_problem((32, 64), (1, 2), 2, 16, 64)
     q, k, v = packed.unbind(2)
-    out, lse = launch.forward(q, k, v, problem)
+    out, lse = backend.forward(QKV(q, k, v), problem)
     expected = reference.attention(q, k, v, problem)
     torch.testing.assert_close(out, expected.out)
     torch.testing.assert_close(lse, expected.lse)
@@ -273,8 +282,9 @@ def test_strided_inputs_past_the_heads():
 def test_detached_mixing_names_the_backend_that_can():
     q = torch.randn(1, 8, 1, 16)
     problem = make_problem((8,), (1,), 1, 16, 8, mixing_gradient="detached")
-    with pytest.raises(NotImplementedError, match="sdpa"):
-        launch.forward(q, q, q, problem)
+    assert backend.why_not(QKV(q, q, q), problem) == ["it has no mixing_gradient='detached'"]
+    with pytest.raises(NotImplementedError, match=r"detached.*sdpa"):
+        choose_backend(QKV(q, q, q), problem, "triton")
 
 
 class TestReplay:
@@ -289,8 +299,10 @@ class TestReplay:
             generator = torch.Generator().manual_seed(seed)
             inputs = [torch.randn(1, 64, 2, 16, generator=generator) for _ in range(4)]
             inputs.append(torch.randn(1, 2, 64, generator=generator))
-            out, lse = launch.forward(*inputs[:3], problem)
-            grads = launch.backward(inputs[3], inputs[4], *inputs[:3], out, lse, problem)
+            out, lse = backend.forward(QKV(*inputs[:3]), problem)
+            grads = backend.backward(
+                OutputGradient(inputs[3], inputs[4]), QKV(*inputs[:3]), AttentionOutput(out, lse), problem
+            )
             assert len(replay._tapes) == 2
             for a, b in zip((out, lse, *grads), oracle(inputs, problem, {}, torch.float64), strict=True):
                 assert error(a, b) < 1e-5
@@ -298,7 +310,7 @@ class TestReplay:
     def test_equal_inputs_leave_no_tape(self):
         q, k, v = torch.randn(3, 1, 40, 2, 16).unbind(0)
         problem = make_problem((7, 23), (1, 2), 2, 16, 40)
-        launch.forward(q, q, q, problem)
-        launch.forward(q, k, v, problem)
+        backend.forward(QKV(q, q, q), problem)
+        backend.forward(QKV(q, k, v), problem)
         expected = reference.attention(q, v, k, problem)
-        torch.testing.assert_close(launch.forward(q, v, k, problem)[0], expected.out)
+        torch.testing.assert_close(backend.forward(QKV(q, v, k), problem)[0], expected.out)

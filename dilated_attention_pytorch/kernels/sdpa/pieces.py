@@ -13,7 +13,7 @@ from dilated_attention_pytorch.core.pattern import Span
 from dilated_attention_pytorch.core.problem import Problem
 
 
-class Rows(NamedTuple):
+class SlotRows(NamedTuple):
     """Rows `start + s * segment_stride + j * slot_stride` of a tensor, for segments s and slots j."""
 
     start: int
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
         """The view `(B, num_segments, num_slots, heads, D)` of x `(B, N, H, D)`."""
         x = x[:, :, heads]
         batch, row, head, width = x.stride()
-        # A step that is never taken may be as long as an int: elements times that would be none.
+        # With one segment (slot) the stride is unused and may be near 2**63; times the row stride it would overflow.
         segment = self.segment_stride * row if self.num_segments > 1 else row
         slot = self.slot_stride * row if self.num_slots > 1 else row
         return x.as_strided(
@@ -42,19 +42,19 @@ class Piece(NamedTuple):
     Attributes:
         branch: the branch it belongs to.
         heads: key/value heads that share the rows.
-        queries: rows of q, or None for a query of zeros (SPEC 5).
+        queries: rows of q, or None for a query of zeros (docs/spec.md, 5).
         keys: rows of k and v; may hold no slot.
         outputs: rows of out and lse that the queries' results belong to.
         is_causal: query slot j sees key slots up to j; then there are as many of one as of the other.
-        num_zero_keys: keys of logit 0 and value 0 beside the real ones (SPEC 5).
+        num_zero_keys: keys of logit 0 and value 0 beside the real ones (docs/spec.md, 5).
         is_first: no earlier piece writes these outputs.
     """
 
     branch: int
     heads: slice
-    queries: Rows | None
-    keys: Rows
-    outputs: Rows
+    queries: SlotRows | None
+    keys: SlotRows
+    outputs: SlotRows
     is_causal: bool
     num_zero_keys: int
     is_first: bool
@@ -63,11 +63,10 @@ class Piece(NamedTuple):
 @lru_cache(maxsize=1024)
 def pieces(problem: Problem, num_queries: int, num_keys: int) -> tuple[Piece, ...]:
     """The pieces of one sequence (range), branch by branch, the densest branch first."""
-    order = sorted(range(len(problem.pattern.branches)), key=lambda i: problem.pattern.dilation_rates[i])
     cut = _zero_key_pieces if problem.padding == "zero_keys" else _branch_pieces
     return tuple(
         piece
-        for rank, branch in enumerate(order)
+        for rank, branch in enumerate(problem.branch_order)
         for offset, heads in problem.pattern.head_groups(branch)
         for piece in cut(problem, branch, offset, heads, num_queries, num_keys, rank == 0)
     )
@@ -83,8 +82,8 @@ def _branch_pieces(
         base = span.first_segment * length + offset
         for q_lo, q_hi, k_lo, k_hi, is_causal, covers in _cut_diagonal(span, problem.is_causal):
             q_base, k_base = base + q_lo * rate - problem.q_start, base + k_lo * rate - problem.k_start
-            queries = Rows(q_base, span.num_segments, length, q_hi - q_lo, rate)
-            keys = Rows(k_base, span.num_segments, length, k_hi - k_lo, rate)
+            queries = SlotRows(q_base, span.num_segments, length, q_hi - q_lo, rate)
+            keys = SlotRows(k_base, span.num_segments, length, k_hi - k_lo, rate)
             yield Piece(branch, heads, queries, keys, queries, is_causal, 0, is_first and covers)
 
 
@@ -118,12 +117,12 @@ def _zero_key_pieces(
     read, written = zero_keys.strides(length, rate, num_queries)
     for segment in zero_keys.segments(length, rate, offset, num_queries):
         first, count, num_slots = segment.first_segment, segment.num_segments, segment.queries
-        keys = Rows(first * read + offset, count, read, segment.keys, rate)
+        keys = SlotRows(first * read + offset, count, read, segment.keys, rate)
         if num_slots:
-            queries = Rows(first * read + offset, count, read, num_slots, rate)
-            outputs = Rows(first * written + offset, count, written, num_slots, rate)
+            queries = SlotRows(first * read + offset, count, read, num_slots, rate)
+            outputs = SlotRows(first * written + offset, count, written, num_slots, rate)
             yield Piece(branch, heads, queries, keys, outputs, False, segment.num_zero_keys, is_first)
         if segment.zero_query >= 0:
             row = first * written + offset + segment.zero_query * rate
-            outputs = Rows(row, count, written, 1, rate)
+            outputs = SlotRows(row, count, written, 1, rate)
             yield Piece(branch, heads, None, keys, outputs, False, segment.num_zero_keys, is_first)

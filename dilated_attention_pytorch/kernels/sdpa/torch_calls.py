@@ -7,13 +7,15 @@ and lse of each query, which makes the gradients of a query's keys exact even th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import dropout
-from dilated_attention_pytorch.core.precision import without_autocast
+from dilated_attention_pytorch.core import dropout, torch_private
+from dilated_attention_pytorch.core.precision import accumulator, without_autocast
+from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
 _TILE_ELEMENTS = 1 << 23  # logits that the eager engine holds at a time: 32 MiB in fp32
 
@@ -32,161 +34,128 @@ class Dropout(NamedTuple):
     p: float
 
 
+class Softmax(NamedTuple):
+    """How logits become weights.
+
+    Attributes:
+        scale: factor on q . k.
+        is_causal: query i sees keys up to i; then there are as many of one as of the other.
+        bias: `(b, 1, Lk, 1)`, 0 for a real key and -inf for a masked one; None without a mask.
+        drop: dropout of the weights; the lse is that of all weights.
+    """
+
+    scale: float
+    is_causal: bool = False
+    bias: Tensor | None = None
+    drop: Dropout | None = None
+
+
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype a call runs in: the input's, but fp32 for half precision on a CPU without AMX, which is faster."""
-    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and not torch.cpu._is_amx_tile_supported():
+    if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and not torch_private.has_amx():
         return torch.float32
     return dtype
 
 
-def name(q: Tensor, bias: Tensor | None = None, drop: Dropout | None = None, grad_lse: Tensor | None = None) -> str:
+def name(q: Tensor, how: Softmax = Softmax(1.0), grad_lse: Tensor | None = None) -> str:  # noqa: B008
     """Which engine serves a call: "cpu_flash", "cuda_flash", "cuda_efficient" or "eager"."""
-    if drop is not None or grad_lse is not None:
+    if how.drop is not None or grad_lse is not None:
         return "eager"  # torch's kernels take no mask of ours and give lse no gradient
     if q.device.type == "cpu":
         return "cpu_flash"
-    if q.device.type == "cuda" and q.dtype != torch.float64:
+    if q.device.type == "cuda" and q.dtype != torch.float64 and how.bias is None:
         # 16-byte rows are what the CUDA kernels load; other head widths are rare enough for the eager engine.
         aligned = q.shape[-1] * q.element_size() % 16 == 0
-        if aligned and bias is None and q.dtype != torch.float32 and q.shape[-1] <= 256 and _has_flash(q.device):
+        if aligned and q.dtype != torch.float32 and q.shape[-1] <= 256 and _has_flash(q.device):
             return "cuda_flash"
-        if aligned and bias is None and hasattr(torch.ops.aten, "_efficient_attention_forward"):
+        if aligned and hasattr(torch.ops.aten, "_efficient_attention_forward"):
             return "cuda_efficient"
     return "eager"
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, bias: Tensor | None, drop: Dropout | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of q over k, v.
-
-    Args:
-        q: `(b, H, Lq, D)`.
-        k: `(b, H, Lk, D)`; when causal, Lk = Lq and query i sees keys up to i.
-        v: like k.
-        scale: factor on q . k.
-        is_causal: see k.
-        bias: `(b, 1, Lk, 1)`, 0 for a real key and -inf for a masked one.
-        drop: dropout of the weights; the lse is that of all weights.
+def forward(x: QKV, how: Softmax) -> AttentionOutput:
+    """Attention of `(b, H, Lq, D)` queries over `(b, H, Lk, D)` keys.
 
     Returns:
         out `(b, H, Lq, D)`, 0 where no key is seen, and lse `(b, H, Lq, 1)`, -inf there.
     """
-    if scale <= 0:
-        sign, scale = _above_zero(scale)
-        return forward(q * sign, k, v, scale=scale, is_causal=is_causal, bias=bias, drop=drop)
-    engine = name(q, bias, drop)
+    if how.scale <= 0:
+        sign, scale = _above_zero(how.scale)
+        return forward(x._replace(q=x.q * sign), how._replace(scale=scale))
+    engine, scale, causal = name(x.q, how), how.scale, how.is_causal
     if engine == "cpu_flash":
-        dtype = compute_dtype(q.device, q.dtype)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        mask = None if bias is None else bias.to(dtype).transpose(-1, -2)
+        x = QKV(*_computed(*x))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+            *x, 0.0, causal, attn_mask=_row_bias(how.bias, x.q.dtype), scale=scale
         )
-        if bias is not None:  # the kernel reports lse 0 for a row that sees no key
-            empty = _empty_rows(bias, q.shape[2], is_causal)
+        if how.bias is not None:  # the kernel reports lse 0 for a row that sees no key
+            empty = _empty_rows(how.bias, x.q.shape[2], causal)
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     elif engine == "cuda_flash":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*x, 0.0, causal, False, scale=scale)[:2]
     elif engine == "cuda_efficient":
+        rows = (y.transpose(1, 2) for y in x)
         out, lse = torch.ops.aten._efficient_attention_forward(
-            *(x.transpose(1, 2) for x in (q, k, v)),
-            None,
-            None,
-            None,
-            None,
-            None,
-            0.0,
-            int(is_causal),
-            True,
-            scale=scale,
+            *rows, None, None, None, None, None, 0.0, int(causal), True, scale=scale
         )[:2]
-        out, lse = out.transpose(1, 2), lse[:, :, : q.shape[2]]  # its lse is padded to a multiple of 32
+        out, lse = out.transpose(1, 2), lse[:, :, : x.q.shape[2]]  # its lse is padded to a multiple of 32
     else:
-        return _eager_forward(q, k, v, scale, is_causal, bias, drop)
-    return out, lse.unsqueeze(-1)
+        return _eager_forward(x.q, x, how)
+    return AttentionOutput(out, lse.unsqueeze(-1))
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    bias: Tensor | None,
-    drop: Dropout | None,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: OutputGradient, x: QKV, saved: AttentionOutput, how: Softmax) -> QKV:
     """The gradients that this call's keys contribute.
 
     Args:
-        grad_out: `(b, H, Lq, D)`.
-        q, k, v, scale, is_causal, bias, drop: as in `forward`.
-        out: `(b, H, Lq, D)`, over all keys of the query, not only these.
-        lse: `(b, H, Lq, 1)`, likewise; +inf for a query that sees no key, so that its weights vanish.
-        grad_lse: `(b, H, Lq, 1)` or None.
-
-    Returns:
-        grad of q, k, v.
+        grad: out `(b, H, Lq, D)` and lse `(b, H, Lq, 1)` or None.
+        x: as in `forward`.
+        saved: out `(b, H, Lq, D)` and lse `(b, H, Lq, 1)` over all keys of the query, not only these; lse is +inf for
+            a query that sees no key, so that its weights vanish.
+        how: as in `forward`.
     """
-    if scale <= 0:
-        sign, scale = _above_zero(scale)
-        rest: dict[str, Any] = {"is_causal": is_causal, "bias": bias, "drop": drop, "grad_lse": grad_lse}
-        dq, dk, dv = backward(grad_out, q * sign, k, v, out, lse, scale=scale, **rest)
-        return dq * sign, dk, dv
-    engine = name(q, bias, drop, grad_lse)
-    rows = lse.squeeze(-1)
+    if how.scale <= 0:
+        sign, scale = _above_zero(how.scale)
+        dq, dk, dv = backward(grad, x._replace(q=x.q * sign), saved, how._replace(scale=scale))
+        return QKV(dq * sign, dk, dv)
+    engine, scale, causal = name(x.q, how, grad.lse), how.scale, how.is_causal
+    lse, sizes = saved.lse.squeeze(-1), (x.q.shape[2], x.k.shape[2])
     if engine == "cpu_flash":
-        dtype = compute_dtype(q.device, q.dtype)
-        grad_out, q, k, v, out = (x.to(dtype) for x in (grad_out, q, k, v, out))
-        mask = None if bias is None else bias.to(dtype).transpose(-1, -2)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, rows, 0.0, is_causal, attn_mask=mask, scale=scale
+        grad_out, q, k, v, out = _computed(grad.out, *x, saved.out)
+        return QKV(
+            *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=_row_bias(how.bias, q.dtype), scale=scale
+            )
         )
     if engine == "cuda_flash":
-        unused = torch.empty(2, dtype=torch.int64, device=q.device)  # the dropout state; nothing is dropped
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            rows.contiguous(),
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            is_causal,
-            unused,
-            unused,
-            scale=scale,
+        unused = torch.empty(2, dtype=torch.int64, device=x.q.device)  # the dropout state; nothing is dropped
+        return QKV(
+            *torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                grad.out, *x, saved.out, lse.contiguous(), None, None, *sizes, 0.0, causal, unused, unused, scale=scale
+            )
         )
     if engine == "cuda_efficient":
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
-        padded = torch.nn.functional.pad(rows, (0, -rows.shape[2] % 32), value=torch.inf)
+        unused = torch.zeros((), dtype=torch.int64, device=x.q.device)
+        padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+        grad_out, q, k, v, out = (y.transpose(1, 2) for y in (grad.out, *x, saved.out))
         grads = torch.ops.aten._efficient_attention_backward(
-            *(x.transpose(1, 2) for x in (grad_out, q, k, v)),
-            None,
-            out.transpose(1, 2),
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            padded,
-            0.0,
-            unused,
-            unused,
-            int(is_causal),
-            False,
+            grad_out, q, k, v, None, out, None, None, *sizes, padded, 0.0, unused, unused, int(causal), False,
             scale=scale,
-        )[:3]
-        return tuple(x.transpose(1, 2) for x in grads)
-    return _eager_backward(grad_out, q, k, v, out, lse, scale, is_causal, bias, drop, grad_lse)
+        )[:3]  # fmt: skip
+        return QKV(*(y.transpose(1, 2) for y in grads))
+    return _eager_backward(x.q, grad, x, saved, how)
+
+
+def _computed(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype the CPU computes in."""
+    dtype = compute_dtype(tensors[0].device, tensors[0].dtype)
+    # Dense, because a conversion would keep strides that overlap.
+    return [x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _row_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`(b, 1, 1, Lk)`, as torch's kernels take a mask."""
+    return None if bias is None else bias.to(dtype).transpose(-1, -2)
 
 
 def _above_zero(scale: float) -> tuple[float, float]:
@@ -210,85 +179,75 @@ def _empty_rows(bias: Tensor, num_queries: int, is_causal: bool) -> Tensor:
     return ~real.any(-1, keepdim=True).expand(-1, -1, num_queries)
 
 
-def _tiles(q: Tensor, num_keys: int) -> list[tuple[slice, slice]]:
-    """Slices of (batch, queries) whose logits stay within the tile size, so that memory is linear in length."""
-    b, heads, num_queries, _ = q.shape
+class _Tile(NamedTuple):
+    """Some queries of some batch rows, few enough that their logits fit `_TILE_ELEMENTS`."""
+
+    batch: slice
+    queries: slice
+    logits: Tensor  # (b, H, n, Lk)
+    kept: Tensor | None  # factor on each weight: 0 where dropped, 1 / (1 - p) elsewhere
+
+    def of(self, x: Tensor) -> Tensor:
+        """The tile's rows of a tensor `(b, H, Lq, ...)`, in the accumulator's dtype."""
+        return x[self.batch, :, self.queries].to(self.logits.dtype)
+
+
+def _tiles(x: QKV, how: Softmax) -> Iterator[_Tile]:
+    b, heads, num_queries, _ = x.q.shape
+    num_keys, dtype = x.k.shape[2], accumulator(x.q.dtype)
     rows = max(1, min(num_queries, _TILE_ELEMENTS // max(1, heads * num_keys)))
     batches = max(1, _TILE_ELEMENTS // max(1, heads * num_keys * rows))
-    return [
-        (slice(i, min(i + batches, b)), slice(n, min(n + rows, num_queries)))
-        for i in range(0, b, batches)
-        for n in range(0, num_queries, rows)
-    ]
-
-
-def _logits(q: Tensor, k: Tensor, scale: float, is_causal: bool, bias: Tensor | None, first: int) -> Tensor:
-    s = (q @ k.transpose(-1, -2)) * scale
-    if bias is not None:
-        s = s + bias.transpose(-1, -2)
-    if is_causal:
-        query = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
-        s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > query, -torch.inf)
-    return s
-
-
-def _kept(drop: Dropout, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
-    """The factor on each weight: 0 where dropped, 1 / (1 - p) elsewhere."""
-    keep = dropout.keep_mask(drop.rows[b, :, n], drop.keys[b].transpose(-1, -2), drop.p)
-    return keep.to(dtype) / (1.0 - drop.p)
+    for i in range(0, b, batches):
+        batch = slice(i, min(i + batches, b))
+        keys = x.k[batch].to(dtype).transpose(-1, -2)
+        for n in range(0, num_queries, rows):
+            queries = slice(n, min(n + rows, num_queries))
+            s = (x.q[batch, :, queries].to(dtype) @ keys) * how.scale
+            if how.bias is not None:
+                s = s + how.bias[batch].transpose(-1, -2)
+            if how.is_causal:
+                query = torch.arange(n, queries.stop, device=s.device)[:, None]
+                s = s.masked_fill(torch.arange(num_keys, device=s.device) > query, -torch.inf)
+            kept = None
+            if (drop := how.drop) is not None:
+                keep = dropout.keep_mask(drop.rows[batch, :, queries], drop.keys[batch].transpose(-1, -2), drop.p)
+                kept = keep.to(dtype) / (1.0 - drop.p)
+            yield _Tile(batch, queries, s, kept)
 
 
 @without_autocast
-def _eager_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, bias: Tensor | None, drop: Dropout | None
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
+def _eager_forward(q: Tensor, x: QKV, how: Softmax) -> AttentionOutput:
+    dtype = accumulator(q.dtype)
     out = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty((*q.shape[:3], 1), dtype=dtype)
-    for b, n in _tiles(q, k.shape[2]):
-        keys, values = k[b].to(dtype), v[b].to(dtype)
-        s = _logits(q[b, :, n].to(dtype), keys, scale, is_causal, None if bias is None else bias[b], n.start)
-        tile_lse = s.logsumexp(-1, keepdim=True)
-        p = (s - tile_lse.masked_fill(torch.isneginf(tile_lse), 0.0)).exp()
-        if drop is not None:
-            p = p * _kept(drop, b, n, dtype)
-        out[b, :, n] = p @ values
-        lse[b, :, n] = tile_lse
-    return out, lse
+    for tile in _tiles(x, how):
+        tile_lse = tile.logits.logsumexp(-1, keepdim=True)
+        p = (tile.logits - tile_lse.masked_fill(torch.isneginf(tile_lse), 0.0)).exp()
+        if tile.kept is not None:
+            p = p * tile.kept
+        out[tile.batch, :, tile.queries] = p @ x.v[tile.batch].to(dtype)
+        lse[tile.batch, :, tile.queries] = tile_lse
+    return AttentionOutput(out, lse)
 
 
 @without_autocast
-def _eager_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-    bias: Tensor | None,
-    drop: Dropout | None,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
+def _eager_backward(q: Tensor, grad: OutputGradient, x: QKV, saved: AttentionOutput, how: Softmax) -> QKV:
+    dtype = accumulator(q.dtype)
     dq = q.new_empty(q.shape, dtype=dtype)
-    dk, dv = k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
-    for b, n in _tiles(q, k.shape[2]):
-        queries, keys, values = q[b, :, n].to(dtype), k[b].to(dtype), v[b].to(dtype)
-        grad = grad_out[b, :, n].to(dtype)
-        s = _logits(queries, keys, scale, is_causal, None if bias is None else bias[b], n.start)
-        p = (s - lse[b, :, n].to(dtype)).exp()
-        dp = grad @ values.transpose(-1, -2)
+    dk, dv = (y.new_zeros(y.shape, dtype=dtype) for y in (x.k, x.v))
+    for tile in _tiles(x, how):
+        b, n = tile.batch, tile.queries
+        grad_out = tile.of(grad.out)
+        p = (tile.logits - tile.of(saved.lse)).exp()
+        dp = grad_out @ x.v[b].to(dtype).transpose(-1, -2)
         kept = p
-        if drop is not None:
-            factor = _kept(drop, b, n, dtype)
-            kept, dp = p * factor, dp * factor
-        dv[b] += kept.transpose(-1, -2) @ grad
-        delta = (grad * out[b, :, n].to(dtype)).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta = delta - grad_lse[b, :, n].to(dtype)
-        ds = p * (dp - delta) * scale
-        dq[b, :, n] = ds @ keys
-        dk[b] += ds.transpose(-1, -2) @ queries
-    return dq, dk, dv
+        if tile.kept is not None:
+            kept, dp = p * tile.kept, dp * tile.kept
+        dv[b] += kept.transpose(-1, -2) @ grad_out
+        delta = (grad_out * tile.of(saved.out)).sum(-1, keepdim=True)
+        if grad.lse is not None:
+            delta = delta - tile.of(grad.lse)
+        ds = p * (dp - delta) * how.scale
+        dq[b, :, n] = ds @ x.k[b].to(dtype)
+        dk[b] += ds.transpose(-1, -2) @ tile.of(q)
+    return QKV(dq, dk, dv)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
+from dilated_attention_pytorch.types import Masks
 
 
 class Layout(NamedTuple):
@@ -39,23 +40,17 @@ class Grid(NamedTuple):
     programs: int
 
 
-def layout_of(
-    q: Tensor,
-    problem: Problem,
-    key_padding_mask: Tensor | None,
-    row_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-) -> Layout:
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask.contiguous().view(torch.uint8)
+def layout_of(q: Tensor, masks: Masks) -> Layout:
+    key_padding, row_start, cu_seqlens, seed = masks
+    if key_padding is not None:
+        key_padding = key_padding.contiguous().view(torch.uint8)
     if row_start is not None:
         row_start = row_start.to(q.device)
     if cu_seqlens is not None:
         if not cu_seqlens.is_cuda:  # on the device, reading it would make the host wait
             check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
         cu_seqlens = cu_seqlens.to(q.device)
-    return Layout(key_padding_mask, row_start, cu_seqlens, None if seed is None else seed.to(q.device))
+    return Layout(key_padding, row_start, cu_seqlens, None if seed is None else seed.to(q.device))
 
 
 def grid_of(problem: Problem, layout: Layout, branch: int, batch: int, count: int, tile: int, *, by_keys: bool) -> Grid:

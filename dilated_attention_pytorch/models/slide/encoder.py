@@ -16,7 +16,7 @@ from dilated_attention_pytorch.models.sharding import ContextShards, ring_config
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide.positions import position_rows
 from dilated_attention_pytorch.models.slide.rows import Rows
-from dilated_attention_pytorch.types import Backend
+from dilated_attention_pytorch.types import BackendName
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,7 +94,7 @@ class SlideEncoder(nn.Module):
         self,
         config: SlideEncoderConfig | None = None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -136,7 +136,7 @@ class SlideEncoder(nn.Module):
         max_wsi_size: int | None = None,
         tile_size: int | None = None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.precision import accumulator
+
 
 class Rows(NamedTuple):
     """The layout of one batch of slides, the cls token included.
@@ -69,7 +71,7 @@ class Rows(NamedTuple):
 
     def tile_sums(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over each slide's real tiles `(B, D)`, in fp32 (fp64), and how many those are, `(B, 1)`."""
-        dtype = torch.promote_types(h.dtype, torch.float32)
+        dtype = accumulator(h.dtype)
         if self.bounds is not None:
             sums = torch.stack(
                 [h[start + 1 : stop].sum(0, dtype=dtype) for start, stop in itertools.pairwise(self.bounds)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.backend import Repeat
 from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, launch_aligned, replay
 from dilated_attention_pytorch.kernels.triton.configs import Config
 from dilated_attention_pytorch.kernels.triton.grids import (
@@ -22,80 +23,40 @@ from dilated_attention_pytorch.kernels.triton.grids import (
     segment_length,
 )
 from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment, descriptor, strided_view
+from dilated_attention_pytorch.kernels.triton.support import interpreting, why_not
+from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
+
+__all__ = ["backward", "forward", "repeater", "why_not"]
 
 _LOG2E = 1.4426950408889634
-# Read once: the kernels above were decorated under it, and Triton looks its settings up in the environment each time.
-_INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
-def check_supported(q: Tensor, problem: Problem) -> None:
-    """Raises NotImplementedError, naming a backend that can, for what the kernels cannot do."""
-    if problem.mixing_gradient != "exact":
-        raise NotImplementedError(
-            f"the triton backend has no mixing_gradient={problem.mixing_gradient!r}: "
-            "backend='sdpa' computes it, or take mixing_gradient='exact'"
-        )
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise NotImplementedError(
-            f"expected float16, bfloat16 or float32 for the triton backend, got {q.dtype}; backend='sdpa' computes it"
-        )
-    if q.shape[-1] > 256:
-        raise NotImplementedError(
-            f"expected a head_dim of at most 256 for the triton backend, got {q.shape[-1]}; backend='sdpa' computes it"
-        )
-    if q.device.type != "cuda" and not interpreting():
-        raise NotImplementedError(
-            f"expected CUDA tensors for the triton backend, got {q.device}; backend='sdpa' computes it"
-        )
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1)."""
-    return _INTERPRETING
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    problem: Problem,
-    *,
-    key_padding_mask: Tensor | None = None,
-    row_start: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Out in q's dtype and lse in fp32; arguments as in `core.reference.attention`."""
-    check_supported(q, problem)
+def forward(x: QKV, problem: Problem, masks: Masks = NO_MASKS) -> AttentionOutput:
+    """Out in q's dtype and lse in fp32."""
+    q = x.q
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return forward(
-                q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens,
-                seed=seed,
-            )  # fmt: skip
+            return forward(x, problem, masks)
     if interpreting() and q.dtype == torch.bfloat16:  # tl.dot of bf16 is wrong there
-        q, k, v = q.float(), k.float(), v.float()
-        out, lse = forward(
-            q, k, v, problem, key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed
-        )
-        return out.bfloat16(), lse
-    q, k, v = _rows_ready(q), _rows_ready(k), _rows_ready(v)
-    problem, key_padding_mask = _from_range(problem, q, k, key_padding_mask, row_start)
-    layout = layout_of(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
+        out, lse = forward(QKV(*(y.float() for y in x)), problem, masks)
+        return AttentionOutput(out.bfloat16(), lse)
+    q, k, v = (_rows_ready(y) for y in x)
+    problem, masks = _rebased(problem, q, k, masks)
+    layout = layout_of(q, masks)
 
     def record() -> tuple[Tensor, ...]:
         return _forward(q, k, v, problem, layout)
 
     if not _repeatable(q, k, layout):
-        return record()  # type: ignore[return-value]
-    return replay.call(("forward", problem), (q, k, v, layout.seed), record)  # type: ignore[return-value]
+        return AttentionOutput(*record())
+    return AttentionOutput(*replay.call(("forward", problem), (q, k, v, layout.seed), record))
 
 
-def repeater(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> replay.Play | None:
-    """What launches a forward again that has no masks, on tensors of the same layout; None if it was not recorded."""
-    problem = problem.counted_from_range(q.shape[1], k.shape[1])
-    tape = replay.tape_of(("forward", problem), (q, k, v, None))
-    return None if tape is None else lambda q, k, v: tape.play((q, k, v, None))
+def repeater(x: QKV, problem: Problem) -> Repeat | None:
+    """Launches a forward again that has no masks, on tensors of the same layout; None if it was not recorded."""
+    problem = problem.rebased(x.q.shape[1], x.k.shape[1])
+    tape = replay.tape_of(("forward", problem), (*x, None))
+    return None if tape is None else lambda x: AttentionOutput(*tape.play((*x, None)))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -104,7 +65,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: Layout) 
     if plan is not None:
         described = q.numel() > configs.SHORT_FORWARD
         return launch_aligned.forward(q, k, v, problem, plan, config, descriptors=described, precision=precision(q))
-    branches = branch_order(problem)
+    branches = problem.branch_order
     # The densest branch writes every row when its rate is 1 and no row lies outside the range.
     writes_all = covers_all(problem, branches[0], layout)
     out = replay.empty(q, q.shape, fill=None if writes_all else 0.0)
@@ -117,50 +78,28 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: Layout) 
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    problem: Problem,
-    *,
-    key_padding_mask: Tensor | None = None,
-    row_start: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: OutputGradient, x: QKV, saved: AttentionOutput, problem: Problem, masks: Masks = NO_MASKS) -> QKV:
     """Gradients of q, k and v in their dtypes, given what the forward returned."""
-    check_supported(q, problem)
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return backward(
-                grad_out, grad_lse, q, k, v, out, lse, problem, key_padding_mask=key_padding_mask,
-                row_start=row_start, cu_seqlens=cu_seqlens, seed=seed,
-            )  # fmt: skip
-    if interpreting() and q.dtype == torch.bfloat16:
-        grads = backward(
-            grad_out.float(), grad_lse, q.float(), k.float(), v.float(), out.float(), lse, problem,
-            key_padding_mask=key_padding_mask, row_start=row_start, cu_seqlens=cu_seqlens, seed=seed,
-        )  # fmt: skip
-        dq, dk, dv = (x.bfloat16() for x in grads)
-        return dq, dk, dv
-    q, k, v, out, grad_out = (_rows_ready(x) for x in (q, k, v, out, grad_out))
-    problem, key_padding_mask = _from_range(problem, q, k, key_padding_mask, row_start)
-    layout = layout_of(q, problem, key_padding_mask, row_start, cu_seqlens, seed)
-    lse = lse.contiguous()
-    if grad_lse is not None:
-        grad_lse = grad_lse.float().contiguous()
+    if x.q.is_cuda and x.q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.q.device):
+            return backward(grad, x, saved, problem, masks)
+    if interpreting() and x.q.dtype == torch.bfloat16:
+        exact = OutputGradient(grad.out.float(), grad.lse), QKV(*(y.float() for y in x))
+        grads = backward(*exact, AttentionOutput(saved.out.float(), saved.lse), problem, masks)
+        return QKV(*(y.bfloat16() for y in grads))
+    q, k, v, out, grad_out = (_rows_ready(y) for y in (*x, saved.out, grad.out))
+    problem, masks = _rebased(problem, q, k, masks)
+    layout = layout_of(q, masks)
+    lse = saved.lse.contiguous()
+    grad_lse = None if grad.lse is None else grad.lse.float().contiguous()
 
     def record() -> tuple[Tensor, ...]:
         return _backward(grad_out, grad_lse, q, k, v, out, lse, problem, layout)
 
     if not _repeatable(q, k, layout):
-        return record()  # type: ignore[return-value]
+        return QKV(*record())
     inputs = (grad_out, grad_lse, q, k, v, out, lse, layout.seed)
-    return replay.call(("backward", problem), inputs, record)  # type: ignore[return-value]
+    return QKV(*replay.call(("backward", problem), inputs, record))
 
 
 def _backward(
@@ -179,7 +118,7 @@ def _backward(
         return launch_aligned.backward(
             grad_out, grad_lse, q, k, v, out, lse, problem, plan, dq_config, dkv_config, precision=precision(q)
         )
-    branches = branch_order(problem)
+    branches = problem.branch_order
     writes_all = covers_all(problem, branches[0], layout)
     nothing = q.numel() == 0 or k.numel() == 0
     fill = None if writes_all and not nothing else 0.0
@@ -310,18 +249,16 @@ def backward_branch_dkv(
     )  # fmt: skip
 
 
-def _from_range(
-    problem: Problem, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, row_start: Tensor | None
-) -> tuple[Problem, Tensor | None]:
+def _rebased(problem: Problem, q: Tensor, k: Tensor, masks: Masks) -> tuple[Problem, Masks]:
     """The problem with positions counted from the range, where that changes nothing: only such ranges take the fast
     kernels, and ranges of one kind then share their launches."""
-    if row_start is not None:
-        return problem, key_padding_mask
-    nearer = problem.counted_from_range(q.shape[1], k.shape[1])
-    if key_padding_mask is not None:
+    if masks.row_start is not None:
+        return problem, masks
+    nearer = problem.rebased(q.shape[1], k.shape[1])
+    if masks.key_padding is not None:
         start = problem.q_start - nearer.q_start
-        key_padding_mask = key_padding_mask[:, start : start + nearer.seq_len]
-    return nearer, key_padding_mask
+        masks = masks._replace(key_padding=masks.key_padding[:, start : start + nearer.seq_len])
+    return nearer, masks
 
 
 def _repeatable(q: Tensor, k: Tensor, layout: Layout) -> bool:
@@ -351,12 +288,6 @@ def _aligned(
             return nothing
         chosen.append(filled[0])
     return plan, chosen
-
-
-def branch_order(problem: Problem) -> list[int]:
-    """The branches, the densest first: it writes what the others add to."""
-    rates = problem.pattern.dilation_rates
-    return sorted(range(len(rates)), key=lambda i: rates[i])
 
 
 def covers_all(problem: Problem, branch: int, layout: Layout) -> bool:

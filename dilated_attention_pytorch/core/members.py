@@ -1,0 +1,59 @@
+"""The membership rule of LongNet (arXiv 2307.02486, section 2.2): the only place outside kernels that has it.
+
+Position n belongs to a branch (w, r) at offset o when `(n mod w) mod r == o`. Members keep their order when they are
+put side by side: slot j of segment s stands at `s * slots + j`, so that what was a branch (w, r) over the sequence is a
+branch (slots, 1) over its members, causal or not, whether or not r divides w.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """A / b, rounded up."""
+    return -(-a // b)
+
+
+class Members(NamedTuple):
+    """The positions that one offset of a branch keeps.
+
+    Attributes:
+        length: w, positions per segment.
+        rate: r.
+        offset: o, the residue.
+    """
+
+    length: int
+    rate: int
+    offset: int
+
+    @property
+    def slots(self) -> int:
+        """How many a whole segment has."""
+        return max(0, ceil_div(self.length - self.offset, self.rate))
+
+    def before(self, position: int) -> int:
+        """How many stand before a position."""
+        inside = position % self.length  # Dynamo cannot trace divmod
+        return position // self.length * self.slots + max(0, ceil_div(inside - self.offset, self.rate))
+
+    def of(self, positions: Tensor) -> Tensor:
+        """True for the positions that are members; negative positions (left padding) are not."""
+        return (positions % self.length % self.rate == self.offset) & (positions >= 0)
+
+    def rows(self, start: int, count: int, device: torch.device) -> slice | Tensor:
+        """Their rows in a tensor of the positions `[start, start + count)`."""
+        if self.length % self.rate == 0:  # then they are equally far apart, and a view takes them
+            return slice((self.offset - start) % self.rate, count, self.rate)
+        # Counted, not searched for: nothing here waits for the device.
+        members = torch.arange(self.before(start), self.before(start + count), device=device)
+        return members // self.slots * self.length + members % self.slots * self.rate + self.offset - start
+
+
+def segment_and_residue(positions: Tensor, length: int, rate: int) -> Tensor:
+    """One number per (segment, residue) of a branch: positions with the same number see one another."""
+    return positions // length * rate + positions % length % rate

@@ -1,0 +1,46 @@
+"""Every private part of torch that the library uses, in one place: what a new torch may move.
+
+Nothing here changes what a public function of torch would do; there is no public one for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """A context in which ops skip their Autograd key: what an op's own `autograd.Function` calls it in."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def is_watched() -> bool:
+    """True inside a torch mode, a functorch transform or forward-mode differentiation: they have to see each call."""
+    return (
+        torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """True if x carries a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for looking at a tangent
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def is_fake(x: Tensor) -> bool:
+    """True for a tensor of a tracer, which has no values to read."""
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def has_amx() -> bool:
+    """True if this CPU multiplies half-precision matrices in hardware."""
+    return torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,55 @@
+"""What the Triton kernels can compute. Imports no Triton: asks whether it could be imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.types import QKV
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(x: QKV, problem: Problem) -> list[str]:
+    """The reasons why the Triton kernels cannot compute a call; empty if they can."""
+    device, dtype, head_dim = x.q.device, x.q.dtype, x.q.shape[-1]
+    reasons = []
+    if problem.mixing_gradient != "exact":
+        reasons.append(f"it has no mixing_gradient={problem.mixing_gradient!r}")
+    if dtype not in DTYPES:
+        reasons.append(f"it has no {str(dtype).removeprefix('torch.')}")
+    if head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
+    return reasons + _why_not_on(device, interpreting())
+
+
+def why_not_unasked(x: QKV) -> list[str]:
+    """The reason why `auto` leaves out what a call that names the backend gets: the interpreter is for tests."""
+    return [] if x.q.is_cuda else [f"the device is {x.q.device.type}, not cuda"]
+
+
+@lru_cache
+def interpreting() -> bool:
+    """True if Triton runs its kernels in Python (TRITON_INTERPRET=1); read once, as Triton does."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "on", "true")
+
+
+@lru_cache
+def _why_not_on(device: torch.device, interpreted: bool) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["the package 'triton' is not installed"]
+    if interpreted:
+        return []
+    if device.type != "cuda":
+        return [f"the device is {device.type}, not cuda"]
+    if torch.version.hip is not None:
+        return ["it is untested on ROCm"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return [f"compute capability {capability[0]}.{capability[1]} is below 8.0"]
+    return []
