@@ -42,7 +42,7 @@ def recording(pool: Any, path: Path) -> Iterator[None]:
     """
     if "_lend" in vars(pool):
         raise ValueError("expected no recording under way, got a pool that is recorded")
-    begun, streams = time.perf_counter(), {None: 0}
+    begun, streams, tickets = time.perf_counter(), {None: 0}, dict[Any, int]()
     lend, take_back, trim = pool._lend, pool._take_back, pool._trim
 
     def number(stream: Any) -> int:
@@ -57,12 +57,15 @@ def recording(pool: Any, path: Path) -> Iterator[None]:
         def recorded_lend(place: Any, size: int, purpose: str) -> Any:
             ticket = lend(place, size, purpose)
             where = {"device": str(place.device), "pinned": place.pinned, "purpose": purpose}
-            write("borrow", id=ticket.number, bytes=size, **where, stream=number(ticket.stream))
+            tickets[ticket] = len(tickets) + 1
+            write("borrow", id=tickets[ticket], bytes=size, **where, stream=number(ticket.stream))
             return ticket
 
         def recorded_take_back(ticket: Any, arena: Any, used: Any) -> None:
             take_back(ticket, arena, used)
-            write("release", id=ticket.number, streams=None if used is None else sorted({number(x) for x in used}))
+            numbers = None if used is None else sorted({number(x) for x in used})
+            if ticket in tickets:  # what was borrowed earlier is no part of the recording
+                write("release", id=tickets[ticket], streams=numbers)
 
         def recorded_trim() -> int:
             freed = trim()

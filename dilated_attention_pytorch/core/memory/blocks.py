@@ -30,15 +30,10 @@ class Place(NamedTuple):
 
 
 class Use(NamedTuple):
-    """Work on one stream that may still touch a block.
+    """Work on one stream that may still touch a block."""
 
-    Attributes:
-        number: counts a place's events, so of two uses the larger one is the later.
-        event: recorded behind that work.
-    """
-
-    number: int
-    event: Any
+    number: int  # counts a place's events, so of two uses the larger number is the later
+    event: Any  # recorded behind that work
 
 
 Uses = dict[Hashable, Use]  # by stream
@@ -52,42 +47,25 @@ def merged(a: Uses, b: Uses) -> Uses:
 
 @dataclass(eq=False, slots=True)
 class RawMemory:
-    """Memory taken from the system.
+    """Memory taken from the system."""
 
-    Attributes:
-        tensor: flat uint8; None once it is given back.
-        size: bytes.
-        node: the NUMA node asked for, None if none was.
-        uses: events still pending when torch's allocator handed this memory out.
-        number: counts what was taken, for a fixed order.
-    """
-
-    tensor: Tensor | None
-    size: int
-    node: int | None = None
-    uses: Uses = field(default_factory=dict)
-    number: int = field(default_factory=itertools.count().__next__)
+    tensor: Tensor | None  # uint8 (size,); None once it is given back
+    size: int  # bytes
+    node: int | None = None  # the NUMA node asked for
+    uses: Uses = field(default_factory=dict)  # events still pending when torch's allocator handed this memory out
+    number: int = field(default_factory=itertools.count().__next__)  # for a fixed order
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A part of raw memory, free or lent.
-
-    Attributes:
-        raw: what it is cut from.
-        offset: bytes from the start of `raw`.
-        size: bytes.
-        uses: work that may still touch it.
-        free: True while a strategy keeps it, False while it is lent.
-        before, after: neighbours in `raw`, if a strategy cut several blocks from it.
-    """
+    """A part of raw memory, free or lent."""
 
     raw: RawMemory
-    offset: int
-    size: int
+    offset: int  # bytes from the start of `raw`
+    size: int  # bytes
     uses: Uses
-    free: bool = False
-    before: Block | None = None
+    free: bool = False  # True while a strategy keeps it, False while it is lent
+    before: Block | None = None  # the neighbours in `raw`, if a strategy cut several blocks from it
     after: Block | None = None
 
     @classmethod

@@ -6,7 +6,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -20,28 +19,14 @@ Streams = Hashable | Iterable[Hashable] | None  # one, several, or whichever are
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """The pool's note of a handle, without a reference to the handle, which may be dropped at any moment.
+    """The pool's note of a handle, without a reference to the handle, which may be dropped at any moment."""
 
-    Attributes:
-        number: counts the pool's borrows.
-        arena: of the block's place; None for memory of a captured graph.
-        block: None for a tensor of no bytes.
-        size: bytes asked for.
-        purpose: the name under which statistics count it.
-        stream: the stream that the block was made ready for.
-    """
-
-    number: int
-    arena: Arena | None
-    block: Block | None
-    size: int
-    purpose: str
-    stream: Hashable
-
-    @property
-    def given(self) -> int:
-        """Bytes of the block."""
-        return 0 if self.block is None else self.block.size
+    arena: Arena | None  # of the block's place; None for memory of a captured graph
+    block: Block | None  # None for a tensor of no bytes
+    size: int  # bytes asked for
+    given: int  # bytes of the block
+    purpose: str  # the name under which statistics count it
+    stream: Hashable  # the one that the block was made ready for
 
 
 class Handle:
@@ -55,13 +40,13 @@ class Handle:
     __slots__ = ("__weakref__", "_finalizer", "_give_back", "_tensor", "_ticket")
 
     def __init__(
-        self, ticket: Ticket, tensor: Tensor, give_back: Callable[[Handle, Streams], None], dropped: deque[int]
+        self, ticket: Ticket, tensor: Tensor, give_back: Callable[[Handle, Streams], None], dropped: deque[Ticket]
     ) -> None:
         self._ticket = ticket
         self._give_back = give_back
         self._tensor: Tensor | None = tensor
         # A bare append: it may run in any thread, within any of the pool's own methods, so it takes no lock.
-        self._finalizer = weakref.finalize(self, dropped.append, ticket.number)
+        self._finalizer = weakref.finalize(self, dropped.append, ticket)
         self._finalizer.atexit = False
 
     @property
@@ -92,9 +77,7 @@ class Handle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __repr__(self) -> str:

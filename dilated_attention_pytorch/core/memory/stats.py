@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -111,10 +110,6 @@ class PoolStats(Counts):
                 for each in fields(Counts):
                     both = getattr(old, each.name), getattr(others, each.name)
                     setattr(others, each.name, max(both) if each.name == "peak" else sum(both))
-
-    def copy(self) -> PoolStats:
-        """A snapshot that later borrows do not change."""
-        return copy.deepcopy(self)
 
 
 def fragmentation(free: Iterable[int], recent: Iterable[int]) -> tuple[int, int]:

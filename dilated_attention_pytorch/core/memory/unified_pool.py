@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
@@ -76,11 +77,9 @@ class UnifiedMemoryPool:
         self._lock = threading.Lock()
         self._runtime = Runtime() if self._given_runtime is None else self._given_runtime
         self._arenas: dict[Place, Arena] = {}
-        self._live: dict[int, Ticket] = {}  # by number
         self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()  # by id of the tensor
-        self._borrows = 0
         self._ledger = PoolStats()
-        self._dropped: deque[int] = deque()  # numbers of handles dropped without a release; no lock guards it
+        self._dropped: deque[Ticket] = deque()  # of handles dropped without a release; no lock guards it
 
     @uncompiled
     def borrow(
@@ -129,7 +128,7 @@ class UnifiedMemoryPool:
                 tensor = torch.empty(sizes, dtype=dtype, device=place.device, pin_memory=pinned)
                 with self._lock:
                     self._ledger.bypassed += 1
-                handle = self._handle(Ticket(-1, None, None, size, purpose, None), tensor)
+                handle = self._handle(Ticket(None, None, size, 0, purpose, None), tensor)
             else:
                 with self._lock:
                     self._take_dropped()
@@ -169,7 +168,7 @@ class UnifiedMemoryPool:
         """A snapshot of everything counted."""
         with self._lock:
             self._take_dropped()
-            result = self._ledger.copy()
+            result = copy.deepcopy(self._ledger)
             unusable = 0
             for place, arena in self._arenas.items():
                 some, free = figures.fragmentation((b.size for b in arena.strategy.free_blocks()), arena.recent)
@@ -202,7 +201,7 @@ class UnifiedMemoryPool:
             if handle._tensor is None:
                 return
             # Handles that came over a fork, or that serve a graph, have nothing to give back.
-            if arena is not None and self._live.get(ticket.number) is ticket:
+            if arena is not None and self._arenas.get(arena.place) is arena:
                 if ticket.block is not None and self._runtime.capturing(arena.place):
                     raise RuntimeError(
                         f"expected {ticket.purpose!r}, borrowed before the capture of a graph, to be held as long as "
@@ -215,7 +214,7 @@ class UnifiedMemoryPool:
                 else:
                     streams = [cast(Hashable, stream)]
                 self._take_back(ticket, arena, streams)
-            handle._finalizer.detach()
+                handle._finalizer.detach()
             self._handles.pop(id(handle._tensor), None)
             handle._tensor = None
 
@@ -230,10 +229,9 @@ class UnifiedMemoryPool:
         block, hit, waited = (None, True, False) if size == 0 else self._take(arena, size, stream, purpose)
         if block is not None:
             arena.recent.append(size)
-        self._borrows += 1
-        ticket = self._live[self._borrows] = Ticket(self._borrows, arena, block, size, purpose, stream)
-        self._ledger.lend_to(purpose, str(place), size, ticket.given, hit=hit, waited=waited)
-        return ticket
+        given = 0 if block is None else block.size
+        self._ledger.lend_to(purpose, str(place), size, given, hit=hit, waited=waited)
+        return Ticket(arena, block, size, given, purpose, stream)
 
     def _take(self, arena: Arena, size: int, stream: Hashable, purpose: str) -> tuple[Block, bool, bool]:
         with suppress(Exhausted):
@@ -251,17 +249,15 @@ class UnifiedMemoryPool:
             ) from error
 
     def _take_back(self, ticket: Ticket, arena: Arena, streams: Iterable[Hashable] | None) -> None:
-        given = ticket.given  # before the block joins its neighbours
         if ticket.block is not None:
             arena.give(ticket.block, ticket.stream, streams)  # first: it refuses objects that are not streams
-        del self._live[ticket.number]
-        self._ledger.take_back_from(ticket.purpose, str(arena.place), ticket.size, given)
+        self._ledger.take_back_from(ticket.purpose, str(arena.place), ticket.size, ticket.given)
 
     def _take_dropped(self) -> None:
         """Takes back the blocks of handles that were dropped, unless a graph is being captured."""
         while self._dropped:
-            ticket = self._live.get(self._dropped[0])
-            if ticket is not None and ticket.arena is not None:
+            ticket = self._dropped[0]
+            if ticket.arena is not None:
                 if self._runtime.capturing(ticket.arena.place):
                     return
                 self._take_back(ticket, ticket.arena, None)
@@ -291,13 +287,14 @@ def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 _pools: weakref.WeakSet[UnifiedMemoryPool] = weakref.WeakSet()
-# A child's copies of its parent's raw memory. Freeing them would call a CUDA that a child may not touch.
+# A child's copies of its parent's raw memory: freeing them would call a CUDA that a child may not touch. What is lent
+# at the fork comes in with the parent's `_dropped`, where the finalizers of inherited handles put their tickets.
 _inherited: list[object] = []
 
 
 def _after_fork() -> None:
     for pool in list(_pools):
-        _inherited.append((pool._arenas, pool._live, pool._runtime))
+        _inherited.append((pool._arenas, pool._dropped, pool._runtime))
         pool._begin()
 
 
