@@ -14,7 +14,7 @@ from pool_checks import adds_up
 
 from dilated_attention_pytorch import UnifiedMemoryPool
 from dilated_attention_pytorch.core.memory import topology
-from dilated_attention_pytorch.core.memory.stats import fragmentation
+from dilated_attention_pytorch.core.memory.stats import MOST_PURPOSES, OTHERS, fragmentation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CHOICES = ("simple", "bucketed", "fragment_aware", "adaptive")
@@ -186,6 +186,34 @@ def test_report(pool: UnifiedMemoryPool) -> None:
     with pool.borrow(3 << 20, torch.uint8, "cpu", purpose="rows"):
         text = pool.report()
     assert "purpose rows" in text and "device cpu" in text and "3.0 MiB" in text and f"cpu: {pool.strategy}" in text
+
+
+def test_purposes_are_counted_together_when_there_are_too_many(pool: UnifiedMemoryPool) -> None:
+    kept = pool.borrow(1000, torch.uint8, "cpu", purpose="kept")
+    for i in range(3 * MOST_PURPOSES):
+        pool.borrow(100 + i, torch.uint8, "cpu", purpose=f"step {i}").release()
+        pool.borrow(50, torch.uint8, "cpu", purpose="every step").release()
+    stats = adds_up(pool)
+    assert len(stats.by_purpose) <= MOST_PURPOSES + 1
+    assert (stats.by_purpose["kept"].live, stats.by_purpose["kept"].current) == (1, 1000)
+    every, others = stats.by_purpose["every step"], stats.by_purpose[OTHERS]
+    assert every.hits + every.misses == 3 * MOST_PURPOSES  # never the one that is longest unused
+    assert list(stats.by_purpose)[-1] == "every step" and f"step {3 * MOST_PURPOSES - 1}" in stats.by_purpose
+    folded = 3 * MOST_PURPOSES + 3 - len(stats.by_purpose)  # all but the others' own entry
+    assert others.hits + others.misses == folded and others.live == 0 and others.peak == 100 + folded - 1
+    kept.release()
+    assert adds_up(pool).current == 0
+
+
+def test_purposes_with_blocks_lent_keep_their_counts() -> None:
+    pool = UnifiedMemoryPool("simple")
+    held = [pool.borrow(10, torch.uint8, "cpu", purpose=f"held {i}") for i in range(MOST_PURPOSES + 50)]
+    stats = adds_up(pool)
+    assert len(stats.by_purpose) == len(held) and all(c.live == 1 for c in stats.by_purpose.values())
+    for handle in held:
+        handle.release()
+    pool.borrow(10, torch.uint8, "cpu", purpose="one more").release()
+    assert len(adds_up(pool).by_purpose) <= MOST_PURPOSES + 1
 
 
 def test_fragmentation_is_what_a_typical_request_cannot_use() -> None:

@@ -29,7 +29,7 @@ class FragmentAwareStrategy(Strategy):
 
     Measured (`benchmarks/pool.py`, CPU): on 800 log-uniform sizes with up to 16 blocks lent it reserved 30 MiB for 21
     lent at the most, `bucketed` 70 and `simple` 533, and was the fastest of the strategies. `torch.empty` took
-    0.7 to 1.3 times its time, from run to run.
+    0.7 to 1.7 times its time, from run to run.
     """
 
     name: ClassVar[str] = "fragment_aware"
