@@ -13,27 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
-from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
-from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
+from dilated_attention_pytorch.models.longvit import LongViT
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import load_into, read_config, read_safetensors, safetensors
+from dilated_attention_pytorch.models.weights import CONFIG, WEIGHTS, load_into, read_config, read_safetensors
+from dilated_attention_pytorch.models.weights import safetensors as installed_safetensors
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-Model = LongNet | LongNetEncoder | LongNetLM | SlideEncoder | LongViT
-
-_ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "LongNet": (LongNet, LongNetConfig),
-    "LongNetEncoder": (LongNetEncoder, LongNetConfig),
-    "LongNetLM": (LongNetLM, LongNetConfig),
-    "SlideEncoder": (SlideEncoder, SlideEncoderConfig),
-    "LongViT": (LongViT, LongViTConfig),
+_ARCHITECTURES: dict[str, type[Model[Any]]] = {
+    kind.__name__: kind for kind in (LongNet, LongNetEncoder, LongNetLM, SlideEncoder, LongViT)
 }
 
 
-def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     """Writes a model's weights and config into a folder, which is made if need be.
 
     Each file is written beside its place and then moved there, so a reader, or a crash, finds the old file or the new
@@ -49,10 +41,10 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
     """
     name = type(model).__name__
-    if _ARCHITECTURES.get(name, (None,))[0] is not type(model):
+    if _ARCHITECTURES.get(name) is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     check_head_groups(model)
-    save_file = safetensors().save_file
+    save_file = installed_safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
@@ -63,7 +55,7 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
 
 def check_head_groups(model: nn.Module) -> None:
     """Raises a ValueError for a model made in legacy mode, which `config.json` would not bring back."""
-    if any(getattr(module, "head_groups", False) for module in model.modules()):
+    if has_head_groups(model):
         raise ValueError(
             "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
             "layout; save its state_dict() instead"
@@ -76,7 +68,7 @@ def load_pretrained(
     backend: Any = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Model:
+) -> Model[Any]:
     """Reads what `save_pretrained` wrote; the model is in evaluation mode.
 
     Args:
@@ -93,18 +85,13 @@ def load_pretrained(
         ValueError: weights that cannot be read, or keys or shapes that are not the model's, every one of them named.
         ImportError: safetensors is not installed.
     """
-    source = Path(folder)
-    values = read_config(source / CONFIG)
-    if not (source / WEIGHTS).is_file():
-        raise FileNotFoundError(f"expected {WEIGHTS} in {source}, found none")
-    architecture = values.pop("architecture", None)
+    architecture, values = read_config(Path(folder))
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {architecture!r}")
     # Built without memory: the file's tensors become the parameters.
-    kind, config = _ARCHITECTURES[architecture]
-    model: Model = kind(config.from_dict(values), backend=backend, device="meta")
-    state = read_safetensors(source / WEIGHTS, device)
-    load_into(model, state, copy=False, device=device, dtype=dtype)
+    kind = _ARCHITECTURES[architecture]
+    model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")
+    load_into(model, read_safetensors(Path(folder) / WEIGHTS, device), copy=False, device=device, dtype=dtype)
     return model.eval()
 
 

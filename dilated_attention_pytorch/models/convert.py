@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.checkpoint import Model
+from dilated_attention_pytorch.models.base import Model
 from dilated_attention_pytorch.models.config import Activation, LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import load_into, read_state
+from dilated_attention_pytorch.models.weights import count_layers, load_into, read_state
 
 Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
 
@@ -85,7 +85,7 @@ class Conversion(NamedTuple):
         notes: what is not as it was, in words; empty where the model computes the source's numbers.
     """
 
-    model: Model
+    model: Model[Any]
     source: Source
     notes: tuple[str, ...]
 
@@ -123,8 +123,11 @@ def convert(
     check.check_choice("source", source, Source)
     if source == "gigapath":
         return Conversion(SlideEncoder.from_pretrained(state, **options), source, ())
-    make = {"torchscale-encoder": _encoder, "torchscale-decoder": _decoder}.get(source, _fkodom)
-    return make(state, source, **options)
+    if source == "torchscale-encoder":
+        return _encoder(state, source, **options)
+    if source == "torchscale-decoder":
+        return _decoder(state, source, **options)
+    return _fkodom(state, source, **options)
 
 
 def sniff(state: Mapping[str, Tensor]) -> Source:
@@ -184,27 +187,10 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     return found, left_out
 
 
-def _encoder(
-    state: Mapping[str, Tensor],
-    source: Source,
-    *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "gelu",
-) -> Conversion:
+def _encoder(state: Mapping[str, Tensor], source: Source, **pattern: Any) -> Conversion:
     found, _ = rename(state, source)
-    config = LongNetConfig(
-        **_sizes(found, "encoder"),
-        nhead=num_heads,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        activation=activation,
-        positions=None,
-        offsets="blocked",
-        padding="zero_keys",
-    )
-    model = LongNetEncoder(config, device="meta")
+    shape = _shape(found, "encoder", **pattern)
+    model = LongNetEncoder(LongNetConfig(**shape, offsets="blocked", padding="zero_keys"), device="meta")
     load_into(model, found)
     return Conversion(model.eval(), source, ())
 
@@ -213,18 +199,16 @@ def _decoder(
     state: Mapping[str, Tensor],
     source: Source,
     *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "gelu",
     xpos_scale_base: float = 512.0,
     scale_embedding: bool = False,
+    **pattern: Any,
 ) -> Conversion:
     found, tables = rename(state, source)
     for name in ("embed_tokens.weight", "output_projection.weight"):
         if name not in found:
             raise ValueError(f"expected the weights of a LongNetLM, got: missing {name}")
-    uneven = [(w, r) for w, r in zip(segment_lengths, dilation_rates, strict=False) if w % r]
+    shape = _shape(found, "decoder", **pattern)
+    uneven = [(w, r) for w, r in zip(shape["segment_lengths"], shape["dilation_rates"], strict=False) if w % r]
     if uneven:
         raise ValueError(
             f"expected segment lengths that are multiples of their rates, got {uneven}: the official code then moves "
@@ -238,12 +222,7 @@ def _decoder(
     if not scale_embedding:  # the model here multiplies by the root
         found["embed_tokens.weight"] = embedding / math.sqrt(width)
     config = LongNetConfig(
-        **_sizes(found, "decoder"),
-        nhead=num_heads,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        activation=activation,
-        positions="xpos" if tables else None,
+        **shape | {"positions": "xpos" if tables else None},
         scale_base=xpos_scale_base,
         offsets="blocked",
         vocab_size=vocab_size,
@@ -251,20 +230,13 @@ def _decoder(
     )
     model = LongNetLM(config, device="meta")
     if tables:
-        _halves(found, num_heads)
+        _halves(found, config.nhead)
     load_into(model, found)
     return Conversion(model.eval(), source, ())
 
 
 def _fkodom(
-    state: Mapping[str, Tensor],
-    source: Source,
-    *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "relu",
-    as_initialisation: bool = False,
+    state: Mapping[str, Tensor], source: Source, *, as_initialisation: bool = False, **pattern: Any
 ) -> Conversion:
     found, left_out = rename(state, source)
     if not as_initialisation:
@@ -272,15 +244,8 @@ def _fkodom(
             f"expected as_initialisation=True with weights of {source}, got False. No model here computes what its "
             f"weights were trained for: {'; '.join(_FKODOM_DIFFERS)}. They can be a start for training"
         )
-    encoder, decoder = _sizes(found, "encoder"), _sizes(found, "decoder")
-    config = LongNetConfig(
-        **(decoder | encoder),
-        nhead=num_heads,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        activation=activation,
-        positions=None,
-    )
+    pattern = {"activation": "relu", **pattern}
+    config = LongNetConfig(**_shape(found, "decoder", **pattern) | _shape(found, "encoder", **pattern))
     model = LongNet(config, dtype=next(iter(found.values())).dtype)
     # LayerNorms that exist here alone start as they are; anything else that is missing is an error.
     fresh = {
@@ -298,14 +263,32 @@ def _fkodom(
     return Conversion(model.eval(), source, tuple(notes))
 
 
-def _sizes(found: Mapping[str, Tensor], stack: str) -> dict[str, Any]:
-    """The sizes that shapes give away; what cannot be read is left to the check of names and shapes."""
-    layers = {int(match[1]) for name in found if (match := re.match(rf"{stack}\.layers\.(\d+)\.", name))}
-    sizes: dict[str, Any] = {f"num_{stack}_layers": max(layers) + 1} if layers else {}
+def _shape(
+    found: Mapping[str, Tensor],
+    stack: str,
+    *,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    activation: Activation = "gelu",
+) -> dict[str, Any]:
+    """Fields of `LongNetConfig`: what the shapes tell, and what the caller does.
+
+    The check of names and shapes finds what is missing.
+    """
+    fields: dict[str, Any] = {
+        "nhead": num_heads,
+        "segment_lengths": tuple(segment_lengths),
+        "dilation_rates": tuple(dilation_rates),
+        "activation": activation,
+        "positions": None,
+    }
+    if layers := count_layers(found, stack):
+        fields[f"num_{stack}_layers"] = layers
     first = found.get(f"{stack}.layers.0.ffn.fc1.weight")
     if first is not None and first.dim() == 2:
-        sizes |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
-    return sizes
+        fields |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
+    return fields
 
 
 def _halves(found: dict[str, Tensor], num_heads: int) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.models.longnet import LongNetLM
 
 
 class Sampling(TypedDict, total=False):
@@ -38,66 +35,20 @@ class Sampling(TypedDict, total=False):
     eos_token: int | None
 
 
-def generate(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
-    """Continues a prompt and returns the new tokens.
-
-    The prompt runs as one forward; then every token costs about sum(w_i / r_i) keys a layer and head, however long the
-    sequence has become. The model is in evaluation mode meanwhile.
-
-    Args:
-        model: the model.
-        prompt: int `(B, N)`, N >= 1.
-        max_new_tokens: how many tokens to add, at most.
-        sampling: see `Sampling`.
-
-    Returns:
-        int64 `(B, T)`, T <= max_new_tokens, without the prompt.
-
-    Raises:
-        ValueError: a prompt or an option out of range.
-        TypeError: one of the wrong type.
-    """
-    new = list(stream(model, prompt, max_new_tokens, **sampling))
-    return torch.stack(new, 1) if new else prompt.new_empty((prompt.shape[0], 0), dtype=torch.int64)
-
-
-def stream(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Iterator[Tensor]:
-    """`generate`, giving out each token as it comes.
-
-    Arguments are checked at once. The model is in evaluation mode from the first token until the iterator is exhausted
-    or closed.
-
-    Args:
-        model: the model.
-        prompt: int `(B, N)`, N >= 1.
-        max_new_tokens: how many tokens to add, at most.
-        sampling: see `Sampling`.
-
-    Returns:
-        An iterator over int64 `(B,)`.
-    """
-    vocab_size = model.config.vocab_size
-    assert vocab_size is not None
-    check.check_int("max_new_tokens", max_new_tokens, 0)
-    model._check(prompt, packed=False)
+def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> None:
+    """Raises a ValueError for a prompt without tokens, a token or a row's start out of range."""
     if prompt.shape[1] == 0:
         raise ValueError("expected a prompt of at least one token, got an empty one")
     if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size):
         raise ValueError(f"expected tokens in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
-    row_start = sampling.get("row_start")
     if row_start is not None:
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
             raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
-    _check_sampling(sampling, vocab_size)
-    generator = sampling.get("generator")
-    seed = sampling.get("seed")
-    if seed is not None:
-        generator = torch.Generator(prompt.device).manual_seed(check.check_int("seed", seed, -(2**63)))
-    return _stream(model, prompt, max_new_tokens, sampling, generator)
 
 
-def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Raises for an option that is unknown, out of range or of the wrong type."""
     unknown = sorted(set(sampling) - set(Sampling.__annotations__))
     if unknown:
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
@@ -116,17 +67,35 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
-    if sampling.get("seed") is not None and sampling.get("generator") is not None:
-        raise ValueError("expected seed or generator, got both")
+    seed = sampling.get("seed")
+    if seed is not None:
+        check.check_int("seed", seed, -(2**63))
+        if sampling.get("generator") is not None:
+            raise ValueError("expected seed or generator, got both")
 
 
-def _stream(
-    model: LongNetLM, prompt: Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator | None
+def sample(
+    model: nn.Module,
+    next_logits: Callable[[Tensor], Tensor],
+    prompt: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> Iterator[Tensor]:
+    """Draws tokens int64 `(B,)` one after the other; everything has been checked.
+
+    Args:
+        model: in evaluation mode meanwhile.
+        next_logits: from the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
+        prompt: `(B, N)`.
+        max_new_tokens: how many tokens, at most.
+        sampling: see `Sampling`.
+    """
     training = [module for module in model.modules() if module.training]
     greedy, eos_token = sampling.get("greedy", False), sampling.get("eos_token")
     temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
-    cache = model.make_cache(row_start=sampling.get("row_start"))
+    generator, seed = sampling.get("generator"), sampling.get("seed")
+    if seed is not None:
+        generator = torch.Generator(prompt.device).manual_seed(seed)
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = prompt
     try:
@@ -135,7 +104,7 @@ def _stream(
         for _ in range(max_new_tokens):
             # Entered anew for each token: while the caller has the iterator, its own grad mode holds.
             with torch.inference_mode():
-                logits = model.logits(model.hidden(tokens, cache=cache)[:, -1])
+                logits = next_logits(tokens)
                 if greedy:
                     new = logits.argmax(-1)
                 else:

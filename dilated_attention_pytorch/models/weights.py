@@ -6,12 +6,15 @@ import importlib
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` writes into a folder
 
 
 def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -26,7 +29,7 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read; a file or mapping that holds something else than tensors by name.
+        ValueError: a file that cannot be read; a file or mapping that holds anything but tensors by name.
         ImportError: a `.safetensors` file without the package.
     """
     if isinstance(source, Mapping):
@@ -39,7 +42,7 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
     try:
         # Tensors and plain containers alone: a pickle can hold any code.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle, or half of one, makes it raise anything
+    except Exception as error:  # of any type, where the file is not a pickle, or half of one
         raise ValueError(f"expected {path} to hold tensors as torch.save writes them, got {_reason(error)}") from error
     return _tensors(loaded, str(path))
 
@@ -48,10 +51,12 @@ def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str
     """The tensors of a `.safetensors` file.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: a file that cannot be read as one.
         ImportError: the package is not installed.
     """
     load_file = safetensors().load_file
+    _check_exists(path)
     try:
         state: dict[str, Tensor] = load_file(path, device=str(device))
     except importlib.import_module("safetensors").SafetensorError as error:
@@ -59,27 +64,32 @@ def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str
     return state
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """What a `config.json` holds.
+def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The architecture that `config.json` names, and its other values.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no JSON object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
+    path = folder / CONFIG
+    _check_exists(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no text, or no JSON
         raise ValueError(f"expected {path} to hold JSON, got {_reason(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected {path} to hold a JSON object, got {type(values).__name__}")
-    return values
+    return values.pop("architecture", None), values
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what the file holds
-        return "a file that is none, or that holds more than tensors"
+        return "a file that is not a torch checkpoint, or that contains pickled objects other than tensors"
     return f"{type(error).__name__}: " + (str(error).splitlines() or ["no reason given"])[0]
 
 
@@ -137,6 +147,12 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError(f"expected the weights of a {type(model).__name__}, got: " + "; ".join(problems))
+
+
+def count_layers(names: Iterable[str], stack: str) -> int:
+    """The number of layers whose names begin with `{stack}.layers.`; 0 for none."""
+    found = (re.match(rf"{stack}\.layers\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def safetensors() -> Any:

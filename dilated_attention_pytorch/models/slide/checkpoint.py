@@ -1,10 +1,9 @@
-"""Prov-GigaPath-shaped checkpoints: what their shapes say of the model, and their position table, if there is one."""
+"""Prov-GigaPath-shaped checkpoints: the model's sizes from their shapes, and their position table, if there is one."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, slide_segment_lengths
 from dilated_attention_pytorch.models.slide.positions import sincos
-from dilated_attention_pytorch.models.weights import read_config, read_safetensors, read_state
+from dilated_attention_pytorch.models.weights import WEIGHTS, count_layers, read_config, read_safetensors, read_state
 
 TABLE = "pos_embed"
 _CHECKED_ROWS = 257
@@ -38,12 +37,11 @@ def config_and_state(
             )
         options["segment_lengths"] = slide_segment_lengths(max_wsi_size or 262_144, tile_size or 256)
     if not isinstance(source, Mapping) and Path(source).is_dir():
-        values = read_config(Path(source) / "config.json")
-        architecture = values.pop("architecture", None)
+        architecture, values = read_config(Path(source))
         if architecture != "SlideEncoder":
             raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
         config = replace(SlideEncoderConfig.from_dict(values), **options)
-        return config, read_safetensors(Path(source) / "model.safetensors")
+        return config, read_safetensors(Path(source) / WEIGHTS)
     state = read_state(source)
     config = replace(SlideEncoderConfig(padding="zero_keys"), **(_sizes(state) | options))
     table = state.pop(TABLE, None)
@@ -53,7 +51,7 @@ def config_and_state(
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes that shapes give away; what cannot be read is left to the check of names and shapes."""
+    """The sizes that shapes tell; the check of names and shapes finds what is missing."""
     found = {}
     for field, key, dim in (
         ("embed_dim", "cls_token", -1),
@@ -62,9 +60,8 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     ):
         if key in state and state[key].dim() > 1:
             found[field] = state[key].shape[dim]
-    layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
-    if layers:
-        found["depth"] = max(layers) + 1
+    if depth := count_layers(state, "encoder"):
+        found["depth"] = depth
     return found
 
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
+from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
+from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide.positions import position_rows
-from dilated_attention_pytorch.models.slide.rows import Rows
+from dilated_attention_pytorch.models.slide.rows import SlideRows
+from dilated_attention_pytorch.models.weights import load_into
 from dilated_attention_pytorch.types import Backend
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-    from dilated_attention_pytorch.models.slide.attention import AttentionMap
 
 
 class SlideOutput(NamedTuple):
@@ -45,17 +48,14 @@ class PatchEmbed(nn.Module):
     """The projection of tile embeddings, named as in the checkpoints.
 
     Args:
-        in_chans: width of what comes.
-        embed_dim: width of what goes.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_chans: width of a tile's embedding.
+        embed_dim: width of the encoder.
+        options: `device` and `dtype` of the parameters.
     """
 
-    def __init__(
-        self, in_chans: int, embed_dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, **options: Any) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_chans, embed_dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(in_chans, embed_dim, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_chans)` to `(..., embed_dim)`."""
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
         return out
 
 
-class SlideEncoder(nn.Module):
+class SlideEncoder(Model[SlideEncoderConfig]):
     """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
 
     Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
@@ -90,32 +90,17 @@ class SlideEncoder(nn.Module):
         (torch.Size([1, 64]), torch.Size([3, 1, 64]), torch.Size([1, 600, 64]))
     """
 
-    def __init__(
-        self,
-        config: SlideEncoderConfig | None = None,
-        *,
-        backend: Backend = "auto",
-        gradient_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> None:
-        super().__init__()
-        if config is not None and not isinstance(config, SlideEncoderConfig):
-            raise TypeError(f"expected config to be a SlideEncoderConfig, got {type(config).__name__} {config!r}")
-        check.check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.config = config = replace(config or SlideEncoderConfig(), **overrides)
-        self.gradient_checkpointing = gradient_checkpointing
-        self._backend = backend
+    config_class = SlideEncoderConfig
+
+    def _build(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
-        width = config.embed_dim
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
-        self.patch_embed = PatchEmbed(config.in_chans, width, device="meta", dtype=dtype)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, device="meta", dtype=dtype))
-        self.encoder = LayerStack(
-            config.layers, config.depth, 1.0, recompute=True, backend=backend, device="meta", dtype=dtype
-        )
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps, device="meta", dtype=dtype)
+        options: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        self.patch_embed = PatchEmbed(config.in_chans, width, **options)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **options))
+        self.encoder = LayerStack(config.layers, config.depth, 1.0, recompute=True, backend=self._backend, **options)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, **options)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
@@ -165,9 +150,6 @@ class SlideEncoder(nn.Module):
             ValueError: keys or shapes that are not the model's, every one of them named; a stored position table that
                 is not the one computed here.
         """
-        from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
-        from dilated_attention_pytorch.models.weights import load_into
-
         config, state = config_and_state(source, max_wsi_size, tile_size, overrides)
         model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
         load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
@@ -211,53 +193,46 @@ class SlideEncoder(nn.Module):
             TypeError: an argument of the wrong type or dtype.
         """
         x, rows = self.embed(tiles, coords, mask)
-        scales = self._drop_path(rows, x)
         summary = [self._summary(x, rows)]
-        h = x
-        for h in self.encoder.states(
-            x,
-            is_causal=False,
-            scales=scales,
-            gradient_checkpointing=self.gradient_checkpointing,
-            **rows.options(x.device),
-        ):
+        again, masks = self.gradient_checkpointing, rows.options(x.device)
+        scales = self._drop_path(rows, x)
+        for h in self.encoder.states(x, is_causal=False, scales=scales, gradient_checkpointing=again, **masks):
             summary.append(self._summary(h, rows))
         h = self.encoder.layer_norm(h)
         summary.append(self._summary(h, rows))
-        pooled = self._outer_norm(self._over_ranks(torch.stack(summary), rows))
+        pooled = self._outer_norm(self._over_ranks(torch.stack(summary)))
         return SlideOutput(pooled[-1], pooled[:-1], rows.tiles(self.norm(h)))
 
-    def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Rows]:
-        """What the first layer takes, and how slides lie in it; arguments as in `forward`."""
+    def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, SlideRows]:
+        """The rows that the first layer takes, and how slides lie in them; arguments as in `forward`."""
         self._check(tiles, coords, mask)
         config = self.config
         if self._shards is not None:
             self._shards.compare_again()
-        has_cls = self._shards is None or self._shards.rank == 0
-        rows = Rows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=has_cls, pack=self._shards is None)
-        if rows.mask is not None and config.padding == "zero_keys" and self._shards is not None:
-            raise ValueError(
-                "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
-                "depends on each slide's own length; give one slide at a time, or take padding='none'"
-            )
+        rows = SlideRows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=self._is_first, pack=self._shards is None)
         if rows.mask is not None and config.padding == "zero_keys":
+            if self._shards is not None:
+                raise ValueError(
+                    "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
+                    "depends on each slide's own length; give one slide at a time, or take padding='none'"
+                )
             raise ValueError(
                 "expected mask to be padded on the right with padding='zero_keys', got one with holes: the official "
                 "numbers know no hidden tiles; take them out of the slide, or take padding='none'"
             )
         if mask is not None:
             tiles = tiles.masked_fill(~mask[..., None], 0.0)  # what stands there may be anything, NaN too
-        x = self.patch_embed(tiles.to(self.patch_embed.proj.weight.dtype))
-        x = (x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)).to(
-            self.cls_token.dtype
-        )
-        if has_cls:
+        x = self.patch_embed(tiles.to(self.cls_token.dtype))
+        x = x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
+        x = x.to(self.cls_token.dtype)
+        if rows.has_cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         x = rows.lay_out(x)
         if self.training and config.dropout > 0.0:
             x = nn.functional.dropout(x, config.dropout)
         return x, rows
 
+    @torch.no_grad()
     def attention_map(
         self,
         tiles: Tensor,
@@ -284,13 +259,34 @@ class SlideEncoder(nn.Module):
         Raises:
             ValueError: a layer, head or query that is not there, more than one slide, a sharded model.
         """
-        from dilated_attention_pytorch.models.slide.attention import attention_map
-
+        config = self.config
         if self._shards is not None:
             raise ValueError("expected a model that is not sharded for an attention map; load it once more on one rank")
-        return attention_map(self, tiles, coords, layer=layer, head=head, query=query)
+        if has_head_groups(self):
+            raise ValueError(
+                "expected an encoder with head_groups=False, got one made in legacy mode, whose heads have one branch "
+                "each"
+            )
+        if self.training:
+            raise ValueError("expected a model in evaluation mode, got one in training: call eval() first")
+        if not 0 <= check_int("layer", layer, 0) < config.depth:
+            raise ValueError(f"expected layer in [0, {config.depth}), got {layer}")
+        if head is not None and not 0 <= check_int("head", head, 0) < config.num_heads:
+            raise ValueError(f"expected head in [0, {config.num_heads}), got {head}")
+        if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
+            raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
+        x, _ = self.embed(tiles, coords)  # checks both
+        queries = query_rows(query, tiles.shape[1])
+        before = islice(chain([x], self.encoder.states(x, is_causal=False)), layer + 1)
+        asked: Any = self.encoder.layers[layer]
+        return layer_attention(asked, deque(before, maxlen=1).pop(), config, head, queries)
 
-    def _drop_path(self, rows: Rows, x: Tensor) -> Tensor | None:
+    @property
+    def _is_first(self) -> bool:
+        """Whether this rank has the first tiles, and the cls token before them."""
+        return self._shards is None or self._shards.rank == 0
+
+    def _drop_path(self, rows: SlideRows, x: Tensor) -> Tensor | None:
         """Factors for each layer and slide; None where nothing is dropped."""
         if not self.training or self.config.drop_path == 0.0:
             return None
@@ -299,16 +295,17 @@ class SlideEncoder(nn.Module):
             factors = sum_over_ranks(factors * (self._shards.rank == 0), self._shards)
         return rows.per_row(factors)
 
-    def _summary(self, h: Tensor, rows: Rows) -> Tensor:
+    def _summary(self, h: Tensor, rows: SlideRows) -> Tensor:
         """What this rank knows of each slide's embedding, before the norm: `(B, D)`, or with the count beside it."""
         if self.config.global_pool:
             sums, counts = rows.tile_sums(h)
             return torch.cat((sums, counts.to(sums.dtype)), 1)
         if rows.has_cls:
             return rows.cls_rows(h)
-        return h[:, :0].sum(1)  # zeros that h still stands behind: this rank's backward runs along with the first's
+        return h[:, :0].sum(1)  # zeros that keep h in the graph, so that this rank joins the backward's collectives
 
-    def _over_ranks(self, summary: Tensor, rows: Rows) -> Tensor:
+    def _over_ranks(self, summary: Tensor) -> Tensor:
+        """The embeddings of whole slides, before the norm: the first rank's cls tokens, or the mean over all tiles."""
         if self._shards is not None:
             summary = sum_over_ranks(summary, self._shards)
         if not self.config.global_pool:
@@ -320,7 +317,7 @@ class SlideEncoder(nn.Module):
         return (sums / counts).to(self.cls_token.dtype)
 
     def _outer_norm(self, x: Tensor) -> Tensor:
-        if self._shards is None or self._shards.rank == 0:
+        if self._is_first:
             out: Tensor = self.norm(x)
             return out
         # The same on every rank; the parameters' gradient is counted on the first alone.
