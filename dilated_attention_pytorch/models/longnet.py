@@ -274,8 +274,10 @@ class LongNetLM(Model[LongNetConfig]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., vocab_size)` of hidden states `(..., d_model)`."""
-        projection = self.embed_tokens if self.output_projection is None else self.output_projection
-        return nn.functional.linear(hidden, projection.weight)
+        if self.output_projection is None:
+            return nn.functional.linear(hidden, self.embed_tokens.weight)
+        out: Tensor = self.output_projection(hidden)
+        return out
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `forward`.
