@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dilated_attention_pytorch.models import LongNet, LongNetEncoder, LongNetLM, LongViT, SlideEncoder
 from dilated_attention_pytorch.testing import relative_norm
@@ -77,9 +78,12 @@ def test_every_hook_fires(kind: str, grad: bool) -> None:
     fired: list[str] = []
     for name, module in linears(model).items():
         module.register_forward_hook(lambda _m, _i, _o, name=name: fired.append(name))
+        module.register_forward_pre_hook(lambda _m, _i, name=name: fired.append(name))
     with torch.set_grad_enabled(grad):
-        values(model(*given))
-    assert set(fired) == want and len(fired) == len(want)
+        out = values(model(*given))
+    if grad:
+        out.square().sum().backward()  # calls none of them again
+    assert set(fired) == want and len(fired) == 2 * len(want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,26 +127,83 @@ def test_adapters_compute_and_learn_what_merged_weights_do(kind: str, again: boo
             assert mine.grad is not None and (mine.grad - theirs).norm() <= 1e-11 * (1 + theirs.norm()), name
 
 
-def test_a_dropping_adapter_draws_the_same_in_the_backward() -> None:
-    """The feed-forward network of slide encoders computes its inner rows twice; both times must drop alike."""
+@pytest.mark.parametrize(
+    "before",
+    [nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Identity(), nn.Flatten(0, -2)],
+    ids=["drops", "writes in place", "passes on", "takes a view"],
+)
+def test_modules_before_the_projection(before: nn.Module) -> None:
+    """The backward computes the projection's input again; what is done to that input must not be lost."""
     model, given = build("SlideEncoder")
     assert isinstance(model, SlideEncoder)
-    for layer in model.encoder.layers:
-        layer.ffn.fc2 = nn.Sequential(nn.Dropout(0.5), layer.ffn.fc2)
+    layers = [layer.ffn for layer in model.encoder.layers]
+    for ffn in layers:
+        back = nn.Unflatten(0, (2, 21)) if isinstance(before, nn.Flatten) else nn.Identity()
+        ffn.fc2 = nn.Sequential(before, ffn.fc2, back)
     model.train()
     results = []
-    for recompute in (True, False):
-        for layer in model.encoder.layers:
-            layer.ffn.recompute = recompute
+    for recompute, again in ((True, False), (True, True), (False, False)):
+        model.gradient_checkpointing = again
+        for ffn in layers:
+            ffn.recompute = recompute
         model.zero_grad()
         torch.manual_seed(3)
         values(model(*given)).square().sum().backward()
         results.append([p.grad.clone() for p in model.parameters()])
+    whole = torch.cat([x.flatten() for x in results[-1]]).norm()
+    for mine, checkpointed, plain in zip(*results, strict=True):
+        assert torch.equal(mine, checkpointed)
+        assert (mine - plain).norm() <= 1e-12 * whole
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_projections_input_is_gone_after_the_forward(again: bool, adapted: bool) -> None:
+    """Of a feed-forward network's inner tensors fc1's output alone stays, and with checkpointing none."""
+    model, given = build("SlideEncoder", gradient_checkpointing=again)
+    assert isinstance(model, SlideEncoder)
+    kept: dict[str, list[StorageWeakRef]] = {"fc1": [], "fc2": []}
+    for layer in model.encoder.layers:
+        if adapted:
+            layer.ffn.fc2 = Adapted(layer.ffn.fc2)
+        layer.ffn.fc1.register_forward_hook(
+            lambda _m, _i, out: kept["fc1"].append(StorageWeakRef(out.untyped_storage()))
+        )
+        layer.ffn.fc2.register_forward_pre_hook(
+            lambda _m, given: kept["fc2"].append(StorageWeakRef(given[0].untyped_storage()))
+        )
+    out = values(model(*given))
+    assert len(kept["fc1"]) == len(kept["fc2"]) == 2
+    assert all(storage.expired() for storage in kept["fc2"])
+    assert all(storage.expired() is again for storage in kept["fc1"])
+    out.sum().backward()
+
+
+def test_backwards_that_go_through_the_projection_alone_or_twice() -> None:
+    ffn = build("LongViT")[0].encoder.layers[0].ffn
+    x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
+    results = []
+    for recompute in (True, False):
+        ffn.recompute = recompute
+        out = ffn(x).square().sum()
+        some = torch.autograd.grad(out, [ffn.fc2.weight], retain_graph=True)
+        every = [torch.autograd.grad(out, [x, *ffn.parameters()], retain_graph=True) for _ in range(2)]
+        results.append([*some, *every[0], *every[1]])
     for mine, plain in zip(*results, strict=True):
         assert relative_norm(mine, plain) < 1e-12
 
 
-def test_second_derivatives_are_there() -> None:
+def test_second_derivatives_are_refused() -> None:
     ffn = build("LongViT")[0].encoder.layers[0].ffn
     x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
-    assert ffn.recompute and torch.autograd.gradgradcheck(ffn, (x,))
+    (grad,) = torch.autograd.grad(ffn(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_long_vit_compiles_as_one_graph() -> None:
+    model, given = build("LongViT")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, want = values(compiled(*given)), values(model(*given))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    got.sum().backward()
