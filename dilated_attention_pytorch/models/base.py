@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import nn
@@ -13,6 +13,13 @@ from dilated_attention_pytorch.models.config import ModelConfig
 from dilated_attention_pytorch.types import Backend
 
 _Config = TypeVar("_Config", bound=ModelConfig)
+
+
+class Place(TypedDict, total=False):
+    """The device and dtype of parameters that are made."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class Model(nn.Module, Generic[_Config]):
@@ -40,7 +47,7 @@ class Model(nn.Module, Generic[_Config]):
         self._backend: Backend = backend
         self._build(device=device, dtype=dtype)
 
-    def _build(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def _build(self, **place: Unpack[Place]) -> None:
         raise NotImplementedError
 
 

@@ -49,15 +49,14 @@ def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> N
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises for an option that is unknown, out of range or of the wrong type."""
-    unknown = sorted(set(sampling) - set(Sampling.__annotations__))
-    if unknown:
+    if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
-    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
+    temperature, top_k, top_p = _filters(sampling)
     check.check_bool("greedy", sampling.get("greedy", False))
     if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError("expected no temperature, top_k or top_p with greedy=True, which draws nothing")
     check.check_positive_int("top_k", 1 if top_k is None else top_k)
-    eos_token = sampling.get("eos_token")
+    eos_token, seed = sampling.get("eos_token"), sampling.get("seed")
     if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     for name, value in (("temperature", temperature), ("top_p", top_p)):
@@ -67,11 +66,13 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
-    seed = sampling.get("seed")
-    if seed is not None:
-        check.check_int("seed", seed, -(2**63))
-        if sampling.get("generator") is not None:
-            raise ValueError("expected seed or generator, got both")
+    if seed is not None and sampling.get("generator") is not None:
+        raise ValueError("expected seed or generator, got both")
+    check.check_int("seed", 0 if seed is None else seed, -(2**63))
+
+
+def _filters(sampling: Sampling) -> tuple[float, int | None, float | None]:
+    return sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
 
 
 def sample(
@@ -81,20 +82,18 @@ def sample(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Iterator[Tensor]:
-    """Draws tokens int64 `(B,)` one after the other; everything has been checked.
+    """Draws tokens int64 `(B,)` one after the other, with options that have been checked.
 
     Args:
-        model: in evaluation mode meanwhile.
+        model: is in evaluation mode meanwhile.
         next_logits: from the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
         prompt: `(B, N)`.
         max_new_tokens: how many tokens, at most.
         sampling: see `Sampling`.
     """
     training = [module for module in model.modules() if module.training]
-    greedy, eos_token = sampling.get("greedy", False), sampling.get("eos_token")
-    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
-    generator, seed = sampling.get("generator"), sampling.get("seed")
-    if seed is not None:
+    eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
+    if (seed := sampling.get("seed")) is not None:
         generator = torch.Generator(prompt.device).manual_seed(seed)
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = prompt
@@ -105,10 +104,10 @@ def sample(
             # Entered anew for each token: while the caller has the iterator, its own grad mode holds.
             with torch.inference_mode():
                 logits = next_logits(tokens)
-                if greedy:
+                if sampling.get("greedy", False):
                     new = logits.argmax(-1)
                 else:
-                    probabilities = token_probabilities(logits, temperature, top_k, top_p)
+                    probabilities = token_probabilities(logits, *_filters(sampling))
                     new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
                 if eos_token is not None:
                     new = new.masked_fill(finished, eos_token)
@@ -125,16 +124,10 @@ def sample(
 def token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The distribution that a token is drawn from.
+    """The distribution fp32 (fp64) `(B, vocab_size)` that tokens are drawn from, of logits of that shape.
 
-    Args:
-        logits: `(B, vocab_size)`.
-        temperature: divides the logits.
-        top_k: keep the k likeliest tokens.
-        top_p: of these, keep the fewest that together have at least this probability; always one.
-
-    Returns:
-        `(B, vocab_size)`, fp32 (fp64), summing to 1.
+    The temperature divides the logits; of the `top_k` likeliest tokens the fewest stay that together have at least the
+    probability `top_p`, always one.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     if top_k is None and top_p is None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.functional import in_autocast_dtype
+from dilated_attention_pytorch.models.base import Place
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
@@ -42,24 +43,15 @@ class FeedForward(nn.Module):
         gamma: gain of the xavier-normal start of both weights.
         recompute: with GELU, keep only `fc1`'s output for the backward and compute what follows from it again; a third
             of the memory, first derivatives only.
-        device: of the parameters.
-        dtype: of the parameters.
+        place: `device` and `dtype` of the parameters.
     """
 
-    def __init__(
-        self,
-        config: LongNetConfig,
-        gamma: float,
-        *,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **place: Unpack[Place]) -> None:
         super().__init__()
         width, inner = config.d_model, config.dim_feedforward
-        self.fc1 = nn.Linear(width, inner, device=device, dtype=dtype)
-        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(inner, width, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(width, inner, **place)
+        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, **place)
+        self.fc2 = nn.Linear(inner, width, **place)
         self.activation = F.relu if config.activation == "relu" else F.gelu
         self.recompute = recompute and config.activation == "gelu"
         for linear in (self.fc1, self.fc2):
@@ -84,8 +76,7 @@ class Layer(nn.Module):
         cross_attention: whether the layer looks at a memory too.
         recompute: as in `FeedForward`.
         backend: of the attention.
-        device: of the parameters.
-        dtype: of the parameters.
+        place: `device` and `dtype` of the parameters.
     """
 
     def __init__(
@@ -96,8 +87,7 @@ class Layer(nn.Module):
         cross_attention: bool = False,
         recompute: bool = False,
         backend: Backend = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **place: Unpack[Place],
     ) -> None:
         super().__init__()
 
@@ -118,18 +108,17 @@ class Layer(nn.Module):
                 mixing_gradient=config.mixing_gradient,
                 padding=config.padding,
                 backend=backend,
-                device=device,
-                dtype=dtype,
+                **place,
             )
 
         def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **place)
 
         self.self_attn = attention(gamma)
         self.self_attn_layer_norm = norm()
         self.encoder_attn = attention(1.0) if cross_attention else None
         self.encoder_attn_layer_norm = norm() if cross_attention else None
-        self.ffn = FeedForward(config, gamma, recompute=recompute, device=device, dtype=dtype)
+        self.ffn = FeedForward(config, gamma, recompute=recompute, **place)
         self.final_layer_norm = norm()
         self.dropout = config.dropout
 
@@ -187,26 +176,14 @@ class LayerStack(nn.Module):
         config: sizes and options.
         num_layers: how many.
         gamma: MAGNETO's gain.
-        device: of the parameters.
-        dtype: of the parameters.
+        place: `device` and `dtype` of the parameters.
         options: further arguments of `Layer`.
     """
 
-    def __init__(
-        self,
-        config: LongNetConfig,
-        num_layers: int,
-        gamma: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, config: LongNetConfig, num_layers: int, gamma: float, place: Place, **options: Any) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(config, gamma, device=device, dtype=dtype, **options) for _ in range(num_layers)
-        )
-        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(Layer(config, gamma, **options, **place) for _ in range(num_layers))
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **place)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
         """The last of `states` after the final LayerNorm; arguments are those of `states`."""

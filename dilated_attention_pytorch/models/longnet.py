@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model
+from dilated_attention_pytorch.models.base import Model, Place
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.generation import Sampling, check_prompt, check_sampling, sample
@@ -66,11 +66,11 @@ class LongNet(Model[LongNetConfig]):
 
     config_class = LongNetConfig
 
-    def _build(self, **options: Any) -> None:
+    def _build(self, **place: Unpack[Place]) -> None:
         n, m = self.config.num_encoder_layers, self.config.num_decoder_layers
-        options["backend"] = self._backend
-        self.encoder = LayerStack(self.config, n, math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), **options)
-        self.decoder = LayerStack(self.config, m, math.sqrt(math.log(3 * m)), cross_attention=True, **options)
+        encoder, decoder = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), math.sqrt(math.log(3 * m))
+        self.encoder = LayerStack(self.config, n, encoder, place, backend=self._backend)
+        self.decoder = LayerStack(self.config, m, decoder, place, backend=self._backend, cross_attention=True)
 
     def forward(
         self,
@@ -102,13 +102,10 @@ class LongNet(Model[LongNetConfig]):
 class LongNetEncoder(Model[LongNetConfig]):
     """The encoder alone, bidirectional by default, with MAGNETO's gain `sqrt(log 2N)` for N layers.
 
+    The other arguments are those of `LongNet`.
+
     Args:
         config: the model's shape; its decoder layers are not used.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
-        overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Example:
         >>> model = LongNetEncoder(d_model=64, nhead=4, num_encoder_layers=2, dim_feedforward=128)
@@ -118,9 +115,9 @@ class LongNetEncoder(Model[LongNetConfig]):
 
     config_class = LongNetConfig
 
-    def _build(self, **options: Any) -> None:
+    def _build(self, **place: Unpack[Place]) -> None:
         n = self.config.num_encoder_layers
-        self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), backend=self._backend, **options)
+        self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), place, backend=self._backend)
 
     def forward(
         self,
@@ -147,15 +144,10 @@ class LongNetLM(Model[LongNetConfig]):
     """A causal language model: the decoder alone, with MAGNETO's gain `sqrt(log 2M)` for M layers.
 
     Embeddings start with deviation `d_model ** -0.5` and are scaled by `sqrt(d_model)`, as in the official code, so
-    that the same weights serve as output layer with `tie_weights`.
+    that the same weights serve as output layer with `tie_weights`. The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape, with `vocab_size`; its encoder layers are not used.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
-        overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Raises:
         ValueError: no vocab_size.
@@ -171,15 +163,15 @@ class LongNetLM(Model[LongNetConfig]):
 
     config_class = LongNetConfig
 
-    def _build(self, **options: Any) -> None:
+    def _build(self, **place: Unpack[Place]) -> None:
         if self.config.vocab_size is None:
             raise ValueError("expected vocab_size, the number of tokens, got None")
         m, width = self.config.num_decoder_layers, self.config.d_model
-        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **options)
-        self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), backend=self._backend, **options)
+        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **place)
+        self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), place, backend=self._backend)
         # Tied weights have one name, so nothing can tear them apart: not a checkpoint, not a copy, not `to_empty`.
         self.output_projection = (
-            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **options)
+            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **place)
         )
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:

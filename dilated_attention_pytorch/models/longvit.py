@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import Model
+from dilated_attention_pytorch.models.base import Model, Place
 from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
@@ -110,14 +110,10 @@ class LongViT(Model[LongViTConfig]):
 
     Along a Hilbert curve a segment of the sequence is a compact region of the image, in raster order a thin strip. The
     order changes who attends to whom, and nothing else: positions are the patches' own. The feed-forward network keeps
-    little for the backward, and has first derivatives only.
+    little for the backward, and has first derivatives only. The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape; `LongViTConfig()` by default.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
         overrides: fields of `LongViTConfig` by name, in place of the config's.
 
     Example:
@@ -129,16 +125,16 @@ class LongViT(Model[LongViTConfig]):
 
     config_class = LongViTConfig
 
-    def _build(self, **options: Any) -> None:
+    def _build(self, **place: Unpack[Place]) -> None:
         config, width, size = self.config, self.config.embed_dim, self.config.patch_size
-        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **options)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **options))
+        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **place)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **place))
         self.pos_embed = None
         if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, **options))
+            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, **place))
         gamma = math.sqrt(math.log(2 * config.depth))
-        self.encoder = LayerStack(config.layers, config.depth, gamma, recompute=True, backend=self._backend, **options)
-        self.head = nn.Linear(width, config.num_classes, **options) if config.num_classes else None
+        self.encoder = LayerStack(config.layers, config.depth, gamma, place, recompute=True, backend=self._backend)
+        self.head = nn.Linear(width, config.num_classes, **place) if config.num_classes else None
         nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
         if self.patch_embed.bias is not None:
             nn.init.zeros_(self.patch_embed.bias)

@@ -48,13 +48,7 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
 
 
 def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that cannot be read as one.
-        ImportError: the package is not installed.
-    """
+    """The tensors of a `.safetensors` file; a ValueError where it cannot be read as one."""
     load_file = safetensors().load_file
     _check_exists(path)
     try:
@@ -65,12 +59,7 @@ def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str
 
 
 def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The architecture that `config.json` names, and its other values.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no JSON object.
-    """
+    """The architecture that a folder's `config.json` names, and its other values."""
     path = folder / CONFIG
     _check_exists(path)
     try:
@@ -116,17 +105,14 @@ def load_into(
     """Makes a state dict's tensors a model's parameters, in place of those it has (built on `meta`, it has none).
 
     Args:
-        model: whose names and shapes the tensors must have, each and all.
+        model: whose names and shapes the tensors must have, each and all; a ValueError names every other one.
         state: the tensors.
-        copy: the parameters get memory of their own; without it, for tensors that nobody else holds, those that are in
-            place already stay where they are.
+        copy: the parameters get memory of their own. Without it tensors that are in place stay where they are: for
+            those that nobody else holds.
         device: where they go.
         dtype: of floating tensors; their own by default.
-
-    Raises:
-        ValueError: naming every key that is missing, unexpected or of another shape.
     """
-    check_state(model, state)
+    _check_state(model, state)
     moved = {
         key: value.detach().to(device, (dtype or value.dtype) if value.is_floating_point() else value.dtype, copy=copy)
         for key, value in state.items()
@@ -135,8 +121,7 @@ def load_into(
     model.requires_grad_(True)  # an assigned tensor keeps the file's flag
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError that names every key which is missing, unexpected or of another shape."""
+def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in wanted]

@@ -6,13 +6,13 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model, has_head_groups
+from dilated_attention_pytorch.models.base import Model, Place, has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
@@ -50,12 +50,12 @@ class PatchEmbed(nn.Module):
     Args:
         in_chans: width of a tile's embedding.
         embed_dim: width of the encoder.
-        options: `device` and `dtype` of the parameters.
+        place: `device` and `dtype` of the parameters.
     """
 
-    def __init__(self, in_chans: int, embed_dim: int, **options: Any) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, **place: Unpack[Place]) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_chans, embed_dim, **options)
+        self.proj = nn.Linear(in_chans, embed_dim, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_chans)` to `(..., embed_dim)`."""
@@ -69,13 +69,10 @@ class SlideEncoder(Model[SlideEncoderConfig]):
     Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
     when needed: there is no table to store or load. Under autocast the sum that runs through the layers stays fp32,
     as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
+    The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
         overrides: fields of `SlideEncoderConfig` by name, in place of the config's.
 
     Raises:
@@ -92,16 +89,16 @@ class SlideEncoder(Model[SlideEncoderConfig]):
 
     config_class = SlideEncoderConfig
 
-    def _build(self, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def _build(self, **place: Unpack[Place]) -> None:
         config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
-        options: dict[str, Any] = {"device": "meta", "dtype": dtype}
-        self.patch_embed = PatchEmbed(config.in_chans, width, **options)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **options))
-        self.encoder = LayerStack(config.layers, config.depth, 1.0, recompute=True, backend=self._backend, **options)
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps, **options)
-        self.to_empty(device=torch.get_default_device() if device is None else device)
+        meta: Place = {**place, "device": "meta"}
+        self.patch_embed = PatchEmbed(config.in_chans, width, **meta)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
+        self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, **meta)
+        self.to_empty(device=place.get("device") or torch.get_default_device())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
