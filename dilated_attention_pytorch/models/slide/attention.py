@@ -1,4 +1,4 @@
-"""Attention maps of a slide encoder: what a tile, or the cls token, looks at."""
+"""Attention maps of a slide encoder: the tiles that a tile, or the cls token, attends to."""
 
 from __future__ import annotations
 
@@ -29,14 +29,9 @@ class AttentionMap(NamedTuple):
 def layer_attention(
     layer: Layer, x: Tensor, config: SlideEncoderConfig, head: int | None, queries: list[int]
 ) -> AttentionMap:
-    """The attention of some rows in one layer.
+    """The attention of some rows of x `(1, 1 + L, embed_dim)` in the layer that takes it, cls token first.
 
-    Args:
-        layer: of the encoder.
-        x: `(1, 1 + L, embed_dim)`, what goes into the layer.
-        config: of the encoder.
-        head: which head; the mean over heads for None.
-        queries: rows of x, the cls token's being 0.
+    Without a head it is the mean over heads.
     """
     attention = layer.self_attn
     h = layer.self_attn_layer_norm(x)[0]
