@@ -1,4 +1,4 @@
-"""What the five models share: how they are made from a config."""
+"""The base of the five models: their constructor, from a config."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _SMALLEST = 256  # rows of a first buffer; it doubles from there
 
 
 def first_visible(position: int, segment_lengths: Iterable[int]) -> int:
-    """The start of the oldest segment at `position`: neither its query nor any later one sees what lies before."""
+    """The start of the oldest segment at `position`: no query from there on sees an earlier key."""
     return min(position // length * length for length in segment_lengths)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ _ARCHITECTURES: dict[str, type[Model[Any]]] = {
 def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     """Writes a model's weights and config into a folder, which is made if need be.
 
-    Each file is written beside its place and then moved there, so a reader, or a crash, finds the old file or the new
-    one, whole.
+    Each file is written in a folder beside its place and then moved there, so a reader, or a crash, finds the old file
+    or the new one, whole.
 
     Args:
         model: the bare model (of a DistributedDataParallel, its `module`; of a compiled one, its `_orig_mod`).
@@ -49,8 +48,15 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix=".", dir=target) as scratch:
+        written = Path(scratch)
+        save_file(state, written / WEIGHTS, metadata={"format": "pt"})
+        (written / CONFIG).write_text(config, encoding="utf-8")
+        shutil.copymode(written / CONFIG, written / WEIGHTS)  # safetensors' own files are private
+        for file in (WEIGHTS, CONFIG):
+            with (written / file).open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(written / file, target / file)
 
 
 def check_head_groups(model: nn.Module) -> None:
@@ -69,7 +75,7 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Model[Any]:
-    """Reads what `save_pretrained` wrote; the model is in evaluation mode.
+    """Reads a model that `save_pretrained` wrote; it is in evaluation mode.
 
     Args:
         folder: where from.
@@ -93,24 +99,3 @@ def load_pretrained(
     model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")
     load_into(model, read_safetensors(Path(folder) / WEIGHTS, device), copy=False, device=device, dtype=dtype)
     return model.eval()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; a checkpoint is a file like any other
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,7 +16,7 @@ Activation = Literal["relu", "gelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the configs of all models can do."""
+    """The base of all models' configs: to JSON and back."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, in types that JSON has."""
@@ -35,7 +35,7 @@ class ModelConfig:
         return cls(**values)
 
     def _set(self, **values: Any) -> None:
-        """Replaces what the caller gave by what was checked: JSON gives lists, a frozen value holds tuples."""
+        """Replaces fields by their checked values: JSON gives lists, a frozen value holds tuples."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -131,12 +131,7 @@ class LongNetConfig(ModelConfig):
 
 
 def encoder_layers(config: Any, **options: Any) -> LongNetConfig:
-    """The layers of a slide encoder or a vision transformer, as LongNet names them.
-
-    Args:
-        config: its config, whose names are timm's.
-        options: further fields of `LongNetConfig`.
-    """
+    """The layers of a slide encoder or vision transformer, whose config has timm's names, as LongNet names them."""
     return LongNetConfig(
         d_model=config.embed_dim,
         nhead=config.num_heads,

@@ -22,7 +22,7 @@ class Sampling(TypedDict, total=False):
         top_p: sample from the fewest tokens that together have at least this probability, in (0, 1].
         seed: of the samples; drawn from torch's generator when absent.
         generator: a generator to sample with, in place of a seed.
-        eos_token: a row that has produced it produces nothing else; generation stops when every row has.
+        eos_token: a row that has produced it repeats it; generation stops when every row has.
     """
 
     row_start: Tensor | None
@@ -147,7 +147,7 @@ def left_pad(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
 
     Args:
         sequences: int tensors `(N_b,)`, none empty.
-        pad_token: what stands in front; nobody sees it.
+        pad_token: fills the front; no query sees it.
 
     Returns:
         int64 `(B, N)`, and `row_start` int64 `(B,)`.

@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where asked for, feed-forward; each added to what came in.
+    """Self-attention, cross-attention where asked for, feed-forward; each is added to its input.
 
     Args:
         config: sizes and options.
@@ -141,7 +141,7 @@ class Layer(nn.Module):
             is_causal: hide later positions, of x and of the memory.
             rotation: shared by all layers.
             cache: this layer's.
-            scales: `(2, ...)`, factors that broadcast to x, on what self-attention and feed-forward add.
+            scales: `(2, ...)`, factors that broadcast to x, on the outputs of self-attention and feed-forward.
             rows: see `RowMasks`.
         """
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
@@ -160,7 +160,7 @@ class Layer(nn.Module):
 
 
 def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
-    """Factors `(depth, 2, batch)` on what each layer's two sublayers add to each sequence (arXiv 1603.09382).
+    """Factors `(depth, 2, batch)` on the outputs of each layer's two sublayers per sequence (arXiv 1603.09382).
 
     Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last, otherwise the
     inverse of keeping it.

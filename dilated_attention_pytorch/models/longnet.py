@@ -81,7 +81,7 @@ class LongNet(Model[LongNetConfig]):
         row_start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Runs the encoder over x and the decoder over x and what the encoder made of it.
+        """Runs the encoder over x, and the decoder over x and the encoder's output.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
@@ -213,7 +213,7 @@ class LongNetLM(Model[LongNetConfig]):
             key_padding_mask: bool `(B, N)`, True = real.
             row_start: int `(B,)`, first real position of each left-padded row.
             cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
-            cache: from `make_cache`. The tokens are those that follow what it has seen; it takes them in.
+            cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
             seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
                 all shards are equally long.
 
@@ -286,7 +286,7 @@ class LongNetLM(Model[LongNetConfig]):
             prompt: int `(B, N)`, N >= 1; of different lengths: `left_pad` gives one batch and its `row_start`.
             max_new_tokens: how many tokens to add, at most.
             sampling: `temperature=1.0`, `top_k`, `top_p`, `greedy=False`, `seed` or `generator`, `eos_token`,
-                `row_start`; what each does is said in `models.generation.Sampling`.
+                `row_start`; `models.generation.Sampling` describes them.
 
         Returns:
             int64 `(B, T)`, T <= max_new_tokens, without the prompt.

@@ -92,7 +92,7 @@ class LongViTConfig(ModelConfig):
 
 
 class LongViTOutput(NamedTuple):
-    """What `LongViT` gives for a batch of images.
+    """The output of `LongViT` for a batch of images.
 
     Attributes:
         pooled: `(B, embed_dim)`, each image's embedding.

@@ -18,11 +18,11 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` w
 
 
 def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict, from a file or as it is.
+    """A state dict, from a file or a mapping.
 
     Args:
         source: a `.safetensors` file; any other file as `torch.save` writes it; or a mapping. A mapping with a single
-            `"model"` or `"state_dict"` mapping of tensors inside stands for that one.
+            `"model"` or `"state_dict"` mapping of tensors inside is taken for that one.
 
     Returns:
         Names to tensors, on the CPU when they come from a file.

@@ -66,8 +66,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> SlideEncoderConfig:
-    """The config with the table's grid. The table itself is not kept: rows of it, the first and last among them, are
-    compared with what is computed instead."""
+    """The config with the table's grid. The table is not kept: 257 of its rows are compared with the computed ones."""
     side = math.isqrt(max(0, table.shape[-2] - 1)) if table.dim() == 3 else 0
     if table.dim() != 3 or table.shape != (1, side * side + 1, config.embed_dim) or side == 0:
         raise ValueError(f"expected {TABLE} of shape (1, G * G + 1, {config.embed_dim}), got {tuple(table.shape)}")
@@ -76,7 +75,7 @@ def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> Sl
     number = torch.linspace(0, side * side - 1, min(_CHECKED_ROWS, side * side), dtype=torch.float64).long()
     half = config.embed_dim // 2
     want = torch.cat((sincos(number % side, half), sincos(number // side, half)), -1)
-    # What the stored dtype rounds a number of size 1 by, and twice as much for another library's sine.
+    # The stored dtype's rounding of a number of size 1, and twice as much for another library's sine.
     allowed = 3 * torch.finfo(table.dtype).eps / 2 if table.is_floating_point() else -1.0
     error = float((table[0, number + 1].double() - want).abs().max())
     if not error <= allowed or bool((table[0, 0] != 0).any()):

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class SlideOutput(NamedTuple):
-    """What `SlideEncoder` gives for a batch of slides.
+    """The output of `SlideEncoder` for a batch of slides.
 
     Attributes:
         pooled: `(B, embed_dim)`, each slide's embedding: the official code's last output.
-        layers: `(depth + 1, B, embed_dim)`, the same of every hidden state, the embeddings' first: what the official
-            code gives with `all_layer_embed=True`. Those pass the outer norm alone, not the encoder's own, so the last
-            of them is not `pooled`.
+        layers: `(depth + 1, B, embed_dim)`, the same of every hidden state, the embeddings' first: the official code's
+            output with `all_layer_embed=True`. They pass only the outer norm and skip the encoder's own, so the last
+            of them differs from `pooled`.
         tiles: `(B, L, embed_dim)`, each tile's output after both norms; zeros where the mask has none.
     """
 
@@ -201,7 +201,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         return SlideOutput(pooled[-1], pooled[:-1], rows.tiles(self.norm(h)))
 
     def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, SlideRows]:
-        """The rows that the first layer takes, and how slides lie in them; arguments as in `forward`."""
+        """The first layer's input, and how slides lie in its rows; arguments as in `forward`."""
         self._check(tiles, coords, mask)
         config = self.config
         if self._shards is not None:
@@ -218,7 +218,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
                 "numbers know no hidden tiles; take them out of the slide, or take padding='none'"
             )
         if mask is not None:
-            tiles = tiles.masked_fill(~mask[..., None], 0.0)  # what stands there may be anything, NaN too
+            tiles = tiles.masked_fill(~mask[..., None], 0.0)  # padding may hold anything, NaN too
         x = self.patch_embed(tiles.to(self.cls_token.dtype))
         x = x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
         x = x.to(self.cls_token.dtype)
@@ -239,9 +239,9 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         head: int | None = None,
         query: int | Literal["cls"] | Sequence[int] | Tensor = "cls",
     ) -> AttentionMap:
-        """How much some tiles, or the cls token, attend to each tile in one layer: exact, for what is asked alone.
+        """The exact attention of some tiles, or of the cls token, to each tile in one layer.
 
-        The rest of the layer is not formed: memory grows with the number of queries times the number of tiles.
+        Only the rows asked for are formed: memory grows with the number of queries times the number of tiles.
 
         Args:
             tiles: `(1, L, in_chans)`, one slide.
@@ -293,7 +293,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         return rows.per_row(factors)
 
     def _summary(self, h: Tensor, rows: SlideRows) -> Tensor:
-        """What this rank knows of each slide's embedding, before the norm: `(B, D)`, or with the count beside it."""
+        """This rank's part of each slide's embedding, before the norm: `(B, D)`, or with the count beside it."""
         if self.config.global_pool:
             sums, counts = rows.tile_sums(h)
             return torch.cat((sums, counts.to(sums.dtype)), 1)

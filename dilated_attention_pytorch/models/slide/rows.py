@@ -1,4 +1,4 @@
-"""How a batch of slides lies in rows while it is encoded: as it came, packed, or sharded over ranks."""
+"""The rows of a batch of slides while it is encoded: padded, packed, or sharded over ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SlideRows(NamedTuple):
 
     Attributes:
         num_slides: B.
-        num_tiles: L of the batch as it came.
+        num_tiles: L of the padded batch.
         mask: bool `(B, rows)`, True = real; None where all are, or when packed.
         kept: int64 `(total,)`, rows of the packed batch in the flat one; None when not packed.
         bounds: first row of each packed slide, and the end; None when not packed.
@@ -48,7 +48,7 @@ class SlideRows(NamedTuple):
         return cls(num_slides, num_tiles, full, has_cls=has_cls)
 
     def lay_out(self, x: Tensor) -> Tensor:
-        """`(B, rows, D)` as the layers take it: packed `(total, D)`, or as it is."""
+        """`(B, rows, D)` as the layers take it: packed `(total, D)`, or unchanged."""
         return x if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
 
     def options(self, device: torch.device) -> RowMasks:
