@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
@@ -44,25 +44,6 @@ class SlideOutput(NamedTuple):
     tiles: Tensor
 
 
-class PatchEmbed(nn.Module):
-    """The projection of tile embeddings, named as in the checkpoints.
-
-    Args:
-        in_chans: width of a tile's embedding.
-        embed_dim: width of the encoder.
-        place: `device` and `dtype` of the parameters.
-    """
-
-    def __init__(self, in_chans: int, embed_dim: int, **place: Unpack[Place]) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_chans, embed_dim, **place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in_chans)` to `(..., embed_dim)`."""
-        out: Tensor = self.proj(x)
-        return out
-
-
 class SlideEncoder(Model[SlideEncoderConfig]):
     """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
 
@@ -93,12 +74,13 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
+        device = place.get("device")
         meta: Place = {**place, "device": "meta"}
-        self.patch_embed = PatchEmbed(config.in_chans, width, **meta)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(config.in_chans, width, **meta)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
         self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, **meta)
-        self.to_empty(device=place.get("device") or torch.get_default_device())
+        self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
