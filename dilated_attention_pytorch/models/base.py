@@ -15,7 +15,7 @@ from dilated_attention_pytorch.types import Backend
 _Config = TypeVar("_Config", bound=ModelConfig)
 
 
-class Place(TypedDict, total=False):
+class TensorOptions(TypedDict, total=False):
     """The device and dtype of parameters that are made."""
 
     device: torch.device | str | None
@@ -47,7 +47,7 @@ class Model(nn.Module, Generic[_Config]):
         self._backend: Backend = backend
         self._build(device=device, dtype=dtype)
 
-    def _build(self, **place: Unpack[Place]) -> None:
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
         raise NotImplementedError
 
 

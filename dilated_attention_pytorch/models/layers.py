@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import Place
+from dilated_attention_pytorch.models.base import TensorOptions
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
@@ -43,15 +43,17 @@ class FeedForward(nn.Module):
         gamma: gain of the xavier-normal start of both weights.
         recompute: with GELU, keep only `fc1`'s output for the backward and compute what follows from it again; a third
             of the memory, first derivatives only.
-        place: `device` and `dtype` of the parameters.
+        factory: `device` and `dtype` of the parameters.
     """
 
-    def __init__(self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **place: Unpack[Place]) -> None:
+    def __init__(
+        self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Unpack[TensorOptions]
+    ) -> None:
         super().__init__()
         width, inner = config.d_model, config.dim_feedforward
-        self.fc1 = nn.Linear(width, inner, **place)
-        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, **place)
-        self.fc2 = nn.Linear(inner, width, **place)
+        self.fc1 = nn.Linear(width, inner, **factory)
+        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, **factory)
+        self.fc2 = nn.Linear(inner, width, **factory)
         self.activation = F.relu if config.activation == "relu" else F.gelu
         self.recompute = recompute and config.activation == "gelu"
         for linear in (self.fc1, self.fc2):
@@ -76,7 +78,7 @@ class Layer(nn.Module):
         cross_attention: whether the layer looks at a memory too.
         recompute: as in `FeedForward`.
         backend: of the attention.
-        place: `device` and `dtype` of the parameters.
+        factory: `device` and `dtype` of the parameters.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Layer(nn.Module):
         cross_attention: bool = False,
         recompute: bool = False,
         backend: Backend = "auto",
-        **place: Unpack[Place],
+        **factory: Unpack[TensorOptions],
     ) -> None:
         super().__init__()
 
@@ -108,17 +110,17 @@ class Layer(nn.Module):
                 mixing_gradient=config.mixing_gradient,
                 padding=config.padding,
                 backend=backend,
-                **place,
+                **factory,
             )
 
         def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **place)
+            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
         self.self_attn = attention(gamma)
         self.self_attn_layer_norm = norm()
         self.encoder_attn = attention(1.0) if cross_attention else None
         self.encoder_attn_layer_norm = norm() if cross_attention else None
-        self.ffn = FeedForward(config, gamma, recompute=recompute, **place)
+        self.ffn = FeedForward(config, gamma, recompute=recompute, **factory)
         self.final_layer_norm = norm()
         self.dropout = config.dropout
 
@@ -176,14 +178,16 @@ class LayerStack(nn.Module):
         config: sizes and options.
         num_layers: how many.
         gamma: MAGNETO's gain.
-        place: `device` and `dtype` of the parameters.
+        factory: `device` and `dtype` of the parameters.
         options: further arguments of `Layer`.
     """
 
-    def __init__(self, config: LongNetConfig, num_layers: int, gamma: float, place: Place, **options: Any) -> None:
+    def __init__(
+        self, config: LongNetConfig, num_layers: int, gamma: float, factory: TensorOptions, **options: Any
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, gamma, **options, **place) for _ in range(num_layers))
-        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **place)
+        self.layers = nn.ModuleList(Layer(config, gamma, **options, **factory) for _ in range(num_layers))
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
         """The last of `states` after the final LayerNorm; arguments are those of `states`."""

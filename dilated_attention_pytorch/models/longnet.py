@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model, Place
+from dilated_attention_pytorch.models.base import Model, TensorOptions
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.generation import Sampling, check_prompt, check_sampling, sample
@@ -66,11 +66,11 @@ class LongNet(Model[LongNetConfig]):
 
     config_class = LongNetConfig
 
-    def _build(self, **place: Unpack[Place]) -> None:
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
         n, m = self.config.num_encoder_layers, self.config.num_decoder_layers
         encoder, decoder = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), math.sqrt(math.log(3 * m))
-        self.encoder = LayerStack(self.config, n, encoder, place, backend=self._backend)
-        self.decoder = LayerStack(self.config, m, decoder, place, backend=self._backend, cross_attention=True)
+        self.encoder = LayerStack(self.config, n, encoder, factory, backend=self._backend)
+        self.decoder = LayerStack(self.config, m, decoder, factory, backend=self._backend, cross_attention=True)
 
     def forward(
         self,
@@ -115,9 +115,9 @@ class LongNetEncoder(Model[LongNetConfig]):
 
     config_class = LongNetConfig
 
-    def _build(self, **place: Unpack[Place]) -> None:
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
         n = self.config.num_encoder_layers
-        self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), place, backend=self._backend)
+        self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
 
     def forward(
         self,
@@ -163,15 +163,15 @@ class LongNetLM(Model[LongNetConfig]):
 
     config_class = LongNetConfig
 
-    def _build(self, **place: Unpack[Place]) -> None:
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
         if self.config.vocab_size is None:
             raise ValueError("expected vocab_size, the number of tokens, got None")
         m, width = self.config.num_decoder_layers, self.config.d_model
-        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **place)
-        self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), place, backend=self._backend)
+        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **factory)
+        self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), factory, backend=self._backend)
         # Tied weights have one name, so nothing can tear them apart: not a checkpoint, not a copy, not `to_empty`.
         self.output_projection = (
-            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **place)
+            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **factory)
         )
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:

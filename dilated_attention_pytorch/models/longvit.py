@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import Model, Place
+from dilated_attention_pytorch.models.base import Model, TensorOptions
 from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
@@ -125,16 +125,16 @@ class LongViT(Model[LongViTConfig]):
 
     config_class = LongViTConfig
 
-    def _build(self, **place: Unpack[Place]) -> None:
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
         config, width, size = self.config, self.config.embed_dim, self.config.patch_size
-        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **place)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **place))
+        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **factory)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory))
         self.pos_embed = None
         if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, **place))
+            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, **factory))
         gamma = math.sqrt(math.log(2 * config.depth))
-        self.encoder = LayerStack(config.layers, config.depth, gamma, place, recompute=True, backend=self._backend)
-        self.head = nn.Linear(width, config.num_classes, **place) if config.num_classes else None
+        self.encoder = LayerStack(config.layers, config.depth, gamma, factory, recompute=True, backend=self._backend)
+        self.head = nn.Linear(width, config.num_classes, **factory) if config.num_classes else None
         nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
         if self.patch_embed.bias is not None:
             nn.init.zeros_(self.patch_embed.bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model, Place, has_head_groups
+from dilated_attention_pytorch.models.base import Model, TensorOptions, has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
@@ -70,12 +70,12 @@ class SlideEncoder(Model[SlideEncoderConfig]):
 
     config_class = SlideEncoderConfig
 
-    def _build(self, **place: Unpack[Place]) -> None:
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
         config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
-        device = place.get("device")
-        meta: Place = {**place, "device": "meta"}
+        device = factory.get("device")
+        meta: TensorOptions = {**factory, "device": "meta"}
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(config.in_chans, width, **meta)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
         self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
