@@ -98,6 +98,12 @@ def check_probability(name: str, value: float) -> float:
     return float(value)
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """An ordinary tensor, whose elements lie at strides: not sparse, nested or of MKL-DNN."""
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
 def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
     """Three tensors whose ranks, dtypes, devices and sizes agree."""
     q, k, v = inputs

@@ -9,12 +9,16 @@ written out once, but for the compact rows that lie ahead of a range: 1 in r.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from dilated_attention_pytorch.core.merge import merge_into
+from dilated_attention_pytorch.core.merge import merge_into, rows_last
+from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.streaming.compact import CompactBranch
 from dilated_attention_pytorch.streaming.ranges import RangePlan
@@ -49,24 +53,25 @@ class Load(NamedTuple):
 
 
 Loaded = dict[tuple[str, CompactBranch | None], Tensor]
+Rows = tuple[Tensor, ...]  # one per result, (B, n, ...): out and lse, or dq, dk and dv
 
 
-class Part(NamedTuple):
-    """Results of a branch's segments in `[start, stop)`, each `(B, L, h, G, ...)`, until the ranges have passed."""
+class Carried(NamedTuple):
+    """Results of a branch's segments in `[start, stop)`, `(B, L, h, G, ...)`, kept until the ranges have passed."""
 
     start: int
     stop: int
     results: tuple[Tensor, ...]
 
-    def after(self, branch: CompactBranch, position: int) -> Part | None:
-        """What is left of it for ranges from `position` on: the segment that position lies in."""
-        start = max(self.start, position // branch.length * branch.length)
+    def after(self, branch: CompactBranch, position: int) -> Carried | None:
+        """What ranges from `position` on still need: the segment that position lies in, and later ones."""
+        start = max(self.start, position // branch.members.length * branch.members.length)
         if position >= self.stop:
             return None
         if start == self.start:
             return self
         rows = slice(branch.count(self.start, start), None)
-        return Part(start, self.stop, tuple(x[:, rows].clone() for x in self.results))  # frees the rest
+        return Carried(start, self.stop, tuple(x[:, rows].clone() for x in self.results))  # frees the rest
 
 
 class Pass(ABC):
@@ -75,12 +80,12 @@ class Pass(ABC):
     Args:
         plan: the ranges.
         readers: the inputs by name.
-        engine: the backend's module, `core.sdpa` or the Triton launcher.
+        engine: the backend that computes.
     """
 
     def __init__(self, plan: RangePlan, readers: dict[str, Reader], engine: Backend) -> None:
         self.plan, self.readers, self.engine = plan, readers, engine
-        self._parts: dict[CompactBranch, list[Part]] = {branch: [] for branch in plan.compact}
+        self._carried: dict[CompactBranch, list[Carried]] = {branch: [] for branch in plan.compact}
 
     def loads(self, start: int, stop: int) -> list[Load]:
         """Everything to bring in for a range."""
@@ -90,120 +95,121 @@ class Pass(ABC):
         ]
         for branch in self.plan.compact:
             first, last = branch.beginning_in(start, stop)
-            if first == last or branch.count(stop, last) == 0:
-                continue
-            for name, x in self.readers.items():
-                shape = branch.shape(x.shape, branch.count(stop, last))
-                found.append(Load(name, branch, stop, last, shape, x.dtype))
+            ahead = branch.count(stop, last)
+            if first < last and ahead:
+                for name, x in self.readers.items():
+                    found.append(Load(name, branch, stop, last, branch.shape(x.shape, ahead), x.dtype))
         return found
 
     def compute(self, start: int, stop: int, loaded: Loaded) -> dict[str, Tensor]:
         """The results of a range, by output; ranges come in order."""
-        for branch, parts in self._parts.items():
+        # 1. Segments that begin here, of branches that ranges cut.
+        for branch, carried in self._carried.items():
             first, last = branch.beginning_in(start, stop)
             if branch.count(first, last):
-                parts.append(Part(first, last, self._attend(branch, start, stop, loaded)))
+                carried.append(Carried(first, last, self._begin(branch, start, stop, loaded)))
+        # 2. All branches that ranges do not cut, in one call.
         own = {name: x for (name, branch), x in loaded.items() if branch is None}
-        results = self._range(start, stop, own)
-        for branch, parts in self._parts.items():
-            left = [part.after(branch, stop) for part in parts]
-            parts[:] = [part for part in left if part is not None]
-        return results
+        if self.plan.aligned is None:
+            totals = self._nothing(own["q"], own["k"])
+        else:
+            totals = self._attend(self.plan.aligned.at(0, 0, stop - start), own)
+        # 3. What reaches into the range is added, in fp32 at least.
+        dtype = own["q"].dtype
+        if any(start < x.stop and x.start < stop for carried in self._carried.values() for x in carried):
+            totals = tuple(x.to(accumulator(dtype)) for x in totals)
+        for branch, carried in self._carried.items():
+            for x in carried:
+                bounds = max(start, x.start), min(stop, x.stop)
+                if bounds[0] < bounds[1]:
+                    views = [
+                        branch.pairs(total, start, new, x.start, *bounds)
+                        for total, new in zip(totals, x.results, strict=True)
+                    ]
+                    for pairs in zip(*views, strict=True):  # all walk the same spans in the same order
+                        self._add(pairs)
+            left = [x.after(branch, stop) for x in carried]
+            carried[:] = [x for x in left if x is not None]
+        return self._named(totals, dtype)
 
     def reset(self) -> None:
         """Forgets what earlier ranges left behind."""
-        for parts in self._parts.values():
-            parts.clear()
+        for carried in self._carried.values():
+            carried.clear()
 
-    @abstractmethod
-    def _range(self, start: int, stop: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The range's results from its own rows and the parts."""
-
-    @abstractmethod
-    def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The results of so many compact rows, `(B, L, heads, ...)` each."""
-
-    def _attend(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> tuple[Tensor, ...]:
-        """The results of the segments that begin in the range: its own rows, then those that lie ahead of it."""
+    def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Rows:
+        """The results of the segments that begin in the range: from its own rows, then those that lie ahead of it."""
         first, last = branch.beginning_in(start, stop)
         here, rows = branch.count(first, min(stop, last)), branch.count(first, last)
         gathered = {}
         for name in self.readers:
             own = loaded[name, None]
-            beside = branch.empty(own, rows)
+            beside = own.new_empty(branch.shape(tuple(own.shape), rows))  # (B, L, h, G, ...)
             branch.gather(own, start, first, min(stop, last), beside[:, :here])
             if here < rows:
                 beside[:, here:].copy_(loaded[name, branch])
             gathered[name] = beside if beside.dim() == 2 else beside.flatten(2, 3)
-        results = self._compact(branch, rows, gathered)
+        results = self._attend(branch.problem(self.plan.problem, rows), gathered)
         return tuple(x.unflatten(2, (branch.num_heads, -1)) for x in results)
 
-    def _meeting(self, start: int, stop: int) -> list[tuple[CompactBranch, Part, int, int]]:
-        """The parts that reach into a range, and where."""
-        return [
-            (branch, part, max(start, part.start), min(stop, part.stop))
-            for branch, parts in self._parts.items()
-            for part in parts
-            if max(start, part.start) < min(stop, part.stop)
-        ]
+    @abstractmethod
+    def _attend(self, problem: Problem, x: dict[str, Tensor]) -> Rows:
+        """The results of one call, from its inputs by name."""
+
+    @abstractmethod
+    def _nothing(self, q: Tensor, k: Tensor) -> Rows:
+        """The results where no key is seen, in the accumulator's dtype."""
+
+    @abstractmethod
+    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Adds to each total, in place, what a branch contributes; both `(B, segments, slots, ...)`."""
+
+    @abstractmethod
+    def _named(self, totals: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The results by name, in the inputs' dtype."""
 
 
 class ForwardPass(Pass):
-    """out and lse."""
+    """out and lse; rows of lse are `(B, n, H, 1)` until they leave."""
 
-    def _range(self, start: int, stop: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        q = x["q"]
-        problem = self.plan.aligned
-        accumulator = torch.promote_types(q.dtype, torch.float32)
-        if problem is None:
-            out = torch.zeros_like(q, dtype=accumulator)
-            lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=accumulator)
-        else:
-            whole = problem.at(0, 0, stop - start)
-            out, lse = self.engine.forward(QKV(q, x["k"], x["v"]), whole, Masks(x.get("mask")))
-        meeting = self._meeting(start, stop)
-        if meeting:
-            out = out.to(accumulator)
-        rows_lse = lse.transpose(1, 2).unsqueeze(-1)
-        for branch, part, first, last in meeting:
-            part_out, part_lse = part.results
-            # Both walk the same spans in the same order.
-            outs = branch.pairs(out, start, part_out, part.start, first, last)
-            lses = branch.pairs(rows_lse, start, part_lse, part.start, first, last)
-            for (into, new), (into_lse, new_lse) in zip(outs, lses, strict=True):
-                merge_into(into, into_lse, new, new_lse)
-        return {"out": out.to(q.dtype), "lse": lse.transpose(1, 2)}
+    @override
+    def _attend(self, problem: Problem, x: dict[str, Tensor]) -> Rows:
+        out, lse = self.engine.forward(QKV(x["q"], x["k"], x["v"]), problem, Masks(x.get("key_padding_mask")))
+        return out, rows_last(lse)
 
-    def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        problem = branch.problem(rows, self.plan.problem.is_causal, self.plan.problem.scale)
-        out, lse = self.engine.forward(QKV(x["q"], x["k"], x["v"]), problem, Masks(x.get("mask")))
-        return out, lse.transpose(1, 2).unsqueeze(-1)
+    @override
+    def _nothing(self, q: Tensor, k: Tensor) -> Rows:
+        out = torch.zeros_like(q, dtype=accumulator(q.dtype))
+        return out, out.new_full((*q.shape[:3], 1), -torch.inf)
+
+    @override
+    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        (out, new_out), (lse, new_lse) = pairs
+        merge_into(out, lse, new_out, new_lse)
+
+    @override
+    def _named(self, totals: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
+        out, lse = totals
+        return {"out": out.to(dtype), "lse": lse.squeeze(-1)}
 
 
 class BackwardPass(Pass):
-    """dq, dk and dv, given the out and lse of all keys: with them every part's gradients are exact by themselves."""
+    """dq, dk and dv; given the out and lse of all keys, every part's gradients are exact by themselves."""
 
-    def _range(self, start: int, stop: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        q, k, v = x["q"], x["k"], x["v"]
-        accumulator = torch.promote_types(q.dtype, torch.float32)
-        grads: tuple[Tensor, ...]
-        if self.plan.aligned is None:
-            grads = tuple(torch.zeros_like(t, dtype=accumulator) for t in (q, k, v))
-        else:
-            grads = self._engine(self.plan.aligned.at(0, 0, stop - start), x)
-        meeting = self._meeting(start, stop)
-        if meeting:
-            grads = tuple(grad.to(accumulator) for grad in grads)
-        for branch, part, first, last in meeting:
-            for grad, results in zip(grads, part.results, strict=True):
-                for into, new in branch.pairs(grad, start, results, part.start, first, last):
-                    into.add_(new)
-        return {name: grad.to(q.dtype) for name, grad in zip(("dq", "dk", "dv"), grads, strict=True)}
+    @override
+    def _attend(self, problem: Problem, x: dict[str, Tensor]) -> Rows:
+        grad, saved = OutputGradient(x["grad_out"], None), AttentionOutput(x["out"], x["lse"].transpose(1, 2))
+        return self.engine.backward(grad, QKV(x["q"], x["k"], x["v"]), saved, problem, Masks(x.get("key_padding_mask")))
 
-    def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return self._engine(branch.problem(rows, self.plan.problem.is_causal, self.plan.problem.scale), x)
+    @override
+    def _nothing(self, q: Tensor, k: Tensor) -> Rows:
+        return tuple(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, k))
 
-    def _engine(self, problem: Any, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        saved = AttentionOutput(x["out"], x["lse"].transpose(1, 2))
-        inputs = QKV(x["q"], x["k"], x["v"])
-        return self.engine.backward(OutputGradient(x["grad_out"], None), inputs, saved, problem, Masks(x.get("mask")))
+    @override
+    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for grad, new in pairs:
+            grad.add_(new)
+
+    @override
+    def _named(self, totals: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: grad.to(dtype) for name, grad in zip(("dq", "dk", "dv"), totals, strict=True)}

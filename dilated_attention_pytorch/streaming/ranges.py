@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.streaming.compact import CompactBranch, compact_branches
 
@@ -49,7 +50,7 @@ class Sizes:
     @property
     def accumulator(self) -> int:
         """Bytes of an element of an accumulator."""
-        return torch.promote_types(self.dtype, torch.float32).itemsize
+        return accumulator(self.dtype).itemsize
 
     def inputs(self, share: float = 1.0) -> int:
         """Bytes a row that are brought in, for a share of the heads."""
@@ -104,7 +105,7 @@ class RangePlan:
             return None
         lengths, rates = zip(*(pattern.branches[i] for i in kept), strict=True)
         part = DilatedPattern(lengths, rates, pattern.num_heads, pattern.offsets)
-        return Problem(part, self.problem.is_causal, self.problem.scale, 0.0, 0, 0, self.length, "exact", "none")
+        return Problem(part, self.problem.is_causal, self.problem.scale, seq_len=self.length)
 
     @cached_property
     def compact(self) -> tuple[CompactBranch, ...]:
@@ -121,9 +122,9 @@ class RangePlan:
         carried = compacting = 0
         for branch in self.compact:
             share = branch.num_heads / sizes.num_kv_heads
-            total = branch.index(self.problem.seq_len)
-            tail = min(branch.slots, total)
-            fresh = min((rows // branch.length + 1) * branch.slots, total)
+            total, slots = branch.count(0, self.problem.seq_len), branch.members.slots
+            tail = min(slots, total)  # rows ahead of a range
+            fresh = min((rows // branch.members.length + 1) * slots, total)  # of segments that begin in one
             buffered += tail * sizes.inputs(share)
             carried += (tail + fresh) * sizes.results(sizes.accumulator, share)
             compacting = max(compacting, fresh * (sizes.inputs(share) + sizes.work(share)))

@@ -201,13 +201,13 @@ def test_compact_rows_are_brought_in_once_more_at_most(monkeypatch: pytest.Monke
     from dilated_attention_pytorch.streaming import sources
 
     gathered = []
-    gather_into = sources.TensorReader.gather_into
+    gather_into = sources.HostTensor.gather_into
 
     def count(self: Any, branch: Any, start: int, stop: int, out: Tensor) -> None:
         gathered.append(out.shape[1])
         gather_into(self, branch, start, stop, out)
 
-    monkeypatch.setattr(sources.TensorReader, "gather_into", count)
+    monkeypatch.setattr(sources.HostTensor, "gather_into", count)
     q, k, v = draw_qkv(1024, heads=1)
     options: dict[str, Any] = {"segment_lengths": [32, 512], "dilation_rates": [1, 8]}
     out = dilated_attention_streamed(q, k, v, **options, range_length=64)
@@ -300,11 +300,11 @@ class TestCompactRows:
         for branch in compact_branches(pattern, 0, n):
             for head in range(*branch.heads.indices(pattern.num_heads)):
                 counts = [0, *members[head].cumsum(0).tolist()]
-                assert [branch.index(p) for p in range(n + 1)] == counts
+                assert [branch.count(0, p) for p in range(n + 1)] == counts
                 seen.add(head)
             start, stop = sorted((draw(st.integers(0, n)), draw(st.integers(0, n))))
             x = torch.arange(n)[None, :, None].repeat(1, 1, pattern.num_heads)
-            out = branch.empty(x, branch.count(start, stop))
+            out = x.new_empty(branch.shape(tuple(x.shape), branch.count(start, stop)))
             branch.gather(x[:, start:stop], start, start, stop, out)
             head = branch.heads.indices(pattern.num_heads)[0]
             positions = members[head].nonzero().flatten()
@@ -327,7 +327,7 @@ class TestPlan:
 
     def test_segments_too_long_for_a_range_are_compact(self) -> None:
         plan = self.plan(1 << 26, 1 << 28, (2048, 1 << 26), (1, 1 << 15))
-        assert plan.length % 2048 == 0 and len(plan.compact) == 1 and plan.compact[0].slots == 2048
+        assert plan.length % 2048 == 0 and len(plan.compact) == 1 and plan.compact[0].members.slots == 2048
 
     @settings(max_examples=60)
     @given(
