@@ -175,6 +175,7 @@ def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch
     """A bool (B, N) mask over the whole sequence, True = real."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"expected key_padding_mask to be a Tensor, got {type(mask).__name__}")
+    check_dense("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype torch.bool (True = real), got {mask.dtype}")
     if tuple(mask.shape) != (batch, seq_len):

@@ -21,7 +21,7 @@ from dilated_attention_pytorch.streaming import pipeline
 from dilated_attention_pytorch.streaming.checks import Spec, check_device, check_source, check_spec, check_target
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
-from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, HostTensor, Reader, reader, writer
+from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, reader, writer
 from dilated_attention_pytorch.types import QKV, BackendName, Offsets
 
 CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU where no limit is given
@@ -78,7 +78,6 @@ class StreamedCall:
     engine: Backend
     settings: Settings
     inputs: Inputs
-    readers: dict[str, Reader]
 
     def plan(self) -> RangePlan:
         """Its ranges."""
@@ -93,8 +92,11 @@ class StreamedCall:
 
     def work(self) -> Pass:
         """The walk over its ranges."""
+        inputs, mask = self.inputs.named(), self.inputs.key_padding_mask
+        given = inputs if mask is None else inputs | {"key_padding_mask": mask}
+        readers = {name: reader(name, x) for name, x in given.items()}
         kind = BackwardPass if self.sizes.is_backward else ForwardPass
-        return kind(self.plan(), self.readers, self.engine)
+        return kind(self.plan(), readers, self.engine)
 
     def into(self, targets: Mapping[str, AnySink | None]) -> dict[str, Any]:
         """Computes everything into the targets, new tensors in place of None; nothing is written if one is refused."""
@@ -153,19 +155,15 @@ def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
     device = check_device(settings.device)
     rows = QKV(*(x.new_empty((batch, 0, *x.shape[2:]), device=device) for x in meta))
     engine, chosen = backend_for(rows, problem, settings.backend), choose_backend(rows, problem, settings.backend)
-    masked = inputs.key_padding_mask is not None
+    mask, is_backward, is_fused = inputs.key_padding_mask, inputs.upstream is not None, chosen.backend == "triton"
     sizes = Sizes(
-        batch, heads, kv_heads, width, meta.q.dtype, masked, inputs.upstream is not None, chosen.backend == "triton",
-        device.type,
+        batch, heads, kv_heads, width, meta.q.dtype, mask is not None, is_backward, is_fused, device.type
     )  # fmt: skip
-    readers = {name: reader(name, x) for name, x in inputs.named().items()}
-    if inputs.key_padding_mask is not None:
-        check.check_key_padding_mask(inputs.key_padding_mask, batch, n, torch.device("cpu"))
-        check.check_dense("key_padding_mask", inputs.key_padding_mask)
-        readers["key_padding_mask"] = HostTensor(inputs.key_padding_mask)
-    call = StreamedCall(problem, sizes, device, engine, settings, inputs, readers)
-    for name in Upstream._fields if inputs.upstream else ():
+    call = StreamedCall(problem, sizes, device, engine, settings, inputs)
+    for name in Upstream._fields if is_backward else ():
         check_spec(name, specs[name], call.spec(name))
+    if mask is not None:
+        check.check_key_padding_mask(mask, batch, n, torch.device("cpu"))
     return call
 
 

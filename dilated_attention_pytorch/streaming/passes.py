@@ -9,7 +9,6 @@ written out once, but for the compact rows that lie ahead of a range: 1 in r.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,12 +26,7 @@ from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputG
 
 
 class Load(NamedTuple):
-    """One tensor that a range needs: rows in `[start, stop)`, all of them or those that a branch keeps.
-
-    Attributes:
-        name: which input.
-        branch: None for all rows.
-    """
+    """One tensor that a range needs: rows in `[start, stop)`, all of them or, with a branch, those that it keeps."""
 
     name: str
     branch: CompactBranch | None
@@ -53,7 +47,8 @@ class Load(NamedTuple):
 
 
 Loaded = dict[tuple[str, CompactBranch | None], Tensor]
-Rows = tuple[Tensor, ...]  # one per result, (B, n, ...): out and lse, or dq, dk and dv
+Named = dict[str, Tensor]  # inputs by argument name, (B, n, ...)
+Results = tuple[Tensor, ...]  # out and lse, or dq, dk and dv; (B, n, H, D), lse (B, n, H, 1)
 
 
 class Carried(NamedTuple):
@@ -61,10 +56,10 @@ class Carried(NamedTuple):
 
     start: int
     stop: int
-    results: tuple[Tensor, ...]
+    results: Results
 
     def after(self, branch: CompactBranch, position: int) -> Carried | None:
-        """What ranges from `position` on still need: the segment that position lies in, and later ones."""
+        """What ranges from `position` on still need: the segment in which it lies."""
         start = max(self.start, position // branch.members.length * branch.members.length)
         if position >= self.stop:
             return None
@@ -83,6 +78,8 @@ class Pass(ABC):
         engine: the backend that computes.
     """
 
+    names: tuple[str, ...]  # of the results
+
     def __init__(self, plan: RangePlan, readers: dict[str, Reader], engine: Backend) -> None:
         self.plan, self.readers, self.engine = plan, readers, engine
         self._carried: dict[CompactBranch, list[Carried]] = {branch: [] for branch in plan.compact}
@@ -94,50 +91,49 @@ class Pass(ABC):
             for name, x in self.readers.items()
         ]
         for branch in self.plan.compact:
+            # Rows of the segments that begin here, as far as they lie behind the range.
             first, last = branch.beginning_in(start, stop)
-            ahead = branch.count(stop, last)
-            if first < last and ahead:
+            if ahead := branch.count(max(first, stop), last):
                 for name, x in self.readers.items():
                     found.append(Load(name, branch, stop, last, branch.shape(x.shape, ahead), x.dtype))
         return found
 
     def compute(self, start: int, stop: int, loaded: Loaded) -> dict[str, Tensor]:
         """The results of a range, by output; ranges come in order."""
-        # 1. Segments that begin here, of branches that ranges cut.
+        own = {name: x for (name, branch), x in loaded.items() if branch is None}
+        dtype = own["q"].dtype
+        # 1. Branches that ranges cut: the segments that begin here, whole.
         for branch, carried in self._carried.items():
             first, last = branch.beginning_in(start, stop)
             if branch.count(first, last):
                 carried.append(Carried(first, last, self._begin(branch, start, stop, loaded)))
-        # 2. All branches that ranges do not cut, in one call.
-        own = {name: x for (name, branch), x in loaded.items() if branch is None}
-        if self.plan.aligned is None:
-            totals = self._nothing(own["q"], own["k"])
-        else:
-            totals = self._attend(self.plan.aligned.at(0, 0, stop - start), own)
-        # 3. What reaches into the range is added, in fp32 at least.
-        dtype = own["q"].dtype
-        if any(start < x.stop and x.start < stop for carried in self._carried.values() for x in carried):
+        # 2. The other branches, in one call on the range's own rows.
+        aligned = self.plan.aligned
+        totals = self._attend(aligned and aligned.at(0, 0, stop - start), own)
+        # 3. What is carried is added where it reaches into the range, in fp32 at least.
+        if any(self._carried.values()):
             totals = tuple(x.to(accumulator(dtype)) for x in totals)
         for branch, carried in self._carried.items():
-            for x in carried:
-                bounds = max(start, x.start), min(stop, x.stop)
-                if bounds[0] < bounds[1]:
-                    views = [
-                        branch.pairs(total, start, new, x.start, *bounds)
-                        for total, new in zip(totals, x.results, strict=True)
-                    ]
-                    for pairs in zip(*views, strict=True):  # all walk the same spans in the same order
-                        self._add(pairs)
-            left = [x.after(branch, stop) for x in carried]
-            carried[:] = [x for x in left if x is not None]
-        return self._named(totals, dtype)
+            for part in carried:
+                bounds = max(start, part.start), min(stop, part.stop)
+                views = [
+                    branch.pairs(total, start, new, part.start, *bounds)
+                    for total, new in zip(totals, part.results, strict=True)
+                ]
+                for pairs in zip(*views, strict=True):  # all walk the same spans in the same order
+                    self._add(pairs)
+            carried[:] = [left for part in carried if (left := part.after(branch, stop)) is not None]
+        # lse (B, n, H, 1) -> (B, n, H) keeps its dtype; values are rounded to the inputs'.
+        return {
+            name: x.squeeze(-1) if name == "lse" else x.to(dtype) for name, x in zip(self.names, totals, strict=True)
+        }
 
     def reset(self) -> None:
         """Forgets what earlier ranges left behind."""
         for carried in self._carried.values():
             carried.clear()
 
-    def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Rows:
+    def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Results:
         """The results of the segments that begin in the range: from its own rows, then those that lie ahead of it."""
         first, last = branch.beginning_in(start, stop)
         here, rows = branch.count(first, min(stop, last)), branch.count(first, last)
@@ -153,63 +149,54 @@ class Pass(ABC):
         return tuple(x.unflatten(2, (branch.num_heads, -1)) for x in results)
 
     @abstractmethod
-    def _attend(self, problem: Problem, x: dict[str, Tensor]) -> Rows:
-        """The results of one call, from its inputs by name."""
+    def _attend(self, problem: Problem | None, x: Named) -> Results:
+        """The results of one call; without a problem those of no keys, in the accumulator's dtype."""
 
     @abstractmethod
-    def _nothing(self, q: Tensor, k: Tensor) -> Rows:
-        """The results where no key is seen, in the accumulator's dtype."""
-
-    @abstractmethod
-    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
         """Adds to each total, in place, what a branch contributes; both `(B, segments, slots, ...)`."""
-
-    @abstractmethod
-    def _named(self, totals: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The results by name, in the inputs' dtype."""
 
 
 class ForwardPass(Pass):
-    """out and lse; rows of lse are `(B, n, H, 1)` until they leave."""
+    """out and lse."""
+
+    names = ("out", "lse")
 
     @override
-    def _attend(self, problem: Problem, x: dict[str, Tensor]) -> Rows:
-        out, lse = self.engine.forward(QKV(x["q"], x["k"], x["v"]), problem, Masks(x.get("key_padding_mask")))
+    def _attend(self, problem: Problem | None, x: Named) -> Results:
+        if problem is None:
+            out = torch.zeros_like(x["q"], dtype=accumulator(x["q"].dtype))
+            return out, out.new_full((*out.shape[:3], 1), -torch.inf)
+        out, lse = self.engine.forward(_qkv(x), problem, _masks(x))
         return out, rows_last(lse)
 
     @override
-    def _nothing(self, q: Tensor, k: Tensor) -> Rows:
-        out = torch.zeros_like(q, dtype=accumulator(q.dtype))
-        return out, out.new_full((*q.shape[:3], 1), -torch.inf)
-
-    @override
-    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
         (out, new_out), (lse, new_lse) = pairs
         merge_into(out, lse, new_out, new_lse)
-
-    @override
-    def _named(self, totals: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
-        out, lse = totals
-        return {"out": out.to(dtype), "lse": lse.squeeze(-1)}
 
 
 class BackwardPass(Pass):
     """dq, dk and dv; given the out and lse of all keys, every part's gradients are exact by themselves."""
 
+    names = ("dq", "dk", "dv")
+
     @override
-    def _attend(self, problem: Problem, x: dict[str, Tensor]) -> Rows:
+    def _attend(self, problem: Problem | None, x: Named) -> Results:
+        if problem is None:
+            return tuple(torch.zeros_like(rows, dtype=accumulator(rows.dtype)) for rows in _qkv(x))
         grad, saved = OutputGradient(x["grad_out"], None), AttentionOutput(x["out"], x["lse"].transpose(1, 2))
-        return self.engine.backward(grad, QKV(x["q"], x["k"], x["v"]), saved, problem, Masks(x.get("key_padding_mask")))
+        return self.engine.backward(grad, _qkv(x), saved, problem, _masks(x))
 
     @override
-    def _nothing(self, q: Tensor, k: Tensor) -> Rows:
-        return tuple(torch.zeros_like(x, dtype=accumulator(q.dtype)) for x in (q, k, k))
-
-    @override
-    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
         for grad, new in pairs:
             grad.add_(new)
 
-    @override
-    def _named(self, totals: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: grad.to(dtype) for name, grad in zip(("dq", "dk", "dv"), totals, strict=True)}
+
+def _qkv(x: Named) -> QKV:
+    return QKV(x["q"], x["k"], x["v"])
+
+
+def _masks(x: Named) -> Masks:
+    return Masks(x.get("key_padding_mask"))

@@ -100,10 +100,10 @@ class RangePlan:
     def aligned(self) -> Problem | None:
         """The branches whose segments no range cuts, as the problem of a sequence that starts anew with each range."""
         pattern = self.problem.pattern
-        kept = [i for i in range(len(pattern.branches)) if self._is_aligned(i)]
+        kept = [branch for branch in pattern.branches if self._is_aligned(branch[0])]
         if not kept:
             return None
-        lengths, rates = zip(*(pattern.branches[i] for i in kept), strict=True)
+        lengths, rates = zip(*kept, strict=True)
         part = DilatedPattern(lengths, rates, pattern.num_heads, pattern.offsets)
         return Problem(part, self.problem.is_causal, self.problem.scale, seq_len=self.length)
 
@@ -111,7 +111,7 @@ class RangePlan:
     def compact(self) -> tuple[CompactBranch, ...]:
         """The other branches, as rows side by side."""
         pattern = self.problem.pattern
-        cut = [i for i in range(len(pattern.branches)) if not self._is_aligned(i)]
+        cut = [i for i, w in enumerate(pattern.segment_lengths) if not self._is_aligned(w)]
         return tuple(x for i in cut for x in compact_branches(pattern, i, self.problem.seq_len))
 
     @cached_property
@@ -145,9 +145,8 @@ class RangePlan:
             fixed += _EAGER_TILES * sizes.accumulator
         return fixed
 
-    def _is_aligned(self, branch: int) -> bool:
-        n = self.problem.seq_len
-        return self.length >= n or self.length % self.problem.pattern.segment_lengths[branch] == 0
+    def _is_aligned(self, segment_length: int) -> bool:
+        return self.length >= self.problem.seq_len or self.length % segment_length == 0
 
 
 def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None = None) -> RangePlan:
