@@ -13,12 +13,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from torch import Tensor
 
 from dilated_attention_pytorch import MultiheadDilatedAttention, dilated_attention_with_lse
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention, counting, op, remote
 from dilated_attention_pytorch.ring_attention.utils import communication
+from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from dilated_attention_pytorch.testing import gradient_scale, relative_norm
 
 LENGTHS = (1, 5, 13, 16, 24, 31, 48, 64, 97, 128)
