@@ -77,7 +77,7 @@ def check_read(call: str, rows: object, want: Spec) -> None:
 
 
 def check_spec(name: str, got: Spec, want: Spec) -> None:
-    """Shape and dtype are those wanted."""
+    """The shape and dtype of an argument are those wanted."""
     if got != want:
         raise ValueError(f"expected {name} of {want.dtype} {want.shape}, got {got.dtype} {got.shape}")
 
@@ -119,11 +119,9 @@ def check_device(device: torch.device | str | None) -> torch.device:
     found = check.check_device("device", chosen)
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"expected device to be a CPU or a CUDA device, got {found}")
-    if found.type == "cpu":
-        return found
-    if not torch.cuda.is_available():
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"expected a device that is there, got {found} on a machine without CUDA")
-    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def _check_method(name: str, method: object, *, optional: bool = False) -> None:
@@ -134,10 +132,10 @@ def _check_method(name: str, method: object, *, optional: bool = False) -> None:
 def _folds(x: Tensor) -> bool:
     """Whether elements may share memory: a stride, from the smallest on, is below what it has to step over."""
     covered = 1  # elements from the first to the last of the dimensions so far
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride < covered:
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < covered:
             return True
-        covered += (size - 1) * stride
+        covered += max(0, size - 1) * stride
     return False
 
 

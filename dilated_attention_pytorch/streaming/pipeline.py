@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +47,11 @@ class RangeStep(NamedTuple):
 
 
 def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, tick: Callable[[], None]) -> None:
-    """Walks a pass over all its ranges.
+    """Walks a pass over all its ranges; results without a writer are dropped.
 
     Args:
         work: what is computed.
-        writers: where results go; those without a writer are dropped.
+        writers: where results go, by name.
         device: where it is computed.
         pool: lends the staging and device buffers.
         tick: called when a range is written.
@@ -95,7 +96,7 @@ def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryP
 
 
 class _Lane:
-    """A thread that does tasks in order, and none after one that failed: a sink never meets a gap."""
+    """A thread that does tasks in order."""
 
     def __init__(self, name: str) -> None:
         self.tasks: list[Future[None]] = []
@@ -110,6 +111,7 @@ class _Lane:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _do(self, task: Callable[..., None], *args: Any) -> None:
+        # After a failure nothing is done any more: a write would leave a gap that its sink cannot know of.
         if self._failed:
             return
         self._failed = True
@@ -134,12 +136,9 @@ class _Host:
 
     def borrow(self, size: int, purpose: str, device: torch.device | None = None) -> list[Tensor]:
         """Buffers until `close`, in host memory if no device is named."""
-        where, pinned = device or torch.device("cpu"), self.pins_staging and device is None
-        handles = [
-            self.pool.borrow((size,), torch.uint8, where, purpose=f"streaming: {purpose}", pinned=pinned)
-            for _ in range(BUFFERS)
-        ]
-        return [self.lent.enter_context(handle).tensor for handle in handles]
+        where, is_pinned = device or torch.device("cpu"), self.pins_staging and device is None
+        lend = partial(self.pool.borrow, (size,), torch.uint8, where, f"streaming: {purpose}", pinned=is_pinned)
+        return [self.lent.enter_context(lend()).tensor for _ in range(BUFFERS)]
 
     def staged(self, step: RangeStep) -> list[Load]:
         """The inputs that go through staging memory."""
