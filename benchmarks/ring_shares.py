@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from common import announce, refuse, write
+from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
@@ -30,7 +31,6 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.ring_attention import schedule
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, equal_bounds
-from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from dilated_attention_pytorch.testing import relative_norm
 
 LENGTHS, RATES = (2048, 32768, 524288, 1048576), (1, 2, 8, 16)
