@@ -137,8 +137,8 @@ class _Host:
     def borrow(self, size: int, purpose: str, device: torch.device | None = None) -> list[Tensor]:
         """Buffers until `close`, in host memory if no device is named."""
         where, is_pinned = device or torch.device("cpu"), self.pins_staging and device is None
-        lend = partial(self.pool.borrow, (size,), torch.uint8, where, f"streaming: {purpose}", pinned=is_pinned)
-        return [self.lent.enter_context(lend()).tensor for _ in range(BUFFERS)]
+        lend = partial(self.pool.borrow, purpose=f"streaming: {purpose}", pinned=is_pinned)
+        return [self.lent.enter_context(lend((size,), torch.uint8, where)).tensor for _ in range(BUFFERS)]
 
     def staged(self, step: RangeStep) -> list[Load]:
         """The inputs that go through staging memory."""
