@@ -24,7 +24,7 @@ from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ra
 from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, reader, writer
 from dilated_attention_pytorch.types import QKV, BackendName, Offsets
 
-CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU where no limit is given
+CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU if no limit is given
 _SHARE = 0.8  # of a GPU's free memory
 
 
@@ -115,7 +115,7 @@ class StreamedCall:
         return filled
 
     def run(self, work: Pass, targets: Mapping[str, AnySink]) -> None:
-        """Computes everything into the targets. Tensors are marked as unfinished until all of it is there."""
+        """Computes everything into the targets; tensors are marked as unfinished until all of it is there."""
         if self.problem.seq_len == 0 or self.sizes.batch == 0:
             return
         given = self.settings.pool
@@ -198,9 +198,8 @@ def _progress(total: int, on: bool) -> Iterator[Callable[[], None]]:
     try:
         from rich.progress import Progress
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "progress=True needs the package 'rich': pip install 'dilated-attention-pytorch[cli]'"
-        ) from error
+        words = "progress=True needs the package 'rich': pip install 'dilated-attention-pytorch[cli]'"
+        raise ImportError(words) from error
     with Progress() as bar:
         task = bar.add_task("ranges", total=total)
         yield lambda: bar.advance(task)

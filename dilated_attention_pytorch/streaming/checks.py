@@ -130,8 +130,8 @@ def _check_method(name: str, method: object, *, optional: bool = False) -> None:
 
 
 def _folds(x: Tensor) -> bool:
-    """Whether elements may share memory: a stride, from the smallest on, is below what it has to step over."""
-    covered = 1  # elements from the first to the last of the dimensions so far
+    """True if elements may share memory: a stride is below what it has to step over."""
+    covered = 1  # elements that the dimensions so far span, from the smallest stride on
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride < covered:
             return True
@@ -140,7 +140,7 @@ def _folds(x: Tensor) -> bool:
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the addresses that two host tensors span have one in common."""
+    """True if the addresses that two host tensors span have one in common."""
     if x.numel() == 0 or y.numel() == 0:
         return False
     (first, last), (other_first, other_last) = pages.extent(x), pages.extent(y)

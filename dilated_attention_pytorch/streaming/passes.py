@@ -26,7 +26,7 @@ from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputG
 
 
 class Load(NamedTuple):
-    """One tensor that a range needs: rows in `[start, stop)`, all of them or, with a branch, those that it keeps."""
+    """One tensor that a range needs: its rows in `[start, stop)`, or those of them that a branch keeps."""
 
     name: str
     branch: CompactBranch | None
@@ -99,7 +99,7 @@ class Pass(ABC):
         return found
 
     def compute(self, start: int, stop: int, loaded: Loaded) -> dict[str, Tensor]:
-        """The results of a range, by output; ranges come in order."""
+        """The results of a range, by name; ranges come in order."""
         own = {name: x for (name, branch), x in loaded.items() if branch is None}
         dtype = own["q"].dtype
         # 1. Branches that ranges cut: the segments that begin here, whole.

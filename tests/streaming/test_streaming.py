@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from streams import (
 from torch import Tensor
 
 from dilated_attention_pytorch import UnifiedMemoryPool, dilated_attention
+from dilated_attention_pytorch.streaming import pipeline, sources
 from dilated_attention_pytorch.testing import relative_norm
 
 
@@ -98,8 +100,6 @@ def test_every_row_is_read_once_where_segments_are_whole() -> None:
 
 def test_compact_rows_are_brought_in_once_more_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment over many ranges costs its rows ahead of the first of them: fewer than 1 in r."""
-    from dilated_attention_pytorch.streaming import sources
-
     gathered = []
     gather_into = sources.HostTensor.gather_into
 
@@ -151,6 +151,24 @@ def test_strided_inputs() -> None:
     assert relative_norm(out, dilated_attention(q, k, v, **PATTERN)) <= 1e-12
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     assert torch.equal(dilated_attention_streamed(*heads_first, **PATTERN, range_length=37), out)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_cuda_transport_without_its_streams(direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers, staging and direct copies give the host's numbers; the order on streams is for a GPU to test."""
+    q, k, v = draw_qkv(400, heads=2, batch=2)
+    grad = torch.randn_like(q)
+    options: dict[str, Any] = {**PATTERN, "key_padding_mask": torch.rand(2, 400) < 0.7}
+    want = [streamed(q, k, v, grad, **options, range_length=length) for length in (48, 64, 1000)]
+    idle = MagicMock()
+    for name in ("Stream", "Event", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, idle)
+    monkeypatch.setattr(pipeline, "_Host", pipeline._Cuda)
+    if direct:
+        monkeypatch.setattr(sources.HostTensor, "pinned", lambda x, start, stop: x._rows[:, start:stop])
+    for length, expected in zip((48, 64, 1000), want, strict=True):
+        got = streamed(q, k, v, grad, **options, range_length=length)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("batch", "n"), [(1, 0), (0, 5), (0, 0)])
