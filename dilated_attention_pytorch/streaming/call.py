@@ -107,10 +107,7 @@ class StreamedCall:
             taken.append(x)
         work = self.work()
         # On the CPU whatever the default device.
-        filled = {
-            name: torch.empty(self.spec(name).shape, dtype=self.spec(name).dtype, device="cpu") if x is None else x
-            for name, x in targets.items()
-        }
+        filled = {name: self.spec(name).empty("cpu") if x is None else x for name, x in targets.items()}
         self.run(work, filled)
         return filled
 
@@ -143,7 +140,7 @@ def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
     """Checks a call, before anything is changed."""
     specs = {name: check_source(name, x) for name, x in inputs.named().items()}
     # Tensors of the same shapes without data, for checks that ask for some.
-    meta = QKV(*(torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta") for name in "qkv"))
+    meta = QKV(*(specs[name].empty("meta") for name in "qkv"))
     check.check_qkv(meta)
     (batch, n, heads, width), kv_heads = meta.q.shape, meta.k.shape[2]
     if meta.k.shape[1] != n:
@@ -172,9 +169,11 @@ def _problem(settings: Settings, x: QKV) -> Problem:
     pattern = DilatedPattern(
         settings.segment_lengths, settings.dilation_rates, x.k.shape[2], settings.offsets  # type: ignore[arg-type]
     )  # fmt: skip
-    check.check_bool("is_causal", settings.is_causal)
+    is_causal, scale = (
+        check.check_bool("is_causal", settings.is_causal),
+        check.check_scale(settings.scale, x.q.shape[3]),
+    )
     check.check_bool("progress", settings.progress)
-    scale = check.check_scale(settings.scale, x.q.shape[3])
     if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
         raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")
     for name in ("device_limit", "range_length"):
@@ -186,7 +185,7 @@ def _problem(settings: Settings, x: QKV) -> Problem:
             "backend='reference' computes whole sequences alone, with dilated_attention; expected 'auto', 'sdpa' or "
             "'triton' here"
         )
-    return Problem(pattern, settings.is_causal, scale, seq_len=x.q.shape[1])
+    return Problem(pattern, is_causal, scale, seq_len=x.q.shape[1])
 
 
 @contextmanager

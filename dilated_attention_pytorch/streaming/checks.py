@@ -22,6 +22,10 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def empty(self, device: str) -> Tensor:
+        """A tensor of the kind."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
 
 def refuse(**options: Any) -> None:
     """Raises for an option of `dilated_attention` that streaming has not, unless it has its default."""
