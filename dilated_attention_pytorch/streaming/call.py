@@ -150,6 +150,7 @@ def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
         )
     problem = _problem(settings, meta)
     device = check_device(settings.device)
+    # A backend is chosen by device, dtype and width: no rows are needed.
     rows = QKV(*(x.new_empty((batch, 0, *x.shape[2:]), device=device) for x in meta))
     engine, chosen = backend_for(rows, problem, settings.backend), choose_backend(rows, problem, settings.backend)
     mask, is_backward, is_fused = inputs.key_padding_mask, inputs.upstream is not None, chosen.backend == "triton"
@@ -169,10 +170,8 @@ def _problem(settings: Settings, x: QKV) -> Problem:
     pattern = DilatedPattern(
         settings.segment_lengths, settings.dilation_rates, x.k.shape[2], settings.offsets  # type: ignore[arg-type]
     )  # fmt: skip
-    is_causal, scale = (
-        check.check_bool("is_causal", settings.is_causal),
-        check.check_scale(settings.scale, x.q.shape[3]),
-    )
+    is_causal = check.check_bool("is_causal", settings.is_causal)
+    scale = check.check_scale(settings.scale, x.q.shape[3])
     check.check_bool("progress", settings.progress)
     if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
         raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")

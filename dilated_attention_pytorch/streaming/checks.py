@@ -51,7 +51,7 @@ def check_source(name: str, x: object) -> Spec:
             f"expected {name} to be a Tensor or a source with shape, dtype and read(start, stop), "
             f"got {type(x).__name__} without {', '.join(missing)}"
         )
-    source: Any = x
+    source: Any = x  # whatever its attributes are
     _check_method(f"{name}.read", source.read)
     _check_method(f"{name}.read_into", getattr(source, "read_into", None), optional=True)
     if not isinstance(source.dtype, torch.dtype):
@@ -110,6 +110,7 @@ def check_target(name: str, x: object, want: Spec, taken: Sequence[object]) -> N
             f"expected {name} with memory of its own for each element, got strides {x.stride()} for shape "
             f"{tuple(x.shape)}"
         )
+    # Results are written while inputs of later ranges have not been read.
     if any(isinstance(y, Tensor) and _overlap(x, y) for y in taken):
         raise ValueError(
             f"expected {name} in memory of its own, got a tensor whose memory, from its first element to its last, "

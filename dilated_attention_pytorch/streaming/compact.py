@@ -70,11 +70,12 @@ class CompactBranch:
         if x.dim() > 2:  # (B, n, H, ...) -> (B, n, h, G, ...), a view
             x = x.unflatten(2, (self.pattern.num_heads, -1))[:, :, self.heads]
         (length, rate, offset), row = self.members, x.stride(1)
-        at = self.count(compact_start, start)
+        at = self.count(compact_start, start)  # row of compact
         for span in self.pattern.spans(self.branch, offset, (start, stop), (start, stop)):
             segments, slots = span.num_segments, span.q_hi - span.q_lo
             if slots == 0:
                 continue
+            # Slot j of segment s lies at s * w + o + j * r.
             first = span.first_segment * length + offset + span.q_lo * rate - x_start
             # One segment (slot) has no stride to the next, and w (r) may be near 2**63.
             strides = length * row if segments > 1 else 0, rate * row if slots > 1 else 0

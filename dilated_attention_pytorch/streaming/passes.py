@@ -136,7 +136,7 @@ class Pass(ABC):
     def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Results:
         """The results of the segments that begin in the range: from its own rows, then those that lie ahead of it."""
         first, last = branch.beginning_in(start, stop)
-        here, rows = branch.count(first, min(stop, last)), branch.count(first, last)
+        here, rows = branch.count(first, min(stop, last)), branch.count(first, last)  # in the range, and in all
         gathered = {}
         for name in self.readers:
             own = loaded[name, None]
@@ -144,7 +144,7 @@ class Pass(ABC):
             branch.gather(own, start, first, min(stop, last), beside[:, :here])
             if here < rows:
                 beside[:, here:].copy_(loaded[name, branch])
-            gathered[name] = beside if beside.dim() == 2 else beside.flatten(2, 3)
+            gathered[name] = beside if beside.dim() == 2 else beside.flatten(2, 3)  # (B, L, h * G, ...)
         results = self._attend(branch.problem(self.plan.problem, rows), gathered)
         return tuple(x.unflatten(2, (branch.num_heads, -1)) for x in results)
 
@@ -168,7 +168,7 @@ class ForwardPass(Pass):
             out = torch.zeros_like(x["q"], dtype=accumulator(x["q"].dtype))
             return out, out.new_full((*out.shape[:3], 1), -torch.inf)
         out, lse = self.engine.forward(_qkv(x), problem, _masks(x))
-        return out, rows_last(lse)
+        return out, rows_last(lse)  # lse (B, H, n) -> (B, n, H, 1)
 
     @override
     def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
@@ -190,6 +190,7 @@ class BackwardPass(Pass):
 
     @override
     def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        # The global lse is in every part's weights, so parts need no rescaling.
         for grad, new in pairs:
             grad.add_(new)
 

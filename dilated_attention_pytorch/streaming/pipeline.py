@@ -78,11 +78,12 @@ def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryP
             loaded = transport.bring(step)
             if transport.copies_inputs:
                 read_ahead()  # staging is free once the copy has ended, which `fill` waits for
+            # The staging memory of results is free once the last range that used it is written.
             if step.number >= BUFFERS:
                 writing.tasks[step.number - BUFFERS].result()
             results = transport.compute(step, loaded)
             if not transport.copies_inputs:
-                read_ahead()
+                read_ahead()  # staging was computed on
             writing.submit(transport.write, step, transport.take(step, results), tick)
         for task in writing.tasks[-BUFFERS:]:
             task.result()

@@ -118,6 +118,7 @@ class RangePlan:
     def device_bytes(self) -> int:
         """Most bytes that the pass holds on the device; on a CPU, beside what the caller holds."""
         sizes, rows = self.sizes, min(self.length, self.problem.seq_len)
+        # Each range's own rows, and per branch that is cut the rows ahead of it and the results that are carried.
         buffered = rows * sizes.inputs()
         carried = compacting = 0
         for branch in self.compact:

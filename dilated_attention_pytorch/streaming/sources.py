@@ -93,6 +93,7 @@ class HostTensor:
 
     def landed(self, start: int, stop: int) -> None:
         """Takes note of rows that are in place, put there by `write` or by the device itself."""
+        # The first row goes back in place when all others are there.
         if start == 0:
             self._first = self._rows[:, :1].clone()
             self._rows[:, :1] = torch.nan
@@ -114,6 +115,7 @@ class SourceReader:
     def __init__(self, name: str, source: RangeSource, dim: int = 1) -> None:
         self._name, self._source, self._dim = name, source, dim
         self._given = tuple(source.shape)
+        # (B, ..., N, ...) -> (B, N, ...)
         others = self._given[1:dim] + self._given[dim + 1 :]
         self.shape, self.dtype = (self._given[0], self._given[dim], *others), source.dtype
 
