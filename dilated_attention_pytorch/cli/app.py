@@ -25,7 +25,7 @@ for command in (train, generate, convert, plan, show, bench, info, migrate):
     app.command()(command)
 
 # What the library raises for a user's mistake, or for a package or file that is not there.
-USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError)
+USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError, FloatingPointError)
 
 
 def run() -> None:

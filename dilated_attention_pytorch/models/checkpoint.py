@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dilated_attention_pytorch.core.files import replace_file
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
@@ -57,8 +55,8 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+    replace_file(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    replace_file(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
 
 
 def check_head_groups(model: nn.Module) -> None:
@@ -106,24 +104,3 @@ def load_pretrained(
     state = read_safetensors(source / WEIGHTS, device)
     load_into(model, state, copy=False, device=device, dtype=dtype)
     return model.eval()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; a checkpoint is a file like any other
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,22 +1,49 @@
-"""The state of a run, in one file that is replaced whole: what exact resume needs, and a check that it fits."""
+"""The state of a run, in one file that is replaced whole: what exact resume needs, and checks that it fits."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from dilated_attention_pytorch.core.files import replace_file
+from dilated_attention_pytorch.models.weights import check_state
 from dilated_attention_pytorch.training.config import TrainConfig
+from dilated_attention_pytorch.training.optimizer import adamw
 
 FILE = "state.pt"
 _VERSION = 1
+_KINDS = {"version": int, "step": int, "config": dict, "fingerprint": str, "model": dict, "optimizer": dict}
+_RESTART = "start over (--restart, in Python restart=True)"
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run. The system lets go of it when the process ends, however that happens.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    with (folder / ".lock").open("a") as stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"expected a folder that no other run is writing to, got {folder}") from None
+        except (ImportError, OSError):  # Windows, and file systems without locks
+            pass
+        yield
 
 
 def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str, model: Any, optimizer: Any) -> None:
-    """Writes `state.pt`; until it is whole the old one stays.
+    """Write `state.pt`; until it is whole the old one stays.
 
     Model and optimizer share one file so that no interruption can pair one step's weights with another's moments.
     There is no random state to save: every draw is a function of (seed, step, rank).
@@ -29,30 +56,34 @@ def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str
         model: its state dict.
         optimizer: its state dict.
     """
-    temporary = folder / f".{FILE}.tmp"
-    with temporary.open("wb") as stream:
-        content = {"version": _VERSION, "step": step, "config": plain(config), "fingerprint": fingerprint}
-        torch.save(content | {"model": model, "optimizer": optimizer}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, folder / FILE)
+    content = {"version": _VERSION, "step": step, "config": plain(config), "fingerprint": fingerprint}
+    content |= {"model": model, "optimizer": optimizer}
+    replace_file(folder / FILE, lambda path: torch.save(content, path))
 
 
-def load_state(folder: Path, *, config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
+def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn.Module) -> dict[str, Any] | None:
     """The state of the run in `folder`, or None where there is none.
 
     Args:
         folder: of the run.
-        config: what the run is asked to be.
-        fingerprint: of the corpus it is asked to read.
+        config: of the run to go on with.
+        fingerprint: of its corpus.
+        model: whose names and shapes the state must have, not yet sharded.
 
     Raises:
-        ValueError: the run was made with another config or corpus; the message names what differs.
+        ValueError: a damaged file, or a run with another config or corpus; the message names what differs.
     """
     path = folder / FILE
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not compare them
+            damaged = archive.testzip()
+        state: Any = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # half a file can raise anything; torch's own text is advice to run what the file holds
+        raise _damaged(path, type(error).__name__) from error
+    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in _KINDS.items()):
+        raise _damaged(path, f"a wrong checksum of {damaged}" if damaged else f"not {', '.join(_KINDS)}")
     if state["version"] != _VERSION:
         raise ValueError(f"expected a state of version {_VERSION} in {path}, got {state['version']}")
     wanted, kept = plain(config), state["config"]
@@ -61,21 +92,36 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str) -> dict[s
         differences = ", ".join(f"{name} {kept.get(name)!r} (now {wanted.get(name)!r})" for name in names)
         raise ValueError(
             f"expected the config that the run in {folder} was started with, which has {differences}; "
-            "give that one, another folder, or start over (restart)"
+            f"give that one, another folder, or {_RESTART}"
         )
     if state["fingerprint"] != fingerprint:
         raise ValueError(
             f"expected the corpus that the run in {folder} was started with, fingerprint {state['fingerprint']}, "
-            f"got {fingerprint}: the text has changed; give another folder or start over (restart)"
+            f"got {fingerprint}: the text has changed; give another folder, or {_RESTART}"
         )
+    if not 0 <= state["step"] <= config.steps:
+        raise _damaged(path, f"step {state['step']} of {config.steps}")
+    try:
+        check_state(model, state["model"])
+        shapes = [tuple(p.shape) for group in adamw(model, config).param_groups for p in group["params"]]
+        moments = {
+            i: {name: tuple(x.shape) for name, x in one.items()} for i, one in state["optimizer"]["state"].items()
+        }
+    except (ValueError, KeyError, AttributeError) as error:
+        raise _damaged(path, str(error)) from error
+    # A fused update reads moments by the parameter's size, whatever theirs is.
+    if moments != {i: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for i, shape in enumerate(shapes)}:
+        raise _damaged(path, "an optimizer whose moments have other shapes than the weights")
     return state
 
 
+def _damaged(path: Path, found: str) -> ValueError:
+    return ValueError(f"expected {path} to hold the state of a run, got {found}: put a copy back, or {_RESTART}")
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file that is never seen half-written."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dilated_attention_pytorch.core.files import remove_leftovers
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
 from dilated_attention_pytorch.training import parallel
 from dilated_attention_pytorch.training import state as state_file
@@ -112,7 +114,10 @@ class Trainer:
         model = LongNetLM(config.model_config(), gradient_checkpointing=config.gradient_checkpointing)
         self.model = model.to(world.device)
         self.step = 0
-        kept = None if restart else state_file.load_state(folder, config=config, fingerprint=corpus.fingerprint)
+        self._restart = restart
+        kept = None
+        if not restart:
+            kept = state_file.load_state(folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
         if kept is not None:
             self.step = kept["step"]
             self.model.load_state_dict(kept["model"])
@@ -128,27 +133,38 @@ class Trainer:
         """Trains to the last step, saves, and returns the model.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came. The step in hand was finished and saved; a second signal ends at once.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came. The step in hand was finished and saved; a second signal ends
+                at once.
+            FloatingPointError: a gradient that is not finite; the last state that was saved stays.
+            ValueError: another process trains in the folder.
         """
-        log = self.world.first(self._open)
-        try:
-            if self.reporter is not None:
-                self.reporter.start(self.step, self.config, sum(p.numel() for p in self.model.parameters()))
+        with contextlib.ExitStack() as held:
+            log = self.world.first(partial(self._open, held))
+            held.callback(self._tell, "stop")
+            self._tell("start", self.step, self.config, sum(p.numel() for p in self.model.parameters()))
             with self._signals():
                 evaluation = self._loop(log)
             return Result(self._whole_model(), evaluation)
-        finally:
-            if log is not None:
-                log.close()
-            if self.reporter is not None:
-                self.reporter.stop()
 
-    def _open(self) -> MetricsLog:
-        """The folder, with what was asked for and the log."""
+    def _open(self, held: contextlib.ExitStack) -> MetricsLog:
+        """The folder, held for this run, with what was asked for and the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(state_file.lock(self.folder))
+        remove_leftovers(self.folder)
+        if self._restart:  # now, not with the first save: nothing may go on from the old run
+            (self.folder / state_file.FILE).unlink(missing_ok=True)
+            self._restart = False
         settings = json.dumps(state_file.plain(self.config) | {"corpus": self.corpus.fingerprint}, indent=1)
         state_file.replace_text(self.folder / "train.json", settings + "\n")
-        return MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
+        return held.enter_context(
+            contextlib.closing(MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard))
+        )
+
+    def _tell(self, event: str, *values: Any) -> None:
+        """Tell the reporter. A terminal that is gone, after SIGHUP or behind a closed pipe, ends no run."""
+        if self.reporter is not None:
+            with contextlib.suppress(OSError):
+                getattr(self.reporter, event)(*values)
 
     def _loop(self, log: MetricsLog | None) -> Evaluation:
         config, evaluation = self.config, None
@@ -170,15 +186,17 @@ class Trainer:
                 paused = time.perf_counter()
                 evaluation = self._evaluate(log)
                 since += time.perf_counter() - paused
-            if self.reporter is not None:
-                self.reporter.step(self.step)
+            self._tell("step", self.step)
             # Ranks agree on a signal, so that none is left waiting for another.
             stop = self.world.any(bool(self._signal))
             if stop or last or self.step % config.checkpoint_every == 0:
                 self.save()
             if stop and not last:
                 raise Interrupted(self.step, self._signal or signal.SIGINT)
-        return evaluation if evaluation is not None else self._evaluate(None)
+        if evaluation is None:  # nothing was left to train; the model may have been lost since
+            self.save()
+            evaluation = self._evaluate(None)
+        return evaluation
 
     def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; this rank's mean loss and the gradient's norm."""
@@ -203,10 +221,15 @@ class Trainer:
                     loss = self._loss(logits.flatten(0, 1).float(), targets.flatten()) / self.micro_steps
                 loss.backward()
             total += loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        grad_norm = parallel.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
+        if not math.isfinite(grad_norm):  # of all ranks together, so all of them stop
+            raise FloatingPointError(
+                f"expected a finite gradient in step {self.step + 1}, got a norm of {float(grad_norm)}: the run ends, "
+                "and its folder keeps the last state that was saved; a lower learning_rate or grad_clip may help"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, parallel.complete(grad_norm)
+        return total, grad_norm
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean over tokens; of a shard, scaled so that the mean over ranks is the mean over tokens."""
@@ -217,16 +240,17 @@ class Trainer:
         return F.cross_entropy(logits, targets, reduction="sum") / share
 
     def save(self) -> None:
-        """Leaves the present step on disk: the state, and the model for use; whole, however they are sharded."""
+        """Leave the present step on disk: the model for use, and the state; whole, however they are sharded."""
         weights = parallel.whole(self.model.state_dict(), keep=self.world.is_main)
         optimizer = parallel.whole(self.optimizer.state_dict(), keep=self.world.is_main)
 
         def write() -> None:
+            save_pretrained(self.model if self.layout.mesh is None else self._unsharded(weights), self.folder)
+            # Last, so that beside a state of the last step there is always its model.
             state_file.save_state(
                 self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
                 model=weights, optimizer=optimizer,
             )  # fmt: skip
-            save_pretrained(self.model if self.layout.mesh is None else self._unsharded(weights), self.folder)
 
         self.world.first(write)
 
@@ -254,8 +278,7 @@ class Trainer:
     def _record(self, log: MetricsLog | None, line: dict[str, Any]) -> None:
         if log is not None:
             log.write(line)
-            if self.reporter is not None:
-                self.reporter.metrics(line)
+            self._tell("metrics", line)
 
     def _autocast(self) -> torch.autocast:
         precision, kind = self.config.precision, self.world.device.type
@@ -272,22 +295,24 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Within, the first SIGINT or SIGTERM is a wish to stop after the step; the second acts as ever."""
-        previous: dict[signal.Signals, Any] = {}
+        """Within, the first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; the second acts as ever."""
+        previous: dict[int, Any] = {}
 
         def handle(number: int, frame: Any) -> None:
             if self._signal:
-                signal.signal(number, previous[signal.Signals(number)])
+                signal.signal(number, previous[number])
                 os.kill(os.getpid(), number)
             self._signal = number
 
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+        wanted = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP; under nohup it is ignored, and stays so.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        with contextlib.suppress(ValueError):  # not the main thread, which alone receives signals
+            for number in wanted:
                 previous[number] = signal.signal(number, handle)
-        except ValueError:  # not the main thread, which alone receives signals
-            previous = {}
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for caught, handler in previous.items():
+                signal.signal(caught, handler)

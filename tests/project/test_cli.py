@@ -50,7 +50,7 @@ def test_train_leaves_everything(trained: tuple[Path, str]) -> None:
     out, printed = trained
     assert {path.name for path in out.iterdir()} == {
         "model.safetensors", "config.json", "train.json", "state.pt", "metrics.jsonl",
-        "loss.png", "pattern.png", "sample.txt",
+        "loss.png", "pattern.png", "sample.txt", ".lock",
     }  # fmt: skip
     sample = (out / "sample.txt").read_text()
     assert sample.startswith("def ")
