@@ -27,17 +27,22 @@ def generate(
     from dilated_attention_pytorch.training import byte_stream
     from dilated_attention_pytorch.training.config import VOCAB_SIZE
 
+    if temperature == 0 and not (top_k is None and top_p is None):
+        raise ValueError("expected no --top-k and no --top-p with --temperature 0, which takes the likeliest byte")
     model = load_pretrained(run, device=check_device(device))
     if not isinstance(model, LongNetLM) or model.config.vocab_size != VOCAB_SIZE:
-        raise ValueError(f"expected a byte-level LongNetLM (vocab_size {VOCAB_SIZE}) in {run}, got {model.config}")
+        vocabulary = getattr(model.config, "vocab_size", None)
+        raise ValueError(
+            f"expected a language model of {VOCAB_SIZE} bytes in {run}, got a {type(model).__name__}"
+            + ("" if vocabulary is None else f" of {vocabulary} tokens")
+        )
     sampling = Sampling(top_k=top_k, top_p=top_p, seed=seed)
     if temperature == 0:
         sampling["greedy"] = True
     else:
         sampling["temperature"] = temperature
-    pieces = byte_stream(model, prompt, max_bytes, **sampling)
     sys.stdout.write(prompt)
-    for piece in pieces:
+    for piece in byte_stream(model, prompt, max_bytes, **sampling):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -28,9 +28,9 @@ def train(
     ] = None,
     context_parallel: Annotated[
         int | None,
-        typer.Option(metavar="P", help="Processes that share each sequence, a shard each; under torchrun."),
+        typer.Option(metavar="P", help="Processes that share each sequence, one shard per process; under torchrun."),
     ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of files to hold out.")] = 0.05,
+    val_fraction: Annotated[float, typer.Option(help="Share of files for validation.")] = 0.05,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start over, replacing the run in the folder.")] = False,
@@ -65,7 +65,7 @@ def train(
             reporter = RichReporter(console)
             console.print(
                 f"corpus: {human_bytes(corpus.train.size)} of training text in {corpus.documents['train']:,} files, "
-                f"{human_bytes(corpus.val.size)} held out in {corpus.documents['val']:,}"
+                f"{human_bytes(corpus.val.size)} of validation text in {corpus.documents['val']:,}"
             )
         trainer = Trainer(config, corpus, out, world=world, tensorboard=tensorboard, restart=restart, reporter=reporter)
         try:
@@ -78,22 +78,22 @@ def train(
             return
         # All of a sequence, and its beginning close enough to tell the rates.
         spans = [(0, config.context), (0, min(64, config.context))]
-        save(
-            pattern_figure(config.model_config().pattern, config.context, spans=spans, is_causal=True),
-            out / "pattern.png",
-        )
+        drawn = pattern_figure(config.model_config().pattern, config.context, spans=spans, is_causal=True)
+        save(drawn, out / "pattern.png")
         save(loss_figure(out / "metrics.jsonl"), out / "loss.png")
         text = write_text(result.model, prompt, sample_bytes, temperature=0.7, seed=config.seed)
         replace_text(out / "sample.txt", text + "\n")
         console.rule("sample")
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
         console.rule()
         spent = os.times()
         console.print(
             f"validation: {result.evaluation.bits_per_byte:.3f} bits per byte on "
-            f"{result.evaluation.num_bytes:,} bytes of held-out files"
+            f"{result.evaluation.num_bytes:,} bytes of validation files"
         )
-        console.print(f"CPU time of this process: {spent.user + spent.system:.0f} s; everything is in {out}")
+        console.print(
+            f"CPU time of this process: {spent.user + spent.system:.0f} s; everything is in {out}", soft_wrap=True
+        )
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:

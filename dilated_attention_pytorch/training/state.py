@@ -20,7 +20,7 @@ from dilated_attention_pytorch.training.optimizer import adamw
 FILE = "state.pt"
 _VERSION = 1
 _KINDS = {"version": int, "step": int, "config": dict, "fingerprint": str, "model": dict, "optimizer": dict}
-_RESTART = "start over (--restart, in Python restart=True)"
+_RESTART = "start over (restart=True)"
 
 
 @contextlib.contextmanager

@@ -245,7 +245,7 @@ class TestDamagedState:
         contents = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"text", "code": pickle.dumps(print)}
         with pytest.raises(ValueError, match=r"expected .*state\.pt to hold the state of a run, got \w+: ") as raised:
             self.load(contents[what], corpus, tmp_path)
-        assert "start over (--restart, in Python restart=True)" in str(raised.value)
+        assert "start over (restart=True)" in str(raised.value)
         assert "weights_only" not in str(raised.value)
 
     @pytest.mark.parametrize(

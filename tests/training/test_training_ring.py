@@ -222,7 +222,7 @@ def test_the_command_line_takes_it(
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 2 and not out.exists()
-    assert "a multiple of context_parallel 2, got 1" in capsys.readouterr().err
+    assert "a multiple of --context-parallel 2, got 1" in capsys.readouterr().err
     out.touch()
     with pytest.raises(SystemExit):
         run()
