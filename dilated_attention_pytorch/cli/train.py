@@ -41,10 +41,10 @@ def train(
 
     Leaves model.safetensors, config.json, train.json, state.pt, metrics.jsonl, loss.png, pattern.png and sample.txt.
     """
+    from dilated_attention_pytorch.core.files import replace_text
     from dilated_attention_pytorch.training import Interrupted, Trainer, build_corpus, write_text
     from dilated_attention_pytorch.training import preset as preset_named
     from dilated_attention_pytorch.training.distributed import join
-    from dilated_attention_pytorch.training.state import replace_text
 
     # Asked for now, so that its absence is known before the training and not after it.
     from dilated_attention_pytorch.viz import loss_figure, pattern_figure, save

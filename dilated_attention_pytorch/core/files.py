@@ -1,4 +1,4 @@
-"""Files that are written whole: beside their place, then moved there."""
+"""Files that are written whole, beside their place and then moved there; folders that one process holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
@@ -38,8 +38,32 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that is never seen half-written."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed within `replace_file` left in a folder."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run, by `.lock` in it, until the process ends at the latest.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    with (folder / ".lock").open("a") as stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"expected a folder that no other run is writing to, got {folder}") from None
+        except (ImportError, OSError):  # Windows, and file systems without locks
+            pass
+        yield

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dilated_attention_pytorch.training.state import replace_text
+from dilated_attention_pytorch.core.files import replace_text
 
 FILE = "metrics.jsonl"
 
@@ -43,7 +43,7 @@ class MetricsLog:
 
     Args:
         folder: of the run.
-        step: lines of later steps are dropped: that work was lost and is done again.
+        step: lines of later steps are dropped; that work was lost and is done again.
         tensorboard: also write TensorBoard events, into `folder/tensorboard`.
 
     Raises:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,38 +21,11 @@ _KINDS = {"version": int, "step": int, "config": dict, "fingerprint": str, "mode
 _RESTART = "start over (restart=True)"
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for one run. The system lets go of it when the process ends, however that happens.
-
-    Raises:
-        ValueError: another run holds it.
-    """
-    with (folder / ".lock").open("a") as stream:
-        try:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"expected a folder that no other run is writing to, got {folder}") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks
-            pass
-        yield
-
-
 def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str, model: Any, optimizer: Any) -> None:
-    """Write `state.pt`; until it is whole the old one stays.
+    """Write `state.pt`: the steps done, the config, the corpus's fingerprint and the state dicts.
 
-    Model and optimizer share one file so that no interruption can pair one step's weights with another's moments.
-    There is no random state to save: every draw is a function of (seed, step, rank).
-
-    Args:
-        folder: of the run.
-        step: steps done.
-        config: of the run.
-        fingerprint: of its corpus.
-        model: its state dict.
-        optimizer: its state dict.
+    Model and optimizer share one file: no interruption can pair one step's weights with another's moments. There is no
+    random state to save: every draw is a function of (seed, step, rank).
     """
     content = {"version": _VERSION, "step": step, "config": plain(config), "fingerprint": fingerprint}
     content |= {"model": model, "optimizer": optimizer}
@@ -62,13 +33,7 @@ def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str
 
 
 def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn.Module) -> dict[str, Any] | None:
-    """The state of the run in `folder`, or None where there is none.
-
-    Args:
-        folder: of the run.
-        config: of the run to go on with.
-        fingerprint: of its corpus.
-        model: whose names and shapes the state must have, not yet sharded.
+    """The state of the run in `folder`, or None where there is none; `model`, not yet sharded, says names and shapes.
 
     Raises:
         ValueError: a damaged file, or a run with another config or corpus; the message names what differs.
@@ -103,25 +68,19 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
         raise _damaged(path, f"step {state['step']} of {config.steps}")
     try:
         check_state(model, state["model"])
-        shapes = [tuple(p.shape) for group in adamw(model, config).param_groups for p in group["params"]]
-        moments = {
-            i: {name: tuple(x.shape) for name, x in one.items()} for i, one in state["optimizer"]["state"].items()
-        }
+        parameters = [p for group in adamw(model, config).param_groups for p in group["params"]]
+        shapes = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}
+        moments = state["optimizer"]["state"]
+        # A fused update reads moments by the parameter's size, whatever theirs is.
+        if {i: {name: x.shape for name, x in one.items()} for i, one in moments.items()} != shapes:
+            raise ValueError("an optimizer whose moments have other shapes than the weights")
     except (ValueError, KeyError, AttributeError) as error:
         raise _damaged(path, str(error)) from error
-    # A fused update reads moments by the parameter's size, whatever theirs is.
-    if moments != {i: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for i, shape in enumerate(shapes)}:
-        raise _damaged(path, "an optimizer whose moments have other shapes than the weights")
     return state
 
 
 def _damaged(path: Path, found: str) -> ValueError:
     return ValueError(f"expected {path} to hold the state of a run, got {found}: put a copy back, or {_RESTART}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file that is never seen half-written."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
