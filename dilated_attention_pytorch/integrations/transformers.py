@@ -6,9 +6,9 @@
     config = LlamaConfig(dilated_segment_lengths=[2048, 8192], dilated_dilation_rates=[1, 4])
     model = LlamaForCausalLM._from_config(config, attn_implementation="dilated")
 
-Causality comes from the model's own layers (`is_causal`), padding from its 2-D `attention_mask`, whichever side it is
-on, and the position of a query in decoding from the number of keys the cache holds. What the pattern cannot express
-(sliding windows, soft caps, attention sinks, position biases, masks of one's own, static caches) raises.
+Causality comes from the model's own layers (`is_causal`), padding on either side from its 2-D `attention_mask`, and the
+position of a query in decoding from the number of keys in the cache. Sliding windows, soft caps, attention sinks,
+position biases, other masks and static caches raise: the pattern cannot express them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ except ImportError as error:
         "pip install 'dilated-attention-pytorch[hf]'"
     ) from error
 
-from dilated_attention_pytorch.integrations.longnet import LongNetConfig, LongNetForCausalLM
+from dilated_attention_pytorch.integrations.longnet import LongNetForCausalLM, LongNetHFConfig
 
-__all__ = ["LongNetConfig", "LongNetForCausalLM", "register", "use_dilated_attention"]
+__all__ = ["LongNetForCausalLM", "LongNetHFConfig", "register", "use_dilated_attention"]
 
 NAME = "dilated"
 
-# Arguments that models hand to every attention function and that change nothing in what is computed here.
+# Arguments that models pass to every attention function and that change nothing here.
 _HARMLESS = {
     "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
     "output_router_logits", "position_embeddings", "position_ids", "return_dict", "use_cache",
@@ -48,14 +48,14 @@ _HARMLESS = {
 
 
 def register() -> None:
-    """Makes transformers know `attn_implementation="dilated"` and the model type `longnet`; may be called again.
+    """Register `attn_implementation="dilated"` and the model type `longnet`; may be called again.
 
-    A model's config then names the pattern: `dilated_segment_lengths` and `dilated_dilation_rates`, and if need be
+    A model's config then names the pattern: `dilated_segment_lengths` and `dilated_dilation_rates`, optionally
     `dilated_offsets` (`"modulo"`), `dilated_mixing_gradient` (`"exact"`) and `dilated_backend` (`"auto"`). With grouped
     heads, offsets are counted over key/value heads.
 
     Raises:
-        ValueError: something else has taken the name `"dilated"`.
+        ValueError: another function has taken the name `"dilated"`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,8 +74,8 @@ def register() -> None:
             raise ValueError(f"expected the attention name {NAME!r} to be free, got {known!r} registered under it")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    AutoConfig.register(LongNetConfig.model_type, LongNetConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM, exist_ok=True)
+    AutoConfig.register(LongNetHFConfig.model_type, LongNetHFConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM, exist_ok=True)
 
 
 def use_dilated_attention(
@@ -87,24 +87,24 @@ def use_dilated_attention(
     mixing_gradient: MixingGradient = "exact",
     backend: Backend = "auto",
 ) -> None:
-    """Switches a loaded model's attention to a dilated pattern, weights untouched; its config keeps the pattern.
+    """Switch a loaded model's attention to a dilated pattern, weights untouched; its config keeps the pattern.
 
     Args:
         model: any transformers model whose attention goes through `AttentionInterface`.
-        segment_lengths: w_i, in tokens, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in tokens, one per branch.
+        dilation_rates: r_i, one per branch.
         offsets: `"modulo"` or `"blocked"`, counted over key/value heads.
         mixing_gradient: `"exact"` or `"detached"`.
         backend: as in `dilated_attention`.
 
     Raises:
         ValueError: a pattern that does not fit together, an unknown option, or a model whose attention cannot be
-            replaced; the model is then as it was.
+            replaced; the model stays as it was.
     """
     pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check_choice("backend", backend, Backend)
-    # transformers takes a model without attention (Mamba) for one whose attention can be set.
+    # transformers calls the attention of a model without any (Mamba) replaceable.
     known = (hasattr(sys.modules.get(type(m).__module__), "ALL_ATTENTION_FUNCTIONS") for m in model.modules())
     if not getattr(model, "_can_set_attn_implementation", bool)() or not any(known):
         raise ValueError(
@@ -113,7 +113,7 @@ def use_dilated_attention(
         )
     register()
     model.set_attn_implementation(NAME)
-    # A composite model has a config a part; what each attention layer reads is its own.
+    # A composite model has one config per part, and each attention layer reads its own.
     configs = (getattr(m, "config", None) for m in model.modules())
     for config in {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values():
         config.dilated_segment_lengths = list(pattern.segment_lengths)
@@ -133,8 +133,8 @@ def mask(
     local_size: int | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """What `attention` gets as its mask: None, or bool `(B, keys)`, True = real. Causality is not in it."""
-    # Some models make a sliding mask that no layer takes; a layer that does is refused by `attention`.
+    """The mask of `attention`, without causality: None, or bool `(B, keys)`, True = real."""
+    # Some models make a sliding mask that no layer takes; `attention` refuses a layer that does.
     if local_size is None:
         if mask_function not in (causal_mask_function, bidirectional_mask_function):
             raise ValueError(
@@ -150,7 +150,7 @@ def mask(
             )
     if attention_mask is None:
         return None
-    # As flash attention has it: None where nothing is padded, so that the unmasked path is taken.
+    # As for flash attention, None without padding: the path without a mask.
     if not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return attention_mask.to(torch.bool)
