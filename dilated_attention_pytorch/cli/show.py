@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 What = Literal["pattern", "neighbours", "receptive", "orders", "neighbourhood"]
 # Options that a picture has no use for. To give one is a mistake, not something to pass over.
@@ -73,7 +70,7 @@ def show(
     console.print(f"wrote {save(figure, out if out is not None else Path(f'{what}.png'))}")
 
 
-def _in_space(what: str, grid: tuple[int, ...], pattern: DilatedPattern, query: int | None, head: int | None) -> Figure:
+def _in_space(what: str, grid: tuple[int, ...], pattern: DilatedPattern, query: int | None, head: int | None) -> Any:
     """A grid's orders, or whom one of its tokens, by default the middle one, attends to in each."""
     from dilated_attention_pytorch.kernels.hilbert import CURVES, CurveOrder, curve_order, grid_coords
     from dilated_attention_pytorch.viz import neighbourhood_figure, orders_figure

@@ -233,14 +233,13 @@ class _Cache:
             raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 
-    def check(self, batch: int, num_layers: int) -> None:
-        """Refuse nothing: layers are made on demand, and generation may reorder batches."""
+    # Steps of LongNetLM's own cache that this one does not need: layers are made on demand, batches may be reordered.
 
-    def begin(self, num_new: int) -> None:
-        """Prepare nothing."""
+    def check(self, batch: int, num_layers: int) -> None: ...
 
-    def commit(self) -> None:
-        """End nothing."""
+    def begin(self, num_new: int) -> None: ...
+
+    def commit(self) -> None: ...
 
 
 class _Layer:

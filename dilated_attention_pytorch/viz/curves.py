@@ -51,7 +51,6 @@ def loss_figure(metrics: Path | str) -> Figure:
 
 def _running_mean(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
     """The mean of each value and up to `width - 1` before it."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
+    sums, ends = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -176,9 +176,9 @@ def _exact_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int
     """Draw the pairs of a span and return the largest multiplicity."""
     start, stop = span
     seen = multiplicity(pattern, stop, head=head, is_causal=is_causal)[:, start:, start:]
-    for i in range(len(pattern.branches)):
-        _matrix(axes[i], seen[i].astype(int), [branch_color(i)], span)
-    _matrix(axes[-1], seen.sum(0), _shades(len(pattern.branches)), span)
+    colors = [[branch_color(i)] for i in range(len(pattern.branches))]
+    for ax, counts, shades in zip(axes, [*seen, seen.sum(0)], [*colors, _shades(len(seen))], strict=True):
+        _image(ax, counts.astype(int), ListedColormap(["white", *shades]), (-0.5, len(shades) + 0.5), span)
     return max(1, int(seen.sum(0).max()))
 
 
@@ -188,22 +188,13 @@ def _binned_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, in
     for ax, share, color in zip(axes, [*found, found.sum(0)], [*colors, _shades(2)[-1]], strict=True):
         # Branches differ by orders of magnitude (1 / r^2): each picture has its own scale; roots keep the faint seen.
         share = np.sqrt(share / share.max()) if share.max() > 0 else share
-        cmap = LinearSegmentedColormap.from_list("share", ["white", color])
-        ax.imshow(share, cmap=cmap, vmin=0, vmax=1, interpolation="nearest", extent=_extent(span))
-        _ticks(ax)
+        _image(ax, share, LinearSegmentedColormap.from_list("share", ["white", color]), (0, 1), span)
 
 
-def _matrix(ax: Axes, counts: NDArray[Any], colors: Sequence[str], span: tuple[int, int]) -> None:
-    cmap = ListedColormap(["white", *colors])
-    ax.imshow(counts, cmap=cmap, vmin=-0.5, vmax=len(colors) + 0.5, interpolation="nearest", extent=_extent(span))
-    _ticks(ax)
-
-
-def _extent(span: tuple[int, int]) -> tuple[int, int, int, int]:
-    return span[0], span[1], span[1], span[0]
-
-
-def _ticks(ax: Axes) -> None:
+def _image(ax: Axes, values: NDArray[Any], cmap: Colormap, limits: tuple[float, float], span: tuple[int, int]) -> None:
+    start, stop = span
+    low, high = limits
+    ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", extent=(start, stop, stop, start))
     ax.tick_params(length=2)
     ax.locator_params(integer=True, nbins=4)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
@@ -37,8 +38,17 @@ def receptive_field(
     member = pattern.membership(positions)
     reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)
     reached[0, query] = True
-    for layer in range(num_layers):
-        reached[layer + 1] = _one_layer(pattern, member, positions, reached[layer], is_causal)
+    for before, after in pairwise(reached):
+        after |= before
+        for branch, (length, _) in enumerate(pattern.branches):
+            segment = positions // length
+            for _, heads in pattern.head_groups(branch):
+                rows = member[branch, heads.start]  # heads of one offset keep the same rows
+                # The last reached member of each segment: it sees the members up to it (causal), or all of them.
+                last = torch.full((int(segment[-1]) + 1,), -1)
+                queries = positions[rows & before]
+                last.scatter_reduce_(0, queries // length, queries, "amax")
+                after |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
     return np.asarray(reached.numpy())
 
 
@@ -69,18 +79,3 @@ def receptive_figure(
         shape = ", ".join(f"{w:,}/{r}" for w, r in pattern.branches) + f"; {pattern.num_heads} heads"
         ax.set_title(f"inputs that reach position {query:,} (segment/rate: {shape})", loc="left")
     return figure
-
-
-def _one_layer(pattern: DilatedPattern, member: Tensor, positions: Tensor, reached: Tensor, is_causal: bool) -> Tensor:
-    """One layer further: the members of every segment that holds a reached member."""
-    found = reached.clone()
-    for branch, (length, _) in enumerate(pattern.branches):
-        segment = positions // length
-        for _, heads in pattern.head_groups(branch):
-            rows = member[branch, heads.start]  # heads of one offset keep the same rows
-            # The last reached member of each segment: it sees the members up to it (causal), or all of them.
-            last = torch.full((int(segment[-1]) + 1,), -1)
-            queries = positions[rows & reached]
-            last.scatter_reduce_(0, queries // length, queries, "amax")
-            found |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
-    return found
