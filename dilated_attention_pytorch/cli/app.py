@@ -26,7 +26,7 @@ COMMANDS = (train, generate, convert, plan, show, bench, info, migrate)
 for command in COMMANDS:
     app.command()(command)
 
-# What the library raises for a user's mistake, or for a package or file that is not there.
+# Errors of the library for a user's mistake, a missing package or a missing file.
 USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError, FloatingPointError)
 
 # Arguments of the library whose options have other names.
@@ -37,13 +37,13 @@ _RENAMED = {
     "seq_len": "--length",
     "greedy": "--temperature 0",
 }
-# An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore that is
-# no part of a path.
+# An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore outside
+# a path.
 _ARGUMENT = re.compile(r"\b(\w+)=True\b|(?:(?<=expected )|(?<![\w/.-])(?=\w+_))(\w+)\b(?![/.-]\w)")
 
 
 def run() -> None:
-    """Runs the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    """Run the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
     try:
         app()
     except USER_ERRORS as error:

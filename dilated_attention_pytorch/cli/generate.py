@@ -13,12 +13,12 @@ from dilated_attention_pytorch.cli.options import check_device
 
 def generate(
     run: Annotated[Path, typer.Argument(help="Folder of a run: model.safetensors and config.json.")],
-    prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "def ",
-    max_bytes: Annotated[int, typer.Option("--bytes", min=1, help="How many bytes to add, at most.")] = 500,
+    prompt: Annotated[str, typer.Option(help="Start of the text.")] = "def ",
+    max_bytes: Annotated[int, typer.Option("--bytes", min=1, help="The most bytes to add.")] = 500,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the fewest bytes of this probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the samples; another text each time without it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; without it each text is another one.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Continue a prompt with a trained model."""

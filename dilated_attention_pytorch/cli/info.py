@@ -1,4 +1,4 @@
-"""`info`: what this machine and this installation give."""
+"""`info`: versions, devices and backends of this installation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dilated_attention_pytorch.cli.options import console, human_bytes, print_ta
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.sdpa.torch_calls import compute_dtype
 
-_PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
 
 
 def info(as_json: options.AsJson = False) -> None:
-    """Versions, devices, and which backend `auto` takes on each, and why."""
+    """Versions, devices, and the backend that `auto` takes on each, with the reason."""
     found = _look()
     if as_json:
         print(json.dumps(found, indent=1))

@@ -14,7 +14,7 @@ from rich.table import Table
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.types import Offsets
 
-# No markup: what is printed holds paths and text of the user's, where brackets and colons are themselves.
+# No markup: paths and texts of the user hold brackets and colons of their own.
 console = Console(highlight=False, markup=False, emoji=False)
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -61,7 +61,7 @@ def check_device(text: str) -> str:
     """A device that this machine has, as torch names it.
 
     Raises:
-        ValueError: another text, or CUDA where there is none.
+        ValueError: another text, or a CUDA device that this machine lacks.
     """
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
     if match is None:

@@ -1,4 +1,4 @@
-"""`plan`: what a pattern costs and covers at a length, before anything is computed."""
+"""`plan`: cost and coverage of a pattern at a length, before anything is computed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def plan(
     causal: options.Causal = True,
     dtype: options.Dtype = "bf16",
     query: Annotated[int | None, typer.Option(help="Also list the keys of this query.")] = None,
-    head: Annotated[int, typer.Option(help="The head whose keys are listed.")] = 0,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Also the bytes that a ring of so many moves.")] = None,
+    head: Annotated[int, typer.Option(help="The head of --query.")] = 0,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Also the bytes that ring attention moves.")] = None,
     balanced: Annotated[bool, typer.Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:

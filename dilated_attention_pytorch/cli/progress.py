@@ -14,7 +14,7 @@ class RichReporter:
     """Tell a terminal how a run goes; without a terminal, the evaluations alone.
 
     Args:
-        console: where to.
+        console: of the terminal.
     """
 
     def __init__(self, console: Console) -> None:

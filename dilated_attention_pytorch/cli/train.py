@@ -35,7 +35,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start over, replacing the run in the folder.")] = False,
     sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the sample written at the end.")] = 600,
-    prompt: Annotated[str, typer.Option(help="What the sample starts with.")] = "def ",
+    prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
 ) -> None:
     """Train a byte-level language model; resumes exactly, and runs under torchrun as it is.
 
@@ -46,7 +46,7 @@ def train(
     from dilated_attention_pytorch.training import preset as preset_named
     from dilated_attention_pytorch.training.distributed import join
 
-    # Asked for now, so that its absence is known before the training and not after it.
+    # Imported now: matplotlib may be missing, which is better known before the training than after it.
     from dilated_attention_pytorch.viz import loss_figure, pattern_figure, save
 
     config = preset_named(preset).changed(_pairs(set_ or []))
@@ -55,9 +55,9 @@ def train(
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected --out to be a folder, got the file {out}")
     with join(None if device is None else check_device(device)) as world:
-        config.micro_steps(world.size)  # what cannot be shared out is known before anything is read
+        config.micro_steps(world.size)  # before anything is read
         build = partial(build_corpus, data, suffixes=suffix or (), val_fraction=val_fraction)
-        corpus = world.first(build) or build()  # the others find what the first has built
+        corpus = world.first(build) or build()  # the others find the first one's
         reporter = None
         if world.is_main:
             from dilated_attention_pytorch.cli.progress import RichReporter
@@ -76,7 +76,7 @@ def train(
             raise typer.Exit(128 + stop.signal_number) from None
         if not world.is_main:
             return
-        # All of a sequence, and its beginning close enough to tell the rates.
+        # The whole sequence, and its start at a scale that shows the rates.
         spans = [(0, config.context), (0, min(64, config.context))]
         drawn = pattern_figure(config.model_config().pattern, config.context, spans=spans, is_causal=True)
         save(drawn, out / "pattern.png")

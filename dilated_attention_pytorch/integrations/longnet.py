@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,15 +176,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         items = kwargs.pop("num_items_in_batch", None)
         if wrong := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise ValueError(f"expected arguments of LongNetForCausalLM.forward, got {wrong}, which it does not have")
-        real, row_start = _rows(attention_mask)
+        padding = _Padding.of(attention_mask)
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled() and _is_left_padded(real, row_start)
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and padding.is_left()
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is None:
-            hidden = self.model.hidden(input_ids, key_padding_mask=real, row_start=row_start)
+            hidden = self.model.hidden(input_ids, key_padding_mask=padding.mask, row_start=padding.row_start)
         else:
-            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, real, row_start)
+            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, padding)
             hidden = self.model.hidden(input_ids, cache=cache)  # type: ignore[arg-type]
         logits = self.model.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
@@ -195,41 +195,39 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         return out if return_dict is not False else out.to_tuple()
 
 
-def _rows(attention_mask: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`key_padding_mask` and `row_start` of a mask; None without padding."""
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
-    if attention_mask is None or bool(attention_mask.all()):
-        return None, None
-    real = attention_mask.bool()
-    return real, real.int().argmax(1)
+class _Padding(NamedTuple):
+    """The padding of a batch; both None if no row is padded."""
 
+    mask: Tensor | None = None  # (B, tokens) bool, True = real
+    row_start: Tensor | None = None  # (B,)
 
-def _is_left_padded(key_padding_mask: Tensor | None, row_start: Tensor | None) -> bool:
-    """Whether a mask hides only positions before a row's first token."""
-    if key_padding_mask is None or row_start is None:
-        return True
-    positions = torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
-    return torch.equal(positions >= row_start[:, None], key_padding_mask)
+    @classmethod
+    def of(cls, attention_mask: Tensor | None) -> _Padding:
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
+        if attention_mask is None or bool(attention_mask.all()):
+            return cls()
+        return cls(attention_mask.bool(), attention_mask.int().argmax(1))
+
+    def is_left(self) -> bool:
+        """True if only positions before a row's first token are hidden."""
+        if self.mask is None or self.row_start is None:
+            return True
+        positions = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return torch.equal(positions >= self.row_start[:, None], self.mask)
 
 
 class _Cache:
     """A cache of `LongNetLM` on top of transformers' own: all keys stay, so beams can be reordered."""
 
-    def __init__(
-        self, cache: DynamicCache, num_layers: int, tokens: Tensor, key_padding_mask: Tensor | None,
-        row_start: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.row_start, self.length = row_start, int(cache.get_seq_length())
-        total = self.length + tokens.shape[1]
+    def __init__(self, cache: DynamicCache, num_layers: int, tokens: Tensor, padding: _Padding) -> None:
+        self.row_start, self.length = padding.row_start, int(cache.get_seq_length())
+        total, given = self.length + tokens.shape[1], padding.mask
         if getattr(cache, "is_compileable", False):
             raise ValueError(f"expected a DynamicCache, which grows, got a {type(cache).__name__}")
-        if key_padding_mask is not None and key_padding_mask.shape[1] != total:
-            raise ValueError(
-                f"expected attention_mask of {total} tokens, the cache's and the new ones, got "
-                f"{key_padding_mask.shape[1]}"
-            )
-        if not _is_left_padded(key_padding_mask, row_start):
+        if given is not None and given.shape[1] != total:
+            raise ValueError(f"expected attention_mask of {total} tokens, old and new ones, got {given.shape[1]}")
+        if not padding.is_left():
             raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 

@@ -39,6 +39,7 @@ from dilated_attention_pytorch.integrations.longnet import LongNetForCausalLM, L
 __all__ = ["LongNetForCausalLM", "LongNetHFConfig", "register", "use_dilated_attention"]
 
 NAME = "dilated"
+_WITH = f"with attn_implementation={NAME!r}"
 
 # Arguments that models pass to every attention function and that change nothing here.
 _HARMLESS = {
@@ -138,20 +139,17 @@ def mask(
     if local_size is None:
         if mask_function not in (causal_mask_function, bidirectional_mask_function):
             raise ValueError(
-                f"expected a causal or a bidirectional mask with attn_implementation={NAME!r}, got one combined with "
-                "another (packed position_ids, a prefix, image tokens): pad each sequence with attention_mask"
+                f"expected a causal or a bidirectional mask {_WITH}, got one combined with another (packed "
+                "position_ids, a prefix, image tokens): pad each sequence with attention_mask"
             )
         growing = not isinstance(q_offset, Tensor) and not kv_offset and kv_length == q_offset + q_length
         if mask_function is causal_mask_function and not growing:
             raise ValueError(
-                "expected a cache whose keys end with the last query (DynamicCache) with attn_implementation="
-                f"{NAME!r}, got {kv_length} keys for {q_length} queries from position {q_offset} on: static, sliding "
-                "and prefix caches are not supported"
+                f"expected a cache whose keys end with the last query (DynamicCache) {_WITH}, got {kv_length} keys for "
+                f"{q_length} queries from position {q_offset} on: static, sliding and prefix caches are not supported"
             )
-    if attention_mask is None:
-        return None
     # As for flash attention, None without padding: the path without a mask.
-    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None
     return attention_mask.to(torch.bool)
 
@@ -175,10 +173,8 @@ def attention(
     causal = bool(causal) and getattr(config, "is_causal", True) is not False
     keys, queries = key.shape[2], query.shape[2]
     if queries > keys or (queries != keys and not causal):
-        raise ValueError(
-            f"expected self-attention with attn_implementation={NAME!r}, got {queries} queries over {keys} keys"
-            f"{'' if causal else ' without causality'}"
-        )
+        how = "" if causal else " without causality"
+        raise ValueError(f"expected self-attention {_WITH}, got {queries} queries over {keys} keys{how}")
     out = dilated_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         segment_lengths=config.dilated_segment_lengths,
@@ -201,32 +197,29 @@ def _check_arguments(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
     name = type(module).__name__
-    wrong = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
-    if wrong:
+    if wrong := sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False):
         given = ", ".join(f"{k}={_short(kwargs[k])}" for k in wrong)
         raise ValueError(
-            f"expected {name} to ask for plain attention with attn_implementation={NAME!r}, got {given}, which dilated "
-            "attention does not have; a sliding window is switched off in the config (layer_types all full_attention)"
+            f"expected {name} to ask for plain attention {_WITH}, got {given}, which dilated attention does not have; "
+            "a sliding window is switched off in the config (layer_types all full_attention)"
         )
     if "CrossAttention" in name or getattr(module, "is_cross_attention", False):
-        raise ValueError(f"expected self-attention with attn_implementation={NAME!r}, got the cross-attention {name}")
+        raise ValueError(f"expected self-attention {_WITH}, got the cross-attention {name}")
     # One class serves all three uses in Bart and its kin: a decoder's layer is causal, or looks at the encoder.
     if getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True):
         raise ValueError(
-            f"expected self-attention with attn_implementation={NAME!r}, got a cross-attention: {name} with "
-            "is_decoder=True and is_causal=False"
+            f"expected self-attention {_WITH}, got a cross-attention: {name} with is_decoder=True and is_causal=False"
         )
-    config = getattr(module, "config", None)
-    missing = [k for k in ("dilated_segment_lengths", "dilated_dilation_rates") if getattr(config, k, None) is None]
-    if missing:
+    config, needed = getattr(module, "config", None), ("dilated_segment_lengths", "dilated_dilation_rates")
+    if missing := [k for k in needed if getattr(config, k, None) is None]:
         raise ValueError(
             f"expected {' and '.join(missing)} in the {type(config).__name__} of {name}, got none: name the pattern in "
             "the config, or call use_dilated_attention(model, segment_lengths, dilation_rates)"
         )
-    if attention_mask is not None and tuple(attention_mask.shape) != (query.shape[0], key.shape[2]):
+    shape = (query.shape[0], key.shape[2])
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
         raise ValueError(
-            f"expected attention_mask of shape (batch, keys) = {(query.shape[0], key.shape[2])} with "
-            f"attn_implementation={NAME!r}, got {tuple(attention_mask.shape)}"
+            f"expected attention_mask of shape (batch, keys) = {shape} {_WITH}, got {tuple(attention_mask.shape)}"
         )
 
 

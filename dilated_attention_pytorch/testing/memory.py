@@ -16,7 +16,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     Raises:
         OSError: the kernel does not let a process reset its own peak.
     """
-    _RESET.write_text("5")  # the documented way to set the peak (VmHWM) back to what is resident now
+    _RESET.write_text("5")  # the documented way to reset the peak (VmHWM)
     before = _read("VmRSS")
     result = run()
     peak = _read("VmHWM")

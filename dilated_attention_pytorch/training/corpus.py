@@ -40,7 +40,7 @@ class Corpus:
     Attributes:
         fingerprint: of the documents and the split; names and places of files do not enter.
         train: uint8 `(bytes,)`, a read-only memory map.
-        val: likewise, for validation.
+        val: the same, for validation.
         documents: numbers of documents per split and of files left out: keys "train", "val", "copies", "binary".
     """
 

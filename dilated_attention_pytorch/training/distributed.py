@@ -99,7 +99,7 @@ def join(device: str | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
-        dist.barrier()  # nobody takes the group down while another still works
+        dist.barrier()  # no process destroys the group while another still works
     finally:
         if mine:
             dist.destroy_process_group()

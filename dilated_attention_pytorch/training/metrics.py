@@ -62,10 +62,9 @@ class MetricsLog:
         """Add a line, and hand it to the system."""
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
-        if self._board is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, line["step"])
+        for name, value in line.items():
+            if self._board is not None and name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         """Close the files."""

@@ -1,4 +1,4 @@
-"""The state of a run, in one file that is replaced whole: what exact resume needs, and checks that it fits."""
+"""The state of a run for exact resume, in one file that is replaced whole, and the checks when it is read."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def slide_figure(
     label: str = "",
     marks: Tensor | None = None,
 ) -> Figure:
-    """A heat map over a slide: each tile a square, white where there is none.
+    """A heat map over a slide: each tile a square, white without a tile.
 
     Args:
         coords: `(L, 2)`, x and y of each tile in pixels.
