@@ -8,25 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
+from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, rotate, row_positions
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.head_groups import grouped_attention, head_groups_by_default
 from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
-
-# The constructors of 0.1 and 0.2, until 0.4.0.
-OLD_DILATED = OldCall(
-    ("segment_lengths", "dilation_rates", "softmax_scale", "attention_dropout", "op", "enable_memory_pool",
-     "enable_profiling", "lightweight_pool"),
-    {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "softmax_scale": "scale",
-     "attention_dropout": "attention_dropout"},
-    ("use_tf32", "device", "dtype"),
-)  # fmt: skip
-_KEPT = ("embed_dim", "num_heads", "dilation_rates", "segment_lengths", "dropout", "bias", "layer_norm",
-         "layer_norm_eps", "gamma_init", "device", "dtype")  # fmt: skip
-OLD_MULTIHEAD = OldCall((*_KEPT, "op"), {name: name for name in _KEPT})
 
 
 class KeyValueStore(Protocol):
@@ -40,7 +28,7 @@ class KeyValueStore(Protocol):
         """Takes in `(B, n, H_kv, D)`; gives back all keys and values still in sight and the first one's position."""
 
 
-@takes_old_call(OLD_DILATED, (2, object))
+@takes_old_call("_old.calls:DILATED")  # 0.4.0: goes with _old
 class DilatedAttention(nn.Module):
     """Dilated attention (LongNet, arXiv 2307.02486, sections 2.2 and 2.3) as a module without parameters.
 
@@ -191,7 +179,7 @@ class DilatedAttention(nn.Module):
         return ", ".join(parts)
 
 
-@takes_old_call(OLD_MULTIHEAD, (2, Sequence))
+@takes_old_call("_old.calls:MULTIHEAD")  # 0.4.0: goes with _old
 class MultiheadDilatedAttention(nn.Module):
     """Projections around dilated attention, with MAGNETO's sub-LN (arXiv 2210.06423, section 2 and figure 2).
 

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch._deprecated import OldCall, warn_of_module
-from dilated_attention_pytorch.modules import OLD_DILATED, OLD_MULTIHEAD, DilatedAttention, MultiheadDilatedAttention
+from dilated_attention_pytorch._old.calls import DILATED, MULTIHEAD, MULTIHEAD_ORDER, OldCall, old_call
+from dilated_attention_pytorch._old.names import warn_of_module
+from dilated_attention_pytorch.modules import DilatedAttention, MultiheadDilatedAttention
 
-_IMPROVED = OldCall(
-    ("segment_lengths", "dilation_rates", "dropout", "use_tf32", "enable_memory_pool", "enable_profiling",
-     "lightweight_pool"),
-    {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "dropout": "attention_dropout"},
-    ("device", "dtype"),
-)  # fmt: skip
-_DISTRIBUTED = _IMPROVED._replace(
-    order=("segment_lengths", "dilation_rates", "dropout", "use_tf32", "sequence_parallel", "model_parallel",
-           "use_flash_attention", "dtype", "device"),
-    keywords=(),
-)  # fmt: skip
-_DISTRIBUTED_MULTIHEAD = OLD_MULTIHEAD._replace(
-    order=("embed_dim", "num_heads", "segment_lengths", "dilation_rates", "dropout", "bias", "layer_norm",
-           "layer_norm_eps", "gamma_init", "device", "dtype", "use_tf32", "sequence_parallel", "model_parallel",
-           "use_deepspeed", "use_gradient_checkpointing", "communication_backend", "cpu_offload",
-           "use_8bit_optimizer", "use_flash_attention", "compile_model"),
-)  # fmt: skip
-_IMPROVED_MULTIHEAD = OLD_MULTIHEAD._replace(order=(*OLD_MULTIHEAD.order[:-1], "use_tf32"))
+
+class OldArguments(nn.Module):
+    """Stands before a class of today, which is then constructed with old arguments."""
+
+    call: ClassVar[OldCall]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(**self.construction(args, kwargs))
+
+    def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The new class's arguments."""
+        return self.call.arguments(args, kwargs)
+
+
+class OldAttention(OldArguments):
+    """`OldArguments` for attention without parameters, whose old `forward` took a mask."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        attention_mask: Tensor | None = None,
+        **new: Any,
+    ) -> Tensor:
+        """The new class's `forward`; see `no_mask`."""
+        no_mask("attention_mask", attention_mask)
+        out: Tensor = super().forward(query, key, value, is_causal, **new)
+        return out
 
 
 def no_mask(name: str, mask: Tensor | None) -> None:
@@ -40,55 +52,48 @@ def no_mask(name: str, mask: Tensor | None) -> None:
         )
 
 
-class _OldDilated(DilatedAttention):
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_causal: bool = False,
-        attention_mask: Tensor | None = None,
-        **new: Any,
-    ) -> Tensor:
-        """`DilatedAttention.forward`; see `no_mask`."""
-        no_mask("attention_mask", attention_mask)
-        return super().forward(query, key, value, is_causal, **new)
-
-
-class DilatedAttention01(_OldDilated):
+class DilatedAttention01(OldAttention, DilatedAttention):
     """`dilated_attention_pytorch.dilated_attention.DilatedAttention`."""
+
+    call = DILATED.call
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warn_of_module("dilated_attention")  # it may have come as an attribute of the function
-        super().__init__(**OLD_DILATED.arguments("DilatedAttention", args, kwargs))
+        super().__init__(*args, **kwargs)
 
 
-class ImprovedDilatedAttention(_OldDilated):
-    """0.2's `ImprovedDilatedAttention`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**_IMPROVED.arguments("ImprovedDilatedAttention", args, kwargs))
-
-
-class DistributedImprovedDilatedAttention(_OldDilated):
-    """0.2's name; as its rings, it took the whole sequence on every rank and returned all of it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**_DISTRIBUTED.arguments("DistributedImprovedDilatedAttention", args, kwargs))
+class ImprovedDilatedAttention(OldAttention, DilatedAttention):
+    call = old_call(
+        "ImprovedDilatedAttention",
+        "segment_lengths dilation_rates dropout use_tf32 enable_memory_pool enable_profiling lightweight_pool",
+        kept="segment_lengths dilation_rates dropout=attention_dropout",
+        keywords="device dtype",
+    )
 
 
-class MultiheadDilatedAttention01(MultiheadDilatedAttention):
+class DistributedImprovedDilatedAttention(OldAttention, DilatedAttention):
+    """As 0.2's rings, it took the whole sequence on every rank and returned all of it."""
+
+    call = ImprovedDilatedAttention.call.named(
+        "DistributedImprovedDilatedAttention",
+        "segment_lengths dilation_rates dropout use_tf32 sequence_parallel model_parallel use_flash_attention dtype "
+        "device",
+    )
+
+
+class MultiheadDilatedAttention01(OldArguments, MultiheadDilatedAttention):
     """0.1's `MultiheadDilatedAttention`: `forward` takes three tensors and `is_causal`, and returns a pair."""
+
+    call = MULTIHEAD.call
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warn_of_module("dilated_attention")
-        super().__init__(**OLD_MULTIHEAD.arguments("MultiheadDilatedAttention", args, kwargs))
+        super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_old_norm)  # type: ignore[no-untyped-call]
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **new: Any
     ) -> tuple[Tensor, None]:
-        """`MultiheadDilatedAttention.forward`."""
         return super().forward(query, key, value, is_causal=is_causal, **new)
 
 
@@ -99,15 +104,7 @@ def _old_norm(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             state[f"{prefix}inner_attn_ln.{name}"] = state.pop(f"{prefix}norm.{name}")
 
 
-class MultiheadDilatedAttention02(MultiheadDilatedAttention):
-    """0.2's `MultiheadDilatedAttention`: `forward` returns a tensor, or a pair with `need_weights=True`."""
-
-    _call: ClassVar[tuple[str, OldCall]] = "MultiheadDilatedAttention", OLD_MULTIHEAD
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        name, call = self._call
-        super().__init__(**call.arguments(name, args, kwargs))
-
+class _Multihead02(OldArguments, MultiheadDilatedAttention):
     def forward(  # type: ignore[override]
         self,
         query: Tensor,
@@ -120,22 +117,19 @@ class MultiheadDilatedAttention02(MultiheadDilatedAttention):
         average_attn_weights: bool = True,
     ) -> Any:
         """`MultiheadDilatedAttention.forward`, with a `key_padding_mask` that is True at padding."""
-        call = forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
-        out, _ = super().forward(**call)
-        return (out, None) if need_weights else out
+        return super().forward(**forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal))
 
 
-class DistributedImprovedMultiheadDilatedAttention(MultiheadDilatedAttention02):
-    """0.2's name: see `DistributedImprovedDilatedAttention`."""
+class ImprovedMultiheadDilatedAttention(_Multihead02):
+    """`forward` returns a pair."""
 
-    _call = "DistributedImprovedMultiheadDilatedAttention", _DISTRIBUTED_MULTIHEAD
+    call = MULTIHEAD.call.named("ImprovedMultiheadDilatedAttention", f"{MULTIHEAD_ORDER} use_tf32")
 
 
-class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
-    """0.2's `ImprovedMultiheadDilatedAttention`: `forward` returns a pair."""
+class MultiheadDilatedAttention02(_Multihead02):
+    """0.2's `MultiheadDilatedAttention`: `forward` returns a tensor, or a pair with `need_weights=True`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**_IMPROVED_MULTIHEAD.arguments("ImprovedMultiheadDilatedAttention", args, kwargs))
+    call = MULTIHEAD.call
 
     def forward(  # type: ignore[override]
         self,
@@ -144,13 +138,22 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-    ) -> tuple[Tensor, None]:
-        """`MultiheadDilatedAttention.forward`, with a `key_padding_mask` that is True at padding."""
-        call = forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
-        return super().forward(**call)
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        out, _ = super().forward(query, key, value, key_padding_mask, need_weights, *rest, **named)
+        return (out, None) if need_weights else out
+
+
+class DistributedImprovedMultiheadDilatedAttention(MultiheadDilatedAttention02):
+    """See `DistributedImprovedDilatedAttention`."""
+
+    call = MULTIHEAD.call.named(
+        "DistributedImprovedMultiheadDilatedAttention",
+        "embed_dim num_heads segment_lengths dilation_rates dropout bias layer_norm layer_norm_eps gamma_init device "
+        "dtype use_tf32 sequence_parallel model_parallel use_deepspeed use_gradient_checkpointing "
+        "communication_backend cpu_offload use_8bit_optimizer use_flash_attention compile_model",
+    )
 
 
 def forward_arguments(
@@ -170,11 +173,10 @@ def forward_arguments(
     no_mask("attn_mask", attn_mask)
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype bool, got {key_padding_mask.dtype}")
-    call: Mapping[str, Any] = {
+    return {
         "query": query,
         "key": query if key is None else key,
         "value": query if value is None else value,
         "key_padding_mask": None if key_padding_mask is None else ~key_padding_mask,
         "is_causal": is_causal,
     }
-    return dict(call)

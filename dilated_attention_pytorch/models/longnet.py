@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
+from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core.validation import check_bool
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
@@ -30,26 +30,7 @@ def _configured(config: LongNetConfig | None, overrides: dict[str, Any]) -> Long
     return replace(config or LongNetConfig(), **overrides)
 
 
-def activation_name(activation: Any) -> Any:
-    """The name of an activation that 0.1 took as a function."""
-    functions = {nn.functional.relu: "relu", nn.functional.gelu: "gelu", torch.relu: "relu"}
-    return functions.get(activation, activation) if callable(activation) else activation
-
-
-_ORDER = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "segment_lengths",
-          "dilation_rates", "dropout", "activation", "layer_norm_eps", "device", "dtype")  # fmt: skip
-
-
-def _from_old(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "activation": activation_name(values.get("activation", "relu"))}
-
-
-@takes_old_call(
-    OldCall(_ORDER, {name: name for name in _ORDER}),
-    (0, int),
-    old_value=lambda kwargs: callable(kwargs.get("activation")),
-    finish=_from_old,
-)
+@takes_old_call("_old.calls:LONGNET")  # 0.4.0: goes with _old
 class LongNet(nn.Module):
     """Encoder and decoder over one sequence of embeddings.
 

@@ -18,8 +18,8 @@ def migrate(
     ] = False,
 ) -> None:
     """List the names of 0.1 and 0.2 in a code base, and rewrite those whose calls stay as they are."""
-    from dilated_attention_pytorch.migrate import migrate as migrated
-    from dilated_attention_pytorch.migrate import python_files, write_atomically
+    from dilated_attention_pytorch._old.migrate.files import python_files, write_atomically
+    from dilated_attention_pytorch._old.migrate.program import migrate as migrated
 
     count, left, unread, changed = 0, 0, 0, 0
 
