@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# 0.4.0: goes with _old. Must come first: importing the old submodule binds `dilated_attention` to the module; the import
-# 0.4.0: goes with _old. of the function below rebinds it.
+# 0.4.0: goes with _old. Must come first: importing the old submodule binds `dilated_attention` to the module; the
+# 0.4.0: goes with _old. import of the function below rebinds it.
 __path__ = [*__path__, f"{__path__[0]}/_old/places"]  # 0.4.0: goes with _old
 from dilated_attention_pytorch._old.package import old_name  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core.merge import merge_attention

@@ -26,7 +26,7 @@ class OldArguments(nn.Module):
 
 
 class OldAttention(OldArguments):
-    """`OldArguments` for attention without parameters, whose old `forward` took a mask."""
+    """`OldArguments` for attention without parameters, whose old `forward` took a mask and did not apply it."""
 
     def forward(
         self,
@@ -37,14 +37,12 @@ class OldAttention(OldArguments):
         attention_mask: Tensor | None = None,
         **new: Any,
     ) -> Tensor:
-        """The new class's `forward`; see `no_mask`."""
-        no_mask("attention_mask", attention_mask)
+        _no_mask("attention_mask", attention_mask)
         out: Tensor = super().forward(query, key, value, is_causal, **new)
         return out
 
 
-def no_mask(name: str, mask: Tensor | None) -> None:
-    """Raises where an old call brings a mask that the old code took and did not apply."""
+def _no_mask(name: str, mask: Tensor | None) -> None:
     if mask is not None:
         raise ValueError(
             f"expected no {name}, got a tensor: 0.2 took one and did not apply it. Padding goes into "
@@ -72,7 +70,7 @@ class ImprovedDilatedAttention(OldAttention, DilatedAttention):
 
 
 class DistributedImprovedDilatedAttention(OldAttention, DilatedAttention):
-    """As 0.2's rings, it took the whole sequence on every rank and returned all of it."""
+    """Like 0.2's rings, it took the whole sequence on every rank and returned all of it."""
 
     call = ImprovedDilatedAttention.call.named(
         "DistributedImprovedDilatedAttention",
@@ -104,49 +102,27 @@ def _old_norm(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             state[f"{prefix}inner_attn_ln.{name}"] = state.pop(f"{prefix}norm.{name}")
 
 
-class _Multihead02(OldArguments, MultiheadDilatedAttention):
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-    ) -> Any:
-        """`MultiheadDilatedAttention.forward`, with a `key_padding_mask` that is True at padding."""
-        return super().forward(**forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal))
-
-
-class ImprovedMultiheadDilatedAttention(_Multihead02):
-    """`forward` returns a pair."""
+class ImprovedMultiheadDilatedAttention(OldArguments, MultiheadDilatedAttention):
+    """`forward` takes what `forward_arguments` does, and returns a pair."""
 
     call = MULTIHEAD.call.named("ImprovedMultiheadDilatedAttention", f"{MULTIHEAD_ORDER} use_tf32")
 
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return super().forward(**forward_arguments(*args, **kwargs))
 
-class MultiheadDilatedAttention02(_Multihead02):
+
+class MultiheadDilatedAttention02(OldArguments, MultiheadDilatedAttention):
     """0.2's `MultiheadDilatedAttention`: `forward` returns a tensor, or a pair with `need_weights=True`."""
 
     call = MULTIHEAD.call
 
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        *rest: Any,
-        **named: Any,
-    ) -> Any:
-        out, _ = super().forward(query, key, value, key_padding_mask, need_weights, *rest, **named)
-        return (out, None) if need_weights else out
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        pair = super().forward(**forward_arguments(*args, **kwargs))
+        return pair if kwargs.get("need_weights", args[4:5] == (True,)) else pair[0]
 
 
 class DistributedImprovedMultiheadDilatedAttention(MultiheadDilatedAttention02):
-    """See `DistributedImprovedDilatedAttention`."""
+    """Like 0.2's rings, it took the whole sequence on every rank."""
 
     call = MULTIHEAD.call.named(
         "DistributedImprovedMultiheadDilatedAttention",
@@ -158,11 +134,13 @@ class DistributedImprovedMultiheadDilatedAttention(MultiheadDilatedAttention02):
 
 def forward_arguments(
     query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    key_padding_mask: Tensor | bool | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    key_padding_mask: Tensor | bool | None = None,
+    need_weights: bool = False,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    average_attn_weights: bool = True,
 ) -> dict[str, Any]:
     """What 0.2's multi-head `forward` was given, for the new one.
 
@@ -170,7 +148,7 @@ def forward_arguments(
     """
     if isinstance(key_padding_mask, bool):  # the fourth argument before there were masks
         is_causal, key_padding_mask = key_padding_mask, None
-    no_mask("attn_mask", attn_mask)
+    _no_mask("attn_mask", attn_mask)
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype bool, got {key_padding_mask.dtype}")
     return {

@@ -56,7 +56,7 @@ def create_dilated_attention(
     check_type(attention_type)
     pattern = _pattern(segment_lengths, dilation_rates)
     if attention_type == "ring":
-        from dilated_attention_pytorch._old.ring import RingDilatedAttentionProduction
+        from dilated_attention_pytorch._old.rings import RingDilatedAttentionProduction
 
         return RingDilatedAttentionProduction(**pattern, **kwargs)
     if "attention_dropout" in kwargs:
@@ -85,7 +85,7 @@ def create_multihead_dilated_attention(
             values |= {name: value for name, value in asdict(config).items() if value != defaults[name]}
     values |= kwargs
     if attention_type == "ring":
-        from dilated_attention_pytorch._old.ring_multihead import RingMultiheadDilatedAttentionHybrid
+        from dilated_attention_pytorch._old.rings import RingMultiheadDilatedAttentionHybrid
 
         return RingMultiheadDilatedAttentionHybrid(**{"layer_norm": True, **values})
     # "improved" alone returned a pair.

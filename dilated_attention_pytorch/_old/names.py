@@ -31,84 +31,75 @@ class OldName(NamedTuple):
         return f"{PACKAGE}.{self.now}" + (f" ({self.by_hand})" if self.by_hand else "")
 
 
-def _row(name: str, now: str, stand_in: str, *places: str, by_hand: str = "") -> OldName:
-    return OldName(name, now, stand_in if ":" in stand_in else f"{stand_in}:{name}", places, by_hand)
+def _row(name: str, now: str, stand_in: str, places: str, by_hand: str = "") -> OldName:
+    """A row from places with blanks between them; `.` is the package."""
+    stand_in = stand_in if ":" in stand_in else f"{stand_in}:{name}"
+    return OldName(name, now, stand_in, tuple("" if place == "." else place for place in places.split()), by_hand)
 
 
-def _ring(name: str, *modules: str) -> OldName:
-    return _row(name, "RingDilatedAttention", "_old.ring", "", *modules)
-
+_DILATED, _MULTIHEAD = "DilatedAttention", "MultiheadDilatedAttention"
+_RING, _RING_MULTIHEAD = "RingDilatedAttention", "RingDistributedDilatedAttention"
+_RINGS, _ATTENTION = "_old.rings", "_old.attention"
+_MASKS = "it returns a pair, and masks are True where real"
+_CONFIG = "it takes a LongNetConfig"
+_TYPE = "a class has no attention_type"
+_FIELDS = "its fields are arguments of the class"
+_TENSOR = "it takes a config and one tensor"
 
 # fmt: off
 TABLE: tuple[OldName, ...] = (
     # 0.1, whose names 0.2 kept
-    _row("DilatedAttention", "DilatedAttention", "_old.attention:DilatedAttention01", "dilated_attention"),
-    _row("MultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention:MultiheadDilatedAttention01",
-         "dilated_attention",
-         by_hand="is_causal is not the fourth argument, and a checkpoint's norm is inner_attn_ln"),
+    _row(_DILATED, _DILATED, f"{_ATTENTION}:DilatedAttention01", "dilated_attention"),
+    _row(_MULTIHEAD, _MULTIHEAD, f"{_ATTENTION}:MultiheadDilatedAttention01", "dilated_attention",
+         "is_causal is not the fourth argument, and a checkpoint's norm is inner_attn_ln"),
     _row("LongNet", "LongNet", "models.longnet", "long_net"),
     _row("LongNetLM", "LongNetLM", "_old.models:LongNetLM01", "long_net",
-         by_hand="num_tokens is vocab_size, and is_causal is gone"),
-    _row("DilatedTransformerEncoderLayer", "models.layers.Layer", "_old.models", "", "transformer",
-         by_hand="it takes a LongNetConfig"),
-    _row("DilatedTransformerDecoderLayer", "models.layers.Layer", "_old.models", "", "transformer",
-         by_hand="it takes a LongNetConfig"),
+         "num_tokens is vocab_size, and is_causal is gone"),
+    _row("DilatedTransformerEncoderLayer", "models.layers.Layer", "_old.models", ". transformer", _CONFIG),
+    _row("DilatedTransformerDecoderLayer", "models.layers.Layer", "_old.models", ". transformer", _CONFIG),
     # 0.2
-    _row("MultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention:MultiheadDilatedAttention02",
-         "multihead_dilated_attention",
-         by_hand="it returns a pair, and masks are True where real"),
-    _row("ImprovedDilatedAttention", "DilatedAttention", "_old.attention", "", "improved_dilated_attention",
-         by_hand="dropout is attention_dropout"),
-    _row("ImprovedMultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention",
-         "", "improved_multihead_dilated_attention",
-         by_hand="masks are True where real"),
-    _row("DistributedImprovedDilatedAttention", "DilatedAttention", "_old.attention",
-         "", "improved_distributed_dilated_attention",
-         by_hand="dropout is attention_dropout, and no rank shares its work; RingDilatedAttention does"),
-    _row("DistributedImprovedMultiheadDilatedAttention", "MultiheadDilatedAttention", "_old.attention",
-         "", "improved_distributed_dilated_attention",
-         by_hand="it returns a pair, masks are True where real, and no rank shares its work"),
-    _row("create_dilated_attention", "DilatedAttention", "_old.factories", "", "core",
-         by_hand="a class has no attention_type"),
-    _row("create_multihead_dilated_attention", "MultiheadDilatedAttention", "_old.factories", "", "core",
-         by_hand="a class has no attention_type"),
+    _row(_MULTIHEAD, _MULTIHEAD, f"{_ATTENTION}:MultiheadDilatedAttention02", "multihead_dilated_attention", _MASKS),
+    _row("ImprovedDilatedAttention", _DILATED, _ATTENTION, ". improved_dilated_attention",
+         "dropout is attention_dropout"),
+    _row("ImprovedMultiheadDilatedAttention", _MULTIHEAD, _ATTENTION, ". improved_multihead_dilated_attention",
+         "masks are True where real"),
+    _row("DistributedImprovedDilatedAttention", _DILATED, _ATTENTION, ". improved_distributed_dilated_attention",
+         "dropout is attention_dropout, and no rank shares its work; RingDilatedAttention does"),
+    _row("DistributedImprovedMultiheadDilatedAttention", _MULTIHEAD, _ATTENTION,
+         ". improved_distributed_dilated_attention",
+         "it returns a pair, masks are True where real, and no rank shares its work"),
+    _row("create_dilated_attention", _DILATED, "_old.factories", ". core", _TYPE),
+    _row("create_multihead_dilated_attention", _MULTIHEAD, "_old.factories", ". core", _TYPE),
     # The modules' own factories took what their classes took.
-    _row("create_dilated_attention", "DilatedAttention", "_old.attention:DilatedAttention01", "dilated_attention"),
-    _row("create_multihead_dilated_attention", "MultiheadDilatedAttention",
-         "_old.attention:MultiheadDilatedAttention02", "multihead_dilated_attention",
-         by_hand="it returns a pair, and masks are True where real"),
-    _row("DilatedAttentionConfig", "DilatedAttention", "_old.factories", "core",
-         by_hand="its fields are arguments of the class"),
-    _row("MultiheadConfig", "MultiheadDilatedAttention", "_old.factories", "core",
-         by_hand="its fields are arguments of the class"),
+    _row("create_dilated_attention", _DILATED, f"{_ATTENTION}:DilatedAttention01", "dilated_attention"),
+    _row("create_multihead_dilated_attention", _MULTIHEAD, f"{_ATTENTION}:MultiheadDilatedAttention02",
+         "multihead_dilated_attention", _MASKS),
+    _row("DilatedAttentionConfig", _DILATED, "_old.factories", "core", _FIELDS),
+    _row("MultiheadConfig", _MULTIHEAD, "_old.factories", "core", _FIELDS),
     # 0.2's rings
     _row("RingAttentionConfig", "RingAttentionConfig", "ring_attention.config",
-         "core", "ring_dilated_attention_production"),
-    _row("RingDilatedAttention", "RingDilatedAttention", "_old.ring:RingDilatedAttention01", "ring_dilated_attention"),
-    _row("RingDistributedDilatedAttention", "RingDistributedDilatedAttention",
-         "_old.ring_multihead:RingDistributedDilatedAttention02", "ring_distributed_dilated_attention",
-         by_hand="it takes a config and one tensor"),
-    _row("RingMultiheadDilatedAttentionHybrid", "RingDistributedDilatedAttention", "_old.ring_multihead",
-         "", "ring_multihead_dilated_attention_hybrid",
-         by_hand="it takes a config and one tensor"),
-    _row("create_production_ring_attention", "RingDilatedAttention", "_old.ring",
-         "", "ring_dilated_attention_production"),
-    _ring("RingDilatedAttentionProduction", "ring_dilated_attention_production"),
-    _ring("RingDilatedAttentionHybrid", "ring_dilated_attention_hybrid"),
-    _ring("RingDilatedAttentionTrue", "ring_dilated_attention_true"),
-    _ring("TrueRingDilatedAttention", "ring_dilated_attention_true", "true_ring_dilated_attention"),
-    _row("SimulatedRingDilatedAttention", "RingDilatedAttention", "_old.ring", "simulated_ring_dilated_attention"),
-    _ring("RingDilatedAttentionV2", "ring_dilated_attention_v2"),
-    _ring("RingDilatedAttentionV2Collective", "ring_dilated_attention_v2_collective"),
-    _ring("RingDilatedAttentionV2Flash", "ring_dilated_attention_v2_flash"),
-    _ring("RingDilatedAttentionV3", "ring_dilated_attention_v3"),
-    _row("RingDilatedAttentionHilbertOptimized", "RingDilatedAttentionHilbert", "_old.hilbert",
-         "", "ring_dilated_attention_hilbert_optimized",
-         by_hand="it takes a config and rows along the curve; HilbertRingAttention takes them in their own order"),
-    _row("RingDilatedAttentionHybridHilbert", "HilbertRingAttention", "_old.hilbert",
-         "", "ring_dilated_attention_hybrid_hilbert",
-         by_hand="it takes a config and the places of the tokens"),
-    # A place that the first plan of 0.3 had.
+         "core ring_dilated_attention_production"),
+    _row(_RING, _RING, f"{_RINGS}:RingDilatedAttention01", "ring_dilated_attention"),
+    _row(_RING_MULTIHEAD, _RING_MULTIHEAD, f"{_RINGS}:RingDistributedDilatedAttention02",
+         "ring_distributed_dilated_attention", _TENSOR),
+    _row("RingMultiheadDilatedAttentionHybrid", _RING_MULTIHEAD, _RINGS, ". ring_multihead_dilated_attention_hybrid",
+         _TENSOR),
+    _row("create_production_ring_attention", _RING, _RINGS, ". ring_dilated_attention_production"),
+    _row("RingDilatedAttentionProduction", _RING, _RINGS, ". ring_dilated_attention_production"),
+    _row("RingDilatedAttentionHybrid", _RING, _RINGS, ". ring_dilated_attention_hybrid"),
+    _row("RingDilatedAttentionTrue", _RING, _RINGS, ". ring_dilated_attention_true"),
+    _row("TrueRingDilatedAttention", _RING, _RINGS, ". ring_dilated_attention_true true_ring_dilated_attention"),
+    _row("SimulatedRingDilatedAttention", _RING, _RINGS, "simulated_ring_dilated_attention"),
+    _row("RingDilatedAttentionV2", _RING, _RINGS, ". ring_dilated_attention_v2"),
+    _row("RingDilatedAttentionV2Collective", _RING, _RINGS, ". ring_dilated_attention_v2_collective"),
+    _row("RingDilatedAttentionV2Flash", _RING, _RINGS, ". ring_dilated_attention_v2_flash"),
+    _row("RingDilatedAttentionV3", _RING, _RINGS, ". ring_dilated_attention_v3"),
+    _row("RingDilatedAttentionHilbertOptimized", "RingDilatedAttentionHilbert", _RINGS,
+         ". ring_dilated_attention_hilbert_optimized",
+         "it takes a config and rows along the curve; HilbertRingAttention takes them in their original order"),
+    _row("RingDilatedAttentionHybridHilbert", "HilbertRingAttention", _RINGS, ". ring_dilated_attention_hybrid_hilbert",
+         "it takes a config and the places of the tokens"),
+    # A path that was promised for 0.3.
     _row("RingDilatedAttentionHilbert", "RingDilatedAttentionHilbert", "ring_attention.variants.hilbert",
          "ring_attention.production_hilbert"),
 )

@@ -7,17 +7,7 @@ from typing import Any
 
 from dilated_attention_pytorch import core, functional
 from dilated_attention_pytorch._deprecated import PACKAGE, REMOVED_IN, load, warn_once
-from dilated_attention_pytorch._old.names import BY_PLACE, OLD_MODULES
-
-# How names of 0.2 begin that have no successor: sparse patterns that are not dilated attention, and their tools.
-NOT_REPLACED = (
-    "BlockSparse", "RingBlockSparse", "SparsePattern", "SparseAttention", "DistributedSparse", "HeadParallel",
-    "HierarchicalConfig", "AdaptiveConfig", "AdaptiveSparsity", "ContentAdaptiveSparsity", "ImportanceScorer",
-    "PatternConfig", "PatternOptimizer", "PatternQualityAnalyzer", "PatternType",
-    "DynamicDilated", "DynamicMultihead", "DynamicSegment", "SegmentSelection",
-    "create_block_sparse", "create_multihead_block_sparse", "create_adaptive", "create_hierarchical", "create_dynamic",
-    "get_hierarchical_presets", "get_block_sparse",
-)  # fmt: skip
+from dilated_attention_pytorch._old.names import BY_PLACE, NOT_REPLACED, OLD_MODULES
 
 
 def old_name(name: str, place: str = "") -> Any:
@@ -51,4 +41,4 @@ importlib.import_module(f"{PACKAGE}.dilated_attention")
 for _row in BY_PLACE["dilated_attention"].values():
     setattr(functional.dilated_attention, _row.name, load(_row.stand_in))
 # 0.2 had its factories and configurations there.
-core.__getattr__ = _name_of_core  # type: ignore[attr-defined]
+vars(core)["__getattr__"] = _name_of_core

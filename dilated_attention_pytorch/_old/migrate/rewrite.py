@@ -26,11 +26,10 @@ class Rewrite(Visitor):
     def _did(self, node: cst.CSTNode, old: str, new: str) -> None:
         self.done.add(Finding(self.line(node), old, f"{PACKAGE}.{new}" if new else PACKAGE, ""))
 
-    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
+    def visit_ImportFrom(self, node: cst.ImportFrom | cst.Import) -> bool:
         return False
 
-    def visit_Import(self, node: cst.Import) -> bool:
-        return False
+    visit_Import = visit_ImportFrom
 
     def leave_Name(self, original_node: cst.Name, updated_node: cst.Name) -> cst.BaseExpression:
         old = self.imported(original_node)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import libcst as cst
@@ -14,8 +14,7 @@ from libcst.metadata import PositionProvider, QualifiedNameProvider, QualifiedNa
 
 from dilated_attention_pytorch._deprecated import PACKAGE
 from dilated_attention_pytorch._old.migrate.clues import MODULES, OLD, at
-from dilated_attention_pytorch._old.names import OldName
-from dilated_attention_pytorch._old.package import NOT_REPLACED
+from dilated_attention_pytorch._old.names import NOT_REPLACED, OldName
 
 # A module of the present as well, so nothing that is reached through it can be reached through the package instead.
 CORE = f"{PACKAGE}.core"
@@ -70,9 +69,8 @@ def _missing(dotted: str) -> str:
     if module not in (PACKAGE, CORE) or name.startswith("__"):
         return ""
     owner = sys.modules[module]
-    folder = Path(owner.__path__[0])
-    there = name in {*vars(owner), *getattr(owner, "__all__", ())} or (folder / name).is_dir() or dotted in OLD
-    return "" if there or (folder / f"{name}.py").exists() else "there is nothing of this name since 0.3"
+    there = name in {*vars(owner), *getattr(owner, "__all__", ())} or dotted in OLD or find_spec(dotted) is not None
+    return "" if there else "there is nothing of this name since 0.3"
 
 
 def _missing_import(dotted: str) -> str:
@@ -137,13 +135,7 @@ class Survey(Visitor):
                 self._note(alias, alias.evaluated_name, reason)
         return False
 
-    def visit_Name(self, node: cst.Name) -> None:
-        self._use(node)
-
-    def visit_Attribute(self, node: cst.Attribute) -> None:
-        self._use(node)
-
-    def _use(self, node: cst.Name | cst.Attribute) -> None:
+    def visit_Name(self, node: cst.Name | cst.Attribute) -> None:
         names = {name.name for name in self.get_metadata(QualifiedNameProvider, node, set())}
         if len(names) > 1:
             for old in names & (OLD.keys() | MODULES):
@@ -164,6 +156,8 @@ class Survey(Visitor):
                 self.through.add(old)
         elif node.value == row.name:
             self._note(node, old)
+
+    visit_Attribute = visit_Name
 
     def visit_SimpleString(self, node: cst.SimpleString) -> None:
         value = node.evaluated_value
