@@ -1,7 +1,7 @@
 """Warnings of deprecated use, at the user's line, and the decorator that lets a class take an old call.
 
-The old names themselves lie in `_old/`, which is loaded when one is used. This file imports nothing of ours, so that
-anything may lean on it.
+What is deprecated is loaded by its name when it is used: this file imports nothing of ours, so that anything may lean
+on it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def takes_old_call(place: str) -> Callable[[type[_T]], type[_T]]:
     """Lets a class that has kept its name be constructed as before, with a warning.
 
     Args:
-        place: of the `_old.calls.KeptName` that knows the old arguments, for `load`.
+        place: `module:attribute`, under the package, of what translates old arguments into new ones.
     """
 
     def decorate(cls: type[_T]) -> type[_T]:

@@ -15,7 +15,7 @@ from dilated_attention_pytorch.models.layers import Layer
 from dilated_attention_pytorch.models.longnet import LongNetLM
 
 
-class LongNetLM01(OldArguments, LongNetLM):  # type: ignore[misc]
+class LongNetLM01(OldArguments, LongNetLM):
     """`dilated_attention_pytorch.long_net.LongNetLM`: a decoder alone, where 0.1 had an encoder in front of it."""
 
     call = old_call(
@@ -25,7 +25,6 @@ class LongNetLM01(OldArguments, LongNetLM):  # type: ignore[misc]
     )
 
     def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The new class's arguments."""
         values = super().construction(args, kwargs)
         return {**values, "activation": activation_name(values.get("activation", "relu"))}
 
@@ -51,12 +50,17 @@ class _OldLayer(OldArguments, Layer):
     )
 
     def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The new class's arguments, with those of the model in its configuration."""
-        values = super().construction(args, kwargs)
-        own = {name: values.pop(name) for name in ("gamma", "device", "dtype") if name in values}
-        values = {"dim_feedforward": 2048, "dropout": 0.1, "activation": "relu", **values}
-        config = LongNetConfig(positions=None, **{**values, "activation": activation_name(values["activation"])})
-        return {"config": config, "gamma": 1.0, "cross_attention": self.cross, **own}
+        values: dict[str, Any] = {
+            "gamma": 1.0,
+            "dim_feedforward": 2048,
+            "dropout": 0.1,
+            "activation": "relu",
+            "positions": None,
+        }
+        values |= super().construction(args, kwargs)
+        values["activation"] = activation_name(values["activation"])
+        own = {name: values.pop(name, None) for name in ("gamma", "device", "dtype")}
+        return {"config": LongNetConfig(**values), "cross_attention": self.cross, **own}
 
 
 class DilatedTransformerEncoderLayer(_OldLayer):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import os
 import pickle
+import pkgutil
+import shutil
 import subprocess
 import sys
 import types
@@ -388,6 +391,48 @@ def test_old_modules_are_attributes_of_the_package(place: str) -> None:
     names, caught = as_user(f"import {NAME} as p\n\nmodule = p.{place}\n")
     assert names["module"] is sys.modules[f"{NAME}.{place}"]
     assert [(w.category, w.filename, w.lineno) for w in caught] == [(DeprecationWarning, "user_script.py", 3)]
+
+
+class TestPlaces:
+    """Old module paths are files in a folder that the package's `__path__` names."""
+
+    @pytest.mark.parametrize("place", OLD_MODULES)
+    def test_find_spec_finds_the_file_and_does_not_warn(self, place: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            spec = importlib.util.find_spec(f"{NAME}.{place}")
+        assert spec is not None and spec.origin is not None
+        assert Path(spec.origin).relative_to(Path(package.__file__).parent / "_old" / "places")
+
+    def test_pkgutil_lists_them(self) -> None:
+        listed = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        ring = {f"ring_attention.{module.name}" for module in pkgutil.iter_modules(package.ring_attention.__path__)}
+        assert set(OLD_MODULES) <= listed | ring
+
+    @pytest.mark.parametrize(("place", "name"), ALL)
+    def test_a_pickle_finds_what_it_names(self, place: str, name: str) -> None:
+        module = f"{NAME}.{place}" if place else NAME
+        with warnings.catch_warnings(action="ignore"):
+            assert pickle.loads(f"c{module}\n{name}\n.".encode()) is take(place, name)
+
+    def test_an_archive_holds_them_too(self, tmp_path: Path) -> None:
+        shutil.make_archive(str(tmp_path / "package"), "zip", Path(package.__file__).parents[1], NAME)
+        code = (
+            f"import {NAME}.long_net as a, {NAME}.ring_attention.production_hilbert as b\n"
+            "print(a.__file__, b.__file__, a.LongNet.__name__, b.RingDilatedAttentionHilbert.__name__)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "package.zip")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("package.zip") == 2 and "LongNet RingDilatedAttentionHilbert" in done.stdout
+
+
+def test_the_warning_of_the_hilbert_ring_names_both_successors() -> None:
+    _, caught = as_user(f"from {NAME} import RingDilatedAttentionHilbertOptimized\n")
+    message = str(caught[0].message)
+    assert f"it is now {NAME}.RingDilatedAttentionHilbert (" in message and "HilbertRingAttention takes" in message
 
 
 @pytest.mark.parametrize("name", BY_PLACE["dilated_attention"])
