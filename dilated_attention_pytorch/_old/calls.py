@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,19 +12,12 @@ from dilated_attention_pytorch._deprecated import REMOVED_IN, warn_once
 
 
 class OldCall(NamedTuple):
-    """The arguments of an old constructor.
+    """The arguments of an old constructor."""
 
-    Attributes:
-        name: of the class, for messages.
-        order: the arguments' names, in positional order.
-        kept: the new name of each that still means something; the others are accepted, ignored and named in a warning.
-        keywords: further names, which had no position that anyone could have used.
-    """
-
-    name: str
-    order: tuple[str, ...]
-    kept: Mapping[str, str]
-    keywords: tuple[str, ...] = ()
+    name: str  # of the class, for messages
+    order: tuple[str, ...]  # the arguments' names, in positional order
+    kept: Mapping[str, str]  # the new name of each that still means something; a warning names the others
+    keywords: tuple[str, ...] = ()  # further names, which had no position that anyone could have used
 
     def named(self, name: str, order: str = "") -> OldCall:
         """The same for another class, with the arguments in another order."""
@@ -60,34 +52,22 @@ class OldCall(NamedTuple):
 
 
 class KeptName(NamedTuple):
-    """Tells an old call of a class whose name is as old as 0.1 or 0.2 by what only an old call can have.
-
-    Attributes:
-        call: the old arguments.
-        position: where an argument stood whose type `kind` no new call has there.
-        kind: that type.
-        old_value: whether keyword arguments of the same name hold something that only the old constructor took.
-        finish: from the new keyword arguments to those of the constructor.
-        arguments_of: the class that has the arguments now.
-    """
+    """A class whose name is as old as 0.1 or 0.2; an old call of it is told by what only an old call can have."""
 
     call: OldCall
-    position: int
-    kind: type | tuple[type, ...]
-    arguments_of: str
-    old_value: Callable[[Mapping[str, Any]], bool] = lambda kwargs: False
-    finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
+    position: int  # where an old call had an argument of a type that no new call has there
+    kind: type | tuple[type, ...]  # that type
+    arguments_of: str  # the class that has the arguments now
+    finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # for the new constructor
 
     def translated(
         self, construct: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
         """The arguments of the new constructor for those of an old call, with a warning; None for a new call."""
-        names, takes_any = _parameters(construct)
-        # Where the new constructor takes any keyword, one that has kept its name is no sign of age.
-        same = {old for old, new in self.call.kept.items() if old == new} if takes_any else set()
-        old = {*self.call.order, *self.call.keywords} - names - same
         by_place = len(args) > self.position and isinstance(args[self.position], self.kind)
-        if not by_place and old.isdisjoint(kwargs) and not self.old_value(kwargs):
+        by_name = not _only_old(self.call, construct).isdisjoint(kwargs)
+        by_value = "activation" in self.call.kept and callable(kwargs.get("activation"))
+        if not (by_place or by_name or by_value):
             return None
         values, ignored = self.call.translate(args, kwargs)
         warn_once(
@@ -99,11 +79,13 @@ class KeptName(NamedTuple):
         return self.finish(values)
 
 
-@functools.cache
-def _parameters(construct: Callable[..., None]) -> tuple[frozenset[str], bool]:
-    """The names that a constructor takes, and whether it takes any other keyword."""
+def _only_old(call: OldCall, construct: Callable[..., None]) -> set[str]:
+    """The old names that the new constructor does not have."""
     parameters = inspect.signature(construct).parameters
-    return frozenset(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    old = {*call.order, *call.keywords} - set(parameters)
+    # Where it takes any keyword, one that has kept its name is no sign of age.
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {name for name in old if call.kept.get(name) != name} if takes_any else old
 
 
 def old_call(name: str, order: str, kept: str, keywords: str = "") -> OldCall:
@@ -157,7 +139,7 @@ LONGNET_ORDER = (
 )
 LONGNET = KeptName(
     old_call("LongNet", LONGNET_ORDER, kept=LONGNET_ORDER), 0, int, "LongNet",
-    old_value=lambda kwargs: callable(kwargs.get("activation")), finish=_named_activation,
+    finish=_named_activation,
 )  # fmt: skip
 # 0.2's configuration, and the flags that its ring classes took beside it.
 RING_CONFIG = KeptName(

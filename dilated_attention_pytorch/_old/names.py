@@ -9,21 +9,13 @@ from dilated_attention_pytorch._deprecated import PACKAGE, REMOVED_IN, load, war
 
 
 class OldName(NamedTuple):
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: the old name.
-        now: what to write instead, dotted, under the package.
-        stand_in: `module:attribute`, under the package, of what takes the old arguments.
-        places: the old modules that had it, under the package; `""` is the package itself.
-        by_hand: why a call needs more than the new name; empty where the new name takes the old call.
-    """
-
-    name: str
-    now: str
-    stand_in: str
-    places: tuple[str, ...]
-    by_hand: str = ""
+    name: str  # the old name
+    now: str  # what to write instead, dotted, under the package
+    stand_in: str  # `module:attribute`, under the package, of what takes the old arguments
+    places: tuple[str, ...]  # the old modules that had it, under the package; "" is the package itself
+    by_hand: str = ""  # why a call needs more than the new name; empty where the new name takes the old call
 
     @property
     def moved(self) -> str:
@@ -131,12 +123,7 @@ def warn_of_module(place: str) -> None:
 
 
 def old_module(module: str, *, warn_now: bool = True) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of an old module.
-
-    Args:
-        module: its `__name__`.
-        warn_now: warn while it is imported; else when a name is first taken from it.
-    """
+    """`__getattr__` and `__dir__` of an old module, which warns while it is imported, or when a name is first taken."""
     place = module.removeprefix(f"{PACKAGE}.")
     names = BY_PLACE[place]
     if warn_now:

@@ -44,21 +44,16 @@ class _OldRingArguments(OldAttention):
         return {"config": config, **group}
 
 
+# The old rings without parameters differ in the order of their arguments alone.
 class OldRing(_OldRingArguments, RingDilatedAttention):  # type: ignore[misc]
-    """Any of the old rings without parameters: they differ in the order of their arguments."""
+    pass
 
 
 class RingDilatedAttention01(OldRing):
-    """The first `RingDilatedAttention`."""
-
-    call = ring_call(
-        "RingDilatedAttention", f"{_FIRST} use_tf32 block_size ring_size use_checkpointing device dtype"
-    )  # fmt: skip
+    call = ring_call("RingDilatedAttention", f"{_FIRST} use_tf32 block_size ring_size use_checkpointing device dtype")
 
 
 class RingDilatedAttentionProduction(OldRing):
-    """It takes 0.2's `RingAttentionConfig`."""
-
     call = ring_call("RingDilatedAttentionProduction")
 
 
@@ -165,8 +160,6 @@ class _OldRingMultihead(OldArguments, RingDistributedDilatedAttention):
 
 
 class RingDistributedDilatedAttention02(_OldRingMultihead):
-    """`dilated_attention_pytorch.ring_distributed_dilated_attention.RingDistributedDilatedAttention`."""
-
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, is_causal: bool = False,
         need_weights: bool = False, attn_mask: Tensor | None = None,

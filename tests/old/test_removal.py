@@ -96,6 +96,7 @@ for make in (lambda: package.DilatedAttention([8], [1], 0.5), lambda: package.Lo
 
 def test_what_is_left_is_tidy(later: Path) -> None:
     """No import that nothing uses, no name that is not there, no empty space where a line was."""
+    pytest.importorskip("ruff")
     for arguments in (["check", "--select", "E,F,I,W"], ["format", "--check"]):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--config", NOW / "pyproject.toml", later / NAME],

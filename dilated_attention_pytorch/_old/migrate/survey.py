@@ -21,19 +21,12 @@ CORE = f"{PACKAGE}.core"
 
 
 class Finding(NamedTuple):
-    """An old name in a file.
+    """An old name in a file."""
 
-    Attributes:
-        line: where it is, from 1.
-        old: the old name, dotted.
-        new: the new one, dotted; empty where there is none.
-        by_hand: why it is not rewritten; empty where it is.
-    """
-
-    line: int
-    old: str
-    new: str
-    by_hand: str
+    line: int  # from 1
+    old: str  # dotted
+    new: str  # dotted; empty where there is none
+    by_hand: str  # why it is not rewritten; empty where it is
 
 
 class Visitor(cst.CSTTransformer):
