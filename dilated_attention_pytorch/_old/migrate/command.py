@@ -13,11 +13,9 @@ import typer
 
 def migrate(
     paths: Annotated[list[Path], typer.Argument(help="Files, or folders that are searched for Python files.")],
-    write: Annotated[
-        bool, typer.Option("--write", help="Rewrite the files; otherwise show what would change.")
-    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Rewrite the files; otherwise show the changes.")] = False,
 ) -> None:
-    """List the names of 0.1 and 0.2 in a code base, and rewrite those whose calls stay as they are."""
+    """List the names of 0.1 and 0.2 in a code base, and rewrite those with unchanged calls."""
     from dilated_attention_pytorch._old.migrate.files import python_files, write_atomically
     from dilated_attention_pytorch._old.migrate.program import migrate as migrated
 
