@@ -7,11 +7,11 @@ import sys
 
 import typer
 
+from dilated_attention_pytorch._old.migrate.command import migrate  # 0.4.0: goes with _old
 from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.convert import convert
 from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
-from dilated_attention_pytorch.cli.migrate import migrate
 from dilated_attention_pytorch.cli.plan import plan
 from dilated_attention_pytorch.cli.show import show
 from dilated_attention_pytorch.cli.train import train
@@ -22,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (train, generate, convert, plan, show, bench, info, migrate)
+COMMANDS = [train, generate, convert, plan, show, bench, info]
+COMMANDS += [migrate]  # 0.4.0: goes with _old
 for command in COMMANDS:
     app.command()(command)
 

@@ -16,8 +16,8 @@ def migrate(
     write: Annotated[bool, typer.Option("--write", help="Rewrite the files; otherwise show the changes.")] = False,
 ) -> None:
     """List the names of 0.1 and 0.2 in a code base, and rewrite those with unchanged calls."""
-    from dilated_attention_pytorch.migrate import migrate as migrated
-    from dilated_attention_pytorch.migrate import python_files, write_atomically
+    from dilated_attention_pytorch._old.migrate.files import python_files, write_atomically
+    from dilated_attention_pytorch._old.migrate.program import migrate as migrated
 
     count, left, unread, changed = 0, 0, 0, 0
 

@@ -1,4 +1,4 @@
-"""What the files of a program know of old names beside importing them from here; `migrate` leaves such names alone.
+"""Finds uses of old names that a rename would break: strings, star imports, `isinstance`, masks.
 
 With `ast`, which is fast: also files that never name the package are read. It takes what may be a use for one, since a
 name that is left alone works.
@@ -11,7 +11,8 @@ import re
 import warnings
 from collections.abc import Iterator
 
-from dilated_attention_pytorch._deprecated import BY_PLACE, OLD_MODULES, PACKAGE, OldName
+from dilated_attention_pytorch._deprecated import PACKAGE
+from dilated_attention_pytorch._old.names import BY_PLACE, OLD_MODULES, OldName
 
 # Dotted old name to its row.
 OLD: dict[str, OldName] = {
