@@ -80,6 +80,14 @@ def check_positive_int(name: str, value: object) -> int:
     return check_int(name, value, 1)
 
 
+def check_index(name: str, value: object, size: int) -> int:
+    """An int in [0, size)."""
+    number = check_int(name, value, 0)
+    if number >= size:
+        raise ValueError(f"expected {name} in [0, {size}), got {number}")
+    return number
+
+
 def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """A non-empty sequence of ints of at least 1."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
