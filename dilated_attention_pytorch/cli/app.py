@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = [train, generate, convert, plan, show, bench, info]
+COMMANDS: list[Callable[..., None]] = [train, generate, convert, plan, show, bench, info]
 COMMANDS += [migrate]  # 0.4.0: goes with _old
 for command in COMMANDS:
     app.command()(command)
