@@ -25,8 +25,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     # O_EXCL follows no link that waits under the name; the system takes the umask off the mode.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode
     try:
         write(temporary)
+        temporary.chmod(mode)  # safetensors puts a file of its own there, which only the owner may read
         with temporary.open("r+b") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)

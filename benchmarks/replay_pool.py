@@ -1,7 +1,7 @@
-"""Plays a recording of `UnifiedMemoryPool.record` through strategies and prints what each would have held.
+"""Plays a recording of `record_pool.py` through strategies and prints what each would have held.
 
-    python -m dilated_attention_pytorch.core.memory.replay events.jsonl
-    python -m dilated_attention_pytorch.core.memory.replay events.jsonl --strategy bucketed simple --device cuda
+    python benchmarks/replay_pool.py benchmarks/recordings/ring_step.jsonl
+    python benchmarks/replay_pool.py benchmarks/recordings/ring_step.jsonl --strategy bucketed simple --device cuda
 
 On the device "meta", the default, nothing is allocated: the figures are exact but for waits, since all work is over
 at once.
@@ -10,97 +10,97 @@ at once.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch import UnifiedMemoryPool
 from dilated_attention_pytorch.core.memory.blocks import Place
-from dilated_attention_pytorch.core.memory.events import Event, read_events
 from dilated_attention_pytorch.core.memory.handle import Handle
-from dilated_attention_pytorch.core.memory.runtime import Ordering
+from dilated_attention_pytorch.core.memory.runtime import Ordering, Runtime
 from dilated_attention_pytorch.core.memory.stats import PoolStats, mib
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
-from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
+
+VERSION = 1  # of the files
 
 
-class Replayed(NamedTuple):
-    """What one strategy made of a recording.
+class Event(NamedTuple):
+    """One line of a recording."""
 
-    Attributes:
-        strategy: its name.
-        stats: the pool's, at the end.
-        seconds: for all events.
-    """
-
-    strategy: str
-    stats: PoolStats
-    seconds: float
+    kind: str  # "borrow", "release" or "trim"
+    number: int = -1  # of the block
+    size: int = 0  # bytes asked for
+    device: str = ""
+    pinned: bool = False
+    purpose: str = ""
+    streams: tuple[int, ...] = ()  # small numbers; of a borrow one
 
 
-class PaperRuntime:
+def read_events(path: str | os.PathLike[str]) -> list[Event]:
+    """The events of a recording; ValueError for another file."""
+    return list(_parsed(Path(path)))
+
+
+def _parsed(path: Path) -> Iterator[Event]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            kind = fields["event"]
+            if number == 1:
+                if kind != "begin" or fields["version"] != VERSION:
+                    raise ValueError(f"expected a recording of version {VERSION}")
+            elif kind == "borrow":
+                place = fields["device"], bool(fields["pinned"])
+                yield Event(kind, fields["id"], fields["bytes"], *place, fields["purpose"], (fields["stream"],))
+            elif kind == "release":
+                yield Event(kind, fields["id"], streams=tuple(fields["streams"] or ()))
+            elif kind == "trim":
+                yield Event(kind)
+            else:
+                raise ValueError(f"expected an event 'borrow', 'release' or 'trim', got {kind!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a line of a pool's recording ({error})") from error
+
+
+class PaperRuntime(Runtime):
     """Devices of any name whose memory is counted and not there."""
 
     def place(self, device: torch.device, pinned: bool) -> Place:
-        """See `Runtime`."""
         return Place(device, pinned)
 
     def ordering(self, place: Place) -> Ordering:
-        """See `Runtime`."""
         return "none"
 
     def node(self, place: Place) -> int | None:
-        """See `Runtime`."""
         return None
 
     def allocate(self, place: Place, size: int, node: int | None) -> Tensor:
-        """See `Runtime`."""
         return torch.empty(size, dtype=torch.uint8, device="meta")
 
     def empty_device(self, place: Place) -> torch.device:
-        """See `Runtime`."""
         return torch.device("meta")
 
-    def emptied(self, place: Place) -> None:
-        """See `Runtime`."""
-
-    def current_stream(self, place: Place) -> Hashable:
-        """See `Runtime`."""
-        return None
-
-    def record(self, stream: Hashable) -> Any:
-        """See `Runtime`."""
-
-    def finished(self, event: Any) -> bool:
-        """See `Runtime`."""
-        return True
-
-    def wait(self, stream: Hashable, event: Any) -> None:
-        """See `Runtime`."""
-
-    def synchronize(self, event: Any) -> None:
-        """See `Runtime`."""
-
     def capturing(self, place: Place) -> bool:
-        """See `Runtime`."""
         return False
 
 
+class Replayed(NamedTuple):
+    """What one strategy made of a recording."""
+
+    strategy: str
+    stats: PoolStats  # at the end, blocks that were never released still lent
+    seconds: float  # for all events
+
+
 def replay(events: Iterable[Event], strategy: str, device: str = "meta", limit: int | None = None) -> Replayed:
-    """Plays events through a new pool.
-
-    Args:
-        events: of `read_events`.
-        strategy: of the pool.
-        device: "meta" counts; "cpu" and "cuda" allocate, on CUDA with streams like those recorded.
-        limit: of the pool.
-
-    Returns:
-        The pool's figures at the end, blocks that were never released still lent.
-    """
+    """Plays events through a new pool; "meta" counts, "cpu" and "cuda" allocate, on CUDA with streams as recorded."""
     runtime = PaperRuntime() if device == "meta" else None
     pool = UnifiedMemoryPool(strategy, limit, runtime=runtime)
     streams: dict[int, torch.cuda.Stream] = {}
@@ -122,9 +122,7 @@ def replay(events: Iterable[Event], strategy: str, device: str = "meta", limit: 
         elif event.kind == "borrow":
             where = event.device if device == "meta" else "cpu" if event.pinned else device
             with torch.cuda.stream(stream(event.streams[0])) if on_cuda else nullcontext():
-                lent[event.number] = pool.borrow(
-                    event.size, torch.uint8, where, event.purpose, pinned=event.pinned
-                )  # fmt: skip
+                lent[event.number] = pool.borrow(event.size, torch.uint8, where, event.purpose, pinned=event.pinned)
     return Replayed(strategy, pool.stats(), time.perf_counter() - begun)
 
 
