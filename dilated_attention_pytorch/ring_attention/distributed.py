@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.positions import Rotation, rotate
@@ -131,6 +132,6 @@ class RingDistributedDilatedAttention(nn.Module):
         projected: Tensor = self.out_proj(out)
         return projected
 
+    @override
     def extra_repr(self) -> str:
-        """What `print` shows."""
         return f"{self.embed_dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import zero_keys
+from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 
 
@@ -51,7 +52,7 @@ class Units:
         return torch.cat(self.positions), heads
 
 
-class Piece(NamedTuple):
+class Rectangle(NamedTuple):
     """Plain attention, no mask: queries of one segment over its remote keys, for heads with equally many of both.
 
     Attributes:
@@ -131,7 +132,7 @@ class RingPlan:
 
     @cached_property
     def num_zero_keys(self) -> Tensor:
-        """How many zero keys (SPEC 5) each position of the shard sees, float `(H_kv, n)`, on the device."""
+        """How many zero keys (docs/spec.md, 5) each position of the shard sees, float `(H_kv, n)`, on the device."""
         return zero_keys.counts(self.pattern, *self.shard, self.seq_len, self.device)
 
     @cached_property
@@ -175,18 +176,18 @@ class RingPlan:
         """Bytes of K and V that leave this rank in a forward."""
         return sum(u.count for u in self.leaving.values()) * unit_bytes(batch, head_dim, element_size)
 
-    def pieces(self, owners: tuple[int, ...]) -> tuple[Piece, ...]:
+    def rectangles(self, owners: tuple[int, ...]) -> tuple[Rectangle, ...]:
         """The attention over the units of some peers, which lie one peer after another in what arrived."""
-        found = self._pieces
+        found = self._rectangles
         if owners not in found:
-            found[owners] = tuple(self._find_pieces(owners))
+            found[owners] = tuple(self._find_rectangles(owners))
         return found[owners]
 
     @cached_property
-    def _pieces(self) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+    def _rectangles(self) -> dict[tuple[int, ...], tuple[Rectangle, ...]]:
         return {}
 
-    def _find_pieces(self, owners: tuple[int, ...]) -> Iterator[Piece]:
+    def _find_rectangles(self, owners: tuple[int, ...]) -> Iterator[Rectangle]:
         start = self.shard[0]
         firsts = dict(
             zip(owners, itertools.accumulate((self.arriving[o].count for o in owners), initial=0), strict=False)
@@ -205,7 +206,7 @@ class RingPlan:
                             )
             for rows in alike.values():
                 heads_, queries_, keys_ = zip(*rows, strict=True)
-                yield Piece(
+                yield Rectangle(
                     branch,
                     torch.tensor(heads_).to(self.device),
                     torch.stack(queries_).to(self.device),
@@ -324,5 +325,5 @@ def closed_form_units(pattern: DilatedPattern, seq_len: int, world_size: int) ->
 
 def equal_bounds(seq_len: int, world_size: int) -> tuple[int, ...]:
     """Bounds of shards as `torch.chunk` cuts them: equally long, the last ones shorter or empty."""
-    size = -(-seq_len // world_size)
+    size = ceil_div(seq_len, world_size)
     return tuple(min(i * size, seq_len) for i in range(world_size + 1))

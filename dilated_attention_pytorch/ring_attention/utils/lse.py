@@ -1,4 +1,4 @@
-"""A running merge of partial attention (SPEC 4), in fp32 whatever the partials are in."""
+"""A running merge of partial attention (docs/spec.md, 4), in fp32 whatever the partials are in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.merge import merge_into, rows_last
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import AttentionOutput
 
 
@@ -30,7 +31,7 @@ class LSEAccumulator:
     """
 
     def __init__(self, first: AttentionOutput, num_kv_heads: int | None = None) -> None:
-        dtype = torch.promote_types(first.out.dtype, torch.float32)
+        dtype = accumulator(first.out.dtype)
         self._out = first.out.to(dtype)
         self._lse = first.lse.to(dtype)
         heads = first.out.shape[2] if num_kv_heads is None else num_kv_heads

@@ -1,0 +1,87 @@
+"""One call of ring attention on one rank, tensors taken away: what the op builds and the exchange follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.backend import Backend
+from dilated_attention_pytorch.ring_attention.plan import RingPlan
+from dilated_attention_pytorch.ring_attention.utils.communication import Channel
+
+_DENSE_ENOUGH = 0.8  # of all remote rows: from there on, fetching everything spares the packing
+_TOO_MUCH = 4.0  # times the longest shard: from there on, rows come one peer at a time
+
+
+class Hop(NamedTuple):
+    """One exchange: rows come from the owners and go to the receivers; their gradients take the way back."""
+
+    owners: tuple[int, ...]
+    receivers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RingCall:
+    """What one rank does in one call.
+
+    Attributes:
+        plan: which rows travel.
+        problem: the settings, with this rank's range.
+        mode: "sparse", "ring" or "gather".
+        backend: what computes, the rank's own keys and the rows that arrive.
+        channel: what exchanges go through.
+        wire_dtype: what gradients travel in.
+        keep: the forward gives back what arrived, for the backward.
+        zero_keys: softmaxes count the official code's zero keys. The backward does not ask: their values and
+            gradients are 0, and the lse that it is given counts them.
+    """
+
+    plan: RingPlan
+    problem: Problem
+    mode: str
+    backend: Backend
+    channel: Channel
+    wire_dtype: torch.dtype
+    keep: bool
+    zero_keys: bool
+
+    def hops(self) -> list[Hop]:
+        """The exchanges of a forward: none if no rank needs anything of another."""
+        plan = self.plan
+        if not plan.anything_moves:
+            return []
+        if self.mode == "sparse":
+            return [Hop(plan.peers, plan.peers)]
+        size = plan.world_size
+        return [Hop(((plan.rank - hop) % size,), ((plan.rank + hop) % size,)) for hop in range(1, size)]
+
+    def keeps_rows(self) -> bool:
+        """Whether what arrived is kept: never in mode "ring", which is there to hold no more than two peers' rows."""
+        return self.keep and self.mode == "sparse" and self.plan.anything_moves
+
+    def arriving_from(self, owners: tuple[int, ...]) -> list[int]:
+        """Units that come from each rank if the owners send."""
+        plan = self.plan
+        return [plan.arriving[p].count if p in owners else 0 for p in range(plan.world_size)]
+
+    def leaving_to(self, receivers: tuple[int, ...]) -> list[int]:
+        """Units that go to each rank if the receivers are sent to."""
+        plan = self.plan
+        return [plan.leaving[p].count if p in receivers else 0 for p in range(plan.world_size)]
+
+
+def choose_mode(plan: RingPlan) -> str:
+    """The mode that `"auto"` takes, the same on every rank.
+
+    Nearly all rows needed: gather them, without packing. Several shards' worth of rows to hold: one peer after
+    another. Else one exchange.
+    """
+    dense = plan.pattern.num_heads * (plan.seq_len - min(plan.lengths))
+    if plan.anything_moves and plan.largest_arrival > _DENSE_ENOUGH * dense:
+        return "gather"
+    if plan.largest_arrival > _TOO_MUCH * plan.pattern.num_heads * max(plan.lengths):
+        return "ring"
+    return "sparse"
