@@ -14,6 +14,12 @@ SLIDE_STAMP := $(VENV)/.installed-slide
 # Two test workers share the machine, so each computes with one thread.
 JOBS ?= 2
 PYTEST_ARGS ?=
+# The lowest torch that pyproject.toml names, and its environment. FLOOR_PIP: further arguments of pip, such as an index
+# of CPU builds.
+FLOOR ?= $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\).*/\1/p' pyproject.toml)
+FLOOR_VENV ?= .venv-floor
+FLOOR_PIP ?=
+FLOOR_TESTS ?= tests/core tests/kernels tests/models tests/ring tests/streaming
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Material prints a notice about MkDocs 2 otherwise.
 export NO_MKDOCS_2_WARNING := 1
@@ -21,7 +27,7 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test lint format types docs docs-test figures tables slide slide-volume bench-cpu bench-compare bench-test dist clean
+.PHONY: help venv demo test test-floor lint format types docs docs-test figures tables slide slide-volume bench-cpu bench-compare bench-test dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +74,21 @@ test: $(STAMP) ## run every check, cheap ones first
 	$(call step,mypy,$(BIN)/mypy)
 	$(call step,docs,$(BIN)/mkdocs build --strict --quiet)
 	$(call step,pytest,$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS))
+
+# Its own environment: torch is taken at FLOOR's newest patch, everything else as pinned.
+test-floor: ## the CPU tests on the lowest torch that the metadata allows, where pip finds it (another one: FLOOR=2.10)
+	@$(FLOOR_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(FLOOR_VENV)
+	@$(FLOOR_VENV)/bin/python -m pip install -q --disable-pip-version-check $(FLOOR_PIP) 'torch==$(FLOOR).*' \
+	    2>$(FLOOR_VENV)/pip.log || { \
+	    grep -Eq 'No matching distribution found|ResolutionImpossible' $(FLOOR_VENV)/pip.log || { \
+	        cat $(FLOOR_VENV)/pip.log >&2; exit 1; }; \
+	    echo "error: expected torch $(FLOOR), pip finds none for this Python and platform: the lowest torch was not tested" >&2; \
+	    exit 3; }
+	@grep -vE '^(torch|triton)==' constraints.txt >$(FLOOR_VENV)/constraints.txt
+	@$(FLOOR_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(FLOOR_VENV)/constraints.txt hatchling
+	@$(FLOOR_VENV)/bin/python -m pip install -q --disable-pip-version-check $(FLOOR_PIP) -c $(FLOOR_VENV)/constraints.txt \
+	    --no-build-isolation -e '.[cli]' pytest pytest-xdist hypothesis hilbertcurve triton
+	$(call step,pytest on torch $(FLOOR),$(ONE_THREAD) $(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(FLOOR_TESTS) $(PYTEST_ARGS))
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -117,5 +138,5 @@ dist: $(STAMP) ## build the wheel and the source archive into dist/
 	$(BIN)/python -m hatchling build
 
 clean: ## remove builds, caches and the environment; runs/ is kept
-	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR_VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

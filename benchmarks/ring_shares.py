@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from common import announce, refuse, write
+from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention

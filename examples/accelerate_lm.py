@@ -1,6 +1,6 @@
 """A LongNet language model trained with Accelerate: `accelerate launch examples/accelerate_lm.py`, or with python.
 
-Needs: pip install 'dilated-attention-pytorch[examples]'
+Needs: pip install '.[examples]'
 """
 
 from __future__ import annotations

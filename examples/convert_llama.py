@@ -6,7 +6,7 @@
 The small Llama learns Python's standard library with dense attention. Then its weights stay, its attention becomes
 dilated, and it is fine-tuned on longer excerpts. Held-out losses, in nats a byte, are printed before and after.
 
-Needs: pip install 'dilated-attention-pytorch[examples]'
+Needs: pip install '.[examples]'
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A LongNet language model trained with Lightning: `python examples/lightning_lm.py`.
 
-Needs: pip install 'dilated-attention-pytorch[examples]'
+Needs: pip install '.[examples]'
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.sdpa.torch_calls import compute_dtype
 from dilated_attention_pytorch.types import QKV
 
-_PACKAGES = ("torch", "triton", "einops", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "matplotlib", "tensorboard", "transformers")
 
 
 def info(as_json: options.AsJson = False) -> None:

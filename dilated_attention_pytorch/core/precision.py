@@ -24,7 +24,7 @@ def without_autocast(function: Callable[Concatenate[Tensor, _P], _R]) -> Callabl
     @wraps(function)
     def exact(x: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         device = x.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if x.is_meta or not torch.is_autocast_enabled(device):  # autocast does not know the device "meta"
             return function(x, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)

@@ -26,7 +26,7 @@ def check_choice(name: str, value: Any, options: Any) -> Any:
 
 def check_int(name: str, value: object, minimum: int) -> int:
     """The value as an int of 64 bits; bools and floats are refused."""
-    if isinstance(value, bool | Tensor) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
+    if isinstance(value, (bool, Tensor)) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
         raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r}")
     # A plain or traced int is kept as it is; other integer types (NumPy's) become one.
     number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_device(name: str, value: object) -> torch.device:
     """Parse a str or torch.device; does not check that the device exists."""
-    if not isinstance(value, str | torch.device):
+    if not isinstance(value, (str, torch.device)):
         raise TypeError(f"expected {name} to be a str or torch.device, got {type(value).__name__} {value!r}")
     try:
         return torch.device(value)
@@ -59,7 +59,7 @@ def check_scale(scale: object, head_dim: int) -> float:
     if scale is None:
         root: float = float(head_dim) ** -0.5
         return root
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
     if not abs(scale) <= sys.float_info.max:  # NaN is not, either
         raise ValueError(f"expected scale to be finite, got {scale}")
@@ -82,7 +82,7 @@ def check_positive_int(name: str, value: object) -> int:
 
 def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """A non-empty sequence of ints of at least 1."""
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"expected {name} to be a sequence of ints, got {type(values).__name__} {values!r}")
     if len(values) == 0:
         raise ValueError(f"expected {name} to hold at least one branch, got an empty sequence")
@@ -91,7 +91,7 @@ def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 def check_probability(name: str, value: float) -> float:
     """A float in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"expected {name} in [0, 1), got {value}")

@@ -106,7 +106,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         with torch_private.below_autograd():
-            return attention_backward(*arguments)  # type: ignore[no-any-return]
+            return attention_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> None:
@@ -118,7 +118,7 @@ def at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..
 
     def differentiable(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+            return function.apply(*arguments)
         with torch_private.below_autograd():
             return op(*arguments)
 

@@ -1,4 +1,4 @@
-"""What must hold of any implementation: causality, padding, packing, parts, dropout (SPEC 2-4)."""
+"""What must hold of any implementation: causality, padding, packing, parts, dropout (`docs/spec.md`, 2 to 4)."""
 
 import itertools
 import math

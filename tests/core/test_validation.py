@@ -1,4 +1,4 @@
-"""Every case of SPEC 7: the error, and what its message says."""
+"""Every case of `docs/spec.md`, section 7: the error, and what its message says."""
 
 import pytest
 import torch

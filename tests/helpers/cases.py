@@ -1,4 +1,4 @@
-"""Attention calls drawn at random: every mode of SPEC, any lengths."""
+"""Attention calls drawn at random: every mode of `docs/spec.md`, any lengths."""
 
 from __future__ import annotations
 

@@ -133,3 +133,45 @@ def test_half_precision_runs_in_fp32_on_a_cpu_without_amx(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert torch_calls.compute_dtype(cpu, torch.bfloat16) == torch.bfloat16
     assert torch_calls.compute_dtype(cpu, torch.float64) == torch.float64
+
+
+N, H, D = 37, 2, 8
+STRIDES = {
+    "overlapping rows": lambda: torch.randn(N + D - 1).unfold(0, D, 1)[None, :, None],
+    "overlapping heads": lambda: torch.randn(N * D + D).as_strided((1, N, H, D), (0, D, 4, 1)),
+    "a last stride of 2": lambda: torch.randn(1, N, H, 2 * D)[..., ::2],
+    "a last stride of 0": lambda: torch.randn(1, N, H, 1).expand(1, N, H, D),
+    "equal heads": lambda: torch.randn(1, N, 1, D).expand(1, N, H, D),
+    "width first": lambda: torch.randn(1, H, D, N).permute(0, 3, 1, 2),
+    "heads first": lambda: torch.randn(1, H, N, D).transpose(1, 2),
+    "rows backwards in memory": lambda: torch.randn(D, H, N, 1).permute(3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", [([64], [1]), ([16], [1]), ([16, 48], [1, 3])], ids=str)
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("kind", STRIDES)
+def test_strides_of_every_kind(kind, which, pattern, dtype):
+    """Of q, k, v and the gradient that comes in: the values decide, however they lie in memory.
+
+    torch's CPU kernel gives its output q's strides. Where rows of q overlap it wrote rows of the result over others.
+    """
+    options = {"segment_lengths": pattern[0], "dilation_rates": pattern[1], "is_causal": True}
+    odd = STRIDES[kind]().to(dtype)
+    if kind.startswith("overlapping") and dtype != torch.float64:  # a conversion made it dense
+        odd = torch.empty(4096, dtype=dtype).copy_(torch.randn(4096)).as_strided(odd.shape, STRIDES[kind]().stride())
+    names = ("q", "k", "v", "grad_out")
+    tensors = {name: torch.randn(odd.shape).to(dtype) for name in names} | {which: odd}
+
+    def run(backend, tensors):
+        leaves = [tensors[name].detach().requires_grad_() for name in names[:3]]
+        out = dilated_attention(*leaves, **options, backend=backend)
+        return out.detach(), *torch.autograd.grad(out, leaves, tensors["grad_out"])
+
+    exact = run("reference", {name: x.double() for name, x in tensors.items()})
+    dense = run("sdpa", {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()})
+    for got, same, want in zip(run("sdpa", tensors), dense, exact, strict=True):
+        # What the same values give when they lie densely, twice; and no less than some roundings.
+        allowed = 2 * float((same - want).abs().max()) + 8 * torch.finfo(dtype).eps * float(want.abs().max())
+        assert float((got - want).abs().max()) <= allowed

@@ -111,3 +111,12 @@ def test_figures_are_as_the_code_draws_them(tmp_path: Path) -> None:
     assert sorted(p.name for p in drawn) == sorted(p.name for p in kept.glob("*.svg"))
     stale = [p.name for p in drawn if p.read_bytes() != (kept / p.name).read_bytes()]
     assert not stale, f"docs/img differs from what docs/figures.py draws: {stale}; run `make figures`"
+
+
+def test_decisions_have_a_number_each_and_code_points_at_those_that_exist() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    numbers = [int(x) for x in re.findall(r"^\*\*D(\d+)\. ", page, re.MULTILINE)]
+    assert sorted(numbers) == list(range(1, len(numbers) + 1)), "each decision has one number, none is left out"
+    for path in sorted((ROOT / "dilated_attention_pytorch").rglob("*.py")):
+        pointed = {int(x) for x in re.findall(r"(?:\(|design\.md, )D(\d{1,2})\b", path.read_text(encoding="utf-8"))}
+        assert pointed <= set(numbers), f"{path.name} points at decisions that docs/design.md does not have: {pointed}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -31,6 +32,10 @@ def run(*command: object, cwd: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +67,44 @@ class TestArchives:
         assert metadata.license_expression == "MIT" and metadata.description_content_type == "text/markdown"
         assert metadata.description == (ROOT / "README.md").read_text(encoding="utf-8")
         always = {r.name for r in metadata.requires_dist or [] if r.marker is None}
-        assert always == {"torch", "einops"}
+        assert always == {"torch"}
         assert {"cli", "viz", "hf", "track", "hilbert", "migrate", "all"} <= set(metadata.provides_extra or [])
 
     def test_source_archive_can_be_worked_with(self, dist: Path) -> None:
         (archive,) = dist.glob("*.tar.gz")
         with tarfile.open(archive) as opened:
             names = {name.partition("/")[2] for name in opened.getnames()}
-        wanted = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt", "mkdocs.yml", "CHANGELOG.md"}
+        wanted = {
+            "tools/measure_code.py",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+            "Makefile",
+            "constraints.txt",
+            "mkdocs.yml",
+            "CHANGELOG.md",
+        }
         assert wanted <= names
         assert {"tests/project/test_release.py", "docs/index.md", f"{NAME}/py.typed"} <= names
         assert not [name for name in names if name.startswith((".venv", "dist", "runs", "site"))]
+
+
+def test_the_floors_in_words_are_the_metadata_s() -> None:
+    """Where pages and the Makefile name the lowest Python, torch and transformers."""
+    metadata = tomllib.loads(read("pyproject.toml"))["project"]
+    requirements = [*metadata["dependencies"], *metadata["optional-dependencies"]["hf"]]
+    floors = {"Python": metadata["requires-python"].removeprefix(">=")} | {
+        name: floor for name, floor in (re.match(r"(\w+)>=([\d.]+)", r).groups() for r in requirements)
+    }
+    pages = ["README.md", "CONTRIBUTING.md", "docs/install.md", "docs/slides.md", "docs/huggingface.md", "Makefile"]
+    said = " ".join(" ".join(read(page).split()) for page in pages)
+    named = re.findall(r"\b(Python|torch|transformers),? (?:from )?(\d\.\d+) (?:or later|on\b)", said)
+    rows = re.findall(r"^\| (Python|torch|transformers)[^|]*\| (\d\.\d+) \|", read("docs/install.md"), re.MULTILINE)
+    assert {name for name, _ in named} == {name for name, _ in rows} == {"Python", "torch", "transformers"}
+    assert {(name, floors[name]) for name, _ in [*named, *rows]} == {*named, *rows}
+    # What `make test-floor` installs.
+    found = re.search(r"FLOOR \?= \$\(shell (sed .*)\)$", read("Makefile"), re.MULTILINE)
+    assert found and run("sh", "-c", found.group(1), cwd=ROOT).strip() == floors["torch"]
 
 
 @pytest.mark.slow
@@ -103,7 +135,7 @@ def test_a_clean_environment_runs_the_readme(dist: Path, tmp_path: Path) -> None
 
 SOURCES = sorted(
     path
-    for folder in (NAME, "benchmarks", "docs", "examples", "tests")
+    for folder in (NAME, "benchmarks", "docs", "examples", "tests", "tools")
     for path in (ROOT / folder).rglob("*.py")
     if path.name != "test_release.py"
 )

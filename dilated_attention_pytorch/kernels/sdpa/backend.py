@@ -22,7 +22,7 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
 from dilated_attention_pytorch.kernels.backend import Repeat
 from dilated_attention_pytorch.kernels.sdpa import torch_calls
-from dilated_attention_pytorch.kernels.sdpa.pieces import Piece, SlotRows, pieces
+from dilated_attention_pytorch.kernels.sdpa.pieces import Piece, pieces
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
 
 _ALL = slice(None)
@@ -183,49 +183,37 @@ def _views(problem: Problem, operands: Operands, branch: int | None) -> Iterator
     segment do not fit together in one dimension, the shorter of the two is walked.
     """
     kv_heads = operands.k.shape[2]
+    num_queries, num_keys = operands.q.shape[1], operands.k.shape[1]
+    given = [(name, x) for name, x in zip(Operands._fields, operands, strict=True) if x is not None]
     for group in range(operands.q.shape[2] // kv_heads):
-        for piece in pieces(problem, operands.q.shape[1], operands.k.shape[1]):
-            if branch is not None and piece.branch != branch:
-                continue
-            views = {
-                name: None if x is None else _piece_rows(name, x, piece, group, kv_heads)
-                for name, x in operands._asdict().items()
-            }
-            if piece.queries is None:
-                views["q"] = torch.zeros_like(views["out"], dtype=operands.q.dtype)  # type: ignore[arg-type]
-            present = [x for x in views.values() if x is not None]
-            batch, segments = present[0].shape[:2]
-            if all(x.stride(0) == segments * x.stride(1) or 1 in (batch, segments) for x in present):
-                yield (
-                    piece,
-                    _heads_first(
-                        {n: None if x is None else x.view(batch * segments, *x.shape[2:]) for n, x in views.items()}
-                    ),
-                )
-            elif batch <= segments:
-                for b in range(batch):
-                    yield piece, _heads_first({n: None if x is None else x[b] for n, x in views.items()})
-            else:
-                for s in range(segments):
-                    yield piece, _heads_first({n: None if x is None else x[:, s] for n, x in views.items()})
+        # (B, N, H_kv, D) each
+        tensors = [
+            (n, x.unflatten(2, (kv_heads, -1))[:, :, :, group] if x.shape[2] > kv_heads else x) for n, x in given
+        ]
+        for piece in pieces(problem, num_queries, num_keys):
+            if branch is None or piece.branch == branch:
+                for views in _piece_views(piece, tensors):
+                    yield piece, views
 
 
-def _piece_rows(name: str, x: Tensor, piece: Piece, group: int, kv_heads: int) -> Tensor | None:
-    """The piece's view `(B, segments, slots, heads, ...)` of one operand."""
-    where: SlotRows | None = piece.outputs
-    if name in _OF_KEYS:
-        where = piece.keys
-    elif name in _OF_READ_QUERIES:
-        where = piece.queries
-    if where is None:
-        return None
-    if x.shape[2] > kv_heads:
-        x = x.unflatten(2, (kv_heads, -1))[:, :, :, group]
-    return where.of(x, _ALL if name in _WITHOUT_HEADS else piece.heads)
-
-
-def _heads_first(views: dict[str, Tensor | None]) -> Operands:
-    return Operands(**{n: None if x is None else x.transpose(1, 2) for n, x in views.items()})  # type: ignore[arg-type]
+def _piece_views(piece: Piece, tensors: list[tuple[str, Tensor]]) -> Iterator[Operands]:
+    """The piece's views of the tensors given by name, once or several times."""
+    views: dict[str, Tensor] = {}  # (B, segments, slots, heads, D)
+    for name, x in tensors:
+        rows = piece.keys if name in _OF_KEYS else piece.queries if name in _OF_READ_QUERIES else piece.outputs
+        if rows is not None:
+            views[name] = rows.of(x, _ALL if name in _WITHOUT_HEADS else piece.heads)
+    if piece.queries is None:
+        views["q"] = torch.zeros_like(views["out"], dtype=views["k"].dtype)
+    batch, segments = views["k"].shape[:2]
+    if all(x.stride(0) == segments * x.stride(1) or 1 in (batch, segments) for x in views.values()):
+        yield Operands(**{n: x.view(batch * segments, *x.shape[2:]).transpose(1, 2) for n, x in views.items()})
+    elif batch <= segments:
+        for b in range(batch):
+            yield Operands(**{name: x[b].transpose(1, 2) for name, x in views.items()})
+    else:
+        for s in range(segments):
+            yield Operands(**{name: x[:, s].transpose(1, 2) for name, x in views.items()})
 
 
 def _parts(x: QKV, problem: Problem, masks: Masks) -> Iterator[BatchPart]:
@@ -280,7 +268,7 @@ def _ready(x: Tensor) -> Tensor:
     Where rows overlap (`unfold`), torch's CPU kernel makes its output with the input's strides: two rows of the result
     would share memory.
     """
-    return x if x.stride(-1) == 1 and _is_disjoint(x) else x.contiguous()
+    return x if x.is_contiguous() or (x.stride(-1) == 1 and _is_disjoint(x)) else x.contiguous()
 
 
 def _is_disjoint(x: Tensor) -> bool:
