@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from common import announce, refuse, write
-from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -421,6 +422,19 @@ def fail_at(groups: Groups, culprit: int, how: str, where: str, check: str) -> t
             out = attention(x, x, x)
             with mock.patch.object(communication.Channel, "exchange", troubled):
                 out.sum().backward()
+    except communication.RingError as error:
+        return str(error), time.monotonic() - start
+    return "no error", time.monotonic() - start
+
+
+def left_alone(groups: Groups, seconds: float) -> tuple[str, float]:
+    """A rank that never comes, in a group that waits so many seconds; the configuration says nothing of it."""
+    group = dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=seconds))
+    attention = RingDilatedAttention(RingAttentionConfig(segment_lengths=[64], dilation_rates=[1]), group)
+    x, start = torch.zeros(1, 8, 2, 4), time.monotonic()
+    try:
+        if dist.get_rank() != 1:
+            attention(x, x, x)
     except communication.RingError as error:
         return str(error), time.monotonic() - start
     return "no error", time.monotonic() - start
