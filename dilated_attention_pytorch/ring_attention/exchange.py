@@ -38,12 +38,12 @@ def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tens
     # 1. Rows and mask bits leave.
     hops = call.hops()
     flying = _fetch(call, x, hops[0]) if hops else None
-    bits = _start_mask(call, masks) if hops else None
+    bits = gathered.start_masks(call, masks) if hops else None
     # 2. This rank's queries over its own keys, while they fly.
     local = call.backend.forward(x, call.problem, _at_own_place(call, masks))
     merged = _accumulate(call, local, receives=call.plan.receives)
     # 3. Rows that arrived, one hop after another: the next hop's fly while these are computed.
-    whole = _whole_mask(call, masks, bits)
+    whole = gathered.whole_masks(call, masks, bits)
     for hop, units in _arrivals(call, x, hops, flying):
         if merged is not None:
             remote.attend(call, hop.owners, x.q, units, whole, merged)
@@ -59,10 +59,10 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
         return gathered.backward(call, grad, x, saved, kept, masks)
     hops, is_kept = call.hops(), call.keeps_rows()
     flying = _fetch(call, x, hops[0]) if hops and not is_kept else None
-    bits = _start_mask(call, masks) if hops else None
+    bits = gathered.start_masks(call, masks) if hops else None
     # Rows that were kept need no waiting: they come first, so that their gradients fly while local ones are computed.
     total = None if is_kept else _local_backward(call, grad, x, saved, masks)
-    whole = _whole_mask(call, masks, bits)
+    whole = gathered.whole_masks(call, masks, bits)
     # exp(s - inf) = 0: a query that sees no key gives and gets no gradient.
     seen = saved._replace(lse=saved.lse.masked_fill(torch.isneginf(saved.lse), torch.inf))
     of_queries: list[remote.QueryGradient] = []
@@ -167,13 +167,3 @@ def _at_own_place(call: RingCall, masks: Masks) -> Masks:
         return masks
     start, stop = call.plan.shard
     return masks._replace(key_padding=torch.nn.functional.pad(masks.key_padding, (start, call.plan.seq_len - stop)))
-
-
-def _start_mask(call: RingCall, masks: Masks) -> Pending | None:
-    """Starts to gather every rank's mask bits: one byte per position."""
-    return None if masks.key_padding is None else gathered.start_mask(call, masks.key_padding)
-
-
-def _whole_mask(call: RingCall, masks: Masks, bits: Pending | None) -> Masks:
-    """The masks with key_padding `(B, N)` of the whole sequence."""
-    return masks if bits is None else masks._replace(key_padding=gathered.finish_mask(call, bits))

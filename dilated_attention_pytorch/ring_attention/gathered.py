@@ -19,7 +19,7 @@ def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tens
     whole = _whole(call, x, shards)
     arriving.release()
     problem = call.problem.at(call.problem.q_start, 0, call.plan.seq_len)
-    out, lse = call.backend.forward(whole, problem, _gather_mask(call, masks))
+    out, lse = call.backend.forward(whole, problem, whole_masks(call, masks, start_masks(call, masks)))
     return AttentionOutput(out, lse.contiguous()), shards.flatten() if call.keep else x.k.new_empty(0)
 
 
@@ -32,7 +32,7 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     if arriving is not None:
         arriving.release()
     problem = call.problem.at(call.problem.q_start, 0, plan.seq_len)
-    dq, dk, dv = call.backend.backward(grad, whole, saved, problem, _gather_mask(call, masks))
+    dq, dk, dv = call.backend.backward(grad, whole, saved, problem, whole_masks(call, masks, start_masks(call, masks)))
     exact = accumulator(x.k.dtype)
     shares = torch.stack((dk, dv), 2).transpose(0, 1).to(exact)  # (N, B, 2, H_kv, D)
     start, stop = plan.shard
@@ -53,22 +53,20 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     return QKV(dq, dk, dv)
 
 
-def start_mask(call: RingCall, mask: Tensor) -> Pending:
-    """Starts to gather every rank's mask bits `(B, n)`, padded to the longest shard."""
-    return call.channel.gather(buffers.padded_mask(mask, max(call.plan.lengths)), "mask")
+def start_masks(call: RingCall, masks: Masks) -> Pending | None:
+    """Starts to gather every rank's mask bits, one byte per position, padded to the longest shard."""
+    if masks.key_padding is None:
+        return None
+    return call.channel.gather(buffers.padded_mask(masks.key_padding, max(call.plan.lengths)), "mask")
 
 
-def finish_mask(call: RingCall, bits: Pending) -> Tensor:
-    """The mask `(B, N)` of the whole sequence."""
+def whole_masks(call: RingCall, masks: Masks, bits: Pending | None) -> Masks:
+    """The masks with key_padding `(B, N)` of the whole sequence, once its bits are there."""
+    if bits is None:
+        return masks
     whole = torch.cat([shard[:, :n] for shard, n in zip(bits.wait(), call.plan.lengths, strict=True)], 1)
     bits.release()
-    return whole
-
-
-def _gather_mask(call: RingCall, masks: Masks) -> Masks:
-    if masks.key_padding is None:
-        return masks
-    return masks._replace(key_padding=finish_mask(call, start_mask(call, masks.key_padding)))
+    return masks._replace(key_padding=whole)
 
 
 def _gather(call: RingCall, x: QKV, *, keep: bool) -> Pending:

@@ -186,12 +186,8 @@ def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
         "padding": problem.padding,
         "seed": int(masks.seed) if masks.seed is not None and wire.same_seed else None,
         "key_padding_mask": "given" if masks.key_padding is not None else "none",
-        "requires_grad": wire.requires_grad,
-        "mode": wire.mode,
-        "gradient_dtype": wire.gradient_dtype,
         "remote_rows": "keep" if wire.keep_rows else "refetch",
-        "check": wire.check,
-        "backend": wire.backend,
+        **{name: getattr(wire, name) for name in ("requires_grad", "mode", "gradient_dtype", "check", "backend")},
     }
     row = unit_bytes(batch, width, k.element_size()) * k.shape[2]
     group = torch_private.process_group(wire.group_name)

@@ -252,10 +252,10 @@ def drop_a_hop() -> Iterator[None]:
 
     def lossy(self: communication.Pending) -> Tensor:
         result, first = wait(self), 0
-        if self._purpose == "rows" and result.dim() == 4:
-            channel = self._channel
+        if self.purpose == "rows" and result.dim() == 4:
+            channel = self.channel
             row = result[:1].numel() * result.element_size() or 1
-            for peer, size in self._incoming.items():
+            for peer, size in self.incoming.items():
                 if peer == (channel.rank - 1) % channel.world_size:
                     result[first : first + size // row] = 0
                 first += size // row
@@ -319,7 +319,7 @@ def missing_wait() -> Iterator[None]:
     start, wait = communication.Pending.start, communication.Pending.wait
 
     def snapshot(self: communication.Pending, launch: Any) -> None:
-        self._before = torch.full_like(self._result, 1)
+        self._before = torch.full_like(self.result, 1)
         start(self, launch)
 
     def too_early(self: communication.Pending) -> Tensor:

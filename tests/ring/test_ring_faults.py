@@ -113,7 +113,14 @@ def test_a_forward_mode_tangent_is_not_lost(pool: Pool) -> None:
 
 def test_bad_input() -> None:
     pattern: dict[str, Any] = {"segment_lengths": [8], "dilation_rates": [1]}
-    for wrong in ({"mode": "dense"}, {"timeout": 0}, {"timeout": float("inf")}, {"backend": "reference"}, {"check": True}, {"dropout": 1.0}):
+    for wrong in (
+        {"mode": "dense"},
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"backend": "reference"},
+        {"check": True},
+        {"dropout": 1.0},
+    ):
         with pytest.raises(ValueError, match="expected"):
             RingAttentionConfig(**pattern, **wrong)
     with pytest.raises(TypeError, match="gradient_dtype"):

@@ -157,46 +157,43 @@ class Channel:
 _flying: set[Pending] = set()
 
 
+@dataclass(eq=False)
 class Pending:
     """An exchange under way. What it sends lives until `wait` has returned, what it receives until `release`."""
 
-    def __init__(
-        self, channel: Channel, result: Tensor, purpose: str, incoming: dict[int, int], sends: Handle | None = None,
-        receives: Handle | None = None,
-    ) -> None:  # fmt: skip
-        self._channel = channel
-        self._result = result
-        self._purpose = purpose
-        self._incoming = incoming
-        self._sends = sends
-        self._receives = receives
-        self._work: Any = None
+    channel: Channel
+    result: Tensor
+    purpose: str
+    incoming: dict[int, int]  # bytes by rank
+    sends: Handle | None = None
+    receives: Handle | None = None
+    work: Any = None
 
     def start(self, launch: Callable[[], Any]) -> None:
         """Launches the collective."""
         _flying.add(self)
         try:
-            self._work = launch()
+            self.work = launch()
         except RuntimeError as error:
-            raise self._channel.failed(self._purpose, self._incoming, error) from error
+            raise self.channel.failed(self.purpose, self.incoming, error) from error
 
     def wait(self) -> Tensor:
         """The result; on CUDA the current stream waits, not the host."""
-        if self._work is not None:
+        if self.work is not None:
             try:
-                self._work.wait()
+                self.work.wait()
             except RuntimeError as error:
-                raise self._channel.failed(self._purpose, self._incoming, error) from error
-            self._work = None
+                raise self.channel.failed(self.purpose, self.incoming, error) from error
+            self.work = None
             _flying.discard(self)
-            if self._sends is not None:
-                self._sends.release()
-        return self._result
+            if self.sends is not None:
+                self.sends.release()
+        return self.result
 
     def release(self) -> None:
         """Gives the result's memory back, unless it is kept: everything that reads it is queued."""
-        if self._receives is not None:
-            self._receives.release()
+        if self.receives is not None:
+            self.receives.release()
 
 
 def _receiver(shape: tuple[int, ...], like: Tensor, purpose: str, keep: bool) -> tuple[Handle | None, Tensor]:

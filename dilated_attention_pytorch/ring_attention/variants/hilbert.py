@@ -155,8 +155,9 @@ class HilbertMixin(_Ring):
         if mask is not None:
             mask = rows.lay_out(mask, move, self._channel, "mask")
         out, lse = attend(*together.split([y.shape[2] for y in x], 2), key_padding_mask=mask)
-        out = rows.put_back(out, move, self._channel)
-        return AttentionOutput(out, rows.put_back(lse.transpose(1, 2), move, self._channel).transpose(1, 2))
+        back = move.reversed()
+        out = rows.lay_out(out, back, self._channel)
+        return AttentionOutput(out, rows.lay_out(lse.transpose(1, 2), back, self._channel).transpose(1, 2))
 
     def _check(self, query: Tensor) -> None:
         """Shards are this order's; all ranks have the same one."""
