@@ -21,6 +21,8 @@ class Hop(NamedTuple):
 
     owners: tuple[int, ...]
     receivers: tuple[int, ...]
+    received: list[int]  # units from each rank of the group, 0 from all but the owners
+    sent: list[int]  # units to each rank
 
 
 @dataclass(frozen=True)
@@ -50,27 +52,17 @@ class RingCall:
 
     def hops(self) -> list[Hop]:
         """The exchanges of a forward: none if no rank needs anything of another."""
-        plan = self.plan
+        plan, size = self.plan, self.plan.world_size
         if not plan.anything_moves:
             return []
-        if self.mode == "sparse":
-            return [Hop(plan.peers, plan.peers)]
-        size = plan.world_size
-        return [Hop(((plan.rank - hop) % size,), ((plan.rank + hop) % size,)) for hop in range(1, size)]
+        # Mode "sparse": everything at once. Mode "ring": from the rank before and to the rank after, then one further.
+        ways = [((plan.rank - hop) % size, (plan.rank + hop) % size) for hop in range(1, size)]
+        peers = [(plan.peers, plan.peers)] if self.mode == "sparse" else [((a,), (b,)) for a, b in ways]
+        return [Hop(*way, plan.counts(plan.arriving, way[0]), plan.counts(plan.leaving, way[1])) for way in peers]
 
     def keeps_rows(self) -> bool:
         """Whether what arrived is kept: never in mode "ring", which is there to hold no more than two peers' rows."""
         return self.keep and self.mode == "sparse" and self.plan.anything_moves
-
-    def arriving_from(self, owners: tuple[int, ...]) -> list[int]:
-        """Units that come from each rank if the owners send."""
-        plan = self.plan
-        return [plan.arriving[p].count if p in owners else 0 for p in range(plan.world_size)]
-
-    def leaving_to(self, receivers: tuple[int, ...]) -> list[int]:
-        """Units that go to each rank if the receivers are sent to."""
-        plan = self.plan
-        return [plan.leaving[p].count if p in receivers else 0 for p in range(plan.world_size)]
 
 
 def choose_mode(plan: RingPlan) -> str:
@@ -79,7 +71,7 @@ def choose_mode(plan: RingPlan) -> str:
     Nearly all rows needed: gather them, without packing. Several shards' worth of rows to hold: one peer after
     another. Else one exchange.
     """
-    dense = plan.pattern.num_heads * (plan.seq_len - min(plan.lengths))
+    dense = plan.pattern.num_heads * (plan.seq_len - min(plan.lengths))  # units of everybody else, at most
     if plan.anything_moves and plan.largest_arrival > _DENSE_ENOUGH * dense:
         return "gather"
     if plan.largest_arrival > _TOO_MUCH * plan.pattern.num_heads * max(plan.lengths):

@@ -30,11 +30,10 @@ def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tens
         x: this rank's shard, q `(B, n, H, D)`.
         masks: key_padding `(B, n)` of this shard, and the seed.
     """
-    units = x.k.new_empty(0)
+    kept = x.k.new_empty(0)
     if call.mode == "gather":
-        local, units = gathered.forward(call, x, masks)
-        merged = _accumulate(call, local, receives=False)
-        return _rounded(local, merged, x.q.dtype), units
+        whole, kept = gathered.forward(call, x, masks)
+        return _rounded(whole, _accumulate(call, whole, receives=False), x.q.dtype), kept
     # 1. Rows and mask bits leave.
     hops = call.hops()
     flying = _fetch(call, x, hops[0]) if hops else None
@@ -43,13 +42,15 @@ def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tens
     local = call.backend.forward(x, call.problem, _at_own_place(call, masks))
     merged = _accumulate(call, local, receives=call.plan.receives)
     # 3. Rows that arrived, one hop after another: the next hop's fly while these are computed.
-    whole = gathered.whole_masks(call, masks, bits)
+    bits_of_all = gathered.whole_masks(call, masks, bits)
     for hop, units in _arrivals(call, x, hops, flying):
         if merged is not None:
-            remote.attend(call, hop.owners, x.q, units, whole, merged)
+            remote.attend(call, hop.owners, x.q, units, bits_of_all, merged)
+        if call.keeps_rows():
+            kept = units.flatten()
+    # 4. A masked query sees nothing, whatever arrived for it.
     if merged is not None and masks.key_padding is not None:
         merged.hide(~masks.key_padding)
-    kept = units.flatten() if call.keeps_rows() else x.k.new_empty(0)
     return _rounded(local, merged, x.q.dtype), kept
 
 
@@ -57,18 +58,21 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     """Gradients of this rank's q, k and v; `saved` and `kept` are what the forward returned."""
     if call.mode == "gather":
         return gathered.backward(call, grad, x, saved, kept, masks)
+    # 1. Rows and mask bits leave again, unless the forward kept what arrived.
     hops, is_kept = call.hops(), call.keeps_rows()
     flying = _fetch(call, x, hops[0]) if hops and not is_kept else None
     bits = gathered.start_masks(call, masks) if hops else None
-    # Rows that were kept need no waiting: they come first, so that their gradients fly while local ones are computed.
+    # 2. Local gradients while they fly. Rows that were kept need no waiting: they come first, so that it is their
+    # gradients that fly while local ones are computed.
     total = None if is_kept else _local_backward(call, grad, x, saved, masks)
-    whole = gathered.whole_masks(call, masks, bits)
+    bits_of_all = gathered.whole_masks(call, masks, bits)
+    # 3. Gradients of remote rows, hop after hop, each sent home as soon as it is there.
     # exp(s - inf) = 0: a query that sees no key gives and gets no gradient.
     seen = saved._replace(lse=saved.lse.masked_fill(torch.isneginf(saved.lse), torch.inf))
     of_queries: list[remote.QueryGradient] = []
     homeward: list[tuple[Hop, Pending]] = []
     for hop, units in _kept_rows(call, x, hops, kept) if is_kept else _arrivals(call, x, hops, flying):
-        grads, more = remote.differentiate(call, hop.owners, grad, x.q, units, seen, whole)
+        grads, more = remote.differentiate(call, hop.owners, grad, x.q, units, seen, bits_of_all)
         of_queries += more
         homeward.append((hop, _send_home(call, grads, hop)))
         if len(homeward) > 1:  # bounds the memory of a ring: one hop's gradients fly at a time
@@ -76,6 +80,7 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
             _add_home(call, total, *homeward.pop(0))
     if total is None:
         total = _local_backward(call, grad, x, saved, masks)
+    # 4. What the others computed for this rank's keys comes home; what they add to the queries never left.
     for hop, coming in homeward:
         _add_home(call, total, hop, coming)
     remote.add_queries(total.q, x.k.shape[2], of_queries)
@@ -86,6 +91,7 @@ def _local_backward(call: RingCall, grad: OutputGradient, x: QKV, saved: Attenti
     """Gradients of the local part; those that remote parts are added to in fp32 (fp64), contiguous."""
     dq, dk, dv = call.backend.backward(grad, x, saved, call.problem, _at_own_place(call, masks))
     exact = accumulator(x.q.dtype)
+    # Half precision would lose digits with every part that is added.
     if call.plan.receives:
         dq = dq.to(exact).contiguous()
     if call.plan.gives:
@@ -110,16 +116,15 @@ def _arrivals(call: RingCall, x: QKV, hops: list[Hop], flying: Pending | None) -
 def _kept_rows(call: RingCall, x: QKV, hops: list[Hop], kept: Tensor) -> Iterator[tuple[Hop, Tensor]]:
     """The units that the forward kept."""
     for hop in hops:
-        yield hop, kept.view(sum(call.arriving_from(hop.owners)), x.k.shape[0], 2, x.k.shape[3])
+        yield hop, kept.view(sum(hop.received), x.k.shape[0], 2, x.k.shape[3])
 
 
 def _fetch(call: RingCall, x: QKV, hop: Hop) -> Pending:
     """Starts to send what the receivers need and to receive what the owners hold."""
     index = call.plan.leaving_index
     rows, heads = (torch.cat([index[p][i] for p in hop.receivers]) for i in (0, 1))
-    packed = remote.pack(x.k, x.v, (rows, heads))
-    sent, received = call.leaving_to(hop.receivers), call.arriving_from(hop.owners)
-    return call.channel.exchange(packed, sent, received, "rows", call.keeps_rows())
+    packed = remote.pack(x.k, x.v, (rows, heads))  # (U, B, 2, D)
+    return call.channel.exchange(packed, hop.sent, hop.received, "rows", call.keeps_rows())
 
 
 def _send_home(call: RingCall, grads: Handle, hop: Hop) -> Pending:
@@ -128,8 +133,7 @@ def _send_home(call: RingCall, grads: Handle, hop: Hop) -> Pending:
         with grads as exact:
             grads = buffers.borrow(exact.tensor.shape, call.wire_dtype, exact.tensor.device, "gradients sent")
             grads.tensor.copy_(exact.tensor)
-    sent, received = call.arriving_from(hop.owners), call.leaving_to(hop.receivers)
-    return call.channel.exchange(grads, sent, received, "gradients")
+    return call.channel.exchange(grads, hop.received, hop.sent, "gradients")
 
 
 def _add_home(call: RingCall, total: QKV, hop: Hop, coming: Pending) -> None:
@@ -151,6 +155,7 @@ def _accumulate(call: RingCall, part: AttentionOutput, *, receives: bool) -> LSE
     merged = LSEAccumulator(part, num_kv_heads)
     if call.zero_keys:
         counts = call.plan.num_zero_keys.repeat_interleave(out.shape[2] // num_kv_heads, 0)  # (H, n)
+        # Values of 0 and logits of 0: m of them are a partial with out 0 and lse log(m).
         log_counts = counts.to(accumulator(lse.dtype)).log()
         merged.add(AttentionOutput(out.new_zeros(()).expand_as(out), log_counts.expand_as(lse)))
     return merged

@@ -18,6 +18,7 @@ def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tens
     shards = arriving.wait()
     whole = _whole(call, x, shards)
     arriving.release()
+    # The rank's own queries over the keys of the whole sequence: a partial range (docs/spec.md, 4).
     problem = call.problem.at(call.problem.q_start, 0, call.plan.seq_len)
     out, lse = call.backend.forward(whole, problem, whole_masks(call, masks, start_masks(call, masks)))
     return AttentionOutput(out, lse.contiguous()), shards.flatten() if call.keep else x.k.new_empty(0)
@@ -36,7 +37,8 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     exact = accumulator(x.k.dtype)
     shares = torch.stack((dk, dv), 2).transpose(0, 1).to(exact)  # (N, B, 2, H_kv, D)
     start, stop = plan.shard
-    own = shares[start:stop]  # stays at home, unrounded
+    # A rank's own share stays at home, unrounded; the others' go to their owners.
+    own = shares[start:stop]
     sent, received = list(plan.lengths), [stop - start] * plan.world_size
     sent[plan.rank] = received[plan.rank] = 0
     away = buffers.borrow((sum(sent), *shares.shape[1:]), call.wire_dtype, x.k.device, "gradients sent")
@@ -44,7 +46,7 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     homecoming = call.channel.exchange(away, sent, received, "gradients")
     parts = list(homecoming.wait().to(exact).split([n for p, n in enumerate(received) if p != plan.rank]))
     parts.insert(plan.rank, own)
-    total = parts[0].clone()
+    total = parts[0].clone()  # in rank order, so that the sum does not depend on who was first
     for part in parts[1:]:
         total += part
     homecoming.release()

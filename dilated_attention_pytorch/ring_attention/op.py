@@ -93,7 +93,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     given = _Arguments.of(arguments)
     x, masks, problem, wire = given
     channel, lengths = _open("forward", given)
-    if masks.seed is not None:
+    if masks.seed is not None:  # cloned, since an op may not return its argument
         seed = masks.seed.clone() if wire.same_seed else channel.broadcast(masks.seed, "seed").wait()
         masks = masks._replace(seed=seed)
     (out, lse), kept = exchange.forward(_call(channel, lengths, x, problem, wire), x, masks)
@@ -104,6 +104,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     grad, saved, given = OutputGradient(*arguments[:2]), AttentionOutput(*arguments[2:4]), _Arguments.of(arguments[7:])
     kept, lengths, used_seed = arguments[4:7]
     x, masks, problem, wire = given
+    # Ranks compared seeds in the forward; here everybody has the one that was used.
     channel, _ = _open("backward", given._replace(masks=masks._replace(seed=None)))
     masks = masks._replace(seed=used_seed if problem.dropout_p > 0.0 else None)
     call = _call(channel, tuple(lengths.tolist()), x, problem, wire)
@@ -114,6 +115,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     q, k, seed = arguments[0], arguments[1], arguments[4]
     wire = Wire(*arguments[-len(Wire._fields) :])
+    # Some arguments may be symbolic here: nothing may hash them, as a pattern would.
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
     kept = k.new_empty(torch.library.get_ctx().new_dynamic_size() if wire.keep_rows else 0)
     size = torch_private.process_group(wire.group_name).size()
@@ -172,6 +174,7 @@ def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
     """The handshake: everything that must be the same on every rank, by the names users know."""
     (q, k, _), masks, problem, wire = given
     batch, length, heads, width = q.shape
+    # Lengths are told, not compared: shards may differ ("n").
     fingerprint: dict[str, Any] = {
         "the shape of query (B, n, H, D)": [batch, "n", heads, width],
         "the shape of key and value (B, n, H_kv, D)": [k.shape[0], "n", *k.shape[2:]],
@@ -204,6 +207,7 @@ def _call(channel: Channel, lengths: tuple[int, ...], x: QKV, problem: Problem, 
             f"branch (w={branch[0]}, r={branch[1]}) and {plan.seq_len} positions: the official code moves its rows"
         )
     start, _ = plan.shard
+    # The rank's place in the sequence, which the caller could not know.
     # Zero keys are counted once for the whole call, so no part of it counts them.
     problem = replace(problem, q_start=start, k_start=start, seq_len=plan.seq_len, padding="none")
     wire_dtype = getattr(torch, wire.gradient_dtype) if wire.gradient_dtype else accumulator(x.q.dtype)

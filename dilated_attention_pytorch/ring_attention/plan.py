@@ -121,10 +121,14 @@ class RingPlan:
         """The units that go to each peer."""
         return {peer: travelling(self.pattern, self.bounds, peer, self.rank, self.is_causal) for peer in self.peers}
 
+    def counts(self, units: dict[int, Units], peers: tuple[int, ...]) -> list[int]:
+        """How many of the units belong to each rank of the group, if only those of some peers travel."""
+        return [units[p].count if p in peers else 0 for p in range(self.world_size)]
+
     @cached_property
     def leaving_index(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Row of the shard and head of each unit that goes to each peer, on the device."""
-        found = {peer: units.index() for peer, units in self.leaving.items()}
+        found = {peer: units.index() for peer, units in self.leaving.items()}  # int64 (U,) both
         return {p: ((at - self.shard[0]).to(self.device), heads.to(self.device)) for p, (at, heads) in found.items()}
 
     @cached_property
@@ -160,7 +164,7 @@ class RingPlan:
     @cached_property
     def largest_arrival(self) -> int:
         """Units that come to the rank to which most come: the same answer on every rank."""
-        totals = [0] * self.world_size
+        totals = [0] * self.world_size  # units by receiver
         for receiver, owner in itertools.permutations(range(self.world_size), 2):
             totals[receiver] += travelling(self.pattern, self.bounds, receiver, owner, self.is_causal).count
         return max(totals)
@@ -211,6 +215,7 @@ class RingPlan:
         for owner, first in firsts.items():
             units = self.arriving[owner]
             for part in keys:
+                # A segment may reach over several shards: this owner has the part inside its own.
                 inside = _clip(part, self.bounds[owner], self.bounds[owner + 1])
                 if len(inside):
                     at = torch.searchsorted(units.positions[head], _tensor(inside))

@@ -86,7 +86,7 @@ class RingDilatedAttention(BaseRingAttention):
         seed: int | Tensor | None,
     ) -> AttentionOutput:
         config, dropout_p = self.config, self.dropout_p()
-        if self.world_size == 1:
+        if self.world_size == 1:  # nothing to exchange: what one device computes
             return dilated_attention_with_lse(
                 query,
                 key,
@@ -104,6 +104,7 @@ class RingDilatedAttention(BaseRingAttention):
             )
         x = QKV(*in_autocast_dtype(query, key, value))
         refuse_tangents(x)
+        # The op's arguments, tensors taken away: settings, and how rows travel.
         lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
         pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)
         scale = validation.check_scale(config.scale, query.shape[-1])

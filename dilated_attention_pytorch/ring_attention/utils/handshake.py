@@ -122,6 +122,7 @@ def _compare(
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise RingError(f"{name} on rank {rank} failed: the group's store is gone ({error})") from error
     lengths = tuple(one.pop("length") for one in all_of_them)
+    # Every rank reads the same fingerprints, so all of them raise the same error, or none does.
     differing = [field for field in _fields(all_of_them) if len({_shown(one, field) for one in all_of_them}) > 1]
     if differing:
         raise RingError(f"{name}: ranks disagree on " + "; on ".join(_who_says_what(all_of_them, f) for f in differing))

@@ -40,6 +40,7 @@ class Move(NamedTuple):
         """
         start, stop = bounds[rank], bounds[rank + 1]
         ends = torch.tensor(bounds[1:], device=index.device)
+        # Of each row of the new order: the rank that has it, and the rank that gets it.
         owner = torch.searchsorted(ends, index, right=True)
         place = torch.searchsorted(ends, torch.arange(len(index), device=index.device), right=True)
         # Stable: for each pair of ranks, rows travel in the order of the places they go to.

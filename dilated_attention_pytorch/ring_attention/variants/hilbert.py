@@ -126,6 +126,7 @@ class HilbertMixin(_Ring):
         key_padding_mask: Tensor | None,
         seed: int | Tensor | None,
     ) -> AttentionOutput:
+        # Causality by original position sorts each branch's rows its own way: a call per branch.
         by_branch = is_causal and self.causal_along == "original"
         plain = functools.partial(super().attend, is_causal=is_causal, seed=seed)
         if not by_branch and self.takes_rows_along == "curve":
@@ -139,7 +140,7 @@ class HilbertMixin(_Ring):
             assert isinstance(branch, RingDilatedAttention)
             attend = functools.partial(branch.attend, is_causal=True, seed=_branch_seed(seed, i))
             part = self._attend_moved(i, attend, x, key_padding_mask)
-            # Rounded once, at the end.
+            # Merged in the accumulator's dtype, rounded once, at the end.
             part = AttentionOutput(part.out.to(accumulator(part.out.dtype)), part.lse)
             merged = part if merged is None else merge_attention(merged, part)
         assert merged is not None
@@ -150,8 +151,7 @@ class HilbertMixin(_Ring):
     ) -> AttentionOutput:
         """Attention with the rows laid out for a branch (all of them along the curve for None), and put back."""
         move = self._move(branch, x.q.device)
-        together = torch.cat(x, 2)  # (B, n, H + 2 H_kv, D): one exchange
-        together = rows.lay_out(together, move, self._channel)
+        together = rows.lay_out(torch.cat(x, 2), move, self._channel)  # (B, n, H + 2 H_kv, D): one exchange
         if mask is not None:
             mask = rows.lay_out(mask, move, self._channel, "mask")
         out, lse = attend(*together.split([y.shape[2] for y in x], 2), key_padding_mask=mask)
@@ -248,7 +248,8 @@ def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
         sorts those by original position.
     """
     place = torch.arange(len(order.order), device=order.order.device)
-    kind = segment_and_residue(place, length, rate)
+    kind = segment_and_residue(place, length, rate)  # rows of one kind see one another, and nobody else
+    # Both sides list kind after kind: the places of a kind in order, and its rows by original position.
     layout = torch.empty_like(place)
     layout[kind.argsort(stable=True)] = order.inverse[kind[order.inverse].argsort(stable=True)]
     return layout
