@@ -1,4 +1,4 @@
-"""Where exchange buffers come from: one pool a process, since their sizes return with every layer and step.
+"""Where exchange buffers come from: one pool per process, since their sizes return with every layer and step.
 
 What a backward will read is no exchange buffer: rows that are kept, and everything that autograd saves, are ordinary
 tensors.
