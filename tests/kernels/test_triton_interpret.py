@@ -193,6 +193,33 @@ class TestAligned:
         assert plan.fits(16)
         check(batch, n, 4, d, lengths, rates, kv_heads=kv_heads)
 
+    @pytest.mark.parametrize(
+        ("n", "heads", "lengths", "rates", "changes"),
+        [
+            (128, 2, (64, 128, 1000), (1, 2, 4), {}),
+            (120, 4, (128, 64, 64), (4, 2, 1), {"offsets": "blocked"}),
+            (144, 3, (48, 144), (1, 3), {}),
+            (192, 2, (64, 192), (1, 4), CAUSAL),
+            (100, 2, (64, 1000), (2, 4), CAUSAL),
+        ],
+        ids=["three branches", "blocked, in any order", "thirds", "causal", "causal ragged"],
+    )
+    def test_a_key_of_several_branches_is_computed_once(self, n, heads, lengths, rates, changes):
+        problem = make_problem(lengths, rates, heads, 16, n, **changes)
+        plan = launch_aligned.alignment(problem, n, n, causal=True)
+        assert plan is not None and plan.fits(16) and plan.once
+        check(1, n, heads, 16, lengths, rates, **changes)
+
+    @pytest.mark.parametrize(
+        ("n", "lengths", "rates"),
+        [(192, (64, 96), (1, 2)), (96, (96, 1000), (2, 3)), (128, (64, 128), (4, 1)), (64, (64,), (2,))],
+        ids=["segments do not nest", "rates do not divide", "the longer is denser", "one branch"],
+    )
+    def test_where_keys_repeat(self, n, lengths, rates):
+        plan = launch_aligned.alignment(make_problem(lengths, rates, 2, 16, n), n, n)
+        assert plan is not None and not plan.once
+        check(1, n, 2, 16, lengths, rates)
+
     def test_without_rate_one(self):
         check(1, 64, 4, 16, (32, 64), (2, 4), offsets="blocked")
 

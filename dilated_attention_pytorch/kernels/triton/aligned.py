@@ -26,41 +26,75 @@ _RUNTIME = ["num_queries", "num_keys", "view_rows", "num_heads", "num_kv_heads",
 def walk(
     position, residue, kv_head, num_kv_heads, reach,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, MODULO: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
     """The branches that a tile at a position with a residue belongs to, and their keys before position reach.
 
+    ONCE: a branch's keys are those of its segment outside the segment of the last shorter branch that the tile belongs
+    to, a ring; lengths ascend and nest, and each rate divides the next, so that a ring's keys are residues of its
+    branch alone. Otherwise a branch's keys are all of its segment's, and the ring has no hole.
+
     Returns:
-        number of steps of the walk; for each branch the step it begins at, its segment's first row in the view, its
-        first residue.
+        number of steps of the walk; for each branch the step it begins at, its segment's first row in the view, the row
+        at which its hole begins, the rows of the hole, and its first residue (-1 where the tile does not belong).
     """
     total = 0
     begins = ()
     rows = ()
+    holes = ()
+    jumps = ()
     offsets = ()
+    hole = 0
+    hole_end = 0
     for i in tl.static_range(len(RATES)):
         offset = head_offset(kv_head, RATES[i], num_kv_heads, MODULO)
         start = position // LENGTHS[i] * LENGTHS[i]
-        size = tl.minimum(reach - start, LENGTHS[i])
+        end = start + tl.minimum(reach - start, LENGTHS[i])
         member = residue % RATES[i] == offset
+        if i == 0 or not ONCE:
+            hole = start
+            hole_end = start
+        # Whole tiles lie before the hole, and whole ones but for the sequence's last behind it.
+        blocks = (hole - start) // (R * BLOCK) + tl.cdiv(tl.cdiv(end - hole_end, R), BLOCK)
         begins = begins + (tl.where(member, total, _NEVER),)
         rows = rows + (start // R,)
-        offsets = offsets + (offset,)
-        total += tl.where(member, tl.cdiv(tl.cdiv(size, R), BLOCK) * (R // RATES[i]), 0)
-    return total, begins, rows, offsets
+        holes = holes + (hole // R,)
+        jumps = jumps + ((hole_end - hole) // R,)
+        offsets = offsets + (tl.where(member, offset, -1),)
+        total += tl.where(member, blocks * (R // RATES[i]), 0)
+        if ONCE:
+            hole = tl.where(member, start, hole)
+            hole_end = tl.where(member, end, hole_end)
+    return total, begins, rows, holes, jumps, offsets
 
 
 @triton.jit
-def walk_step(step, begins, rows, offsets, RATES: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """First row (in the view) and residue of the tile that a step of the walk takes."""
+def walk_step(
+    step, begins, rows, holes, jumps, offsets,
+    RATES: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """First row (in the view) and residue of the tile that a step of the walk takes, and log2 of how many branches show
+    it: a key that m branches show has weight m * exp(s), which is m's logarithm added to the logit."""
     row = rows[0]
     residue = offsets[0]
+    ring = 0
     for i in tl.static_range(len(RATES)):
         local = step - begins[i]
         reached = local >= 0
         count = local.to(tl.uint32)  # unsigned division by a power of two is a shift
-        row = tl.where(reached, rows[i] + (count // (R // RATES[i])).to(tl.int32) * BLOCK, row)
+        here = rows[i] + (count // (R // RATES[i])).to(tl.int32) * BLOCK
+        if ONCE and i > 0:
+            here += tl.where(here >= holes[i], jumps[i], 0)
+        row = tl.where(reached, here, row)
         residue = tl.where(reached, offsets[i] + (count % (R // RATES[i])).to(tl.int32) * RATES[i], residue)
-    return row, residue
+        ring = tl.where(reached, i, ring)
+    bias = 0.0
+    if ONCE:
+        shown = 0
+        for i in tl.static_range(len(RATES)):
+            shown += tl.where((ring <= i) & (residue % RATES[i] == offsets[i]), 1, 0)
+        bias = tl.math.log2(shown.to(tl.float32))
+    return row, residue, bias
 
 
 @triton.jit
@@ -80,7 +114,7 @@ def aligned_forward(
     out_batch, out_row, out_head, lse_batch, lse_head,
     num_queries, num_keys, view_rows, num_heads, num_kv_heads, num_tiles, qk_scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, NEGATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, ONCE: tl.constexpr, NEGATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, residue, first = tile_of(tl.program_id(0), num_tiles, num_heads, R, BM)
@@ -106,14 +140,16 @@ def aligned_forward(
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
 
-    steps, begins, rows, offsets = walk(first * R, residue, kv_head, num_kv_heads, reach, LENGTHS, RATES, R, BN, MODULO)
+    steps, begins, rows, holes, jumps, offsets = walk(
+        first * R, residue, kv_head, num_kv_heads, reach, LENGTHS, RATES, R, BN, MODULO, ONCE
+    )
     n = tl.arange(0, BN)
     k_at = k + batch64 * k_batch + kv_head * k_head
     v_at = v + batch64 * v_batch + kv_head * v_head
     k_steps = (n * R).to(tl.int64)[:, None] * k_row + d[None, :]
     v_steps = (n * R).to(tl.int64)[:, None] * v_row + d[None, :]
     for step in tl.range(0, steps):
-        row, k_residue = walk_step(step, begins, rows, offsets, RATES, R, BN)
+        row, k_residue, bias = walk_step(step, begins, rows, holes, jumps, offsets, RATES, R, BN, ONCE)
         position = row * R + k_residue
         if DESCRIPTORS:
             k_tile = k_view.load([batch * view_rows + row, k_residue * k_row + kv_head * k_head])
@@ -134,7 +170,7 @@ def aligned_forward(
             # Segments other than the sequence's last are whole numbers of tiles.
             if position + (BN - 1) * R >= num_keys:
                 s = tl.where((position + n * R < num_keys)[None, :], s, -float("inf"))
-        p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
+        p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, CAUSAL or not EVEN, ONCE, bias)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     result, result_lse = finish(acc, m, l)
@@ -150,7 +186,7 @@ def aligned_backward_dq(
     grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
     num_queries, num_keys, view_rows, terms_row, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GRAD_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, ONCE: tl.constexpr, GRAD_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and on the way the two terms of each row that the dK/dV pass needs.
@@ -183,8 +219,8 @@ def aligned_backward_dq(
     tl.store(row_terms + terms, row_lse)
     tl.store(row_terms + terms + tl.num_programs(0).to(tl.int64) * BM, row_delta)
 
-    steps, begins, rows, offsets = walk(
-        first * R, residue, kv_head, num_kv_heads, num_keys, LENGTHS, RATES, R, BN, MODULO
+    steps, begins, rows, holes, jumps, offsets = walk(
+        first * R, residue, kv_head, num_kv_heads, num_keys, LENGTHS, RATES, R, BN, MODULO, ONCE
     )
     n = tl.arange(0, BN)
     k_at = k + batch64 * k_batch + kv_head * k_head
@@ -193,7 +229,7 @@ def aligned_backward_dq(
     v_steps = (n * R).to(tl.int64)[:, None] * v_row + d[None, :]
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     for step in tl.range(0, steps):
-        row, k_residue = walk_step(step, begins, rows, offsets, RATES, R, BN)
+        row, k_residue, bias = walk_step(step, begins, rows, holes, jumps, offsets, RATES, R, BN, ONCE)
         position = row * R + k_residue
         if DESCRIPTORS:
             k_tile = k_view.load([batch * view_rows + row, k_residue * k_row + kv_head * k_head])
@@ -207,7 +243,7 @@ def aligned_backward_dq(
             v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps, mask=load_mask, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
-        p = tl.math.exp2(s * qk_scale - row_lse[:, None])
+        p = tl.math.exp2(s * qk_scale - (row_lse - bias)[:, None])
         if not EVEN:
             if position + (BN - 1) * R >= num_keys:
                 p = tl.where((position + n * R < num_keys)[None, :], p, 0.0)
@@ -225,7 +261,7 @@ def aligned_backward_dkv(
     grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head,
     num_queries, num_keys, view_rows, num_batches, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, ONCE: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EARLY: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: a tile of keys walks the queries of its branches, which are the same positions that it would see."""
@@ -243,8 +279,8 @@ def aligned_backward_dkv(
         v + batch64 * v_batch + kv_head * v_head + rows64[:, None] * v_row + d[None, :], mask=tile_mask, other=0.0
     )
 
-    steps, begins, rows, offsets = walk(
-        first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO
+    steps, begins, rows, holes, jumps, offsets = walk(
+        first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO, ONCE
     )
     m = tl.arange(0, BM)
     q_steps = (m * R).to(tl.int64)[:, None] * q_row + d[None, :]
@@ -256,7 +292,7 @@ def aligned_backward_dkv(
         q_at = q + batch64 * q_batch + head * q_head
         grad_at = grad_out + batch64 * grad_batch + head * grad_head
         for step in tl.range(0, steps):
-            row, q_residue = walk_step(step, begins, rows, offsets, RATES, R, BM)
+            row, q_residue, bias = walk_step(step, begins, rows, holes, jumps, offsets, RATES, R, BM, ONCE)
             position = row * R + q_residue
             if DESCRIPTORS:
                 q_tile = q_view.load([batch * view_rows + row, q_residue * q_row + head * q_head])
@@ -275,7 +311,7 @@ def aligned_backward_dkv(
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             if EARLY:  # the product runs while the exponentials are taken, at the price of registers
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
-            p = tl.math.exp2(s * qk_scale - row_lse[None, :])
+            p = tl.math.exp2(s * qk_scale - (row_lse - bias)[None, :])
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)

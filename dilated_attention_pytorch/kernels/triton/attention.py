@@ -29,16 +29,22 @@ RUNTIME = [
 
 
 @triton.jit
-def softmax_step(s, acc, m, l, qk_scale, GUARD: tl.constexpr):
+def softmax_step(s, acc, m, l, qk_scale, GUARD: tl.constexpr, BIASED: tl.constexpr = False, bias=0.0):
     """Takes a tile of raw logits into the running maximum (in units of log2), sum and accumulator.
 
-    With GUARD, rows that have seen nothing but -inf stay empty.
+    With GUARD, rows that have seen nothing but -inf stay empty. With BIASED, bias (log2) is added to all logits.
     """
-    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    top = tl.max(s, 1) * qk_scale
+    if BIASED:
+        top += bias
+    m_new = tl.maximum(m, top)
     safe = m_new
     if GUARD:
         safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.math.exp2(s * qk_scale - safe[:, None])
+    shift = safe
+    if BIASED:
+        shift = safe - bias
+    p = tl.math.exp2(s * qk_scale - shift[:, None])
     alpha = tl.math.exp2(m - safe)
     return p, acc * alpha[:, None], m_new, l * alpha + tl.sum(p, 1)
 

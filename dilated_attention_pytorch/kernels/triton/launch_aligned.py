@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Alignment(NamedTuple):
         multiple: the largest number of rows of a tile that every segment is a multiple of.
         num_queries: rows of q.
         num_keys: rows of k and v; as many, where a branch has several segments.
+        once: whether a key that several branches show is computed once. Then lengths ascend.
     """
 
     lengths: tuple[int, ...]
@@ -37,6 +39,7 @@ class Alignment(NamedTuple):
     multiple: int
     num_queries: int
     num_keys: int
+    once: bool
 
     def fits(self, rows: int) -> bool:
         """Whether tiles of so many rows never straddle two segments."""
@@ -82,7 +85,18 @@ def alignment(problem: Problem, num_queries: int, num_keys: int, *, causal: bool
             return None
         multiple = math.gcd(multiple, length // rate)
         lengths.append(length)
-    return Alignment(tuple(lengths), problem.pattern.dilation_rates, rate, multiple, num_queries, num_keys)
+    rates = problem.pattern.dilation_rates
+    branches = sorted(zip(lengths, rates, strict=True))
+    once = len(branches) > 1 and all(nests(*pair) for pair in itertools.pairwise(branches))
+    if once:
+        lengths, rates = zip(*branches, strict=True)
+    return Alignment(tuple(lengths), rates, rate, multiple, num_queries, num_keys, once)
+
+
+def nests(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """Whether every segment of a branch (w, r) lies in one of another, and that one's residues are among its own."""
+    (inner_length, inner_rate), (outer_length, outer_rate) = inner, outer
+    return outer_rate % inner_rate == 0 and (outer_length == _WHOLE or outer_length % inner_length == 0)
 
 
 def descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
@@ -259,6 +273,7 @@ def _flags(q: Tensor, problem: Problem, plan: Alignment, config: Config, even: b
         "BM": config.block_m,
         "BN": config.block_n,
         "MODULO": problem.pattern.offsets == "modulo",
+        "ONCE": plan.once,
         "EVEN": even,
         "PRECISION": precision,
         "num_warps": config.num_warps,
