@@ -80,6 +80,14 @@ def check_positive_int(name: str, value: object) -> int:
     return check_int(name, value, 1)
 
 
+def check_index(name: str, value: object, size: int) -> int:
+    """An int in [0, size)."""
+    number = check_int(name, value, 0)
+    if number >= size:
+        raise ValueError(f"expected {name} in [0, {size}), got {number}")
+    return number
+
+
 def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """A non-empty sequence of ints of at least 1."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
@@ -96,6 +104,12 @@ def check_probability(name: str, value: float) -> float:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"expected {name} in [0, 1), got {value}")
     return float(value)
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """An ordinary tensor, whose elements lie at strides: not sparse, nested or of MKL-DNN."""
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
 def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
@@ -169,6 +183,7 @@ def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch
     """A bool (B, N) mask over the whole sequence, True = real."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"expected key_padding_mask to be a Tensor, got {type(mask).__name__}")
+    check_dense("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype torch.bool (True = real), got {mask.dtype}")
     if tuple(mask.shape) != (batch, seq_len):
