@@ -14,11 +14,18 @@ to a softmax without a diagonal.
 import triton
 import triton.language as tl
 
-from dilated_attention_pytorch.kernels.triton.attention import finish, softmax_step
-from dilated_attention_pytorch.kernels.triton.attention_backward import load_lse
-from dilated_attention_pytorch.kernels.triton.geometry import head_offset
+from dilated_attention_pytorch.kernels.triton.geometry import (
+    head_at,
+    head_offset,
+    load_pair,
+    load_rows,
+    offsets_of,
+    rows_at,
+    steps_to,
+)
+from dilated_attention_pytorch.kernels.triton.softmax import finish, load_lse, softmax_step
 
-_NEVER = tl.constexpr(2147483647)
+_NEVER = tl.constexpr(2147483647)  # a step that no walk reaches
 _RUNTIME = ["num_queries", "num_keys", "view_rows", "num_heads", "num_kv_heads", "num_batches", "num_tiles"]
 
 
@@ -64,8 +71,9 @@ def walk_step(step, begins, rows, offsets, RATES: tl.constexpr, R: tl.constexpr,
 
 
 @triton.jit
-def tile_of(pid, num_tiles, num_heads, R: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(num_tiles, num_heads, R: tl.constexpr, BLOCK: tl.constexpr):
     """(batch, head, residue, first row) of a program. Programs that share keys follow one another."""
+    pid = tl.program_id(0)
     residue = pid % R
     pid = pid // R
     tile = pid % num_tiles
@@ -75,17 +83,18 @@ def tile_of(pid, num_tiles, num_heads, R: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def aligned_forward(
-    q, k, v, k_view, v_view, out, lse,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    out_batch, out_row, out_head, lse_batch, lse_head,
+    q, k, v, k_view, v_view, out, lse, q_strides, k_strides, v_strides, out_strides, lse_batch, lse_head,
     num_queries, num_keys, view_rows, num_heads, num_kv_heads, num_tiles, qk_scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, NEGATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, NEGATE: tl.constexpr, VIEW: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head, residue, first = tile_of(tl.program_id(0), num_tiles, num_heads, R, BM)
+    """out and lse: a tile of queries walks the keys of its branches."""
+    WHOLE: tl.constexpr = EVEN and D == BLOCK_D
+    # The queries' tile: [BM, D].
+    batch, head, residue, first = tile_of(num_tiles, num_heads, R, BM)
     reach = num_keys
-    if CAUSAL:  # the tiles with most keys first
+    if CAUSAL:  # the tiles with most keys first: the short ones fill the gaps at the launch's end
         first = (num_tiles - 1) * BM - first
         reach = tl.minimum(num_keys, (first + BM) * R)
     kv_head = head // (num_heads // num_kv_heads)
@@ -95,37 +104,30 @@ def aligned_forward(
     positions = (first + tl.arange(0, BM)) * R + residue
     inside = positions < num_queries
     rows64 = positions.to(tl.int64)
-    q_at = q + batch64 * q_batch + head * q_head + rows64[:, None] * q_row + d[None, :]
-    if EVEN and D == BLOCK_D:
-        q_tile = tl.load(q_at)
-    else:
-        q_tile = tl.load(q_at, mask=inside[:, None] & d_mask, other=0.0)
-    if NEGATE:
+    q_at = rows_at(q, q_strides, batch64, head, rows64, d)
+    tile_mask = inside[:, None] & d_mask
+    q_tile = tl.load(q_at) if WHOLE else tl.load(q_at, mask=tile_mask, other=0.0)
+    if NEGATE:  # softmax_step scales the maximum after it was taken, which a negative scale would turn round
         q_tile = -q_tile
+
+    # Walk the keys of all its branches.
     m = tl.full((BM,), -float("inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
-
     steps, begins, rows, offsets = walk(first * R, residue, kv_head, num_kv_heads, reach, LENGTHS, RATES, R, BN, MODULO)
     n = tl.arange(0, BN)
-    k_at = k + batch64 * k_batch + kv_head * k_head
-    v_at = v + batch64 * v_batch + kv_head * v_head
-    k_steps = (n * R).to(tl.int64)[:, None] * k_row + d[None, :]
-    v_steps = (n * R).to(tl.int64)[:, None] * v_row + d[None, :]
+    k_at, v_at = head_at(k, k_strides, batch64, kv_head), head_at(v, v_strides, batch64, kv_head)
+    k_source = k_view, k_at, steps_to(k_strides, R, d, BN), k_strides
+    v_source = v_view, v_at, steps_to(v_strides, R, d, BN), v_strides
     for step in tl.range(0, steps):
         row, k_residue = walk_step(step, begins, rows, offsets, RATES, R, BN)
         position = row * R + k_residue
-        if DESCRIPTORS:
-            k_tile = k_view.load([batch * view_rows + row, k_residue * k_row + kv_head * k_head])
-            v_tile = v_view.load([batch * view_rows + row, k_residue * v_row + kv_head * v_head])
-        elif EVEN and D == BLOCK_D:
-            k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps)
-            v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps)
-        else:
-            load_mask = (position + n * R < num_keys)[:, None] & d_mask
-            k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps, mask=load_mask, other=0.0)
-            v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps, mask=load_mask, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        load_mask = None if WHOLE else (position + n * R < num_keys)[:, None] & d_mask
+        k_tile, v_tile = load_pair(
+            k_source, v_source, batch, kv_head, view_rows, row, k_residue, position.to(tl.int64), load_mask, load_mask,
+            VIEW,
+        )  # fmt: skip
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
         if CAUSAL:
             # A tile of slots has a diagonal whatever the residues are. Rows past the end are later than any query.
             if row + BN > first:
@@ -137,28 +139,30 @@ def aligned_forward(
         p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
+    # Write the rows.
     result, result_lse = finish(acc, m, l)
-    out_at = out + batch64 * out_batch + head * out_head + rows64[:, None] * out_row + d[None, :]
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=inside[:, None] & d_mask)
+    out_at = rows_at(out, out_strides, batch64, head, rows64, d)
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=tile_mask)
     tl.store(lse + batch64 * lse_batch + head * lse_head + rows64, result_lse, mask=inside)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def aligned_backward_dq(
     q, k, v, k_view, v_view, out, grad_out, lse, grad_lse, row_terms, dq,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
-    grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
+    q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides, lse_batch, lse_head,
     num_queries, num_keys, view_rows, terms_row, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GRAD_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, VIEW: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and on the way the two terms of each row that the dK/dV pass needs.
 
     They go to row_terms `[2, B * H * R, rows]`: the lse in units of log2 (+inf where there is no row) and delta, laid
     out as the tiles of that pass read them.
     """
-    batch, head, residue, first = tile_of(tl.program_id(0), num_tiles, num_heads, R, BM)
+    WHOLE: tl.constexpr = EVEN and D == BLOCK_D
+    # The queries' tile: q, dO and out [BM, D].
+    batch, head, residue, first = tile_of(num_tiles, num_heads, R, BM)
     kv_head = head // (num_heads // num_kv_heads)
     batch64 = batch.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -167,46 +171,40 @@ def aligned_backward_dq(
     inside = positions < num_queries
     tile_mask = inside[:, None] & d_mask
     rows64 = positions.to(tl.int64)
-    q_tile = tl.load(
-        q + batch64 * q_batch + head * q_head + rows64[:, None] * q_row + d[None, :], mask=tile_mask, other=0.0
-    )
-    grad_at = grad_out + batch64 * grad_batch + head * grad_head + rows64[:, None] * grad_row + d[None, :]
-    grad_tile = tl.load(grad_at, mask=tile_mask, other=0.0)
-    out_at = out + batch64 * out_batch + head * out_head + rows64[:, None] * out_row + d[None, :]
-    out_tile = tl.load(out_at, mask=tile_mask, other=0.0)
+    q_tile = load_rows(q, q_strides, batch64, head, rows64, d, tile_mask)
+    grad_tile = load_rows(grad_out, grad_strides, batch64, head, rows64, d, tile_mask)
+    out_tile = load_rows(out, out_strides, batch64, head, rows64, d, tile_mask)
+
+    # Its rows' lse and delta [BM], also for the dK/dV pass.
     lse_at = batch64 * lse_batch + head * lse_head + rows64
     row_lse = load_lse(lse + lse_at, inside)
     row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
-    if GRAD_LSE:
+    if grad_lse is not None:
         row_delta -= tl.load(grad_lse + lse_at, mask=inside, other=0.0)
     terms = ((batch64 * num_heads + head) * R + residue) * terms_row + first + tl.arange(0, BM)
     tl.store(row_terms + terms, row_lse)
     tl.store(row_terms + terms + tl.num_programs(0).to(tl.int64) * BM, row_delta)
 
+    # Walk the keys of all its branches.
     steps, begins, rows, offsets = walk(
         first * R, residue, kv_head, num_kv_heads, num_keys, LENGTHS, RATES, R, BN, MODULO
     )
     n = tl.arange(0, BN)
-    k_at = k + batch64 * k_batch + kv_head * k_head
-    v_at = v + batch64 * v_batch + kv_head * v_head
-    k_steps = (n * R).to(tl.int64)[:, None] * k_row + d[None, :]
-    v_steps = (n * R).to(tl.int64)[:, None] * v_row + d[None, :]
+    k_at, v_at = head_at(k, k_strides, batch64, kv_head), head_at(v, v_strides, batch64, kv_head)
+    k_source = k_view, k_at, steps_to(k_strides, R, d, BN), k_strides
+    v_source = v_view, v_at, steps_to(v_strides, R, d, BN), v_strides
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     for step in tl.range(0, steps):
         row, k_residue = walk_step(step, begins, rows, offsets, RATES, R, BN)
         position = row * R + k_residue
-        if DESCRIPTORS:
-            k_tile = k_view.load([batch * view_rows + row, k_residue * k_row + kv_head * k_head])
-            v_tile = v_view.load([batch * view_rows + row, k_residue * v_row + kv_head * v_head])
-        elif EVEN and D == BLOCK_D:
-            k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps)
-            v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps)
-        else:
-            load_mask = (position + n * R < num_keys)[:, None] & d_mask
-            k_tile = tl.load(k_at + position.to(tl.int64) * k_row + k_steps, mask=load_mask, other=0.0)
-            v_tile = tl.load(v_at + position.to(tl.int64) * v_row + v_steps, mask=load_mask, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+        load_mask = None if WHOLE else (position + n * R < num_keys)[:, None] & d_mask
+        k_tile, v_tile = load_pair(
+            k_source, v_source, batch, kv_head, view_rows, row, k_residue, position.to(tl.int64), load_mask, load_mask,
+            VIEW,
+        )  # fmt: skip
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
+        dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
+        # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
         p = tl.math.exp2(s * qk_scale - row_lse[:, None])
         if not EVEN:
             if position + (BN - 1) * R >= num_keys:
@@ -214,67 +212,60 @@ def aligned_backward_dq(
         ds = p * (dp - row_delta[:, None])
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
-    dq_at = dq + batch64 * dq_batch + head * dq_head + rows64[:, None] * dq_row + d[None, :]
+    # Write the rows.
+    dq_at = rows_at(dq, dq_strides, batch64, head, rows64, d)
     tl.store(dq_at, (acc * scale).to(dq.dtype.element_ty), mask=tile_mask)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def aligned_backward_dkv(
-    q, k, v, q_view, grad_view, grad_out, row_terms, dk, dv,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head,
+    q, k, v, q_view, grad_view, grad_out, row_terms, dk, dv, q_strides, k_strides, v_strides, grad_strides, dk_strides,
     num_queries, num_keys, view_rows, num_batches, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, GROUP: tl.constexpr, VIEW: tl.constexpr,
     EARLY: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: a tile of keys walks the queries of its branches, which are the same positions that it would see."""
-    batch, kv_head, residue, first = tile_of(tl.program_id(0), num_tiles, num_kv_heads, R, BN)
+    WHOLE: tl.constexpr = EVEN and D == BLOCK_D
+    # The keys' tile: k and v [BN, D].
+    batch, kv_head, residue, first = tile_of(num_tiles, num_kv_heads, R, BN)
     batch64 = batch.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     d_mask = (d < D)[None, :]
     positions = (first + tl.arange(0, BN)) * R + residue
     tile_mask = (positions < num_keys)[:, None] & d_mask
     rows64 = positions.to(tl.int64)
-    k_tile = tl.load(
-        k + batch64 * k_batch + kv_head * k_head + rows64[:, None] * k_row + d[None, :], mask=tile_mask, other=0.0
-    )
-    v_tile = tl.load(
-        v + batch64 * v_batch + kv_head * v_head + rows64[:, None] * v_row + d[None, :], mask=tile_mask, other=0.0
-    )
+    k_tile = load_rows(k, k_strides, batch64, kv_head, rows64, d, tile_mask)
+    v_tile = load_rows(v, v_strides, batch64, kv_head, rows64, d, tile_mask)
 
+    # Walk the queries of all its branches, for each head that shares the keys.
     steps, begins, rows, offsets = walk(
         first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO
     )
     m = tl.arange(0, BM)
-    q_steps = (m * R).to(tl.int64)[:, None] * q_row + d[None, :]
-    grad_steps = (m * R).to(tl.int64)[:, None] * grad_row + d[None, :]
+    q_steps = steps_to(q_strides, R, d, BM)
+    grad_steps = steps_to(grad_strides, R, d, BM)
     acc_k = tl.zeros((BN, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BN, BLOCK_D), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_at = q + batch64 * q_batch + head * q_head
-        grad_at = grad_out + batch64 * grad_batch + head * grad_head
+        q_source = q_view, head_at(q, q_strides, batch64, head), q_steps, q_strides
+        grad_source = grad_view, head_at(grad_out, grad_strides, batch64, head), grad_steps, grad_strides
         for step in tl.range(0, steps):
             row, q_residue = walk_step(step, begins, rows, offsets, RATES, R, BM)
             position = row * R + q_residue
-            if DESCRIPTORS:
-                q_tile = q_view.load([batch * view_rows + row, q_residue * q_row + head * q_head])
-                grad_tile = grad_view.load([batch * view_rows + row, q_residue * grad_row + head * grad_head])
-            elif EVEN and D == BLOCK_D:
-                q_tile = tl.load(q_at + position.to(tl.int64) * q_row + q_steps)
-                grad_tile = tl.load(grad_at + position.to(tl.int64) * grad_row + grad_steps)
-            else:
-                load_mask = (position + m * R < num_queries)[:, None] & d_mask
-                q_tile = tl.load(q_at + position.to(tl.int64) * q_row + q_steps, mask=load_mask, other=0.0)
-                grad_tile = tl.load(grad_at + position.to(tl.int64) * grad_row + grad_steps, mask=load_mask, other=0.0)
+            load_mask = None if WHOLE else (position + m * R < num_queries)[:, None] & d_mask
+            q_tile, grad_tile = load_pair(
+                q_source, grad_source, batch, head, view_rows, row, q_residue, position.to(tl.int64), load_mask,
+                load_mask, VIEW,
+            )  # fmt: skip
             # A row past the end has lse +inf, so its weights vanish: no other mask is needed.
-            row_at = (batch * num_heads + head) * R + q_residue
-            row_lse = row_terms.load([row_at, row]).reshape(BM)
-            row_delta = row_terms.load([num_batches * num_heads * R + row_at, row]).reshape(BM)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            terms_row = (batch * num_heads + head) * R + q_residue
+            row_lse = row_terms.load([terms_row, row]).reshape(BM)
+            row_delta = row_terms.load([num_batches * num_heads * R + terms_row, row]).reshape(BM)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [BN, BM]
             if EARLY:  # the product runs while the exponentials are taken, at the price of registers
-                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)  # [BN, BM]
             p = tl.math.exp2(s * qk_scale - row_lse[None, :])
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:
@@ -282,6 +273,7 @@ def aligned_backward_dkv(
             ds = p * (dp - row_delta[None, :])
             acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
 
-    at = batch64 * dk_batch + kv_head * dk_head + rows64[:, None] * dk_row + d[None, :]
+    # Write the rows; the gradients lie alike.
+    at = offsets_of(dk_strides, batch64, kv_head, rows64, d)
     tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=tile_mask)
     tl.store(dv + at, acc_v.to(dv.dtype.element_ty), mask=tile_mask)

@@ -6,7 +6,7 @@ A100 and Orin, 101,376 on every other GPU from 8.0 on (RTX 30 to 50, A10, A40, L
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from dilated_attention_pytorch.kernels.triton import tuned
 
+Direction = Literal["forward", "backward"]
+
 
 class Config(NamedTuple):
     """How a kernel is cut.
 
     Attributes:
-        block_m: rows of queries a tile.
-        block_n: rows of keys a tile.
-        num_warps: warps a program.
+        block_m: rows of queries per tile.
+        block_n: rows of keys per tile.
+        num_warps: warps per program.
         num_stages: depth of the load pipeline.
-        max_registers: cap on registers a thread, where more programs a multiprocessor are worth a spill.
         early: in dK/dV, issue the product dO V^T before the exponentials.
         descriptors: load through the copy engine (TMA) where there is one and the layout allows it.
     """
@@ -32,18 +33,22 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
     early: bool = False
     descriptors: bool = True
 
+    @property
+    def flags(self) -> dict[str, int]:
+        """The part that every launch is told."""
+        return dict(BM=self.block_m, BN=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 # A causal forward on a q of at most so many elements is one launch over strided tiles. They waste more of the diagonal
-# than tiles of consecutive slots, but a launch for each branch does not fill the chip. Measured with 12 heads of 64:
+# than tiles of consecutive slots, but one launch per branch does not fill the chip. Measured with 12 heads of 64:
 # one launch takes 32 us against 73 at N=1024, 222 against 244 at 8192, 397 against 419 at 16384.
 SHORT_CAUSAL = 12 * 64 * 16384
 
 # On a q of at most so many elements the forward loads through plain pointers: describing two views takes the host
-# longer than the copy engine saves. 37 us a call against 45 to 68 at N=1024; from N=2048 on the device decides.
+# longer than the copy engine saves. 37 us per call against 45 to 68 at N=1024; from N=2048 on the device decides.
 SHORT_FORWARD = 12 * 64 * 1024
 
 # (kernel, head_dim up to) -> candidates for 16-bit inputs where `tuned` has none, on GPUs with Hopper's shared memory.
