@@ -50,7 +50,7 @@ def timings(files: list[Path]) -> dict[tuple[str, int, bool], dict[tuple, float]
         scale = statistics.median(both) if both else 1.0
         for label, ms in run.items():
             match = LABEL.match(label)
-            if match is None:  # without the copy engine, or with a cap on registers: for comparison only
+            if match is None:  # without the copy engine: for comparison only
                 continue
             kernel, width, mode, *shape, early = match.groups()
             config = (*map(int, shape), *(("early",) if early else ()))

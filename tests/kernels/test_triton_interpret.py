@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import traceback
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ triton = pytest.importorskip("triton")
 if type(triton.language.cdiv).__name__ != "InterpretedFunction":
     pytest.skip("Triton was imported before its interpreter was switched on", allow_module_level=True)
 
+import dilated_attention_pytorch
+from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels import fast_path
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned, launch_branches, replay
 from dilated_attention_pytorch.kernels.triton.work import Work, prepare
@@ -320,6 +324,29 @@ def test_detached_mixing_names_the_backend_that_can():
     assert backend.why_not(QKV(q, q, q), problem) == ["it has no mixing_gradient='detached'"]
     with pytest.raises(NotImplementedError, match=r"detached.*sdpa"):
         choose_backend(QKV(q, q, q), problem, "triton")
+
+
+@pytest.mark.parametrize("rates", [(1, 2), (1, 3)], ids=["aligned", "general"])
+def test_six_frames_of_the_package_lead_to_a_launch(rates, monkeypatch):
+    """Of a first call without gradients; a stack trace or a profile of one fits on a screen."""
+    from triton.runtime import interpreter
+
+    replay._tapes.clear()
+    fast_path._known.clear()
+    stacks = []
+    package = os.path.dirname(dilated_attention_pytorch.__file__)
+
+    def launched(self, *args, **kwargs):
+        stacks.append([frame.name for frame in traceback.extract_stack() if frame.filename.startswith(package)])
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    q, k, v = torch.randn(3, 1, 64, 2, 16).unbind(0)
+    dilated_attention(q, k, v, segment_lengths=[32, 64], dilation_rates=list(rates), backend="triton")
+    ways = {tuple(stack) for stack in stacks}
+    way = "dilated_attention", "dilated_attention_with_lse", "differentiable", "_forward", "forward", "forward"
+    assert ways == {way}
+    fast_path._known.clear()
+    replay._tapes.clear()
 
 
 class TestReplay:

@@ -14,16 +14,7 @@ to a softmax without a diagonal.
 import triton
 import triton.language as tl
 
-from dilated_attention_pytorch.kernels.triton.geometry import (
-    head_at,
-    head_offset,
-    load_pair,
-    load_rows,
-    offsets_of,
-    rows_at,
-    steps_to,
-)
-from dilated_attention_pytorch.kernels.triton.softmax import finish, load_lse, softmax_step
+from dilated_attention_pytorch.kernels.triton import geometry, softmax
 
 _NEVER = tl.constexpr(2147483647)  # a step that no walk reaches
 _RUNTIME = ["num_queries", "num_keys", "view_rows", "num_heads", "num_kv_heads", "num_batches", "num_tiles"]
@@ -45,7 +36,7 @@ def walk(
     rows = ()
     offsets = ()
     for i in tl.static_range(len(RATES)):
-        offset = head_offset(kv_head, RATES[i], num_kv_heads, MODULO)
+        offset = geometry.head_offset(kv_head, RATES[i], num_kv_heads, MODULO)
         start = position // LENGTHS[i] * LENGTHS[i]
         size = tl.minimum(reach - start, LENGTHS[i])
         member = residue % RATES[i] == offset
@@ -104,10 +95,10 @@ def aligned_forward(
     positions = (first + tl.arange(0, BM)) * R + residue
     inside = positions < num_queries
     rows64 = positions.to(tl.int64)
-    q_at = rows_at(q, q_strides, batch64, head, rows64, d)
+    q_at = geometry.rows_at(q, q_strides, batch64, head, rows64, d)
     tile_mask = inside[:, None] & d_mask
     q_tile = tl.load(q_at) if WHOLE else tl.load(q_at, mask=tile_mask, other=0.0)
-    if NEGATE:  # softmax_step scales the maximum after it was taken, which a negative scale would turn round
+    if NEGATE:  # softmax.step scales the maximum after it was taken, which a negative scale would turn round
         q_tile = -q_tile
 
     # Walk the keys of all its branches.
@@ -116,14 +107,14 @@ def aligned_forward(
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     steps, begins, rows, offsets = walk(first * R, residue, kv_head, num_kv_heads, reach, LENGTHS, RATES, R, BN, MODULO)
     n = tl.arange(0, BN)
-    k_at, v_at = head_at(k, k_strides, batch64, kv_head), head_at(v, v_strides, batch64, kv_head)
-    k_source = k_view, k_at, steps_to(k_strides, R, d, BN), k_strides
-    v_source = v_view, v_at, steps_to(v_strides, R, d, BN), v_strides
+    k_at, v_at = geometry.head_at(k, k_strides, batch64, kv_head), geometry.head_at(v, v_strides, batch64, kv_head)
+    k_source = k_view, k_at, geometry.steps_to(k_strides, R, d, BN), k_strides
+    v_source = v_view, v_at, geometry.steps_to(v_strides, R, d, BN), v_strides
     for step in tl.range(0, steps):
         row, k_residue = walk_step(step, begins, rows, offsets, RATES, R, BN)
         position = row * R + k_residue
         load_mask = None if WHOLE else (position + n * R < num_keys)[:, None] & d_mask
-        k_tile, v_tile = load_pair(
+        k_tile, v_tile = geometry.load_pair(
             k_source, v_source, batch, kv_head, view_rows, row, k_residue, position.to(tl.int64), load_mask, load_mask,
             VIEW,
         )  # fmt: skip
@@ -136,12 +127,12 @@ def aligned_forward(
             # Segments other than the sequence's last are whole numbers of tiles.
             if position + (BN - 1) * R >= num_keys:
                 s = tl.where((position + n * R < num_keys)[None, :], s, -float("inf"))
-        p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
+        p, acc, m, l = softmax.step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     # Write the rows.
-    result, result_lse = finish(acc, m, l)
-    out_at = rows_at(out, out_strides, batch64, head, rows64, d)
+    result, result_lse = softmax.finish(acc, m, l)
+    out_at = geometry.rows_at(out, out_strides, batch64, head, rows64, d)
     tl.store(out_at, result.to(out.dtype.element_ty), mask=tile_mask)
     tl.store(lse + batch64 * lse_batch + head * lse_head + rows64, result_lse, mask=inside)
 
@@ -171,13 +162,13 @@ def aligned_backward_dq(
     inside = positions < num_queries
     tile_mask = inside[:, None] & d_mask
     rows64 = positions.to(tl.int64)
-    q_tile = load_rows(q, q_strides, batch64, head, rows64, d, tile_mask)
-    grad_tile = load_rows(grad_out, grad_strides, batch64, head, rows64, d, tile_mask)
-    out_tile = load_rows(out, out_strides, batch64, head, rows64, d, tile_mask)
+    q_tile = geometry.load_rows(q, q_strides, batch64, head, rows64, d, tile_mask)
+    grad_tile = geometry.load_rows(grad_out, grad_strides, batch64, head, rows64, d, tile_mask)
+    out_tile = geometry.load_rows(out, out_strides, batch64, head, rows64, d, tile_mask)
 
     # Its rows' lse and delta [BM], also for the dK/dV pass.
     lse_at = batch64 * lse_batch + head * lse_head + rows64
-    row_lse = load_lse(lse + lse_at, inside)
+    row_lse = softmax.load_lse(lse + lse_at, inside)
     row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + lse_at, mask=inside, other=0.0)
@@ -190,15 +181,15 @@ def aligned_backward_dq(
         first * R, residue, kv_head, num_kv_heads, num_keys, LENGTHS, RATES, R, BN, MODULO
     )
     n = tl.arange(0, BN)
-    k_at, v_at = head_at(k, k_strides, batch64, kv_head), head_at(v, v_strides, batch64, kv_head)
-    k_source = k_view, k_at, steps_to(k_strides, R, d, BN), k_strides
-    v_source = v_view, v_at, steps_to(v_strides, R, d, BN), v_strides
+    k_at, v_at = geometry.head_at(k, k_strides, batch64, kv_head), geometry.head_at(v, v_strides, batch64, kv_head)
+    k_source = k_view, k_at, geometry.steps_to(k_strides, R, d, BN), k_strides
+    v_source = v_view, v_at, geometry.steps_to(v_strides, R, d, BN), v_strides
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     for step in tl.range(0, steps):
         row, k_residue = walk_step(step, begins, rows, offsets, RATES, R, BN)
         position = row * R + k_residue
         load_mask = None if WHOLE else (position + n * R < num_keys)[:, None] & d_mask
-        k_tile, v_tile = load_pair(
+        k_tile, v_tile = geometry.load_pair(
             k_source, v_source, batch, kv_head, view_rows, row, k_residue, position.to(tl.int64), load_mask, load_mask,
             VIEW,
         )  # fmt: skip
@@ -213,7 +204,7 @@ def aligned_backward_dq(
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     # Write the rows.
-    dq_at = rows_at(dq, dq_strides, batch64, head, rows64, d)
+    dq_at = geometry.rows_at(dq, dq_strides, batch64, head, rows64, d)
     tl.store(dq_at, (acc * scale).to(dq.dtype.element_ty), mask=tile_mask)
 
 
@@ -235,27 +226,27 @@ def aligned_backward_dkv(
     positions = (first + tl.arange(0, BN)) * R + residue
     tile_mask = (positions < num_keys)[:, None] & d_mask
     rows64 = positions.to(tl.int64)
-    k_tile = load_rows(k, k_strides, batch64, kv_head, rows64, d, tile_mask)
-    v_tile = load_rows(v, v_strides, batch64, kv_head, rows64, d, tile_mask)
+    k_tile = geometry.load_rows(k, k_strides, batch64, kv_head, rows64, d, tile_mask)
+    v_tile = geometry.load_rows(v, v_strides, batch64, kv_head, rows64, d, tile_mask)
 
     # Walk the queries of all its branches, for each head that shares the keys.
     steps, begins, rows, offsets = walk(
         first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO
     )
     m = tl.arange(0, BM)
-    q_steps = steps_to(q_strides, R, d, BM)
-    grad_steps = steps_to(grad_strides, R, d, BM)
+    q_steps = geometry.steps_to(q_strides, R, d, BM)
+    grad_steps = geometry.steps_to(grad_strides, R, d, BM)
     acc_k = tl.zeros((BN, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BN, BLOCK_D), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_source = q_view, head_at(q, q_strides, batch64, head), q_steps, q_strides
-        grad_source = grad_view, head_at(grad_out, grad_strides, batch64, head), grad_steps, grad_strides
+        q_source = q_view, geometry.head_at(q, q_strides, batch64, head), q_steps, q_strides
+        grad_source = grad_view, geometry.head_at(grad_out, grad_strides, batch64, head), grad_steps, grad_strides
         for step in tl.range(0, steps):
             row, q_residue = walk_step(step, begins, rows, offsets, RATES, R, BM)
             position = row * R + q_residue
             load_mask = None if WHOLE else (position + m * R < num_queries)[:, None] & d_mask
-            q_tile, grad_tile = load_pair(
+            q_tile, grad_tile = geometry.load_pair(
                 q_source, grad_source, batch, head, view_rows, row, q_residue, position.to(tl.int64), load_mask,
                 load_mask, VIEW,
             )  # fmt: skip
@@ -274,6 +265,6 @@ def aligned_backward_dkv(
             acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
 
     # Write the rows; the gradients lie alike.
-    at = offsets_of(dk_strides, batch64, kv_head, rows64, d)
+    at = geometry.offsets_of(dk_strides, batch64, kv_head, rows64, d)
     tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=tile_mask)
     tl.store(dv + at, acc_v.to(dv.dtype.element_ty), mask=tile_mask)

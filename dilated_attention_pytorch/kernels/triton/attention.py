@@ -9,22 +9,7 @@ branch once more. Where lengths align, `aligned.py` walks all branches in one la
 import triton
 import triton.language as tl
 
-from dilated_attention_pytorch.kernels.triton.geometry import (
-    head_at,
-    head_offset,
-    keys_seen,
-    load_pair,
-    load_rows,
-    load_shown,
-    locate,
-    pairs_kept,
-    pairs_seen,
-    row_hash,
-    rows_at,
-    segment_slots,
-    steps_to,
-)  # fmt: skip
-from dilated_attention_pytorch.kernels.triton.softmax import LOG2E, finish, softmax_step
+from dilated_attention_pytorch.kernels.triton import geometry, softmax
 
 # Values that differ from call to call, or from branch to branch, without being worth a compilation of their own. They
 # come one by one: Triton specialises on every member of a tuple, as it should on strides.
@@ -49,14 +34,14 @@ def branch_forward(
     DROPOUT: tl.constexpr = seed is not None
 
     # The program's segment and its slots.
-    sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
+    sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
         row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)
-    offset = head_offset(kv_head, rate, num_kv_heads, MODULO)
-    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, pads = segment_slots(
+    offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
+    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, pads = geometry.segment_slots(
         segment, False, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
     if CAUSAL:  # the tiles with most keys first: the short ones fill the gaps at the launch's end
@@ -75,12 +60,12 @@ def branch_forward(
     q_rows = (row_base + base - q_begin + slots * rate).to(tl.int64)
     out_rows = (row_base + out_pos - q_begin).to(tl.int64)
     d_mask = d[None, :] < D
-    q_tile = load_rows(q, q_strides, batch64, head, q_rows, d, (slots < q_real)[:, None] & d_mask)
-    if NEGATE:  # softmax_step scales the maximum after it was taken, which a negative scale would turn round
+    q_tile = geometry.load_rows(q, q_strides, batch64, head, q_rows, d, (slots < q_real)[:, None] & d_mask)
+    if NEGATE:  # softmax.step scales the maximum after it was taken, which a negative scale would turn round
         q_tile = -q_tile
 
     # What the branches before found: acc [BM, D], m and l [BM].
-    out_at = rows_at(out, out_strides, batch64, head, out_rows, d)
+    out_at = geometry.rows_at(out, out_strides, batch64, head, out_rows, d)
     lse_at = lse + batch64 * lse_batch + head * lse_head + out_rows
     if FIRST:
         m = tl.full((BM,), -float("inf"), tl.float32)
@@ -88,7 +73,7 @@ def branch_forward(
         acc = tl.zeros((BM, BLOCK_D), tl.float32)
     else:
         # A partial result is a softmax with one key of weight exp(lse) and value out: the walk continues from it.
-        m = tl.load(lse_at, mask=written, other=-float("inf")) * LOG2E
+        m = tl.load(lse_at, mask=written, other=-float("inf")) * softmax.LOG2E
         l = tl.where(m == -float("inf"), 0.0, 1.0)
         acc = tl.load(out_at, mask=written[:, None] & d_mask, other=0.0).to(tl.float32)
     if ZERO_KEYS:  # keys of logit 0 and value 0: they add to the denominator alone
@@ -99,18 +84,18 @@ def branch_forward(
             acc = acc * alpha[:, None]
             m = m_new
     if DROPOUT:
-        state = row_hash(seed, sequence, head, branch, out_pos)
+        state = geometry.row_hash(seed, sequence, head, branch, out_pos)
 
     # Where the walk over the segment's keys begins and ends, in memory and in the views.
-    split, end = keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
+    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
     view_row = (base - k_begin) // rate
     residue = (base - k_begin) % rate
-    k_at = head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
-    v_at = head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
-    k_source = k_view, k_at, steps_to(k_strides, rate, d, BN), k_strides
-    v_source = v_view, v_at, steps_to(v_strides, rate, d, BN), v_strides
+    k_at = geometry.head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
+    v_at = geometry.head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
+    k_source = k_view, k_at, geometry.steps_to(k_strides, rate, d, BN), k_strides
+    v_source = v_view, v_at, geometry.steps_to(v_strides, rate, d, BN), v_strides
 
     # Walk the keys: whole tiles without a mask, then those that the diagonal or the segment's end cuts.
     for masked in tl.static_range(2):
@@ -118,26 +103,28 @@ def branch_forward(
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
                 hop = (start * rate).to(tl.int64)
                 load_mask = (start + n < k_hi)[:, None] & d_mask if masked else d_mask
-                k_tile, v_tile = load_pair(
+                k_tile, v_tile = geometry.load_pair(
                     k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
                     VIEW,
                 )  # fmt: skip
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
                 if masked:
-                    s = tl.where(pairs_seen(slots, start, n, k_hi, CAUSAL), s, -float("inf"))
+                    s = tl.where(geometry.pairs_seen(slots, start, n, k_hi, CAUSAL), s, -float("inf"))
                 k_pos = base + (start + n) * rate
                 if KEY_MASK:
-                    shown = load_shown(key_mask, batch64 * mask_batch, k_pos - k_begin + k_start, start + n < k_hi)
+                    k_rows = k_pos - k_begin + k_start
+                    shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_rows, start + n < k_hi)
                     s = tl.where(shown[None, :], s, -float("inf"))
-                p, acc, m, l = softmax_step(s, acc, m, l, qk_scale, KEY_MASK or not EVEN)
+                p, acc, m, l = softmax.step(s, acc, m, l, qk_scale, KEY_MASK or not EVEN)
                 if DROPOUT:  # after the sum: dropout acts on probabilities, not on the denominator
-                    p = tl.where(pairs_kept(state[:, None], k_pos[None, :], threshold), p * keep_scale, 0.0)
+                    kept = geometry.pairs_kept(state[:, None], k_pos[None, :], threshold)
+                    p = tl.where(kept, p * keep_scale, 0.0)
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     # Write the rows; those of masked queries as (0, -inf).
-    result, result_lse = finish(acc, m, l)
+    result, result_lse = softmax.finish(acc, m, l)
     if KEY_MASK:
-        real = load_shown(key_mask, batch64 * mask_batch, out_pos - q_begin + q_start, written)
+        real = geometry.load_shown(key_mask, batch64 * mask_batch, out_pos - q_begin + q_start, written)
         result = tl.where(real[:, None], result, 0.0)
         result_lse = tl.where(real, result_lse, -float("inf"))
     tl.store(out_at, result.to(out.dtype.element_ty), mask=written[:, None] & d_mask)

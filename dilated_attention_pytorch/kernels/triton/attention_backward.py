@@ -8,24 +8,8 @@ the one before it wrote and writes the sum.
 import triton
 import triton.language as tl
 
+from dilated_attention_pytorch.kernels.triton import geometry, softmax
 from dilated_attention_pytorch.kernels.triton.attention import RUNTIME
-from dilated_attention_pytorch.kernels.triton.geometry import (
-    head_at,
-    head_offset,
-    keys_seen,
-    load_pair,
-    load_rows,
-    load_shown,
-    locate,
-    offsets_of,
-    pairs_kept,
-    pairs_seen,
-    row_hash,
-    rows_at,
-    segment_slots,
-    steps_to,
-)  # fmt: skip
-from dilated_attention_pytorch.kernels.triton.softmax import load_lse
 from dilated_attention_pytorch.kernels.triton.views import FLAT
 
 _FLAT = tl.constexpr(FLAT)
@@ -43,8 +27,8 @@ def delta_kernel(
     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (rows < num_queries)[:, None] & (d < D)[None, :]
-    o = load_rows(out, out_strides, batch, head, rows, d, mask)  # [BM, D]
-    g = load_rows(grad_out, grad_strides, batch, head, rows, d, mask)  # [BM, D]
+    o = geometry.load_rows(out, out_strides, batch, head, rows, d, mask)  # [BM, D]
+    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows, d, mask)  # [BM, D]
     total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     at = batch * lse_batch + head * lse_head + rows
     if grad_lse is not None:
@@ -62,7 +46,7 @@ def terms_kernel(lse, delta, terms, num_queries, rate, length, num_sequences, BM
     inside = rows < num_queries
     at = sequence * num_queries + rows
     to = (sequence * rate + rows % rate) * length + rows // rate
-    tl.store(terms + to, load_lse(lse + at, inside), mask=inside)
+    tl.store(terms + to, softmax.load_lse(lse + at, inside), mask=inside)
     to += num_sequences.to(tl.int64) * rate * length
     tl.store(terms + to, tl.load(delta + at, mask=inside, other=0.0), mask=inside)
 
@@ -82,14 +66,14 @@ def branch_backward_dq(
     DROPOUT: tl.constexpr = seed is not None
 
     # The program's segment and its slots.
-    sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
+    sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
         row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)
-    offset = head_offset(kv_head, rate, num_kv_heads, MODULO)
-    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = segment_slots(
+    offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
+    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = geometry.segment_slots(
         segment, False, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
     if CAUSAL:
@@ -109,23 +93,23 @@ def branch_backward_dq(
     q_rows = (row_base + base - q_begin + slots * rate).to(tl.int64)
     out_rows = (row_base + out_pos - q_begin).to(tl.int64)
     tile_mask = real[:, None] & d_mask
-    q_tile = load_rows(q, q_strides, batch64, head, q_rows, d, tile_mask)
-    grad_tile = load_rows(grad_out, grad_strides, batch64, head, out_rows, d, tile_mask)
-    row_lse = load_lse(lse + batch64 * lse_batch + head * lse_head + out_rows, real)
+    q_tile = geometry.load_rows(q, q_strides, batch64, head, q_rows, d, tile_mask)
+    grad_tile = geometry.load_rows(grad_out, grad_strides, batch64, head, out_rows, d, tile_mask)
+    row_lse = softmax.load_lse(lse + batch64 * lse_batch + head * lse_head + out_rows, real)
     row_delta = tl.load(delta + batch64 * lse_batch + head * lse_head + out_rows, mask=real, other=0.0)
     if DROPOUT:
-        state = row_hash(seed, sequence, head, branch, out_pos)
+        state = geometry.row_hash(seed, sequence, head, branch, out_pos)
 
     # Where the walk over the segment's keys begins and ends, in memory and in the views.
-    split, end = keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
+    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
     view_row = (base - k_begin) // rate
     residue = (base - k_begin) % rate
-    k_at = head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
-    v_at = head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
-    k_source = k_view, k_at, steps_to(k_strides, rate, d, BN), k_strides
-    v_source = v_view, v_at, steps_to(v_strides, rate, d, BN), v_strides
+    k_at = geometry.head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
+    v_at = geometry.head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
+    k_source = k_view, k_at, geometry.steps_to(k_strides, rate, d, BN), k_strides
+    v_source = v_view, v_at, geometry.steps_to(v_strides, rate, d, BN), v_strides
 
     # Walk the keys, as the forward does.
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
@@ -134,7 +118,7 @@ def branch_backward_dq(
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
                 hop = (start * rate).to(tl.int64)
                 load_mask = (start + n < k_hi)[:, None] & d_mask if masked else d_mask
-                k_tile, v_tile = load_pair(
+                k_tile, v_tile = geometry.load_pair(
                     k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
                     VIEW,
                 )  # fmt: skip
@@ -143,19 +127,21 @@ def branch_backward_dq(
                 # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
                 p = tl.math.exp2(s * qk_scale - row_lse[:, None])
                 if masked:
-                    p = tl.where(pairs_seen(slots, start, n, k_hi, CAUSAL), p, 0.0)
+                    p = tl.where(geometry.pairs_seen(slots, start, n, k_hi, CAUSAL), p, 0.0)
                 k_pos = base + (start + n) * rate
                 if KEY_MASK:
-                    shown = load_shown(key_mask, batch64 * mask_batch, k_pos - k_begin + k_start, start + n < k_hi)
+                    k_rows = k_pos - k_begin + k_start
+                    shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_rows, start + n < k_hi)
                     p = tl.where(shown[None, :], p, 0.0)
                 if DROPOUT:
-                    dp = tl.where(pairs_kept(state[:, None], k_pos[None, :], threshold), dp * keep_scale, 0.0)
+                    kept = geometry.pairs_kept(state[:, None], k_pos[None, :], threshold)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
                 ds = p * (dp - row_delta[:, None])
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     # Add to what the branches before gave.
     acc *= scale
-    dq_at = rows_at(dq, dq_strides, batch64, head, q_rows, d)
+    dq_at = geometry.rows_at(dq, dq_strides, batch64, head, q_rows, d)
     if not FIRST:
         acc += tl.load(dq_at, mask=tile_mask, other=0.0).to(tl.float32)
     tl.store(dq_at, acc.to(dq.dtype.element_ty), mask=tile_mask)
@@ -176,13 +162,13 @@ def branch_backward_dkv(
     DROPOUT: tl.constexpr = seed is not None
 
     # The program's segment and its slots.
-    sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
+    sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
         row_start, cu_seqlens, tile_ends, num_sequences, BN, SEARCH_STEPS,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
-    offset = head_offset(kv_head, rate, num_kv_heads, MODULO)
-    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = segment_slots(
+    offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
+    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = geometry.segment_slots(
         segment, True, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
     first = k_lo + tile * BN  # when causal, the first tiles have the most queries
@@ -198,10 +184,10 @@ def branch_backward_dkv(
     batch64 = tl.full((), 0, tl.int64) if cu_seqlens is not None else batch.to(tl.int64)
     k_rows = (row_base + k_pos - k_begin).to(tl.int64)
     tile_mask = real[:, None] & d_mask
-    k_tile = load_rows(k, k_strides, batch64, kv_head, k_rows, d, tile_mask)
-    v_tile = load_rows(v, v_strides, batch64, kv_head, k_rows, d, tile_mask)
+    k_tile = geometry.load_rows(k, k_strides, batch64, kv_head, k_rows, d, tile_mask)
+    v_tile = geometry.load_rows(v, v_strides, batch64, kv_head, k_rows, d, tile_mask)
     if KEY_MASK:
-        shown = load_shown(key_mask, batch64 * mask_batch, k_pos - k_begin + k_start, real)
+        shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_pos - k_begin + k_start, real)
 
     # Where the walk over the segment's queries begins, in memory and in the views.
     begin = q_lo
@@ -212,8 +198,8 @@ def branch_backward_dkv(
     m = tl.arange(0, BM)
     q_first = (row_base + base - q_begin).to(tl.int64)
     out_first = (row_base + out_base - q_begin).to(tl.int64)
-    q_steps = steps_to(q_strides, rate, d, BM)
-    grad_steps = steps_to(grad_strides, rate, d, BM)
+    q_steps = geometry.steps_to(q_strides, rate, d, BM)
+    grad_steps = geometry.steps_to(grad_strides, rate, d, BM)
     # The memory row of slot q_lo, which is not negative, as a row and a residue of the views.
     out_row = row_base + out_base - q_begin + q_lo * rate
     view_row = out_row // rate - q_lo
@@ -223,8 +209,8 @@ def branch_backward_dkv(
     acc_v = tl.zeros((BN, BLOCK_D), tl.float32)
     for member in range(num_heads // num_kv_heads):
         head = kv_head * (num_heads // num_kv_heads) + member
-        q_at = head_at(q, q_strides, batch64, head) + q_first * q_strides.row
-        grad_at = head_at(grad_out, grad_strides, batch64, head) + out_first * grad_strides.row
+        q_at = geometry.head_at(q, q_strides, batch64, head) + q_first * q_strides.row
+        grad_at = geometry.head_at(grad_out, grad_strides, batch64, head) + out_first * grad_strides.row
         q_source = q_view, q_at, q_steps, q_strides
         grad_source = grad_view, grad_at, grad_steps, grad_strides
         terms_row = (batch * num_heads + head) * rate + residue
@@ -235,7 +221,7 @@ def branch_backward_dkv(
         for start in tl.range(begin, q_hi, BM):
             inside = start + m < q_hi
             row = view_row + start
-            q_tile, grad_tile = load_pair(
+            q_tile, grad_tile = geometry.load_pair(
                 q_source, grad_source, batch, head, view_rows, row, residue, (start * rate).to(tl.int64),
                 (start + m < q_real)[:, None] & d_mask, inside[:, None] & d_mask, VIEW,
             )  # fmt: skip
@@ -256,8 +242,8 @@ def branch_backward_dkv(
                     p = tl.where(slots[:, None] <= start + m[None, :], p, 0.0)
             kept_p = p
             if DROPOUT:
-                state = row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
-                kept = pairs_kept(state[None, :], k_pos[:, None], threshold)
+                state = geometry.row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
+                kept = geometry.pairs_kept(state[None, :], k_pos[:, None], threshold)
                 kept_p = tl.where(kept, p * keep_scale, 0.0)
             acc_v = tl.dot(kept_p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:
@@ -269,7 +255,7 @@ def branch_backward_dkv(
 
     # Add to what the branches before gave; the gradients lie alike.
     acc_k *= scale
-    at = offsets_of(dk_strides, batch64, kv_head, k_rows, d)
+    at = geometry.offsets_of(dk_strides, batch64, kv_head, k_rows, d)
     if not FIRST:
         acc_k += tl.load(dk + at, mask=tile_mask, other=0.0).to(tl.float32)
         acc_v += tl.load(dv + at, mask=tile_mask, other=0.0).to(tl.float32)

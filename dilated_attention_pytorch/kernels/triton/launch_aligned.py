@@ -122,9 +122,8 @@ def forward(work: Work, tape: Tape, config: Config) -> AttentionOutput:
     )  # fmt: skip
     flags = _flags(work, plan, config, views)
     flags |= {"NEGATE": work.problem.scale < 0, "CAUSAL": work.problem.is_causal}
-    grid = (batch * heads * num_tiles * plan.rate,)
-    handle = aligned.aligned_forward[grid](*args, **flags)
-    tape.note(aligned.aligned_forward, grid, args, flags, handle)
+    kernel, grid = aligned.aligned_forward, (batch * heads * num_tiles * plan.rate,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return AttentionOutput(out, lse)
 
 
@@ -161,9 +160,8 @@ def backward_dq(
         work.logit_scale, work.problem.scale,
     )  # fmt: skip
     flags = _flags(work, plan, config, views)
-    grid = (batch * heads * num_tiles * plan.rate,)
-    handle = aligned.aligned_backward_dq[grid](*args, **flags)
-    tape.note(aligned.aligned_backward_dq, grid, args, flags, handle)
+    kernel, grid = aligned.aligned_backward_dq, (batch * heads * num_tiles * plan.rate,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return dq
 
 
@@ -182,9 +180,8 @@ def backward_dkv(work: Work, grad: OutputGradient, terms: Tensor, tape: Tape, co
         n, plan.num_keys, n // plan.rate, batch, heads, kv_heads, num_tiles, work.logit_scale, work.problem.scale,
     )  # fmt: skip
     flags = _flags(work, plan, config, views) | {"GROUP": heads // kv_heads, "EARLY": config.early}
-    grid = (batch * kv_heads * num_tiles * plan.rate,)
-    handle = aligned.aligned_backward_dkv[grid](*args, **flags)
-    tape.note(aligned.aligned_backward_dkv, grid, args, flags, handle)
+    kernel, grid = aligned.aligned_backward_dkv, (batch * kv_heads * num_tiles * plan.rate,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return dk, dv
 
 

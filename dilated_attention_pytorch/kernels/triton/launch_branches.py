@@ -69,9 +69,8 @@ def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | No
             "FIRST": covered and branch == order[0], "NEGATE": work.problem.scale < 0, "VIEW": views.kind,
             "EVEN": _whole_tiles(work, k, branch, config),
         }  # fmt: skip
-        programs = (grid.programs * heads,)
-        handle = attention.branch_forward[programs](*args, **flags)
-        tape.note(attention.branch_forward, programs, args, flags, handle)
+        kernel, programs = attention.branch_forward, (grid.programs * heads,)
+        tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
     return AttentionOutput(out, lse)
 
 
@@ -93,9 +92,8 @@ def compute_delta(work: Work, grad: OutputGradient, saved: AttentionOutput, tape
     rows = 64
     args = (saved.out, grad.out, grad.lse, delta, *strides_of(saved.out, grad.out), *delta.stride()[:2], n, heads)
     flags = {"D": width, "BLOCK_D": work.block_d, "BM": rows}
-    programs = (triton.cdiv(n, rows) * heads * batch,)
-    handle = attention_backward.delta_kernel[programs](*args, **flags)
-    tape.note(attention_backward.delta_kernel, programs, args, flags, handle)
+    kernel, programs = attention_backward.delta_kernel, (triton.cdiv(n, rows) * heads * batch,)
+    tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
     return delta
 
 
@@ -118,9 +116,8 @@ def backward_dq(
             "FIRST": covered and branch == order[0], "VIEW": views.kind,
             "EVEN": _whole_tiles(work, k, branch, config),
         }  # fmt: skip
-        programs = (grid.programs * q.shape[2],)
-        handle = attention_backward.branch_backward_dq[programs](*args, **flags)
-        tape.note(attention_backward.branch_backward_dq, programs, args, flags, handle)
+        kernel, programs = attention_backward.branch_backward_dq, (grid.programs * q.shape[2],)
+        tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
     return dq
 
 
@@ -142,10 +139,9 @@ def backward_dkv(
         tile = 512
         args: tuple[Any, ...] = (terms.lse, terms.delta, rows, n, rate, length, batch * heads)
         flags: dict[str, Any] = {"BM": tile}
-        programs = (triton.cdiv(n, tile) * batch * heads,)
-        handle = attention_backward.terms_kernel[programs](*args, **flags)
-        tape.note(attention_backward.terms_kernel, programs, args, flags, handle)
-        rows_view = rows
+        kernel, programs = attention_backward.terms_kernel, (triton.cdiv(n, tile) * batch * heads,)
+        tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
+        rows_view: Tensor | TensorDescriptor = rows
         if views.kind == FLAT:  # it takes whole tiles, which is all that there are then
             rows_view = TensorDescriptor(rows, [2 * batch * heads * rate, length], [length, 1], [1, config.block_m])
         args = (
@@ -156,9 +152,9 @@ def backward_dkv(
         flags = _flags(work, grid, config) | {
             "FIRST": covered and branch == order[0], "VIEW": views.kind, "EARLY": config.early
         }  # fmt: skip
-        programs = (grid.programs * k.shape[2],)
-        handle = attention_backward.branch_backward_dkv[programs](*args, **flags)
-        tape.note(attention_backward.branch_backward_dkv, programs, args, flags, handle)
+        kernel, programs = attention_backward.branch_backward_dkv, (grid.programs * k.shape[2],)
+        tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
+        del args, rows, rows_view  # before the next branch allocates its own
     return dk, dv
 
 

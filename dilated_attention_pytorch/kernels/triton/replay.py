@@ -52,7 +52,9 @@ class Tape:
     ) -> Tensor:
         """A new contiguous tensor, filled or not."""
         step = NewTensor(tuple(shape), dtype or like.dtype, fill)
-        tensor = step.allocate(like.device)
+        tensor = torch.empty(step.shape, dtype=step.dtype, device=like.device)
+        if fill is not None:
+            tensor.fill_(fill)
         if self.is_recording:
             self.steps.append(step)
             self.tensors.append(weakref.ref(tensor))
@@ -96,8 +98,8 @@ class Tape:
                 for i in step.last:
                     tensors[i] = None
                 continue
-            tensor = step.allocate(self.device)
-            tensors.append(tensor)
+            tensor = torch.empty(step.shape, dtype=step.dtype, device=self.device)
+            tensors.append(tensor if step.fill is None else tensor.fill_(step.fill))
             pointers.append(tensor.data_ptr())
         return tuple(tensors[i] for i in self.results)  # type: ignore[misc]
 
@@ -108,10 +110,6 @@ class NewTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: float | None
-
-    def allocate(self, device: torch.device) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
-        return tensor if self.fill is None else tensor.fill_(self.fill)
 
 
 class Launch:

@@ -8,7 +8,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_step(s, acc, m, l, qk_scale, GUARD: tl.constexpr):
+def step(s, acc, m, l, qk_scale, GUARD: tl.constexpr):
     """Takes a tile of raw logits [BM, BN] into the running maximum [BM], sum [BM] and accumulator [BM, D].
 
     With GUARD, rows that have seen nothing but -inf stay empty.

@@ -82,4 +82,4 @@ def ready(x: Tensor) -> Tensor:
 def on_device(x: Tensor) -> AbstractContextManager[None]:
     """Makes x's device the current one, which Triton launches on."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else nullcontext()  # type: ignore[no-untyped-call]
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
