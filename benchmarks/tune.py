@@ -89,8 +89,8 @@ def main() -> None:
                 if chosen and not kernel.startswith("aligned"):
                     chosen = chosen[:1]
                 if chosen:
-                    row = ", ".join(str(c).replace("'", '"') for c in chosen)
-                    text += f'    ("{options.architecture}", "{kernel}", {width}, {causal}): ({row},),\n'
+                    row = str(tuple(chosen)).replace("'", '"')
+                    text += f'    ("{options.architecture}", "{kernel}", {width}, {causal}): {row},\n'
     text += "}\n"
     TABLE.write_text(text) if options.write else print(text)
 

@@ -16,7 +16,8 @@ import triton.language as tl
 
 from dilated_attention_pytorch.kernels.triton import geometry, softmax
 
-_NEVER = tl.constexpr(2147483647)  # a step that no walk reaches
+# A step that no walk reaches.
+_NEVER = tl.constexpr(2147483647)
 _RUNTIME = ["num_queries", "num_keys", "view_rows", "num_heads", "num_kv_heads", "num_batches", "num_tiles"]
 
 
@@ -43,6 +44,7 @@ def walk(
         begins = begins + (tl.where(member, total, _NEVER),)
         rows = rows + (start // R,)
         offsets = offsets + (offset,)
+        # ceil(rows of a residue / BLOCK) tiles for each of the R / r residues that the branch keeps.
         total += tl.where(member, tl.cdiv(tl.cdiv(size, R), BLOCK) * (R // RATES[i]), 0)
     return total, begins, rows, offsets
 
@@ -53,9 +55,11 @@ def walk_step(step, begins, rows, offsets, RATES: tl.constexpr, R: tl.constexpr,
     row = rows[0]
     residue = offsets[0]
     for i in tl.static_range(len(RATES)):
+        # The last branch that has begun wins; one that the tile does not belong to never begins.
         local = step - begins[i]
         reached = local >= 0
-        count = local.to(tl.uint32)  # unsigned division by a power of two is a shift
+        # Unsigned division by a power of two is a shift.
+        count = local.to(tl.uint32)
         row = tl.where(reached, rows[i] + (count // (R // RATES[i])).to(tl.int32) * BLOCK, row)
         residue = tl.where(reached, offsets[i] + (count % (R // RATES[i])).to(tl.int32) * RATES[i], residue)
     return row, residue
@@ -81,11 +85,14 @@ def aligned_forward(
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse: a tile of queries walks the keys of its branches."""
+    # No row and no column of any tile has to be masked.
     WHOLE: tl.constexpr = EVEN and D == BLOCK_D
+
     # The queries' tile: [BM, D].
     batch, head, residue, first = tile_of(num_tiles, num_heads, R, BM)
     reach = num_keys
-    if CAUSAL:  # the tiles with most keys first: the short ones fill the gaps at the launch's end
+    # The tiles with most keys first: the short ones fill the gaps at the launch's end.
+    if CAUSAL:
         first = (num_tiles - 1) * BM - first
         reach = tl.minimum(num_keys, (first + BM) * R)
     kv_head = head // (num_heads // num_kv_heads)
@@ -98,7 +105,8 @@ def aligned_forward(
     q_at = geometry.rows_at(q, q_strides, batch64, head, rows64, d)
     tile_mask = inside[:, None] & d_mask
     q_tile = tl.load(q_at) if WHOLE else tl.load(q_at, mask=tile_mask, other=0.0)
-    if NEGATE:  # softmax.step scales the maximum after it was taken, which a negative scale would turn round
+    # `softmax.step` scales the maximum after it was taken, which a negative scale would turn into a minimum.
+    if NEGATE:
         q_tile = -q_tile
 
     # Walk the keys of all its branches.
@@ -118,7 +126,8 @@ def aligned_forward(
             k_source, v_source, batch, kv_head, view_rows, row, k_residue, position.to(tl.int64), load_mask, load_mask,
             VIEW,
         )  # fmt: skip
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
+        # Logits: [BM, D] x [D, BN] -> [BM, BN].
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         if CAUSAL:
             # A tile of slots has a diagonal whatever the residues are. Rows past the end are later than any query.
             if row + BN > first:
@@ -127,6 +136,7 @@ def aligned_forward(
             # Segments other than the sequence's last are whole numbers of tiles.
             if position + (BN - 1) * R >= num_keys:
                 s = tl.where((position + n * R < num_keys)[None, :], s, -float("inf"))
+        # Softmax online, then P V: [BM, BN] x [BN, D] -> [BM, D].
         p, acc, m, l = softmax.step(s, acc, m, l, qk_scale, CAUSAL or not EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
@@ -151,7 +161,9 @@ def aligned_backward_dq(
     They go to row_terms `[2, B * H * R, rows]`: the lse in units of log2 (+inf where there is no row) and delta, laid
     out as the tiles of that pass read them.
     """
+    # No row and no column of any tile has to be masked.
     WHOLE: tl.constexpr = EVEN and D == BLOCK_D
+
     # The queries' tile: q, dO and out [BM, D].
     batch, head, residue, first = tile_of(num_tiles, num_heads, R, BM)
     kv_head = head // (num_heads // num_kv_heads)
@@ -172,6 +184,7 @@ def aligned_backward_dq(
     row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + lse_at, mask=inside, other=0.0)
+    # Every row of the buffer is written, also those past the last query: +inf and 0 are what that pass skips them by.
     terms = ((batch64 * num_heads + head) * R + residue) * terms_row + first + tl.arange(0, BM)
     tl.store(row_terms + terms, row_lse)
     tl.store(row_terms + terms + tl.num_programs(0).to(tl.int64) * BM, row_delta)
@@ -193,13 +206,16 @@ def aligned_backward_dq(
             k_source, v_source, batch, kv_head, view_rows, row, k_residue, position.to(tl.int64), load_mask, load_mask,
             VIEW,
         )  # fmt: skip
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
-        dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
+        # Logits: [BM, D] x [D, BN] -> [BM, BN].
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        # dP = dO V^T: [BM, D] x [D, BN] -> [BM, BN].
+        dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
         # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
         p = tl.math.exp2(s * qk_scale - row_lse[:, None])
         if not EVEN:
             if position + (BN - 1) * R >= num_keys:
                 p = tl.where((position + n * R < num_keys)[None, :], p, 0.0)
+        # dQ += dS K: [BM, BN] x [BN, D] -> [BM, D]; scaled once, after the walk.
         ds = p * (dp - row_delta[:, None])
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
@@ -217,7 +233,9 @@ def aligned_backward_dkv(
     EARLY: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: a tile of keys walks the queries of its branches, which are the same positions that it would see."""
+    # No row and no column of any tile has to be masked.
     WHOLE: tl.constexpr = EVEN and D == BLOCK_D
+
     # The keys' tile: k and v [BN, D].
     batch, kv_head, residue, first = tile_of(num_tiles, num_kv_heads, R, BN)
     batch64 = batch.to(tl.int64)
@@ -254,13 +272,18 @@ def aligned_backward_dkv(
             terms_row = (batch * num_heads + head) * R + q_residue
             row_lse = row_terms.load([terms_row, row]).reshape(BM)
             row_delta = row_terms.load([num_batches * num_heads * R + terms_row, row]).reshape(BM)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [BN, BM]
-            if EARLY:  # the product runs while the exponentials are taken, at the price of registers
-                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)  # [BN, BM]
+            # Transposed logits: [BN, D] x [D, BM] -> [BN, BM], so that P and dS need no transpose below.
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            # Early, the product runs while the exponentials are taken, at the price of registers.
+            if EARLY:
+                # dP^T = V dO^T: [BN, D] x [D, BM] -> [BN, BM].
+                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
             p = tl.math.exp2(s * qk_scale - row_lse[None, :])
+            # dV += P^T dO: [BN, BM] x [BM, D] -> [BN, D].
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+            # dK += dS^T Q: [BN, BM] x [BM, D] -> [BN, D].
             ds = p * (dp - row_delta[None, :])
             acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
 

@@ -44,7 +44,8 @@ def branch_forward(
     base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, pads = geometry.segment_slots(
         segment, False, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
-    if CAUSAL:  # the tiles with most keys first: the short ones fill the gaps at the launch's end
+    # The tiles with most keys first: the short ones fill the gaps at the launch's end.
+    if CAUSAL:
         first = q_lo + (tl.cdiv(q_hi - q_lo, BM) - 1 - tile) * BM
     else:
         first = q_lo + tile * BM
@@ -61,7 +62,8 @@ def branch_forward(
     out_rows = (row_base + out_pos - q_begin).to(tl.int64)
     d_mask = d[None, :] < D
     q_tile = geometry.load_rows(q, q_strides, batch64, head, q_rows, d, (slots < q_real)[:, None] & d_mask)
-    if NEGATE:  # softmax.step scales the maximum after it was taken, which a negative scale would turn round
+    # `softmax.step` scales the maximum after it was taken, which a negative scale would turn into a minimum.
+    if NEGATE:
         q_tile = -q_tile
 
     # What the branches before found: acc [BM, D], m and l [BM].
@@ -76,7 +78,8 @@ def branch_forward(
         m = tl.load(lse_at, mask=written, other=-float("inf")) * softmax.LOG2E
         l = tl.where(m == -float("inf"), 0.0, 1.0)
         acc = tl.load(out_at, mask=written[:, None] & d_mask, other=0.0).to(tl.float32)
-    if ZERO_KEYS:  # keys of logit 0 and value 0: they add to the denominator alone
+    # Keys of logit 0 and value 0: they add to the denominator alone.
+    if ZERO_KEYS:
         if pads > 0:
             m_new = tl.maximum(m, 0.0)
             alpha = tl.math.exp2(m - m_new)
@@ -107,7 +110,8 @@ def branch_forward(
                     k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
                     VIEW,
                 )  # fmt: skip
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
+                # Logits: [BM, D] x [D, BN] -> [BM, BN].
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 if masked:
                     s = tl.where(geometry.pairs_seen(slots, start, n, k_hi, CAUSAL), s, -float("inf"))
                 k_pos = base + (start + n) * rate
@@ -115,8 +119,10 @@ def branch_forward(
                     k_rows = k_pos - k_begin + k_start
                     shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_rows, start + n < k_hi)
                     s = tl.where(shown[None, :], s, -float("inf"))
+                # Softmax online, then P V: [BM, BN] x [BN, D] -> [BM, D].
                 p, acc, m, l = softmax.step(s, acc, m, l, qk_scale, KEY_MASK or not EVEN)
-                if DROPOUT:  # after the sum: dropout acts on probabilities, not on the denominator
+                # After the sum: dropout acts on probabilities, not on the denominator.
+                if DROPOUT:
                     kept = geometry.pairs_kept(state[:, None], k_pos[None, :], threshold)
                     p = tl.where(kept, p * keep_scale, 0.0)
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)

@@ -27,8 +27,9 @@ def delta_kernel(
     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (rows < num_queries)[:, None] & (d < D)[None, :]
-    o = geometry.load_rows(out, out_strides, batch, head, rows, d, mask)  # [BM, D]
-    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows, d, mask)  # [BM, D]
+    # out and dO: [BM, D].
+    o = geometry.load_rows(out, out_strides, batch, head, rows, d, mask)
+    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows, d, mask)
     total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     at = batch * lse_batch + head * lse_head + rows
     if grad_lse is not None:
@@ -76,11 +77,13 @@ def branch_backward_dq(
     base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = geometry.segment_slots(
         segment, False, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
+    # The tiles with most keys first, as in the forward.
     if CAUSAL:
         first = q_lo + (tl.cdiv(q_hi - q_lo, BM) - 1 - tile) * BM
     else:
         first = q_lo + tile * BM
-    if (first < q_lo) | (first >= q_real):  # a query of zeros has no row to give a gradient to
+    # A query of zeros has no row to give a gradient to.
+    if (first < q_lo) | (first >= q_real):
         return
 
     # The queries' tile: q and dO [BM, D], lse and delta [BM].
@@ -122,8 +125,10 @@ def branch_backward_dq(
                     k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
                     VIEW,
                 )  # fmt: skip
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
-                dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
+                # Logits: [BM, D] x [D, BN] -> [BM, BN].
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                # dP = dO V^T: [BM, D] x [D, BN] -> [BM, BN].
+                dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
                 # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
                 p = tl.math.exp2(s * qk_scale - row_lse[:, None])
                 if masked:
@@ -136,6 +141,7 @@ def branch_backward_dq(
                 if DROPOUT:
                     kept = geometry.pairs_kept(state[:, None], k_pos[None, :], threshold)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
+                # dQ += dS K: [BM, BN] x [BN, D] -> [BM, D]; scaled once, after the walk.
                 ds = p * (dp - row_delta[:, None])
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
@@ -171,7 +177,8 @@ def branch_backward_dkv(
     base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = geometry.segment_slots(
         segment, True, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
-    first = k_lo + tile * BN  # when causal, the first tiles have the most queries
+    # When causal, the first tiles have the most queries.
+    first = k_lo + tile * BN
     if first >= k_hi:
         return
 
@@ -190,8 +197,10 @@ def branch_backward_dkv(
         shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_pos - k_begin + k_start, real)
 
     # Where the walk over the segment's queries begins, in memory and in the views.
+    # Causal: queries before the tile's first key see none of it.
     begin = q_lo
-    split = q_lo  # tiles from there on need no causal mask
+    # Tiles from there on need no causal mask.
+    split = q_lo
     if CAUSAL:
         begin = tl.maximum(q_lo, first // BM * BM)
         split = first + BN - 1
@@ -231,25 +240,31 @@ def branch_backward_dkv(
             else:
                 row_lse = tl.load(terms + lse_at + start + m, mask=inside, other=float("inf"))
                 row_delta = tl.load(terms + delta_at + start + m, mask=inside, other=0.0)
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [BN, BM]
-            if EARLY:  # the product runs while the exponentials are taken, at the price of registers
-                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)  # [BN, BM]
+            # Transposed logits: [BN, D] x [D, BM] -> [BN, BM], so that P and dS need no transpose below.
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            # Early, the product runs while the exponentials are taken, at the price of registers.
+            if EARLY:
+                # dP^T = V dO^T: [BN, D] x [D, BM] -> [BN, BM].
+                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
             p = tl.math.exp2(s * qk_scale - row_lse[None, :])
             if KEY_MASK:
                 p = tl.where(shown[:, None], p, 0.0)
             if CAUSAL:
                 if start < split:
                     p = tl.where(slots[:, None] <= start + m[None, :], p, 0.0)
+            # dV takes the weights that dropout kept, dS those before it.
             kept_p = p
             if DROPOUT:
                 state = geometry.row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
                 kept = geometry.pairs_kept(state[None, :], k_pos[:, None], threshold)
                 kept_p = tl.where(kept, p * keep_scale, 0.0)
+            # dV += P^T dO: [BN, BM] x [BM, D] -> [BN, D].
             acc_v = tl.dot(kept_p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
             if DROPOUT:
                 dp = tl.where(kept, dp * keep_scale, 0.0)
+            # dK += dS^T Q: [BN, BM] x [BM, D] -> [BN, D].
             ds = p * (dp - row_delta[None, :])
             acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
 

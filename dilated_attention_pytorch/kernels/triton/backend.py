@@ -30,6 +30,7 @@ class KernelChoice(NamedTuple):
 
 def choose(work: Work, direction: Direction) -> KernelChoice:
     """The fastest family that can compute a call. New ones are asked here, before those that they outrun."""
+    # All branches in one launch read q once, and write out once.
     obstacle = launch_aligned.why_not(work, direction)
     if obstacle is None:
         return KernelChoice(launch_aligned, launch_aligned.configs_for(work, direction), "all branches in one launch")
@@ -45,8 +46,10 @@ def forward(x: QKV, problem: Problem, masks: Masks = NO_MASKS) -> AttentionOutpu
         inputs = (*work.x, work.masks.seed)
         tape = replay.find(key, inputs)
         if tape is not None:
+            # A kind seen before: allocate and launch, nothing else.
             out, lse = tape.play(inputs)
         else:
+            # A new kind, or masks that are data: prepare, launch, and record it if that is of use again.
             tape = replay.Tape(key, inputs)
             choice = choose(work, "forward")
             out, lse = choice.family.forward(work, tape, *choice.configs)
@@ -58,6 +61,7 @@ def backward(grad: OutputGradient, x: QKV, saved: AttentionOutput, problem: Prob
     """Gradients of q, k and v in their dtypes, given what the forward returned."""
     with on_device(x.q):
         work = prepare(x, problem, masks)
+        # Kernels index lse and its gradient alike, as contiguous fp32.
         grad_lse = None if grad.lse is None else grad.lse.float().contiguous()
         grad = OutputGradient(ready(grad.out), grad_lse)
         saved = AttentionOutput(ready(saved.out), saved.lse.contiguous())

@@ -107,6 +107,7 @@ def locate(
         # num_tiles bounds the tiles of all sequences together; which of them a tile falls into is searched.
         flat = pid % num_tiles
         head = pid // num_tiles
+        # Bisection for the first sequence whose tiles end after this one; the number of steps is known to the compiler.
         low = 0
         high = num_sequences
         for _ in tl.static_range(SEARCH_STEPS):
@@ -120,11 +121,13 @@ def locate(
         begin = tl.load(tile_ends + sequence - 1, mask=inside & (sequence > 0), other=0)
         row_base = tl.load(cu_seqlens + sequence, mask=inside, other=0).to(tl.int32)
         stop = tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int32)
-        count = stop - row_base  # 0 for the tiles beyond the last sequence
+        # 0 for the tiles beyond the last sequence.
+        count = stop - row_base
         per_segment = tl.maximum(tl.cdiv(tl.cdiv(tl.minimum(length, count), rate), TILE), 1)
         local = flat - begin
         return sequence, head, local // per_segment, local % per_segment, row_base, 0, 0, count, count
     else:
+        # Tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
         tile = pid % num_tiles
         pid = pid // num_tiles
         segment = pid % num_segments
@@ -170,6 +173,7 @@ def segment_slots(
         pads = tl.where((m == 1) & (keys == 0), 0, m - keys)
         return base, out_base, 0, kept, tl.minimum(keys, kept), 0, keys, pads
     else:
+        # Left padding makes positions negative: those rows belong to no segment.
         q_low = tl.maximum(q_begin, 0)
         k_low = tl.maximum(k_begin, 0)
         first = tl.where(by_keys, k_low, q_low) // length

@@ -58,7 +58,8 @@ def alignment(work: Work) -> Alignment:
     pattern, n = work.problem.pattern, work.problem.seq_len
     rate = math.lcm(*pattern.dilation_rates)
     lengths = tuple(length if length < n else _WHOLE for length in pattern.segment_lengths)
-    multiple = math.gcd(*(length // rate for length in lengths if length < n))  # 0 where there is nothing to straddle
+    # 0 where there is no inner border to straddle, which is a multiple of every tile.
+    multiple = math.gcd(*(length // rate for length in lengths if length < n))
     return Alignment(lengths, pattern.dilation_rates, rate, multiple, work.x.q.shape[1], work.x.k.shape[1])
 
 
@@ -90,6 +91,7 @@ def why_not(work: Work, direction: Direction) -> str | None:
         return "it has masks or packing"
     if work.x.q.numel() == 0:
         return "it is empty"
+    # Tiles at a stride waste more of the diagonal: only short causal sequences gain by one launch.
     short = direction == "forward" and work.x.q.numel() <= configs.SHORT_CAUSAL
     obstacle = misalignment(work.problem, work.x.q.shape[1], work.x.k.shape[1], causal=short)
     if obstacle is None and len(configs_for(work, direction)) < len(_KERNELS[direction]):
@@ -113,12 +115,14 @@ def forward(work: Work, tape: Tape, config: Config) -> AttentionOutput:
     batch, n, heads, _ = q.shape
     out = tape.empty(q, q.shape)
     lse = tape.empty(q, (batch, heads, n), float32)
+    # Describing views takes the host longer than the copy engine saves on a short sequence.
     views = NO_VIEWS if q.numel() <= configs.SHORT_FORWARD else _views(k, v, plan, config, config.block_n)
     num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_m)
+    # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     args = (
         q, k, v, views.a, views.b, out, lse, *strides_of(q, k, v, out), *lse.stride()[:2],
         n, plan.num_keys, plan.num_keys // plan.rate, heads, k.shape[2], num_tiles,
-        abs(work.logit_scale) or 1e-30,  # 0 times a logit of -inf is NaN
+        abs(work.logit_scale) or 1e-30,
     )  # fmt: skip
     flags = _flags(work, plan, config, views)
     flags |= {"NEGATE": work.problem.scale < 0, "CAUSAL": work.problem.is_causal}
@@ -173,6 +177,7 @@ def backward_dkv(work: Work, grad: OutputGradient, terms: Tensor, tape: Tape, co
     dk, dv = tape.empty(k, k.shape), tape.empty(v, v.shape)
     views = _views(q, grad.out, plan, config, config.block_m)
     length = terms.shape[4]
+    # One row of the view per residue: first all rows' lse, then all rows' delta.
     terms_view = TensorDescriptor(terms, [2 * batch * heads * plan.rate, length], [length, 1], [1, config.block_m])
     num_tiles = triton.cdiv(triton.cdiv(plan.num_keys, plan.rate), config.block_n)
     args = (

@@ -11,18 +11,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs
+from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, views
 from dilated_attention_pytorch.kernels.triton.configs import Config, Direction
 from dilated_attention_pytorch.kernels.triton.grids import Grid, dilation_rate, grid_of, segment_length
 from dilated_attention_pytorch.kernels.triton.replay import Tape
-from dilated_attention_pytorch.kernels.triton.views import (
-    FLAT,
-    NO_VIEWS,
-    ViewPair,
-    flat_views,
-    strided_views,
-    strides_of,
-)
+from dilated_attention_pytorch.kernels.triton.views import FLAT, NO_VIEWS, ViewPair, strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
@@ -52,21 +45,24 @@ def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | No
     """Out and lse; of some branches alone where they are given."""
     (q, k, v), order = work.x, branches or work.problem.branch_order
     batch, n, heads, _ = q.shape
+    # The densest branch writes every row when its rate is 1 and no row lies outside the range: then nothing is filled.
     covered = _covers_all(work, order[0])
     out = tape.empty(q, q.shape, fill=None if covered else 0.0)
     lse = tape.empty(q, (batch, heads, n), torch.float32, fill=None if covered else -torch.inf)
     if out.numel() == 0:
         return AttentionOutput(out, lse)
+    # Each launch continues the softmax from the (out, lse) that it finds.
     for branch in order:
         grid = grid_of(work, branch, config.block_m, by_keys=False)
-        views = _views(work, k, v, branch, config, config.block_n)
+        pair = _views(work, k, v, branch, config, config.block_n)
+        # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
         args = (
-            q, k, v, views.a, views.b, out, lse, *_masks(work, grid),
+            q, k, v, pair.a, pair.b, out, lse, *_masks(work, grid),
             *strides_of(q, k, v, out), *lse.stride()[:2], _mask_stride(work), *_sizes(work, branch, grid),
-            abs(work.logit_scale) or 1e-30, *_dropout(work),  # 0 times a logit of -inf is NaN
+            abs(work.logit_scale) or 1e-30, *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, config) | {
-            "FIRST": covered and branch == order[0], "NEGATE": work.problem.scale < 0, "VIEW": views.kind,
+            "FIRST": covered and branch == order[0], "NEGATE": work.problem.scale < 0, "VIEW": pair.kind,
             "EVEN": _whole_tiles(work, k, branch, config),
         }  # fmt: skip
         kernel, programs = attention.branch_forward, (grid.programs * heads,)
@@ -80,6 +76,7 @@ def backward(
     """dq, dk and dv."""
     if work.x.q.numel() == 0 or work.x.k.numel() == 0:
         return QKV(*(tape.empty(y, y.shape, fill=0.0) for y in work.x))
+    # Given delta and the lse of all branches, each branch's share stands alone: dq and dk, dv may follow each other.
     terms = QueryTerms(grad.out, saved.lse, compute_delta(work, grad, saved, tape))
     dq = backward_dq(work, terms, tape, dq_config)
     return QKV(dq, *backward_dkv(work, terms, tape, dkv_config))
@@ -106,14 +103,14 @@ def backward_dq(
     dq = tape.empty(q, q.shape, fill=None if covered else 0.0)
     for branch in order:
         grid = grid_of(work, branch, config.block_m, by_keys=False)
-        views = _views(work, k, v, branch, config, config.block_n)
+        pair = _views(work, k, v, branch, config, config.block_n)
         args = (
-            q, k, v, views.a, views.b, *terms, dq, *_masks(work, grid), *strides_of(q, k, v, terms.grad, dq),
+            q, k, v, pair.a, pair.b, *terms, dq, *_masks(work, grid), *strides_of(q, k, v, terms.grad, dq),
             *terms.lse.stride()[:2], _mask_stride(work), *_sizes(work, branch, grid),
             work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, config) | {
-            "FIRST": covered and branch == order[0], "VIEW": views.kind,
+            "FIRST": covered and branch == order[0], "VIEW": pair.kind,
             "EVEN": _whole_tiles(work, k, branch, config),
         }  # fmt: skip
         kernel, programs = attention_backward.branch_backward_dq, (grid.programs * q.shape[2],)
@@ -131,7 +128,7 @@ def backward_dkv(
     dk, dv = (tape.empty(y, y.shape, fill=None if covered else 0.0) for y in (k, v))
     for branch in order:
         grid = grid_of(work, branch, config.block_n, by_keys=True)
-        views = _views(work, q, terms.grad, branch, config, config.block_m)
+        pair = _views(work, q, terms.grad, branch, config, config.block_m)
         # lse and delta in the order of the branch's slots.
         rate = dilation_rate(work.problem, branch)
         length = triton.cdiv(n, rate)
@@ -142,19 +139,21 @@ def backward_dkv(
         kernel, programs = attention_backward.terms_kernel, (triton.cdiv(n, tile) * batch * heads,)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
         rows_view: Tensor | TensorDescriptor = rows
-        if views.kind == FLAT:  # it takes whole tiles, which is all that there are then
+        # A view takes whole tiles, which is all that there are where q and dO have flat ones.
+        if pair.kind == FLAT:
             rows_view = TensorDescriptor(rows, [2 * batch * heads * rate, length], [length, 1], [1, config.block_m])
         args = (
-            q, k, v, views.a, views.b, rows_view, terms.grad, dk, dv, *_masks(work, grid),
+            q, k, v, pair.a, pair.b, rows_view, terms.grad, dk, dv, *_masks(work, grid),
             *strides_of(q, k, v, terms.grad, dk), _mask_stride(work), batch, length, *_sizes(work, branch, grid),
             work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, config) | {
-            "FIRST": covered and branch == order[0], "VIEW": views.kind, "EARLY": config.early
+            "FIRST": covered and branch == order[0], "VIEW": pair.kind, "EARLY": config.early
         }  # fmt: skip
         kernel, programs = attention_backward.branch_backward_dkv, (grid.programs * k.shape[2],)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
-        del args, rows, rows_view  # before the next branch allocates its own
+        # Free the rows before the next branch allocates its own.
+        del args, rows, rows_view
     return dk, dv
 
 
@@ -185,10 +184,10 @@ def _views(work: Work, a: Tensor, b: Tensor, branch: int, config: Config, rows: 
     if not _is_whole(work, a) or not config.descriptors:
         return NO_VIEWS
     if _whole_tiles(work, a, branch, config):
-        views = flat_views(a, b, rate, rows)
-        if views.kind == FLAT:
-            return views
-    return strided_views(a, b, rate, rows, work.block_d)
+        pair = views.flat_views(a, b, rate, rows)
+        if pair.kind == FLAT:
+            return pair
+    return views.strided_views(a, b, rate, rows, work.block_d)
 
 
 def _masks(work: Work, grid: Grid) -> tuple[Tensor | None, ...]:

@@ -73,14 +73,16 @@ class Tape:
         numbers = [self.number(x) for x in results]
         self.results = [x for x in numbers if x is not None]
         free = set(range(len(self.tensors))) - set(self.results)
-        for launch in reversed(launches):  # what is needed no longer is freed, as the first call did
+        # Playing frees what is needed no longer, as the first call did.
+        for launch in reversed(launches):
             used = {number for _, number, *_ in (*launch.pointers, *launch.views)}
             launch.last = tuple(used & free)
             free -= used
         self.is_recording, self.tensors = False, []
         if None not in numbers and launches and all(x.complete for x in launches):
             if len(_tapes) >= _KEPT:
-                oldest, *_ = tuple(_tapes)  # whole at once: other threads may add meanwhile
+                # Whole at once: other threads may add meanwhile.
+                oldest, *_ = tuple(_tapes)
                 _tapes.pop(oldest, None)
             _tapes[self.kind] = self
 
@@ -125,12 +127,14 @@ class Launch:
         self.pointers: list[tuple[int, int]] = []
         self.views: list[tuple[int, int, TensorDescriptor]] = []
         self.complete = True
-        self.last: tuple[int, ...] = ()  # the tensors that no later launch reads
+        # The tensors that no later launch reads.
+        self.last: tuple[int, ...] = ()
         for i, value in enumerate(self.values):
             base = value.base if isinstance(value, TensorDescriptor) else value
             if not isinstance(base, Tensor):
                 continue
             number = tape.number(base)
+            # A tensor that was made beside the tape cannot be made again.
             if number is None:
                 self.complete = False
             elif base is value:

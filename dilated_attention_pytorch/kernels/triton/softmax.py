@@ -15,9 +15,11 @@ def step(s, acc, m, l, qk_scale, GUARD: tl.constexpr):
     """
     m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
     safe = m_new
-    if GUARD:  # -inf - -inf is NaN, -inf - 0 is a weight of 0
+    # -inf - -inf is NaN, -inf - 0 is a weight of 0.
+    if GUARD:
         safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.math.exp2(s * qk_scale - safe[:, None])  # a multiply-add: s is scaled here, not before the maximum
+    # A multiply-add: s is scaled here, not before the maximum.
+    p = tl.math.exp2(s * qk_scale - safe[:, None])
     alpha = tl.math.exp2(m - safe)
     return p, acc * alpha[:, None], m_new, l * alpha + tl.sum(p, 1)
 

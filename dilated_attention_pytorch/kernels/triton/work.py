@@ -56,6 +56,7 @@ def prepare(x: QKV, problem: Problem, masks: Masks) -> Work:
     q, k, v = (ready(y) for y in x)
     key_padding, row_start, cu_seqlens, seed = masks
     if row_start is None:
+        # The mask covers the whole sequence; the range that positions count from now is a part of it.
         before, problem = problem.q_start, problem.rebased(q.shape[1], k.shape[1])
         if key_padding is not None:
             start = before - problem.q_start
@@ -65,7 +66,8 @@ def prepare(x: QKV, problem: Problem, masks: Masks) -> Work:
     if key_padding is not None:
         key_padding = key_padding.contiguous().view(torch.uint8)
     if cu_seqlens is not None:
-        if not cu_seqlens.is_cuda:  # on the device, reading it would make the host wait
+        # On the device, reading it would make the host wait.
+        if not cu_seqlens.is_cuda:
             check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
         cu_seqlens = cu_seqlens.to(q.device)
     seed = None if seed is None or problem.dropout_p == 0.0 else seed.to(q.device)
