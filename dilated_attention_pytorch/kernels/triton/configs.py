@@ -108,4 +108,4 @@ def candidates(kernel: str, q: Tensor, is_causal: bool = False) -> tuple[Config,
     else:
         table, measured = (_HALF if large else _SMALL_HALF), tuned.TABLE.get((name, kernel, width, is_causal))
     rows = table.get(kernel, {}).get(width, ()) if measured is None else measured
-    return tuple(Config(*row[:4], early="early" in row, descriptors=large) for row in rows)
+    return tuple(Config(row[0], row[1], row[2], row[3], "early" in row, large) for row in rows)
