@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.base import Model, TensorOptions
-from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
+from dilated_attention_pytorch.models.config import AboveZero, Count, Probability, VisionConfig
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
 from dilated_attention_pytorch.types import Offsets
@@ -22,7 +21,7 @@ PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongViTConfig(ModelConfig):
+class LongViTConfig(VisionConfig):
     """Everything that decides a `LongViT`'s parameters and what it computes from them.
 
     Args:
@@ -61,34 +60,21 @@ class LongViTConfig(ModelConfig):
     position_grid: tuple[int, int] = (32, 32)
     order: PatchOrder = "raster"
     global_pool: bool = True
-    num_classes: int = 0
-    dropout: float = 0.0
-    drop_path: float = 0.1
+    num_classes: Count = 0
+    dropout: Probability = 0.0
+    drop_path: Probability = 0.1
     offsets: Offsets = "blocked"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: AboveZero = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("in_chans", "patch_size", "embed_dim", "depth", "num_heads", "ffn_dim"):
-            check.check_positive_int(name, getattr(self, name))
-        check.check_int("num_classes", self.num_classes, 0)
-        check.check_choice("positions", self.positions, PatchPositions)
-        check.check_choice("order", self.order, PatchOrder)
-        check.check_probability("drop_path", self.drop_path)
+        super().__post_init__()
         if self.embed_dim % 4 or self.embed_dim % self.num_heads:
             raise ValueError(
                 f"expected embed_dim to be a multiple of 4 and of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
-        grid = check.check_positive_ints("position_grid", self.position_grid)
-        if len(grid) != 2:
-            raise ValueError(f"expected position_grid to be (rows, columns), got {grid}")
-        check.check_bool("global_pool", self.global_pool)
-        layers = self.layers
-        self._set(position_grid=grid, segment_lengths=layers.segment_lengths, dilation_rates=layers.dilation_rates)
-
-    @property
-    def layers(self) -> LongNetConfig:
-        """The same layers as LongNet names them."""
-        return encoder_layers(self)
+        if len(self.position_grid) != 2:
+            raise ValueError(f"expected position_grid to be (rows, columns), got {self.position_grid}")
+        _ = self.layers  # checks the rest
 
 
 class LongViTOutput(NamedTuple):

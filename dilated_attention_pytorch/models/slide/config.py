@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, check_above_zero, encoder_layers
+from dilated_attention_pytorch.models.config import AboveZero, Probability, VisionConfig
 from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
 
 _SHORTEST, _BRANCHES = 1024, 5
@@ -42,7 +42,7 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlideEncoderConfig(ModelConfig):
+class SlideEncoderConfig(VisionConfig):
     """Everything that decides a `SlideEncoder`'s parameters and what it computes from them.
 
     Defaults are Prov-GigaPath's 12-layer, 768-wide encoder, except for `padding`: a model made from a config leaves out
@@ -88,32 +88,20 @@ class SlideEncoderConfig(ModelConfig):
     tile_size: int = 256
     slide_ngrids: int = 1000
     global_pool: bool = False
-    dropout: float = 0.25
-    drop_path: float = 0.1
+    dropout: Probability = 0.25
+    drop_path: Probability = 0.1
     padding: Padding = "none"
     mixing_gradient: MixingGradient = "exact"
     offsets: Offsets = "blocked"
-    layer_norm_eps: float = 1e-5
-    norm_eps: float = 1e-6
+    layer_norm_eps: AboveZero = 1e-5
+    norm_eps: AboveZero = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("in_chans", "tile_size", "slide_ngrids"):
-            check.check_positive_int(name, getattr(self, name))
-        layers = self.layers  # checks what it shares with LongNet
-        if self.embed_dim % 4:
-            raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {self.embed_dim}")
-        check.check_probability("drop_path", self.drop_path)
-        check_above_zero("norm_eps", self.norm_eps)
-        check.check_bool("global_pool", self.global_pool)
-        self._set(segment_lengths=layers.segment_lengths, dilation_rates=layers.dilation_rates)
-
-    @property
-    def layers(self) -> LongNetConfig:
-        """The same layers as LongNet names them."""
-        for name in ("embed_dim", "depth", "num_heads", "ffn_dim"):
-            check.check_positive_int(name, getattr(self, name))
+        super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"expected embed_dim to be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
-        return encoder_layers(self, mixing_gradient=self.mixing_gradient, padding=self.padding)
+        if self.embed_dim % 4:
+            raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {self.embed_dim}")
+        _ = self.layers  # checks the rest
