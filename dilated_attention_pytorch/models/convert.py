@@ -140,29 +140,31 @@ def convert(
 
 def sniff(state: Mapping[str, Tensor]) -> Source:
     """The source of a state dict, by its names; a ValueError where none or several have them."""
-    names = set(state)
-    if {"cls_token", "patch_embed.proj.weight"} <= names:
+
+    def some(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in state)
+
+    if {"cls_token", "patch_embed.proj.weight"} <= state.keys():
         return "gigapath"
-    if any(name.startswith("long_net.") for name in names):
+    if some(r"long_net\."):
         return "fkodom-lm"
-    if any(re.fullmatch(r"(encoder|decoder)\.layers\.\d+\.norm1\.weight", name) for name in names):
+    if some(r"(encoder|decoder)\.layers\.\d+\.norm1\.weight$"):
         return "fkodom"
-    for prefix, source in (("encoder.", "torchscale-encoder"), ("decoder.", "torchscale-decoder")):
-        if any(name.startswith(f"{prefix}layers.") for name in names) and all(
-            name.startswith(prefix) for name in names
-        ):
-            return source  # type: ignore[return-value]
-    if any(name.startswith("layers.") for name in names):
-        if "embed_tokens.weight" not in names:
-            return "torchscale-encoder"
+    if some(r"encoder\.layers\.") and not some(r"(?!encoder\.)"):
+        return "torchscale-encoder"
+    if some(r"decoder\.layers\.") and not some(r"(?!decoder\.)"):
+        return "torchscale-decoder"
+    if not some(r"layers\."):
+        raise ValueError(
+            f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
+            f"{sorted(state)[:5]}..."
+        )
+    if "embed_tokens.weight" in state:
         raise ValueError(
             "expected source to be torchscale-encoder or torchscale-decoder, got none: the names of one that has "
             "tokens do not tell which"
         )
-    raise ValueError(
-        f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
-        f"{sorted(names)[:5]}..."
-    )
+    return "torchscale-encoder"
 
 
 def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:

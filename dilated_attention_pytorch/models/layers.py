@@ -38,12 +38,8 @@ class RowMasks(TypedDict, total=False):
 class FeedForward(nn.Module):
     """`fc2(LayerNorm(activation(fc1(x))))`: the feed-forward network with sub-LN (arXiv 2210.06423, figure 2).
 
-    Args:
-        config: sizes, activation and epsilon.
-        gamma: gain of the xavier-normal start of both weights.
-        recompute: with GELU, keep only `fc1`'s output for the backward and compute what follows from it again; a third
-            of the memory, first derivatives only.
-        factory: `device` and `dtype` of the parameters.
+    Both weights start as xavier-normal with gain `gamma`. With `recompute` and GELU only `fc1`'s output is kept for the
+    backward, and what follows from it is computed again: a third of the memory, first derivatives only.
     """
 
     def __init__(
@@ -69,16 +65,15 @@ class FeedForward(nn.Module):
         return out
 
 
+# What a layer's attention takes from the config, under the same names.
+_OF_ATTENTION = ("segment_lengths", "dilation_rates", "num_kv_heads", "layer_norm_eps", "positions", "rotary_base",
+                 "scale_base", "offsets", "mixing_gradient", "padding")  # fmt: skip
+
+
 class Layer(nn.Module):
     """Self-attention, cross-attention where asked for, feed-forward; each is added to its input.
 
-    Args:
-        config: sizes and options.
-        gamma: MAGNETO's gain. Cross-attention keeps 1, as in the official code.
-        cross_attention: whether the layer looks at a memory too.
-        recompute: as in `FeedForward`.
-        backend: of the attention.
-        factory: `device` and `dtype` of the parameters.
+    `gamma` is MAGNETO's gain. Cross-attention keeps 1, as in the official code.
     """
 
     def __init__(
@@ -94,24 +89,9 @@ class Layer(nn.Module):
         super().__init__()
 
         def attention(gain: float) -> MultiheadDilatedAttention:
-            return MultiheadDilatedAttention(
-                config.d_model,
-                config.nhead,
-                config.attention_dropout,
-                segment_lengths=config.segment_lengths,
-                dilation_rates=config.dilation_rates,
-                num_kv_heads=config.num_kv_heads,
-                layer_norm_eps=config.layer_norm_eps,
-                gamma_init=gain,
-                positions=config.positions,
-                rotary_base=config.rotary_base,
-                scale_base=config.scale_base,
-                offsets=config.offsets,
-                mixing_gradient=config.mixing_gradient,
-                padding=config.padding,
-                backend=backend,
-                **factory,
-            )
+            options: dict[str, Any] = {name: getattr(config, name) for name in _OF_ATTENTION}
+            sizes = (config.d_model, config.nhead, config.attention_dropout)
+            return MultiheadDilatedAttention(*sizes, gamma_init=gain, backend=backend, **options, **factory)
 
         def norm() -> nn.LayerNorm:
             return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
@@ -135,16 +115,9 @@ class Layer(nn.Module):
         scales: Tensor | None = None,
         **rows: Unpack[RowMasks],
     ) -> Tensor:
-        """`(B, N, d_model)` to the same.
+        """`(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`, to the same; the memory is like x.
 
-        Args:
-            x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
-            memory: like x, for the cross-attention.
-            is_causal: hide later positions, of x and of the memory.
-            rotation: shared by all layers.
-            cache: this layer's.
-            scales: `(2, ...)`, factors that broadcast to x, on the outputs of self-attention and feed-forward.
-            rows: see `RowMasks`.
+        `scales` `(2, ...)` are factors that broadcast to x, on the outputs of self-attention and feed-forward.
         """
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
         (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
@@ -164,23 +137,15 @@ class Layer(nn.Module):
 def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
     """Factors `(depth, 2, batch)` on the outputs of each layer's two sublayers per sequence (arXiv 1603.09382).
 
-    Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last, otherwise the
-    inverse of keeping it.
+    Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last. Otherwise it is
+    the inverse of the probability of keeping it.
     """
     keep = 1.0 - torch.linspace(0.0, rate, depth, device=device)[:, None, None]
     return torch.bernoulli(keep.expand(-1, 2, batch)) / keep
 
 
 class LayerStack(nn.Module):
-    """Layers one after the other, and a LayerNorm at the end.
-
-    Args:
-        config: sizes and options.
-        num_layers: how many.
-        gamma: MAGNETO's gain.
-        factory: `device` and `dtype` of the parameters.
-        options: further arguments of `Layer`.
-    """
+    """Layers one after the other, and a LayerNorm at the end; `options` are further arguments of `Layer`."""
 
     def __init__(
         self, config: LongNetConfig, num_layers: int, gamma: float, factory: TensorOptions, **options: Any
@@ -206,30 +171,17 @@ class LayerStack(nn.Module):
         gradient_checkpointing: bool = False,
         **rows: Unpack[RowMasks],
     ) -> Iterator[Tensor]:
-        """The output of each layer, `(B, N, d_model)`, one after the other, without the final LayerNorm.
+        """The output of each layer, shaped like x, one after the other, without the final LayerNorm.
 
-        Args:
-            x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
-            memory: like x, for the cross-attention.
-            is_causal: hide later positions.
-            start: position of the first row.
-            caches: one per layer.
-            scales: `(layers, 2, ...)`, a pair for each layer as in `Layer.forward`.
-            gradient_checkpointing: compute each layer again in the backward instead of keeping its activations.
-            rows: see `RowMasks`.
+        Arguments are as in `Layer.forward`, with one cache and one pair of scales per layer. `start` is the position of
+        the first row.
         """
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         rotation = first.rotation(x, start=start, row_start=rows.get("row_start"), cu_seqlens=rows.get("cu_seqlens"))
         again = gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            run = partial(
-                layer,
-                is_causal=is_causal,
-                rotation=rotation,
-                cache=None if caches is None else caches[i],
-                scales=None if scales is None else scales[i],
-                **rows,
-            )
+            cache, scale = None if caches is None else caches[i], None if scales is None else scales[i]
+            run = partial(layer, is_causal=is_causal, rotation=rotation, cache=cache, scales=scale, **rows)
             x = checkpoint(run, x, memory, use_reentrant=False) if again else run(x, memory)
             yield x

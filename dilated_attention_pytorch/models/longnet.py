@@ -33,15 +33,11 @@ _ORDER = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_f
           "dilation_rates", "dropout", "activation", "layer_norm_eps", "device", "dtype")  # fmt: skip
 
 
-def _from_old(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "activation": activation_name(values.get("activation", "relu"))}
-
-
 @takes_old_call(
     OldCall(_ORDER, {name: name for name in _ORDER}),
     (0, int),
     old_value=lambda kwargs: callable(kwargs.get("activation")),
-    finish=_from_old,
+    finish=lambda values: values | {"activation": activation_name(values.get("activation", "relu"))},
 )
 class LongNet(Model[LongNetConfig]):
     """Encoder and decoder over one sequence of embeddings.
@@ -72,28 +68,18 @@ class LongNet(Model[LongNetConfig]):
         self.encoder = LayerStack(self.config, n, encoder, factory, backend=self._backend)
         self.decoder = LayerStack(self.config, m, decoder, factory, backend=self._backend, cross_attention=True)
 
-    def forward(
-        self,
-        x: Tensor,
-        is_causal: bool = True,
-        *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = True, **rows: Unpack[RowMasks]) -> Tensor:
         """Runs the encoder over x, and the decoder over x and the encoder's output.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
             is_causal: hide later positions, in the encoder, the decoder and between them.
-            key_padding_mask: bool `(B, N)`, True = real.
-            row_start: int `(B,)`, first real position of each left-padded row.
-            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
+            rows: `key_padding_mask`, bool `(B, N)`, True = real; `row_start`, int `(B,)`, first real position of each
+                left-padded row; `cu_seqlens`, int `(sequences + 1,)`, bounds of packed sequences.
 
         Returns:
             Like x.
         """
-        rows: RowMasks = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
         options = {"is_causal": is_causal, "gradient_checkpointing": self.gradient_checkpointing, **rows}
         out: Tensor = self.decoder(x, self.encoder(x, **options), **options)
         return out
@@ -119,24 +105,10 @@ class LongNetEncoder(Model[LongNetConfig]):
         n = self.config.num_encoder_layers
         self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
 
-    def forward(
-        self,
-        x: Tensor,
-        is_causal: bool = False,
-        *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = False, **rows: Unpack[RowMasks]) -> Tensor:
         """Encodes embeddings; arguments and result as in `LongNet.forward`."""
-        out: Tensor = self.encoder(
-            x,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
+        again = self.gradient_checkpointing
+        out: Tensor = self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)
         return out
 
 
@@ -164,15 +136,14 @@ class LongNetLM(Model[LongNetConfig]):
     config_class = LongNetConfig
 
     def _build(self, **factory: Unpack[TensorOptions]) -> None:
-        if self.config.vocab_size is None:
+        m, width, vocab_size = self.config.num_decoder_layers, self.config.d_model, self.config.vocab_size
+        if vocab_size is None:
             raise ValueError("expected vocab_size, the number of tokens, got None")
-        m, width = self.config.num_decoder_layers, self.config.d_model
-        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **factory)
+        self.embed_tokens = nn.Embedding(vocab_size, width, **factory)
         self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), factory, backend=self._backend)
         # Tied weights have one name, so nothing can tear them apart: not a checkpoint, not a copy, not `to_empty`.
-        self.output_projection = (
-            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **factory)
-        )
+        tied = self.config.tie_weights
+        self.output_projection = None if tied else nn.Linear(width, vocab_size, bias=False, **factory)
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
@@ -200,27 +171,22 @@ class LongNetLM(Model[LongNetConfig]):
         self,
         tokens: Tensor,
         *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
         seq_len: int | None = None,
+        **rows: Unpack[RowMasks],
     ) -> Tensor:
         """Logits of the token that follows each position.
 
         Args:
             tokens: int `(B, N)`, or `(total,)` with `cu_seqlens`.
-            key_padding_mask: bool `(B, N)`, True = real.
-            row_start: int `(B,)`, first real position of each left-padded row.
-            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
             cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
             seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
                 all shards are equally long.
+            rows: as in `LongNet.forward`.
 
         Returns:
             `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
-        rows: RowMasks = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
         return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, **rows))
 
     def hidden(
