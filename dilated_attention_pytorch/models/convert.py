@@ -128,11 +128,12 @@ def convert(
     notes: list[str] = []
     model: Model[Any]
     if source == "torchscale-encoder":
-        model = _encoder(found, **options)
+        shape = _shape(found, "encoder", **options)
+        model = LongNetEncoder(LongNetConfig(**shape, offsets="blocked", padding="zero_keys"), device="meta")
     elif source == "torchscale-decoder":
         model = _decoder(found, bool(left_out), **options)
     else:
-        model = _fkodom(found, source, notes, **options)
+        model, notes = _fkodom(found, source, **options)
         notes += [f"left out, LongNet has no place for it: {name}" for name in left_out]
     load_into(model, found)
     return Conversion(model.eval(), source, tuple(notes))
@@ -192,11 +193,6 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     return found, left_out
 
 
-def _encoder(found: Mapping[str, Tensor], **pattern: Any) -> LongNetEncoder:
-    config = LongNetConfig(**_shape(found, "encoder", **pattern), offsets="blocked", padding="zero_keys")
-    return LongNetEncoder(config, device="meta")
-
-
 def _decoder(
     found: dict[str, Tensor],
     xpos: bool,
@@ -223,22 +219,19 @@ def _decoder(
         del found["output_projection.weight"]
     if not scale_embedding:  # the model here multiplies by the root
         found["embed_tokens.weight"] = embedding / math.sqrt(width)
-    config = LongNetConfig(
-        **shape | {"positions": "xpos" if xpos else None},
-        scale_base=xpos_scale_base,
-        offsets="blocked",
-        vocab_size=vocab_size,
-        tie_weights=tied,
-    )
-    if xpos:
-        _halves(found, config.nhead)
-    return LongNetLM(config, device="meta")
+    shape |= {"positions": "xpos" if xpos else None, "scale_base": xpos_scale_base, "offsets": "blocked"}
+    model = LongNetLM(LongNetConfig(**shape, vocab_size=vocab_size, tie_weights=tied), device="meta")
+    for name in [name for name in found if xpos and re.search(r"self_attn\.[qk]_proj\.(weight|bias)$", name)]:
+        # Rotated pairs of a head's channels are (2j, 2j + 1) there, (j, j + D / 2) here; logits are sums over pairs.
+        heads = found[name].unflatten(0, (model.config.nhead, -1, 2))
+        found[name] = heads.transpose(1, 2).flatten(0, 2)
+    return model
 
 
 def _fkodom(
-    found: dict[str, Tensor], source: Source, notes: list[str], *, as_initialisation: bool = False, **pattern: Any
-) -> LongNet:
-    """The model, and in `found` the LayerNorms that exist here alone, which start as they are."""
+    found: dict[str, Tensor], source: Source, *, as_initialisation: bool = False, **pattern: Any
+) -> tuple[LongNet, list[str]]:
+    """The model and its notes, and in `found` the LayerNorms that exist here alone, which start as they are."""
     if not as_initialisation:
         raise ValueError(
             f"expected as_initialisation=True with weights of {source}, got False. No model here computes what its "
@@ -249,9 +242,8 @@ def _fkodom(
     model = LongNet(config, dtype=next(iter(found.values())).dtype)
     fresh = {name: x for name, x in model.state_dict().items() if name not in found and re.fullmatch(_OURS, name)}
     found |= fresh
-    notes += [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
-    notes += [f"new, as a LayerNorm starts: {name}" for name in fresh]
-    return model
+    notes = [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
+    return model, notes + [f"new, as a LayerNorm starts: {name}" for name in fresh]
 
 
 def _shape(
@@ -264,26 +256,12 @@ def _shape(
     activation: Activation = "gelu",
 ) -> dict[str, Any]:
     """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights."""
-    fields: dict[str, Any] = {
-        "nhead": num_heads,
-        "segment_lengths": tuple(segment_lengths),
-        "dilation_rates": tuple(dilation_rates),
-        "activation": activation,
-        "positions": None,
-    }
+    lengths, rates = tuple(segment_lengths), tuple(dilation_rates)
+    fields: dict[str, Any] = {"nhead": num_heads, "segment_lengths": lengths, "dilation_rates": rates}
+    fields |= {"activation": activation, "positions": None}
     if layers := count_layers(found, stack):
         fields[f"num_{stack}_layers"] = layers
     first = found.get(f"{stack}.layers.0.ffn.fc1.weight")
     if first is not None and first.dim() == 2:
         fields |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
     return fields
-
-
-def _halves(found: dict[str, Tensor], num_heads: int) -> None:
-    """Orders each head's query and key channels for rotation: pairs (2j, 2j + 1) there, (j, j + D / 2) here.
-
-    Logits are sums over pairs, so they stay.
-    """
-    for name in [name for name in found if re.search(r"self_attn\.[qk]_proj\.(weight|bias)$", name)]:
-        heads = found[name].unflatten(0, (num_heads, -1, 2))
-        found[name] = heads.transpose(1, 2).flatten(0, 2)

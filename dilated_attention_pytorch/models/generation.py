@@ -77,20 +77,11 @@ def _filters(sampling: Sampling) -> tuple[float, int | None, float | None]:
 
 
 def sample(
-    model: nn.Module,
-    next_logits: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
+    model: nn.Module, next_logits: Callable[[Tensor], Tensor], prompt: Tensor, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[Tensor]:
-    """Draws tokens int64 `(B,)` one after the other, with options that have been checked.
+    """Draws tokens int64 `(B,)` one after the other; the model is in evaluation mode meanwhile.
 
-    Args:
-        model: is in evaluation mode meanwhile.
-        next_logits: from the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
-        prompt: `(B, N)`.
-        max_new_tokens: how many tokens, at most.
-        sampling: see `Sampling`.
+    `next_logits` takes the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
     """
     training = [module for module in model.modules() if module.training]
     eos_token, generator = sampling.get("eos_token"), sampling.get("generator")

@@ -31,14 +31,8 @@ def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
             f"expected mixing_gradient='exact' for a sequence over several ranks, got {config.mixing_gradient!r}: "
             "ring attention has no other"
         )
-    return RingAttentionConfig(
-        segment_lengths=config.segment_lengths,
-        dilation_rates=config.dilation_rates,
-        offsets=config.offsets,
-        padding=config.padding,
-        dropout=config.attention_dropout,
-        **options,
-    )
+    shared = {name: getattr(config, name) for name in ("segment_lengths", "dilation_rates", "offsets", "padding")}
+    return RingAttentionConfig(**shared, dropout=config.attention_dropout, **options)
 
 
 @dataclass
