@@ -16,8 +16,14 @@ from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import CONFIG, WEIGHTS, load_into, read_config, read_safetensors
-from dilated_attention_pytorch.models.weights import safetensors as installed_safetensors
+from dilated_attention_pytorch.models.weights import (
+    CONFIG,
+    WEIGHTS,
+    load_into,
+    read_config,
+    read_safetensors,
+    safetensors,
+)
 
 _ARCHITECTURES: dict[str, type[Model[Any]]] = {
     kind.__name__: kind for kind in (LongNet, LongNetEncoder, LongNetLM, SlideEncoder, LongViT)
@@ -43,7 +49,7 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     if _ARCHITECTURES.get(name) is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     check_head_groups(model)
-    save_file = installed_safetensors().save_file
+    save_file = safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)

@@ -209,8 +209,7 @@ class LongNetLM(Model[LongNetConfig]):
         except IndexError as error:  # on a CPU; looking at a GPU's tokens would make the host wait
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
-        if self.training and self.config.dropout > 0.0:
-            x = nn.functional.dropout(x, self.config.dropout)
+        x = nn.functional.dropout(x, self.config.dropout, self.training)
         if cache is None:
             again = self.gradient_checkpointing
             out: Tensor = self.decoder(x, is_causal=True, start=start, gradient_checkpointing=again, **rows)

@@ -24,22 +24,17 @@ PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
 class LongViTConfig(VisionConfig):
     """Everything that decides a `LongViT`'s parameters and what it computes from them.
 
+    The other arguments are those of `SlideEncoderConfig`.
+
     Args:
         in_chans: channels of an image.
         patch_size: side of a patch, in pixels.
-        embed_dim: width; a multiple of 4.
-        depth: layers.
-        num_heads: attention heads, a divisor of embed_dim.
-        ffn_dim: width inside the feed-forward network.
         segment_lengths: w_i in patches, one per branch.
-        dilation_rates: r_i, one per branch.
         positions: `"learned"`, a table for `position_grid` that is interpolated to other grids, or `"sincos"`.
         position_grid: (rows, columns) of the learned table.
         order: in which patches follow one another: `"raster"`, `"snake"`, `"morton"` or `"hilbert"`.
         global_pool: an image's embedding is the mean over its patches; otherwise the cls token's.
         num_classes: outputs of the head; 0 for none.
-        dropout: of embeddings and of what each sublayer adds, in training mode.
-        drop_path: as in `SlideEncoderConfig`.
         offsets: `"blocked"` (the official code) or `"modulo"` (the paper).
         layer_norm_eps: epsilon of every LayerNorm.
 
@@ -122,8 +117,7 @@ class LongViT(Model[LongViTConfig]):
         self.encoder = LayerStack(config.layers, config.depth, gamma, factory, recompute=True, backend=self._backend)
         self.head = nn.Linear(width, config.num_classes, **factory) if config.num_classes else None
         nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
-        if self.patch_embed.bias is not None:
-            nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]  # it has one
         for table in (self.cls_token, self.pos_embed):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
@@ -161,16 +155,13 @@ class LongViT(Model[LongViTConfig]):
             order, inverse = (index.to(x.device) for index in curve_order(config.order, grid=grid))
             x = x.index_select(1, order)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        x = nn.functional.dropout(x, config.dropout, self.training)
         scales = None
-        if self.training:
-            if config.dropout > 0.0:
-                x = nn.functional.dropout(x, config.dropout)
-            if config.drop_path > 0.0:
-                scales = stochastic_depth(config.drop_path, config.depth, x.shape[0], x.device)[..., None, None]
+        if self.training and config.drop_path > 0.0:
+            scales = stochastic_depth(config.drop_path, config.depth, x.shape[0], x.device)[..., None, None]
         h = self.encoder(x, is_causal=False, scales=scales, gradient_checkpointing=self.gradient_checkpointing)
-        pooled, patches = h[:, 0], h[:, 1:]
-        if config.global_pool:
-            pooled = patches.mean(1)
+        patches = h[:, 1:]
+        pooled = patches.mean(1) if config.global_pool else h[:, 0]
         if inverse is not None:
             patches = patches.index_select(1, inverse)
         logits = None if self.head is None else self.head(pooled)

@@ -142,15 +142,8 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         (beyond 185,363 tokens with the published pattern). `forward` takes this rank's tiles, coordinates and mask;
         `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this rank's. Compute the same loss
         from `pooled` on every rank: the gradients of the encoder's parameters are then this rank's share, to be summed
-        over the group; those of a head on top are whole on each.
-
-        Args:
-            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
-            mesh_dim: name of the mesh's dimension over which slides are sharded.
-            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
-
-        Raises:
-            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
+        over the group; those of a head on top are whole on each. Arguments and errors are those of
+        `LongNetLM.shard_context`.
         """
         config = ring_config(self.config.layers, **{"backend": self._backend, **ring})
         self._shards = shard_layers(self.encoder.layers, config, group, mesh_dim)
@@ -202,14 +195,12 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         if mask is not None:
             tiles = tiles.masked_fill(~mask[..., None], 0.0)  # padding may hold anything, NaN too
         x = self.patch_embed(tiles.to(self.cls_token.dtype))
-        x = x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
-        x = x.to(self.cls_token.dtype)
+        positions = position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
+        x = (x + positions).to(self.cls_token.dtype)
         if rows.has_cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         x = rows.lay_out(x)
-        if self.training and config.dropout > 0.0:
-            x = nn.functional.dropout(x, config.dropout)
-        return x, rows
+        return nn.functional.dropout(x, config.dropout, self.training), rows
 
     @torch.no_grad()
     def attention_map(
@@ -248,10 +239,10 @@ class SlideEncoder(Model[SlideEncoderConfig]):
             )
         if self.training:
             raise ValueError("expected a model in evaluation mode, got one in training: call eval() first")
-        if not 0 <= check_int("layer", layer, 0) < config.depth:
-            raise ValueError(f"expected layer in [0, {config.depth}), got {layer}")
-        if head is not None and not 0 <= check_int("head", head, 0) < config.num_heads:
-            raise ValueError(f"expected head in [0, {config.num_heads}), got {head}")
+        one = 0 if head is None else head
+        for name, number, stop in (("layer", layer, config.depth), ("head", one, config.num_heads)):
+            if check_int(name, number, 0) >= stop:
+                raise ValueError(f"expected {name} in [0, {stop}), got {number}")
         if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
             raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
         x, _ = self.embed(tiles, coords)  # checks both
@@ -304,22 +295,21 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         return nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
 
     def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
-        for name, x in (("tiles", tiles), ("coords", coords), ("mask", mask)):
-            if not isinstance(x, Tensor) and (x is not None or name != "mask"):
+        given = {"tiles": tiles, "coords": coords} | ({} if mask is None else {"mask": mask})
+        for name, x in given.items():
+            if not isinstance(x, Tensor):
                 raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
         if not tiles.is_floating_point():
             raise TypeError(f"expected tiles of a floating dtype, got {tiles.dtype}")
         if tiles.dim() != 3 or tiles.shape[-1] != self.config.in_chans:
             raise ValueError(f"expected tiles of shape (B, L, {self.config.in_chans}), got {tuple(tiles.shape)}")
-        if coords.shape != (*tiles.shape[:2], 2):
-            raise ValueError(f"expected coords of shape {(*tiles.shape[:2], 2)}, got {tuple(coords.shape)}")
-        device = self.cls_token.device
-        for name, given in (("tiles", tiles), ("coords", coords), ("mask", mask)):
-            if given is not None and given.device != device:
-                raise ValueError(f"expected {name} on the model's device {device}, got {given.device}")
-        if mask is None:
-            return
-        if mask.dtype != torch.bool:
+        shape, device = tuple(tiles.shape[:2]), self.cls_token.device
+        if coords.shape != (*shape, 2):
+            raise ValueError(f"expected coords of shape {(*shape, 2)}, got {tuple(coords.shape)}")
+        for name, x in given.items():
+            if x.device != device:
+                raise ValueError(f"expected {name} on the model's device {device}, got {x.device}")
+        if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"expected mask of dtype torch.bool (True = real), got {mask.dtype}")
-        if mask.shape != tiles.shape[:2]:
-            raise ValueError(f"expected mask of shape {tuple(tiles.shape[:2])}, got {tuple(mask.shape)}")
+        if mask is not None and mask.shape != shape:
+            raise ValueError(f"expected mask of shape {shape}, got {tuple(mask.shape)}")

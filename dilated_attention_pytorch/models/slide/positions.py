@@ -34,13 +34,8 @@ def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor 
     """The place of each tile along x and along y, two int64 `(...)`, as the official code finds them.
 
     Tile (x, y) has the number `floor(x / tile_size) * slide_ngrids + floor(y / tile_size)` in a square grid, so a y
-    beyond the grid runs over into the next x, there and here.
-
-    Args:
-        coords: `(..., 2)`, x and y in pixels; ints, fp32 or fp64.
-        tile_size: pixels between neighbouring tiles.
-        slide_ngrids: side of the grid.
-        real: bool `(...)`; tiles that are not real may have any coordinates.
+    beyond the grid runs over into the next x, there and here. Coordinates are `(..., 2)`, x and y in pixels; ints, fp32
+    or fp64. Tiles that are not `real`, bool `(...)`, may have any.
     """
     if coords.dtype in (torch.float16, torch.bfloat16) or coords.is_complex() or coords.dtype == torch.bool:
         raise TypeError(

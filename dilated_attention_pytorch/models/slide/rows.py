@@ -17,22 +17,14 @@ class SlideRows(NamedTuple):
 
     Slides of different lengths, padded on the right, are packed: every row is real, and each slide gives what it gives
     alone, in either padding mode. A mask with holes hides keys and moves no position.
-
-    Attributes:
-        num_slides: B.
-        num_tiles: L of the padded batch.
-        mask: bool `(B, rows)`, True = real; None where all are, or when packed.
-        kept: int64 `(total,)`, rows of the packed batch in the flat one; None when not packed.
-        bounds: first row of each packed slide, and the end; None when not packed.
-        has_cls: whether row 0 is the cls token; not so on all but the first rank of a sharded slide.
     """
 
-    num_slides: int
-    num_tiles: int
-    mask: Tensor | None = None
-    kept: Tensor | None = None
-    bounds: tuple[int, ...] | None = None
-    has_cls: bool = True
+    num_slides: int  # B
+    num_tiles: int  # L of the padded batch
+    mask: Tensor | None = None  # bool (B, rows), True = real; None where all are, or when packed
+    kept: Tensor | None = None  # int64 (total,), rows of the packed batch in the flat one; None when not packed
+    bounds: tuple[int, ...] | None = None  # first row of each packed slide, and the end; None when not packed
+    has_cls: bool = True  # whether row 0 is the cls token; of a sharded slide it is on the first rank alone
 
     @classmethod
     def of(
