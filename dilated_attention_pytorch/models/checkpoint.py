@@ -12,18 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dilated_attention_pytorch.models import weights
 from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import (
-    CONFIG,
-    WEIGHTS,
-    load_into,
-    read_config,
-    read_safetensors,
-    safetensors,
-)
 
 _ARCHITECTURES: dict[str, type[Model[Any]]] = {
     kind.__name__: kind for kind in (LongNet, LongNetEncoder, LongNetLM, SlideEncoder, LongViT)
@@ -49,17 +42,17 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     if _ARCHITECTURES.get(name) is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     check_head_groups(model)
-    save_file = safetensors().save_file
+    save_file = weights.safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=target) as scratch:
         written = Path(scratch)
-        save_file(state, written / WEIGHTS, metadata={"format": "pt"})
-        (written / CONFIG).write_text(config, encoding="utf-8")
-        shutil.copymode(written / CONFIG, written / WEIGHTS)  # safetensors' own files are private
-        for file in (WEIGHTS, CONFIG):
+        save_file(state, written / weights.WEIGHTS, metadata={"format": "pt"})
+        (written / weights.CONFIG).write_text(config, encoding="utf-8")
+        shutil.copymode(written / weights.CONFIG, written / weights.WEIGHTS)  # safetensors' own files are private
+        for file in (weights.WEIGHTS, weights.CONFIG):
             with (written / file).open("rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(written / file, target / file)
@@ -97,11 +90,13 @@ def load_pretrained(
         ValueError: weights that cannot be read, or keys or shapes that are not the model's, every one of them named.
         ImportError: safetensors is not installed.
     """
-    architecture, values = read_config(Path(folder))
+    architecture, values = weights.read_config(Path(folder))
     if architecture not in _ARCHITECTURES:
-        raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {architecture!r}")
+        known = list(_ARCHITECTURES)
+        raise ValueError(f"expected architecture in {weights.CONFIG} to be one of {known}, got {architecture!r}")
     # Built without memory: the file's tensors become the parameters.
     kind = _ARCHITECTURES[architecture]
     model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")
-    load_into(model, read_safetensors(Path(folder) / WEIGHTS, device), copy=False, device=device, dtype=dtype)
+    state = weights.read_safetensors(Path(folder) / weights.WEIGHTS, device)
+    weights.load_into(model, state, copy=False, device=device, dtype=dtype)
     return model.eval()

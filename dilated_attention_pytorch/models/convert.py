@@ -7,7 +7,6 @@ taken as a start for training when `as_initialisation=True` asks for that.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,7 +19,7 @@ from dilated_attention_pytorch.models.base import Model
 from dilated_attention_pytorch.models.config import Activation, LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import count_layers, load_into, read_state
+from dilated_attention_pytorch.models.weights import WeightsSource, count_layers, load_into, read_state
 
 Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
 
@@ -91,9 +90,7 @@ class Conversion(NamedTuple):
     notes: tuple[str, ...]
 
 
-def convert(
-    weights: str | os.PathLike[str] | Mapping[str, Any], source: Source | None = None, **options: Any
-) -> Conversion:
+def convert(weights: WeightsSource, source: Source | None = None, **options: Any) -> Conversion:
     """A model of this package with the weights of another implementation's.
 
     Args:

@@ -13,27 +13,16 @@ from dilated_attention_pytorch.core.precision import accumulator
 
 
 class Sampling(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`.
+    """Keyword arguments of `generate` and `stream`."""
 
-    Attributes:
-        row_start: int `(B,)`, first real position of each left-padded row; see `left_pad`.
-        greedy: take the likeliest token; temperature, top_k and top_p then mean nothing and are refused.
-        temperature: divides the logits; above 0, 1 by default.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the fewest tokens that together have at least this probability, in (0, 1].
-        seed: of the samples; drawn from torch's generator when absent.
-        generator: a generator to sample with, in place of a seed.
-        eos_token: a row that has produced it repeats it; generation stops when every row has.
-    """
-
-    row_start: Tensor | None
-    greedy: bool
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
-    generator: torch.Generator | None
-    eos_token: int | None
+    row_start: Tensor | None  # int (B,), first real position of each left-padded row; see `left_pad`
+    greedy: bool  # take the likeliest token; temperature, top_k and top_p then mean nothing and are refused
+    temperature: float  # divides the logits; above 0, 1 by default
+    top_k: int | None  # sample from the k likeliest tokens only
+    top_p: float | None  # sample from the fewest tokens that together have at least this probability, in (0, 1]
+    seed: int | None  # of the samples; drawn from torch's generator when absent
+    generator: torch.Generator | None  # to sample with, in place of a seed
+    eos_token: int | None  # a row that has produced it repeats it; generation stops when every row has
 
 
 def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> None:

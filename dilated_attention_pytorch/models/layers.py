@@ -22,17 +22,11 @@ from dilated_attention_pytorch.types import BackendName
 
 
 class RowMasks(TypedDict, total=False):
-    """Which rows of a batch are real and where its sequences begin; keyword arguments of all forwards.
+    """Which rows of a batch are real and where its sequences begin; keyword arguments of all forwards."""
 
-    Attributes:
-        key_padding_mask: bool `(B, N)`, True = real.
-        row_start: int `(B,)`, first real position of each left-padded row.
-        cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
-    """
-
-    key_padding_mask: Tensor | None
-    row_start: Tensor | None
-    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None  # bool (B, N), True = real
+    row_start: Tensor | None  # int (B,), first real position of each left-padded row
+    cu_seqlens: Tensor | None  # int (sequences + 1,), bounds of packed sequences
 
 
 class FeedForward(nn.Module):

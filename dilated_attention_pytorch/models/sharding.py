@@ -41,7 +41,7 @@ class ContextShards:
 
     rank: int
     size: int  # of the group
-    group_name: str  # the name alone, as in `RingDilatedAttention`, so that a model can be copied
+    group_name: Any  # the name alone, so that a model can be copied; torch's type for it is younger than torch 2.11
     seq_len: int = -1  # of the last sequence
 
     def start(self, length: int, seq_len: int | None) -> int:
@@ -79,9 +79,7 @@ class ContextShards:
         """The group itself."""
         from torch._C._distributed_c10d import _resolve_process_group
 
-        name: Any = self.group_name  # torch's type for names of groups is younger than torch 2.11
-        group: ProcessGroup = _resolve_process_group(name)
-        return group
+        return _resolve_process_group(self.group_name)
 
 
 def sum_over_ranks(x: Tensor, shards: ContextShards) -> Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WeightsSource = str | os.PathLike[str] | Mapping[str, Any]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` writes into a folder
 
 
-def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+def read_state(source: WeightsSource) -> dict[str, Tensor]:
     """A state dict, from a file or a mapping.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.models import weights
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, slide_segment_lengths
 from dilated_attention_pytorch.models.slide.positions import sincos
-from dilated_attention_pytorch.models.weights import WEIGHTS, count_layers, read_config, read_safetensors, read_state
 
 TABLE = "pos_embed"
 _CHECKED_ROWS = 257
 
 
 def config_and_state(
-    source: str | os.PathLike[str] | Mapping[str, Any],
-    max_wsi_size: int | None,
-    tile_size: int | None,
-    overrides: Mapping[str, Any],
+    source: weights.WeightsSource, max_wsi_size: int | None, tile_size: int | None, overrides: Mapping[str, Any]
 ) -> tuple[SlideEncoderConfig, dict[str, Tensor]]:
     """The config and the weights of a checkpoint; arguments as in `SlideEncoder.from_pretrained`."""
     options = dict(overrides)
@@ -37,30 +33,26 @@ def config_and_state(
             )
         options["segment_lengths"] = slide_segment_lengths(max_wsi_size or 262_144, tile_size or 256)
     if not isinstance(source, Mapping) and Path(source).is_dir():
-        architecture, values = read_config(Path(source))
+        architecture, values = weights.read_config(Path(source))
         if architecture != "SlideEncoder":
             raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
         config = replace(SlideEncoderConfig.from_dict(values), **options)
-        return config, read_safetensors(Path(source) / WEIGHTS)
-    state = read_state(source)
+        return config, weights.read_safetensors(Path(source) / weights.WEIGHTS)
+    state = weights.read_state(source)
     config = replace(SlideEncoderConfig(padding="zero_keys"), **(_sizes(state) | options))
-    table = state.pop(TABLE, None)
-    if table is not None:
+    if (table := state.pop(TABLE, None)) is not None:
         config = _checked_table(table, config, "slide_ngrids" in options)
     return config, state
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     """The sizes that shapes tell; the check of names and shapes finds what is missing."""
-    found = {}
-    for field, key, dim in (
-        ("embed_dim", "cls_token", -1),
-        ("in_chans", "patch_embed.proj.weight", -1),
-        ("ffn_dim", "encoder.layers.0.ffn.fc1.weight", 0),
-    ):
-        if key in state and state[key].dim() > 1:
-            found[field] = state[key].shape[dim]
-    if depth := count_layers(state, "encoder"):
+    sizes = {"embed_dim": ("cls_token", -1), "in_chans": ("patch_embed.proj.weight", -1)}
+    sizes |= {"ffn_dim": ("encoder.layers.0.ffn.fc1.weight", 0)}
+    found = {
+        field: state[key].shape[dim] for field, (key, dim) in sizes.items() if key in state and state[key].dim() > 1
+    }
+    if depth := weights.count_layers(state, "encoder"):
         found["depth"] = depth
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
@@ -20,7 +19,7 @@ from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide.positions import position_rows
 from dilated_attention_pytorch.models.slide.rows import SlideRows
-from dilated_attention_pytorch.models.weights import load_into
+from dilated_attention_pytorch.models.weights import WeightsSource, load_into
 from dilated_attention_pytorch.types import BackendName
 
 if TYPE_CHECKING:
@@ -55,10 +54,6 @@ class SlideEncoder(Model[SlideEncoderConfig]):
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.
         overrides: fields of `SlideEncoderConfig` by name, in place of the config's.
-
-    Raises:
-        ValueError: a value out of range; an unknown option.
-        TypeError: a value of the wrong type, an unknown field.
 
     Example:
         >>> encoder = SlideEncoder(in_chans=32, embed_dim=64, depth=2, num_heads=4, ffn_dim=128).eval()
@@ -96,7 +91,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
+        source: WeightsSource,
         max_wsi_size: int | None = None,
         tile_size: int | None = None,
         *,
