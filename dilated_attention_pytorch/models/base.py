@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack, get_args, get_origin
 
 import torch
 from torch import nn
@@ -23,9 +23,14 @@ class TensorOptions(TypedDict, total=False):
 
 
 class Model(nn.Module, Generic[_Config]):
-    """A model made from a config. Subclasses name the config's class and make their parts in `_build`."""
+    """A model made from a config: subclasses are of `Model[<the config's class>]` and make their parts in `_build`."""
 
     config_class: ClassVar[type[ModelConfig]]
+
+    def __init_subclass__(cls) -> None:
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            if get_origin(base) is Model:
+                (cls.config_class,) = get_args(base)
 
     def __init__(
         self,

@@ -139,18 +139,18 @@ class _LayerCache:
 def _store(buffer: Tensor | None, new: Tensor, step: _Step) -> tuple[Tensor | None, Tensor]:
     """The buffer from now on, and the rows in sight."""
     lo, hi = step.lo, step.hi
-    if step.num_new == 1:
-        if step.capacity:
-            larger = new.new_empty((new.shape[0], step.capacity, *new.shape[2:]))
-            if buffer is not None and hi > lo:
-                larger[:, : hi - lo] = buffer[:, lo:hi]
-            buffer, lo, hi = larger, 0, hi - lo
-        assert buffer is not None
-        buffer[:, hi] = new[:, 0]
-        return buffer, buffer[:, lo : hi + 1]
-    rows = new if buffer is None or hi == lo else torch.cat((buffer[:, lo:hi], new), 1)
+    held = None if buffer is None or hi == lo else buffer[:, lo:hi]
     if step.capacity:
         buffer = new.new_empty((new.shape[0], step.capacity, *new.shape[2:]))
+    if step.num_new == 1:
+        assert buffer is not None
+        if step.capacity:
+            lo, hi = 0, hi - lo
+        if step.capacity and held is not None:
+            buffer[:, :hi] = held
+        buffer[:, hi] = new[:, 0]
+        return buffer, buffer[:, lo : hi + 1]
+    rows = new if held is None else torch.cat((held, new), 1)
     if buffer is not None and step.keep:
         buffer[:, : step.keep] = rows[:, rows.shape[1] - step.keep :]
     return buffer, rows

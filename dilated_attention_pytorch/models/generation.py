@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises for an option that is unknown, out of range or of the wrong type."""
     if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
-    temperature, top_k, top_p = _filters(sampling)
+    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
     check.check_bool("greedy", sampling.get("greedy", False))
     if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError("expected no temperature, top_k or top_p with greedy=True, which draws nothing")
@@ -61,10 +61,6 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     check.check_int("seed", 0 if seed is None else seed, -(2**63))
 
 
-def _filters(sampling: Sampling) -> tuple[float, int | None, float | None]:
-    return sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
-
-
 def sample(
     model: nn.Module, next_logits: Callable[[Tensor], Tensor], prompt: Tensor, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[Tensor]:
@@ -73,6 +69,7 @@ def sample(
     `next_logits` takes the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
     """
     training = [module for module in model.modules() if module.training]
+    filters: Any = {name: sampling.get(name) for name in ("temperature", "top_k", "top_p") if name in sampling}
     eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
     if (seed := sampling.get("seed")) is not None:
         generator = torch.Generator(prompt.device).manual_seed(seed)
@@ -88,7 +85,7 @@ def sample(
                 if sampling.get("greedy", False):
                     new = logits.argmax(-1)
                 else:
-                    probabilities = token_probabilities(logits, *_filters(sampling))
+                    probabilities = token_probabilities(logits, **filters)
                     new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
                 if eos_token is not None:
                     new = new.masked_fill(finished, eos_token)

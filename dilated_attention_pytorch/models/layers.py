@@ -55,8 +55,7 @@ class FeedForward(nn.Module):
         h = self.fc1(x)
         if self.recompute:
             return gelu_norm_linear(h, self.ffn_layernorm, self.fc2)
-        out: Tensor = self.fc2(self.ffn_layernorm(self.activation(h)))
-        return out
+        return self.fc2(self.ffn_layernorm(self.activation(h)))  # type: ignore[no-any-return]
 
 
 # What a layer's attention takes from the config, under the same names.
@@ -150,8 +149,7 @@ class LayerStack(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
         """The last of `states` after the final LayerNorm; arguments are those of `states`."""
-        out: Tensor = self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())
-        return out
+        return self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())  # type: ignore[no-any-return]
 
     def states(
         self,

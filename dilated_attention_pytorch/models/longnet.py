@@ -60,8 +60,6 @@ class LongNet(Model[LongNetConfig]):
         torch.Size([1, 100, 64])
     """
 
-    config_class = LongNetConfig
-
     def _build(self, **factory: Unpack[TensorOptions]) -> None:
         n, m = self.config.num_encoder_layers, self.config.num_decoder_layers
         encoder, decoder = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), math.sqrt(math.log(3 * m))
@@ -81,8 +79,7 @@ class LongNet(Model[LongNetConfig]):
             Like x.
         """
         options = {"is_causal": is_causal, "gradient_checkpointing": self.gradient_checkpointing, **rows}
-        out: Tensor = self.decoder(x, self.encoder(x, **options), **options)
-        return out
+        return self.decoder(x, self.encoder(x, **options), **options)  # type: ignore[no-any-return]
 
 
 class LongNetEncoder(Model[LongNetConfig]):
@@ -99,8 +96,6 @@ class LongNetEncoder(Model[LongNetConfig]):
         torch.Size([1, 100, 64])
     """
 
-    config_class = LongNetConfig
-
     def _build(self, **factory: Unpack[TensorOptions]) -> None:
         n = self.config.num_encoder_layers
         self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
@@ -108,8 +103,7 @@ class LongNetEncoder(Model[LongNetConfig]):
     def forward(self, x: Tensor, is_causal: bool = False, **rows: Unpack[RowMasks]) -> Tensor:
         """Encodes embeddings; arguments and result as in `LongNet.forward`."""
         again = self.gradient_checkpointing
-        out: Tensor = self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)
-        return out
+        return self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)  # type: ignore[no-any-return]
 
 
 class LongNetLM(Model[LongNetConfig]):
@@ -132,8 +126,6 @@ class LongNetLM(Model[LongNetConfig]):
         >>> model.generate(tokens, 5, seed=0).shape
         torch.Size([1, 5])
     """
-
-    config_class = LongNetConfig
 
     def _build(self, **factory: Unpack[TensorOptions]) -> None:
         m, width, vocab_size = self.config.num_decoder_layers, self.config.d_model, self.config.vocab_size
@@ -210,31 +202,30 @@ class LongNetLM(Model[LongNetConfig]):
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
         x = nn.functional.dropout(x, self.config.dropout, self.training)
-        if cache is None:
-            again = self.gradient_checkpointing
-            out: Tensor = self.decoder(x, is_causal=True, start=start, gradient_checkpointing=again, **rows)
-            return out
-        if given:
-            raise ValueError(
-                "expected no key_padding_mask, row_start or cu_seqlens with a cache: pad on the left and give "
-                "row_start to make_cache"
-            )
-        if torch.is_grad_enabled():
-            raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
-        if tokens.shape[1] == 0:
-            raise ValueError("expected at least one token with a cache, got none")
-        cache.check(tokens.shape[0], self.config.num_decoder_layers)
-        cache.begin(tokens.shape[1])
-        out = self.decoder(x, is_causal=True, row_start=cache.row_start, start=cache.length, caches=cache.layers)
-        cache.commit()
+        options: dict[str, Any] = {"start": start, "gradient_checkpointing": self.gradient_checkpointing, **rows}
+        if cache is not None:
+            if given:
+                raise ValueError(
+                    "expected no key_padding_mask, row_start or cu_seqlens with a cache: pad on the left and give "
+                    "row_start to make_cache"
+                )
+            if torch.is_grad_enabled():
+                raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
+            if tokens.shape[1] == 0:
+                raise ValueError("expected at least one token with a cache, got none")
+            cache.check(tokens.shape[0], self.config.num_decoder_layers)
+            cache.begin(tokens.shape[1])
+            options = {"start": cache.length, "row_start": cache.row_start, "caches": cache.layers}
+        out: Tensor = self.decoder(x, is_causal=True, **options)
+        if cache is not None:
+            cache.commit()
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., vocab_size)` of hidden states `(..., d_model)`."""
         if self.output_projection is None:
             return nn.functional.linear(hidden, self.embed_tokens.weight)
-        out: Tensor = self.output_projection(hidden)
-        return out
+        return self.output_projection(hidden)  # type: ignore[no-any-return]
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `forward`.

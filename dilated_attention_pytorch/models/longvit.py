@@ -104,8 +104,6 @@ class LongViT(Model[LongViTConfig]):
         (torch.Size([1, 64]), torch.Size([1, 8, 12, 64]))
     """
 
-    config_class = LongViTConfig
-
     def _build(self, **factory: Unpack[TensorOptions]) -> None:
         config, width, size = self.config, self.config.embed_dim, self.config.patch_size
         self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **factory)

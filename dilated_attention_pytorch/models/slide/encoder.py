@@ -63,8 +63,6 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         (torch.Size([1, 64]), torch.Size([3, 1, 64]), torch.Size([1, 600, 64]))
     """
 
-    config_class = SlideEncoderConfig
-
     def _build(self, **factory: Unpack[TensorOptions]) -> None:
         config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
@@ -283,8 +281,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
 
     def _outer_norm(self, x: Tensor) -> Tensor:
         if self._is_first:
-            out: Tensor = self.norm(x)
-            return out
+            return self.norm(x)  # type: ignore[no-any-return]
         # The same on every rank; the parameters' gradient is counted on the first alone.
         weight, bias = self.norm.weight.detach(), self.norm.bias.detach()
         return nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
