@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack, get_args, get_origin
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import torch
 from torch import nn
@@ -13,13 +13,6 @@ from dilated_attention_pytorch.models.config import ModelConfig
 from dilated_attention_pytorch.types import BackendName
 
 _Config = TypeVar("_Config", bound=ModelConfig)
-
-
-class TensorOptions(TypedDict, total=False):
-    """The device and dtype of parameters that are made."""
-
-    device: torch.device | str | None
-    dtype: torch.dtype | None
 
 
 class Model(nn.Module, Generic[_Config]):
@@ -52,7 +45,7 @@ class Model(nn.Module, Generic[_Config]):
         self._backend: BackendName = backend
         self._build(device=device, dtype=dtype)
 
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:  # device and dtype of the parameters
         raise NotImplementedError
 
 

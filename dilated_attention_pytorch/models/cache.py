@@ -83,7 +83,10 @@ class KeyValueCache:
         if self._step is not None:
             raise RuntimeError("expected a cache whose last forward ended, got one cut short by an error; make another")
         lo, hi = self.start - self._base, self.length - self._base
-        keep = self.length + num_new - self._first_visible(self.length + num_new)
+        position = self.length + num_new
+        # Rows that have not started need nothing before their own start.
+        seen = [first + first_visible(max(0, position - first), self.segment_lengths) for first in self._firsts]
+        keep = position - min(*seen, position)
         capacity = 0
         if num_new == 1:
             if hi == self._capacity:  # grow, or move what is held to the front
@@ -104,11 +107,6 @@ class KeyValueCache:
         elif step.capacity:
             self._base = step.first
         self._step = None
-
-    def _first_visible(self, position: int) -> int:
-        # Rows that have not started need nothing before their own start.
-        seen = [first + first_visible(max(0, position - first), self.segment_lengths) for first in self._firsts]
-        return min(*seen, position)
 
     def _require_step(self) -> _Step:
         if self._step is None:

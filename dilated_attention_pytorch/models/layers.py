@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import TensorOptions
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import BackendName
 
 
-class RowMasks(TypedDict, total=False):
+class RowMask(TypedDict, total=False):
     """Which rows of a batch are real and where its sequences begin; keyword arguments of all forwards."""
 
     key_padding_mask: Tensor | None  # bool (B, N), True = real
@@ -36,9 +35,7 @@ class FeedForward(nn.Module):
     backward, and what follows from it is computed again: a third of the memory, first derivatives only.
     """
 
-    def __init__(
-        self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Unpack[TensorOptions]
-    ) -> None:
+    def __init__(self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Any) -> None:
         super().__init__()
         width, inner = config.d_model, config.dim_feedforward
         self.fc1 = nn.Linear(width, inner, **factory)
@@ -77,14 +74,14 @@ class Layer(nn.Module):
         cross_attention: bool = False,
         recompute: bool = False,
         backend: BackendName = "auto",
-        **factory: Unpack[TensorOptions],
+        **factory: Any,
     ) -> None:
         super().__init__()
 
         def attention(gain: float) -> MultiheadDilatedAttention:
             options: dict[str, Any] = {name: getattr(config, name) for name in _OF_ATTENTION}
-            sizes = (config.d_model, config.nhead, config.attention_dropout)
-            return MultiheadDilatedAttention(*sizes, gamma_init=gain, backend=backend, **options, **factory)
+            options |= {"gamma_init": gain, "backend": backend, **factory}
+            return MultiheadDilatedAttention(config.d_model, config.nhead, config.attention_dropout, **options)
 
         def norm() -> nn.LayerNorm:
             return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
@@ -106,7 +103,7 @@ class Layer(nn.Module):
         rotation: Rotation | None = None,
         cache: KeyValueStore | None = None,
         scales: Tensor | None = None,
-        **rows: Unpack[RowMasks],
+        **rows: Unpack[RowMask],
     ) -> Tensor:
         """`(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`, to the same; the memory is like x.
 
@@ -141,7 +138,7 @@ class LayerStack(nn.Module):
     """Layers one after the other, and a LayerNorm at the end; `options` are further arguments of `Layer`."""
 
     def __init__(
-        self, config: LongNetConfig, num_layers: int, gamma: float, factory: TensorOptions, **options: Any
+        self, config: LongNetConfig, num_layers: int, gamma: float, factory: dict[str, Any], **options: Any
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, gamma, **options, **factory) for _ in range(num_layers))
@@ -161,7 +158,7 @@ class LayerStack(nn.Module):
         caches: Sequence[KeyValueStore] | None = None,
         scales: Tensor | None = None,
         gradient_checkpointing: bool = False,
-        **rows: Unpack[RowMasks],
+        **rows: Unpack[RowMask],
     ) -> Iterator[Tensor]:
         """The output of each layer, shaped like x, one after the other, without the final LayerNorm.
 

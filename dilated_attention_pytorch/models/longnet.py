@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model, TensorOptions
+from dilated_attention_pytorch.models.base import Model
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
-from dilated_attention_pytorch.models.generation import Sampling, check_prompt, check_sampling, sample
-from dilated_attention_pytorch.models.layers import LayerStack, RowMasks
+from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
+from dilated_attention_pytorch.models.layers import LayerStack, RowMask
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class LongNet(Model[LongNetConfig]):
         config: the model's shape; `LongNetConfig()`, the paper's base model, by default.
         backend: of the attention.
         gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
+        device, dtype: of the parameters.
         overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Example:
@@ -60,13 +59,13 @@ class LongNet(Model[LongNetConfig]):
         torch.Size([1, 100, 64])
     """
 
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         n, m = self.config.num_encoder_layers, self.config.num_decoder_layers
         encoder, decoder = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), math.sqrt(math.log(3 * m))
         self.encoder = LayerStack(self.config, n, encoder, factory, backend=self._backend)
         self.decoder = LayerStack(self.config, m, decoder, factory, backend=self._backend, cross_attention=True)
 
-    def forward(self, x: Tensor, is_causal: bool = True, **rows: Unpack[RowMasks]) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = True, **rows: Unpack[RowMask]) -> Tensor:
         """Runs the encoder over x, and the decoder over x and the encoder's output.
 
         Args:
@@ -96,11 +95,11 @@ class LongNetEncoder(Model[LongNetConfig]):
         torch.Size([1, 100, 64])
     """
 
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         n = self.config.num_encoder_layers
         self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
 
-    def forward(self, x: Tensor, is_causal: bool = False, **rows: Unpack[RowMasks]) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = False, **rows: Unpack[RowMask]) -> Tensor:
         """Encodes embeddings; arguments and result as in `LongNet.forward`."""
         again = self.gradient_checkpointing
         return self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)  # type: ignore[no-any-return]
@@ -113,10 +112,7 @@ class LongNetLM(Model[LongNetConfig]):
     that the same weights serve as output layer with `tie_weights`. The other arguments are those of `LongNet`.
 
     Args:
-        config: the model's shape, with `vocab_size`; its encoder layers are not used.
-
-    Raises:
-        ValueError: no vocab_size.
+        config: the model's shape, with `vocab_size` or else a ValueError; its encoder layers are not used.
 
     Example:
         >>> model = LongNetLM(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
@@ -127,7 +123,7 @@ class LongNetLM(Model[LongNetConfig]):
         torch.Size([1, 5])
     """
 
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         m, width, vocab_size = self.config.num_decoder_layers, self.config.d_model, self.config.vocab_size
         if vocab_size is None:
             raise ValueError("expected vocab_size, the number of tokens, got None")
@@ -160,12 +156,7 @@ class LongNetLM(Model[LongNetConfig]):
         self._shards = shard_layers(self.decoder.layers, config, group, mesh_dim)
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        cache: KeyValueCache | None = None,
-        seq_len: int | None = None,
-        **rows: Unpack[RowMasks],
+        self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]
     ) -> Tensor:
         """Logits of the token that follows each position.
 
@@ -182,12 +173,7 @@ class LongNetLM(Model[LongNetConfig]):
         return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, **rows))
 
     def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        cache: KeyValueCache | None = None,
-        seq_len: int | None = None,
-        **rows: Unpack[RowMasks],
+        self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]
     ) -> Tensor:
         """The hidden states `(B, N, d_model)` that `logits` takes: logits of long sequences need not all exist at once.
 
@@ -260,14 +246,10 @@ class LongNetLM(Model[LongNetConfig]):
         assert vocab_size is not None
         check_int("max_new_tokens", max_new_tokens, 0)
         self._check(prompt, packed=False)
-        check_prompt(prompt, vocab_size, sampling.get("row_start"))
-        check_sampling(sampling, vocab_size)
+        check_sampling(prompt, sampling, vocab_size)
         cache = self.make_cache(row_start=sampling.get("row_start"))
 
-        def next_logits(tokens: Tensor) -> Tensor:
-            return self.logits(self.hidden(tokens, cache=cache)[:, -1])
-
-        return sample(self, next_logits, prompt, max_new_tokens, sampling)
+        return sample(self, cache, prompt, max_new_tokens, sampling)
 
     def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
         """The position of the first token: 0 without shards."""

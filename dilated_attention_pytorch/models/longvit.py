@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import Model, TensorOptions
+from dilated_attention_pytorch.models.base import Model
 from dilated_attention_pytorch.models.config import AboveZero, Count, Probability, VisionConfig
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
@@ -24,7 +24,7 @@ PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
 class LongViTConfig(VisionConfig):
     """Everything that decides a `LongViT`'s parameters and what it computes from them.
 
-    The other arguments are those of `SlideEncoderConfig`.
+    The other arguments, and the errors, are those of `SlideEncoderConfig`.
 
     Args:
         in_chans: channels of an image.
@@ -37,10 +37,6 @@ class LongViTConfig(VisionConfig):
         num_classes: outputs of the head; 0 for none.
         offsets: `"blocked"` (the official code) or `"modulo"` (the paper).
         layer_norm_eps: epsilon of every LayerNorm.
-
-    Raises:
-        ValueError: a value out of range; an unknown option.
-        TypeError: a value of the wrong type.
     """
 
     in_chans: int = 3
@@ -104,7 +100,7 @@ class LongViT(Model[LongViTConfig]):
         (torch.Size([1, 64]), torch.Size([1, 8, 12, 64]))
     """
 
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         config, width, size = self.config, self.config.embed_dim, self.config.patch_size
         self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **factory)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory))

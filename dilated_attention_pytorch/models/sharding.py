@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
-    """The config of the ring attention that computes a model's attention; `options` are further fields of it.
-
-    Raises a ValueError for detached mixing gradients, which ring attention does not have.
-    """
+    """The config of the ring attention that computes a model's attention; `options` are further fields of it."""
     from dilated_attention_pytorch.ring_attention import RingAttentionConfig
 
     if config.mixing_gradient != "exact":

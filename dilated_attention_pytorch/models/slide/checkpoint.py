@@ -39,22 +39,18 @@ def config_and_state(
         config = replace(SlideEncoderConfig.from_dict(values), **options)
         return config, weights.read_safetensors(Path(source) / weights.WEIGHTS)
     state = weights.read_state(source)
-    config = replace(SlideEncoderConfig(padding="zero_keys"), **(_sizes(state) | options))
+    # Sizes that shapes tell; the check of names and shapes finds what is missing.
+    shapes = {"embed_dim": ("cls_token", -1), "in_chans": ("patch_embed.proj.weight", -1)}
+    shapes |= {"ffn_dim": ("encoder.layers.0.ffn.fc1.weight", 0)}
+    sizes = {
+        name: state[key].shape[dim] for name, (key, dim) in shapes.items() if key in state and state[key].dim() > 1
+    }
+    if depth := weights.count_layers(state, "encoder"):
+        sizes["depth"] = depth
+    config = replace(SlideEncoderConfig(padding="zero_keys"), **(sizes | options))
     if (table := state.pop(TABLE, None)) is not None:
         config = _checked_table(table, config, "slide_ngrids" in options)
     return config, state
-
-
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes that shapes tell; the check of names and shapes finds what is missing."""
-    sizes = {"embed_dim": ("cls_token", -1), "in_chans": ("patch_embed.proj.weight", -1)}
-    sizes |= {"ffn_dim": ("encoder.layers.0.ffn.fc1.weight", 0)}
-    found = {
-        field: state[key].shape[dim] for field, (key, dim) in sizes.items() if key in state and state[key].dim() > 1
-    }
-    if depth := weights.count_layers(state, "encoder"):
-        found["depth"] = depth
-    return found
 
 
 def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> SlideEncoderConfig:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model, TensorOptions, has_head_groups
+from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
@@ -63,12 +63,12 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         (torch.Size([1, 64]), torch.Size([3, 1, 64]), torch.Size([1, 600, 64]))
     """
 
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
         device = factory.get("device")
-        meta: TensorOptions = {**factory, "device": "meta"}
+        meta: dict[str, Any] = {**factory, "device": "meta"}
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(config.in_chans, width, **meta)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
         self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
@@ -111,8 +111,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
                 mapping; or a folder that `save_pretrained` wrote, whose config then holds.
             max_wsi_size: side of the largest slide in pixels, which decides the segment lengths; 262,144 by default.
             tile_size: side of a tile in pixels; 256 by default.
-            backend: of the attention.
-            gradient_checkpointing: as in the constructor.
+            backend, gradient_checkpointing: as in the constructor.
             device: where the parameters go.
             dtype: of the parameters; the checkpoint's by default.
             overrides: fields of `SlideEncoderConfig` by name, such as `global_pool` and `padding`.

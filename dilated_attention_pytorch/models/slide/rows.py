@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator
-from dilated_attention_pytorch.models.layers import RowMasks
+from dilated_attention_pytorch.models.layers import RowMask
 
 
 class SlideRows(NamedTuple):
@@ -44,7 +44,7 @@ class SlideRows(NamedTuple):
         """`(B, rows, D)` as the layers take it: packed `(total, D)`, or unchanged."""
         return x if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
 
-    def options(self, device: torch.device) -> RowMasks:
+    def options(self, device: torch.device) -> RowMask:
         """The mask or the bounds, as the layers take them."""
         if self.bounds is not None:
             return {"cu_seqlens": torch.tensor(self.bounds, dtype=torch.int32, device=device)}
