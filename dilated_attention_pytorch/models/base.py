@@ -12,22 +12,22 @@ from dilated_attention_pytorch.core.validation import check_bool
 from dilated_attention_pytorch.models.config import ModelConfig
 from dilated_attention_pytorch.types import BackendName
 
-_Config = TypeVar("_Config", bound=ModelConfig)
+Config = TypeVar("Config", bound=ModelConfig)
 
 
-class Model(nn.Module, Generic[_Config]):
+class Model(nn.Module, Generic[Config]):
     """A model made from a config: subclasses are of `Model[<the config's class>]` and make their parts in `_build`."""
 
     config_class: ClassVar[type[ModelConfig]]
 
     def __init_subclass__(cls) -> None:
         for base in cls.__dict__.get("__orig_bases__", ()):
-            if get_origin(base) is Model:
+            if isinstance(origin := get_origin(base), type) and issubclass(origin, Model):
                 (cls.config_class,) = get_args(base)
 
     def __init__(
         self,
-        config: _Config | None = None,
+        config: Config | None = None,
         *,
         backend: BackendName = "auto",
         gradient_checkpointing: bool = False,
@@ -40,7 +40,7 @@ class Model(nn.Module, Generic[_Config]):
         if config is not None and not isinstance(config, kind):
             raise TypeError(f"expected config to be a {kind.__name__}, got {type(config).__name__} {config!r}")
         check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.config: _Config = replace(config or kind(), **overrides)
+        self.config: Config = replace(config or kind(), **overrides)
         self.gradient_checkpointing = gradient_checkpointing
         self._backend: BackendName = backend
         self._build(device=device, dtype=dtype)

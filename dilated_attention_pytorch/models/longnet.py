@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,7 @@ from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
 from dilated_attention_pytorch.models.layers import LayerStack, RowMask
-from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
+from dilated_attention_pytorch.models.sharding import ShardedModel
 
 
 def activation_name(activation: Any) -> Any:
@@ -105,11 +101,14 @@ class LongNetEncoder(Model[LongNetConfig]):
         return self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)  # type: ignore[no-any-return]
 
 
-class LongNetLM(Model[LongNetConfig]):
+class LongNetLM(ShardedModel[LongNetConfig]):
     """A causal language model: the decoder alone, with MAGNETO's gain `sqrt(log 2M)` for M layers.
 
     Embeddings start with deviation `d_model ** -0.5` and are scaled by `sqrt(d_model)`, as in the official code, so
     that the same weights serve as output layer with `tie_weights`. The other arguments are those of `LongNet`.
+
+    After `shard_context` a rank holds one contiguous shard of every sequence. The model then takes this rank's tokens
+    and gives their logits: those that one device would give.
 
     Args:
         config: the model's shape, with `vocab_size` or else a ValueError; its encoder layers are not used.
@@ -135,25 +134,6 @@ class LongNetLM(Model[LongNetConfig]):
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
-        self._shards: ContextShards | None = None
-
-    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
-        """From now on each rank of a group holds one contiguous shard of every sequence, in rank order.
-
-        All attention becomes ring attention with the model's own settings; parameters and their names stay. The model
-        then takes this rank's tokens and gives their logits: those that one device would give. The gradients of the
-        parameters are this shard's share, to be summed over the group.
-
-        Args:
-            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
-            mesh_dim: name of the mesh's dimension over which sequences are sharded.
-            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
-
-        Raises:
-            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
-        """
-        config = ring_config(self.config, **{"backend": self._backend, **ring})
-        self._shards = shard_layers(self.decoder.layers, config, group, mesh_dim)
 
     def forward(
         self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]

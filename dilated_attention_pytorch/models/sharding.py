@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dilated_attention_pytorch.models.base import Config, Model
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import Layer
 
@@ -79,17 +80,13 @@ class ContextShards:
         return _resolve_process_group(self.group_name)
 
 
-def sum_over_ranks(x: Tensor, shards: ContextShards) -> Tensor:
+class _SumOverRanks(torch.autograd.Function):
     """The sum of every rank's x, on every rank.
 
     Every rank computes the same loss from the sum, so the gradient of its own x is the loss's as it stands. Summed on
     the way back it would count once per rank.
     """
-    out: Tensor = _SumOverRanks.apply(x, shards)  # type: ignore[no-untyped-call]
-    return out
 
-
-class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: ContextShards) -> Tensor:
         import torch.distributed as dist
@@ -104,19 +101,41 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def shard_layers(
-    layers: Iterable[nn.Module], config: RingAttentionConfig, group: ProcessGroup | DeviceMesh, mesh_dim: str | None
-) -> ContextShards:
-    """Puts ring attention in the place of every layer's self-attention, and returns this rank's place."""
-    from dilated_attention_pytorch.ring_attention import RingDilatedAttention
+sum_over_ranks: Callable[[Tensor, ContextShards], Tensor] = _SumOverRanks.apply
 
-    attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
-    for layer in layers:
-        assert isinstance(layer, Layer) and layer.encoder_attn is None
-        if getattr(layer.self_attn.attention, "head_groups", False):
-            raise ValueError(
-                "expected layers with head_groups=False, got True: in ring attention a head has all branches"
-            )
-        mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
-        layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
-    return ContextShards(attention.rank, attention.world_size, attention.group_name)
+
+class ShardedModel(Model[Config]):
+    """The base of models whose sequences can be sharded over ranks."""
+
+    _shards: ContextShards | None = None
+
+    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
+        """From now on each rank of a group holds its part of every sequence, in rank order.
+
+        All attention becomes ring attention with the model's own settings; parameters and their names stay. Their
+        gradients are then this rank's share, to be summed over the group. The class says what a rank takes and gives.
+
+        Args:
+            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
+            mesh_dim: name of the mesh's dimension over which sequences are sharded.
+            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
+
+        Raises:
+            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
+        """
+        from dilated_attention_pytorch.ring_attention import RingDilatedAttention
+
+        own: Any = self.config
+        shape = getattr(own, "layers", own)  # a slide encoder's config has its layers' inside
+        config = ring_config(shape, **{"backend": self._backend, **ring})
+        attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
+        for layer in self.modules():
+            if not isinstance(layer, Layer):
+                continue
+            if getattr(layer.self_attn.attention, "head_groups", False):
+                raise ValueError(
+                    "expected layers with head_groups=False, got True: in ring attention a head has all branches"
+                )
+            mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
+            layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
+        self._shards = ContextShards(attention.rank, attention.world_size, attention.group_name)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model, has_head_groups
+from dilated_attention_pytorch.models.base import has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
-from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
+from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
 from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
@@ -21,10 +21,6 @@ from dilated_attention_pytorch.models.slide.positions import position_rows
 from dilated_attention_pytorch.models.slide.rows import SlideRows
 from dilated_attention_pytorch.models.weights import WeightsSource, load_into
 from dilated_attention_pytorch.types import BackendName
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 class SlideOutput(NamedTuple):
@@ -43,13 +39,20 @@ class SlideOutput(NamedTuple):
     tiles: Tensor
 
 
-class SlideEncoder(Model[SlideEncoderConfig]):
+class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
 
     Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
     when needed: there is no table to store or load. Under autocast the sum that runs through the layers stays fp32,
     as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
     The other arguments are those of `LongNet`.
+
+    After `shard_context` a rank holds some tiles of every slide, as many as it likes. With `padding="zero_keys"` it
+    takes no mask, so the slides of a batch are of one length; and not several segments of a w that r does not divide,
+    whose rows the official code moves (beyond 185,363 tokens with the published pattern). `forward` takes this rank's
+    tiles, coordinates and mask; `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this
+    rank's. Compute the same loss from `pooled` on every rank: the gradients of the encoder's parameters are then this
+    rank's share, to be summed over the group; those of a head on top are whole on each.
 
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.
@@ -65,7 +68,6 @@ class SlideEncoder(Model[SlideEncoderConfig]):
 
     def _build(self, **factory: Any) -> None:
         config, width = self.config, self.config.embed_dim
-        self._shards: ContextShards | None = None
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
         device = factory.get("device")
         meta: dict[str, Any] = {**factory, "device": "meta"}
@@ -125,20 +127,6 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
         load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
         return model.eval()
-
-    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
-        """From now on each rank of a group holds some tiles of every slide, in rank order, as many as it likes.
-
-        All attention becomes ring attention. With `padding="zero_keys"` it takes no mask, so the slides of a batch are
-        of one length; and not several segments of a w that r does not divide, whose rows the official code moves
-        (beyond 185,363 tokens with the published pattern). `forward` takes this rank's tiles, coordinates and mask;
-        `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this rank's. Compute the same loss
-        from `pooled` on every rank: the gradients of the encoder's parameters are then this rank's share, to be summed
-        over the group; those of a head on top are whole on each. Arguments and errors are those of
-        `LongNetLM.shard_context`.
-        """
-        config = ring_config(self.config.layers, **{"backend": self._backend, **ring})
-        self._shards = shard_layers(self.encoder.layers, config, group, mesh_dim)
 
     def forward(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> SlideOutput:
         """Encodes a batch of slides.
