@@ -131,12 +131,11 @@ class LongNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.nhead:
-            raise ValueError(f"expected d_model to be a multiple of nhead, got {self.d_model} and {self.nhead}")
-        if self.nhead % self.pattern.num_heads:
-            raise ValueError(
-                f"expected nhead to be a multiple of num_kv_heads, got {self.nhead} and {self.num_kv_heads}"
-            )
+        heads, kv_heads = self.nhead, self.pattern.num_heads
+        if self.d_model % heads:
+            raise ValueError(f"expected d_model to be a multiple of nhead, got {self.d_model} and {heads}")
+        if heads % kv_heads:
+            raise ValueError(f"expected nhead to be a multiple of num_kv_heads, got {heads} and {kv_heads}")
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -144,8 +143,16 @@ class LongNetConfig(ModelConfig):
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.num_kv_heads or self.nhead, self.offsets)
 
 
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig(ModelConfig):
     """The base of configs of slide encoders and vision transformers, which have timm's names."""
+
+    depth: int = 12
+    num_heads: int = 16
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
+    drop_path: Probability = 0.1
+    offsets: Offsets = "blocked"
+    layer_norm_eps: AboveZero = 1e-5
 
     @property
     def layers(self) -> LongNetConfig:

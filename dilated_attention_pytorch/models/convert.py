@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.models.base import Model
-from dilated_attention_pytorch.models.config import Activation, LongNetConfig
+from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 from dilated_attention_pytorch.models.weights import WeightsSource, count_layers, load_into, read_state
 
+Tensors = dict[str, Tensor]
 Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
 
 # Patterns of names there, and names here; None where the name has no place. A name that no pattern matches is an error.
@@ -165,7 +166,7 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
     return "torchscale-encoder"
 
 
-def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+def rename(state: Mapping[str, Tensor], source: str) -> tuple[Tensors, list[str]]:
     """The tensors under the names they have here, and the names that have no place.
 
     A ValueError tells every name that is not in the source's table, with the reason where it is known.
@@ -173,7 +174,7 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder."}.get(source, "")
     if not all(name.startswith(prefix) for name in state):
         prefix = ""
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     left_out, unknown = [], []
     for name, tensor in state.items():
         bare = name.removeprefix(prefix)
@@ -191,12 +192,7 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
 
 
 def _decoder(
-    found: dict[str, Tensor],
-    xpos: bool,
-    *,
-    xpos_scale_base: float = 512.0,
-    scale_embedding: bool = False,
-    **pattern: Any,
+    found: Tensors, xpos: bool, *, xpos_scale_base: float = 512.0, scale_embedding: bool = False, **pattern: Any
 ) -> LongNetLM:
     """The model, and in `found` its weights: scaled, tied, and with the channels of heads in our order."""
     for name in ("embed_tokens.weight", "output_projection.weight"):
@@ -226,7 +222,7 @@ def _decoder(
 
 
 def _fkodom(
-    found: dict[str, Tensor], source: Source, *, as_initialisation: bool = False, **pattern: Any
+    found: Tensors, source: Source, *, as_initialisation: bool = False, **pattern: Any
 ) -> tuple[LongNet, list[str]]:
     """The model and its notes, and in `found` the LayerNorms that exist here alone, which start as they are."""
     if not as_initialisation:
@@ -244,18 +240,11 @@ def _fkodom(
 
 
 def _shape(
-    found: Mapping[str, Tensor],
-    stack: str,
-    *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "gelu",
+    found: Tensors, stack: str, *, num_heads: int, segment_lengths: Any, dilation_rates: Any, activation: Any = "gelu"
 ) -> dict[str, Any]:
     """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights."""
-    lengths, rates = tuple(segment_lengths), tuple(dilation_rates)
-    fields: dict[str, Any] = {"nhead": num_heads, "segment_lengths": lengths, "dilation_rates": rates}
-    fields |= {"activation": activation, "positions": None}
+    fields: dict[str, Any] = {"nhead": num_heads, "activation": activation, "positions": None}
+    fields |= {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
     if layers := count_layers(found, stack):
         fields[f"num_{stack}_layers"] = layers
     first = found.get(f"{stack}.layers.0.ffn.fc1.weight")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.base import Model
-from dilated_attention_pytorch.models.config import AboveZero, Count, Probability, VisionConfig
+from dilated_attention_pytorch.models.config import Count, Probability, VisionConfig
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
-from dilated_attention_pytorch.types import Offsets
 
 PatchPositions = Literal["learned", "sincos"]
 PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
@@ -42,27 +41,20 @@ class LongViTConfig(VisionConfig):
     in_chans: int = 3
     patch_size: int = 32
     embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 16
     ffn_dim: int = 1536
     segment_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144)
-    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
     positions: PatchPositions = "learned"
     position_grid: tuple[int, int] = (32, 32)
     order: PatchOrder = "raster"
     global_pool: bool = True
     num_classes: Count = 0
     dropout: Probability = 0.0
-    drop_path: Probability = 0.1
-    offsets: Offsets = "blocked"
-    layer_norm_eps: AboveZero = 1e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embed_dim % 4 or self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"expected embed_dim to be a multiple of 4 and of num_heads, got {self.embed_dim} and {self.num_heads}"
-            )
+        width, heads = self.embed_dim, self.num_heads
+        if width % 4 or width % heads:
+            raise ValueError(f"expected embed_dim to be a multiple of 4 and of num_heads, got {width} and {heads}")
         if len(self.position_grid) != 2:
             raise ValueError(f"expected position_grid to be (rows, columns), got {self.position_grid}")
         _ = self.layers  # checks the rest

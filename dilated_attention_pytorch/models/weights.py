@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 WeightsSource = str | os.PathLike[str] | Mapping[str, Any]
+Device = torch.device | str
+Dtype = torch.dtype | None
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` writes into a folder
 
 
@@ -48,7 +50,7 @@ def read_state(source: WeightsSource) -> dict[str, Tensor]:
     return _tensors(loaded, str(path))
 
 
-def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def read_safetensors(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file; a ValueError where it cannot be read as one."""
     load_file = safetensors().load_file
     with _reading(path, "tensors as safetensors writes them", importlib.import_module("safetensors").SafetensorError):
@@ -93,12 +95,7 @@ def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
 
 
 def load_into(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    copy: bool = True,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    model: nn.Module, state: Mapping[str, Tensor], *, copy: bool = True, device: Device = "cpu", dtype: Dtype = None
 ) -> None:
     """Makes a state dict's tensors a model's parameters, in place of those it has (built on `meta`, it has none).
 

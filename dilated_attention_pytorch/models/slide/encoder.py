@@ -15,8 +15,7 @@ from dilated_attention_pytorch.models.base import has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
-from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
-from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
+from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, config_and_state
 from dilated_attention_pytorch.models.slide.positions import position_rows
 from dilated_attention_pytorch.models.slide.rows import SlideRows
 from dilated_attention_pytorch.models.weights import WeightsSource, load_into
