@@ -149,9 +149,8 @@ def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> Sl
     if table.dim() != 3 or table.shape != (1, side * side + 1, config.embed_dim) or side == 0:
         raise ValueError(f"expected pos_embed of shape (1, G * G + 1, {config.embed_dim}), got {tuple(table.shape)}")
     if named and side != config.slide_ngrids:
-        raise ValueError(
-            f"expected slide_ngrids={side}, as the checkpoint's pos_embed has it, got {config.slide_ngrids}"
-        )
+        got = config.slide_ngrids
+        raise ValueError(f"expected slide_ngrids={side}, as the checkpoint's pos_embed has it, got {got}")
     number = torch.linspace(0, side * side - 1, min(_CHECKED_ROWS, side * side), dtype=torch.float64).long()
     half = config.embed_dim // 2
     want = torch.cat((sincos(number % side, half), sincos(number // side, half)), -1)
@@ -160,7 +159,7 @@ def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> Sl
     error = float((table[0, number + 1].double() - want).abs().max())
     if not error <= allowed or bool((table[0, 0] != 0).any()):
         raise ValueError(
-            f"expected the checkpoint's pos_embed to be the sincos table of a {side} x {side} grid after a row of zeros, "
-            f"which is computed here, got rows that differ by {error:.1e}: another model"
+            f"expected the checkpoint's pos_embed to be the sincos table of a {side} x {side} grid after a row of "
+            f"zeros, which is computed here, got rows that differ by {error:.1e}: another model"
         )
     return replace(config, slide_ngrids=side)
