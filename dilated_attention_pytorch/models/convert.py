@@ -123,8 +123,8 @@ def convert(weights: WeightsSource, source: Source | None = None, **options: Any
     if source == "gigapath":
         return Conversion(SlideEncoder.from_pretrained(state, **options), source, ())
     found, left_out = rename(state, source)
-    notes: list[str] = []
     model: Model[Any]
+    notes: list[str] = []
     if source == "torchscale-encoder":
         shape = _shape(found, "encoder", **options)
         model = LongNetEncoder(LongNetConfig(**shape, offsets="blocked", padding="zero_keys"), device="meta")

@@ -68,13 +68,12 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     def _build(self, **factory: Any) -> None:
         config, width = self.config, self.config.embed_dim
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
-        device = factory.get("device")
-        meta: dict[str, Any] = {**factory, "device": "meta"}
+        meta = factory | {"device": "meta"}
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(config.in_chans, width, **meta)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
         self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, **meta)
-        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.to_empty(device=torch.get_default_device() if factory["device"] is None else factory["device"])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

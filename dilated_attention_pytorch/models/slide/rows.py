@@ -27,9 +27,7 @@ class SlideRows(NamedTuple):
     has_cls: bool = True  # whether row 0 is the cls token; of a sharded slide it is on the first rank alone
 
     @classmethod
-    def of(
-        cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool = True, pack: bool = True
-    ) -> SlideRows:
+    def of(cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool, pack: bool) -> SlideRows:
         """The rows for a mask of tiles `(B, L)`, True = real."""
         if mask is None or (pack and bool(mask.all())):
             return cls(num_slides, num_tiles, has_cls=has_cls)
