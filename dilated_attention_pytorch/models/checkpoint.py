@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dilated_attention_pytorch.models import weights
-from dilated_attention_pytorch.models.base import Model, has_head_groups
+from dilated_attention_pytorch.models.config import Model
+from dilated_attention_pytorch.models.layers import has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder

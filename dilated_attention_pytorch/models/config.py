@@ -1,15 +1,18 @@
-"""The shape of a LongNet, as one frozen value that goes to JSON and back."""
+"""The shape of a model, as one frozen value that goes to JSON and back, and the base of models made from one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions
-from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
+from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
 
 
 def check_above_zero(name: str, value: Any) -> float:
@@ -25,12 +28,6 @@ Activation = Literal["relu", "gelu"]
 Probability = Annotated[float, check.check_probability]
 AboveZero = Annotated[float, check_above_zero]
 Count = Annotated[int, lambda name, value: check.check_int(name, value, 0)]
-_CHECKS: dict[Any, Callable[[str, Any], Any]] = {
-    bool: check.check_bool,
-    int: check.check_positive_int,
-    tuple[int, ...]: check.check_positive_ints,
-    tuple[int, int]: check.check_positive_ints,
-}
 
 
 def _checked(name: str, value: Any, annotation: Any) -> Any:
@@ -41,7 +38,9 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
         return args[1](name, value)
     if type(None) in args:
         return None if value is None else _checked(name, value, args[0])
-    return _CHECKS[annotation](name, value)
+    if kind is tuple:
+        return check.check_positive_ints(name, value)
+    return check.check_bool(name, value) if annotation is bool else check.check_positive_int(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,43 @@ class ModelConfig:
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
         return cls(**values)
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+class Model(nn.Module, Generic[Config]):
+    """A model made from a config: subclasses are of `Model[<the config's class>]` and make their parts in `_build`."""
+
+    config_class: ClassVar[type[ModelConfig]]
+
+    def __init_subclass__(cls) -> None:
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            if isinstance(origin := get_origin(base), type) and issubclass(origin, Model):
+                (cls.config_class,) = get_args(base)
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        backend: BackendName = "auto",
+        gradient_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        kind: Any = self.config_class
+        if config is not None and not isinstance(config, kind):
+            raise TypeError(f"expected config to be a {kind.__name__}, got {type(config).__name__} {config!r}")
+        check.check_bool("gradient_checkpointing", gradient_checkpointing)
+        self.config: Config = replace(config or kind(), **overrides)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._backend: BackendName = backend
+        self._build(device=device, dtype=dtype)
+
+    def _build(self, **factory: Any) -> None:  # device and dtype of the parameters
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.base import Model
-from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 from dilated_attention_pytorch.models.weights import WeightsSource, count_layers, load_into, read_state

@@ -153,24 +153,29 @@ class LayerStack(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         *,
-        is_causal: bool,
         start: int = 0,
         caches: Sequence[KeyValueStore] | None = None,
         scales: Tensor | None = None,
         gradient_checkpointing: bool = False,
-        **rows: Unpack[RowMask],
+        **options: Any,
     ) -> Iterator[Tensor]:
         """The output of each layer, shaped like x, one after the other, without the final LayerNorm.
 
-        Arguments are as in `Layer.forward`, with one cache and one pair of scales per layer. `start` is the position of
-        the first row.
+        There is one cache and one pair of scales per layer; `options` are further arguments of `Layer.forward`. `start`
+        is the position of the first row.
         """
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
-        rotation = first.rotation(x, start=start, row_start=rows.get("row_start"), cu_seqlens=rows.get("cu_seqlens"))
+        where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
+        options["rotation"] = first.rotation(x, start=start, **where)
         again = gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             cache, scale = None if caches is None else caches[i], None if scales is None else scales[i]
-            run = partial(layer, is_causal=is_causal, rotation=rotation, cache=cache, scales=scale, **rows)
+            run = partial(layer, cache=cache, scales=scale, **options)
             x = checkpoint(run, x, memory, use_reentrant=False) if again else run(x, memory)
             yield x
+
+
+def has_head_groups(model: nn.Module) -> bool:
+    """Whether a model was made in legacy mode: each head has one branch then, which no config tells."""
+    return any(getattr(module, "head_groups", False) for module in model.modules())

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import Model
 from dilated_attention_pytorch.models.cache import KeyValueCache
-from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
 from dilated_attention_pytorch.models.layers import LayerStack, RowMask
 from dilated_attention_pytorch.models.sharding import ShardedModel

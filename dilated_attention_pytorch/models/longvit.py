@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import Model
-from dilated_attention_pytorch.models.config import Count, Probability, VisionConfig
+from dilated_attention_pytorch.models.config import Count, Model, Probability, VisionConfig
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
 

@@ -70,8 +70,7 @@ class _GeluNorm(torch.autograd.Function):
         if ctx.unpacked is None:
             saved = ctx.saved_tensors
             ctx.unpacked = (nn.functional.gelu(saved[0]), *saved)
-        unpacked: tuple[Tensor, ...] = ctx.unpacked
-        return unpacked
+        return ctx.unpacked  # type: ignore[no-any-return]
 
     @staticmethod
     def output(ctx: Any) -> Tensor:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.models.base import Config, Model
-from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.config import Config, LongNetConfig, Model
 from dilated_attention_pytorch.models.layers import Layer
 
 if TYPE_CHECKING:

@@ -54,8 +54,7 @@ def read_safetensors(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file; a ValueError where it cannot be read as one."""
     load_file = safetensors().load_file
     with _reading(path, "tensors as safetensors writes them", importlib.import_module("safetensors").SafetensorError):
-        state: dict[str, Tensor] = load_file(path, device=str(device))
-    return state
+        return load_file(path, device=str(device))  # type: ignore[no-any-return]
 
 
 def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.validation import check_int
-from dilated_attention_pytorch.models.base import has_head_groups
-from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
+from dilated_attention_pytorch.models.layers import LayerStack, has_head_groups, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, config_and_state
