@@ -120,7 +120,7 @@ class Layer(nn.Module):
         return x + self._drop(self.ffn(self.final_layer_norm(x)), None if scales is None else scales[1])
 
     def _drop(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self.dropout) if self.dropout > 0.0 and self.training else x
         return x if scale is None else x * scale.to(x.dtype)
 
 

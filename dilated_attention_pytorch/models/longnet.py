@@ -166,7 +166,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         except IndexError as error:  # on a CPU; looking at a GPU's tokens would make the host wait
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
-        x = nn.functional.dropout(x, self.config.dropout, self.training)
+        if self.training and self.config.dropout > 0.0:
+            x = nn.functional.dropout(x, self.config.dropout)
         options: dict[str, Any] = {"start": start, "gradient_checkpointing": self.gradient_checkpointing, **rows}
         if cache is not None:
             if given:
@@ -227,7 +228,6 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)
         cache = self.make_cache(row_start=sampling.get("row_start"))
-
         return sample(self, cache, prompt, max_new_tokens, sampling)
 
     def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
