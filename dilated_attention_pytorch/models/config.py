@@ -58,11 +58,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that `to_dict` wrote; absent fields take their defaults.
-
-        Raises:
-            ValueError: a key that is no field, by name.
-        """
+        """The config that `to_dict` wrote; absent fields take their defaults, any other key is a ValueError."""
         known = sorted(field.name for field in fields(cls))
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")

@@ -167,9 +167,7 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
 
 def rename(state: Mapping[str, Tensor], source: str) -> tuple[Tensors, list[str]]:
     """The tensors under the names they have here, and the names that have no place.
-
-    A ValueError tells every name that is not in the source's table, with the reason where it is known.
-    """
+    A ValueError tells every name that is not in the source's table, with the reason where it is known."""
     prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder."}.get(source, "")
     if not all(name.startswith(prefix) for name in state):
         prefix = ""

@@ -62,9 +62,7 @@ _OF_ATTENTION = ("segment_lengths", "dilation_rates", "num_kv_heads", "layer_nor
 
 class Layer(nn.Module):
     """Self-attention, cross-attention where asked for, feed-forward; each is added to its input.
-
-    `gamma` is MAGNETO's gain. Cross-attention keeps 1, as in the official code.
-    """
+    `gamma` is MAGNETO's gain. Cross-attention keeps 1, as in the official code."""
 
     def __init__(
         self,
@@ -106,9 +104,7 @@ class Layer(nn.Module):
         **rows: Unpack[RowMask],
     ) -> Tensor:
         """`(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`, to the same; the memory is like x.
-
-        `scales` `(2, ...)` are factors that broadcast to x, on the outputs of self-attention and feed-forward.
-        """
+        `scales` `(2, ...)` are factors that broadcast to x, on the outputs of self-attention and feed-forward."""
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
         (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
         h, _ = self.self_attn(h, h, h, is_causal=is_causal, rotation=rotation, cache=cache, **rows)

@@ -194,11 +194,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         return self.output_projection(hidden)  # type: ignore[no-any-return]
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
-        """An empty cache for `forward`.
-
-        Args:
-            row_start: int `(B,)`, first real position of each row of a left-padded batch.
-        """
+        """An empty cache for `forward`; `row_start`, int `(B,)`, has each left-padded row's first real position."""
         return KeyValueCache(self.config.segment_lengths, self.config.num_decoder_layers, row_start=row_start)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:

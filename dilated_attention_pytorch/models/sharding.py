@@ -42,11 +42,8 @@ class ContextShards:
     seq_len: int = -1  # of the last sequence
 
     def start(self, length: int, seq_len: int | None) -> int:
-        """The first position of this rank's shard of `length` tokens.
-
-        The whole of `seq_len` tokens is cut as `torch.chunk` does; without it shards are equal. A shard of another
-        length is refused with a ValueError.
-        """
+        """The first position of this rank's shard of `length` tokens; a ValueError for a shard of another length.
+        The whole of `seq_len` tokens is cut as `torch.chunk` does; without it shards are equal."""
         from dilated_attention_pytorch.ring_attention.plan import equal_bounds
 
         seq_len = length * self.size if seq_len is None else seq_len
@@ -62,13 +59,11 @@ class ContextShards:
         return start
 
     def compare_again(self) -> None:
-        """Makes the next attention compare plans on every rank.
-
-        Ranks compare when their own call changes. Another length of the whole may leave some shards as they were, and
-        those ranks would not come to the comparison.
-        """
+        """Makes the next attention compare plans on every rank."""
         from dilated_attention_pytorch.ring_attention.utils import handshake
 
+        # Ranks compare when their own call changes. Another length of the whole may leave some shards as they were, and
+        # those ranks would not come to the comparison.
         if self.size > 1:
             handshake.state_of(self.group()).previous = ""
 

@@ -31,9 +31,7 @@ def layer_attention(
     layer: Layer, x: Tensor, config: SlideEncoderConfig, head: int | None, queries: list[int]
 ) -> AttentionMap:
     """The attention of some rows of x `(1, 1 + L, embed_dim)` in the layer that takes it, cls token first.
-
-    Without a head it is the mean over heads.
-    """
+    Without a head it is the mean over heads."""
     attention = layer.self_attn
     h = layer.self_attn_layer_norm(x)[0]
     q, k = (proj(h).unflatten(-1, (config.num_heads, -1)) for proj in (attention.q_proj, attention.k_proj))  # (N, H, D)

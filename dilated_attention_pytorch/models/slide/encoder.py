@@ -49,8 +49,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     takes no mask, so the slides of a batch are of one length; and not several segments of a w that r does not divide,
     whose rows the official code moves (beyond 185,363 tokens with the published pattern). `forward` takes this rank's
     tiles, coordinates and mask; `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this
-    rank's. Compute the same loss from `pooled` on every rank: the gradients of the encoder's parameters are then this
-    rank's share, to be summed over the group; those of a head on top are whole on each.
+    rank's. Compute the same loss from `pooled` on every rank; the gradients of a head on top are whole on each.
 
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.

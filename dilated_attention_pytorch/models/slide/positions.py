@@ -14,9 +14,7 @@ from torch import Tensor
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """`[sin, cos]` of positions `(...)` times `10000 ** (-i / (width / 2))`, fp64 `(..., width)`.
-
-    The result is on the CPU: not every device has fp64.
-    """
+    The result is on the CPU: not every device has fp64."""
     omega = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = positions.to("cpu", torch.float64)[..., None] * omega
     return torch.cat((angle.sin(), angle.cos()), -1)
