@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, TypeVar, overload
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.torch_private import uncompiled
-from dilated_attention_pytorch.streaming.call import Inputs, Settings, Upstream, prepare
-from dilated_attention_pytorch.streaming.checks import REFUSED, refuse
+from dilated_attention_pytorch.streaming.call import Settings, prepare
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
 from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Offsets
 
@@ -103,24 +101,16 @@ def dilated_attention_streamed(
         >>> out = dilated_attention_streamed(q, k, v, **pattern, range_length=256)
         >>> torch.testing.assert_close(out, dilated_attention(q, k, v, **pattern))
     """
-    refuse(
-        dropout_p=dropout_p,
-        row_start=row_start,
-        cu_seqlens=cu_seqlens,
-        mixing_gradient=mixing_gradient,
-        padding=padding,
-    )
-    settings = Settings(
-        segment_lengths, dilation_rates, is_causal, scale, offsets, backend, device, device_limit, range_length, pool,
-        progress,
-    )  # fmt: skip
-    inputs = Inputs(q, k, v, key_padding_mask)
-    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v)):
-        result: Tensor | RangeSink = prepare(settings, inputs).into({"out": out})["out"]
+    # Before any other name is bound; what is no option of the whole call has a place of its own.
+    options = {name: x for name, x in locals().items() if name not in ("q", "k", "v", "key_padding_mask", "out")}
+    settings = Settings.of("dilated_attention_streamed", options)
+    inputs = {"q": q, "k": k, "v": v}
+    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values()):
+        result: Tensor | RangeSink = prepare(settings, inputs, key_padding_mask).into({"out": out})["out"]
         return result
     if out is not None:
         raise ValueError("expected out=None where a gradient is wanted, as autograd keeps the result it makes")
-    if others := [name for name, x in inputs.named().items() if not isinstance(x, Tensor)]:
+    if others := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
         raise NotImplementedError(
             f"autograd takes tensors alone, got a source as {', '.join(others)}: streamed_forward and "
             "streamed_backward take sources"
@@ -152,7 +142,7 @@ def streamed_forward(
     Returns:
         `AttentionOutput(out, lse)`, each as it was given.
     """
-    call = prepare(_settings("streamed_forward", settings), Inputs(q, k, v, key_padding_mask))
+    call = prepare(Settings.of("streamed_forward", settings), {"q": q, "k": k, "v": v}, key_padding_mask)
     return AttentionOutput(**call.into({"out": out, "lse": lse}))
 
 
@@ -188,20 +178,9 @@ def streamed_backward(
     Returns:
         `QKV(dq, dk, dv)`, each as it was given.
     """
-    inputs = Inputs(q, k, v, key_padding_mask, Upstream(grad_out, out, lse))
-    call = prepare(_settings("streamed_backward", settings), inputs)
+    inputs = {"q": q, "k": k, "v": v, "grad_out": grad_out, "out": out, "lse": lse}
+    call = prepare(Settings.of("streamed_backward", settings), inputs, key_padding_mask)
     return QKV(*call.into({"dq": dq, "dk": dk, "dv": dv}).values())
-
-
-def _settings(function: str, given: dict[str, Any]) -> Settings:
-    """The keyword arguments that the pair shares with `dilated_attention_streamed`."""
-    refuse(**{name: value for name, value in given.items() if name in REFUSED})
-    names = [field.name for field in fields(Settings)]
-    if unknown := [name for name in given if name not in names and name not in REFUSED]:
-        raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
-    if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
-        raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
-    return Settings(**{name: value for name, value in given.items() if name in names})
 
 
 class _Streamed(torch.autograd.Function):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.kernels.choice import backend_for, choose_backend
 from dilated_attention_pytorch.streaming import pipeline
-from dilated_attention_pytorch.streaming.checks import Spec, check_device, check_source, check_spec, check_target
+from dilated_attention_pytorch.streaming.checks import (
+    REFUSED,
+    Spec,
+    check_device,
+    check_source,
+    check_spec,
+    check_target,
+    refuse,
+)
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
 from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, reader, writer
@@ -44,28 +52,16 @@ class Settings:
     pool: UnifiedMemoryPool | None = None
     progress: bool = False
 
-
-class Upstream(NamedTuple):
-    """What a backward reads beside the inputs: the gradient, and what the forward gave."""
-
-    grad_out: AnySource
-    out: AnySource
-    lse: AnySource
-
-
-class Inputs(NamedTuple):
-    """Everything that a call reads; `upstream` makes it a backward."""
-
-    q: AnySource
-    k: AnySource
-    v: AnySource
-    key_padding_mask: Tensor | None = None
-    upstream: Upstream | None = None
-
-    def named(self) -> dict[str, AnySource]:
-        """All but the mask, by argument name."""
-        found: dict[str, AnySource] = {"q": self.q, "k": self.k, "v": self.v}
-        return found if self.upstream is None else found | self.upstream._asdict()
+    @classmethod
+    def of(cls, function: str, given: dict[str, Any]) -> Self:
+        """From the keyword arguments of one of the public functions."""
+        refuse({name: value for name, value in given.items() if name in REFUSED})
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in names and name not in REFUSED]:
+            raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
+        if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
+            raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
+        return cls(**{name: value for name, value in given.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class StreamedCall:
     device: torch.device
     engine: Backend
     settings: Settings
-    inputs: Inputs
+    inputs: dict[str, AnySource]  # by argument name; the mask too, where there is one
 
     def plan(self) -> RangePlan:
         """Its ranges."""
@@ -92,15 +88,12 @@ class StreamedCall:
 
     def work(self) -> Pass:
         """The walk over its ranges."""
-        inputs, mask = self.inputs.named(), self.inputs.key_padding_mask
-        given = inputs if mask is None else inputs | {"key_padding_mask": mask}
-        readers = {name: reader(name, x) for name, x in given.items()}
-        kind = BackwardPass if self.sizes.is_backward else ForwardPass
-        return kind(self.plan(), readers, self.engine)
+        readers = {name: reader(name, x) for name, x in self.inputs.items()}
+        return (BackwardPass if self.sizes.is_backward else ForwardPass)(self.plan(), readers, self.engine)
 
     def into(self, targets: Mapping[str, AnySink | None]) -> dict[str, Any]:
         """Computes everything into the targets, new tensors in place of None; nothing is written if one is refused."""
-        taken: list[object] = [*self.inputs.named().values(), self.inputs.key_padding_mask]
+        taken: list[object] = [*self.inputs.values()]
         for name, x in targets.items():
             if x is not None:
                 check_target(name, x, self.spec(name), taken)
@@ -108,24 +101,20 @@ class StreamedCall:
         work = self.work()
         # On the CPU whatever the default device.
         filled = {name: self.spec(name).empty("cpu") if x is None else x for name, x in targets.items()}
-        self.run(work, filled)
-        return filled
-
-    def run(self, work: Pass, targets: Mapping[str, AnySink]) -> None:
-        """Computes everything into the targets; tensors are marked as unfinished until all of it is there."""
         if self.problem.seq_len == 0 or self.sizes.batch == 0:
-            return
+            return filled
         given = self.settings.pool
         pool = UnifiedMemoryPool(strategy="simple") if given is None else given
-        writers = {name: writer(name, x) for name, x in targets.items()}
+        writers = {name: writer(name, x) for name, x in filled.items()}
+        # The dtype is the inputs', as staging memory is laid out before anything is read.
+        plain = torch.autocast(self.device.type, enabled=False)
         try:
-            # The dtype is the inputs', as staging memory is laid out before anything is read.
-            plain = torch.autocast(self.device.type, enabled=False)
             with torch.no_grad(), plain, _progress(len(work.plan.ranges), self.settings.progress) as tick:
                 pipeline.run(work, writers, self.device, pool, tick)
         finally:
             if given is None:
                 pool.trim()
+        return filled
 
     def spec(self, name: str) -> Spec:
         """The shape and dtype of an input or result."""
@@ -136,9 +125,9 @@ class StreamedCall:
         return Spec((sizes.batch, self.problem.seq_len, heads, sizes.head_dim), sizes.dtype)
 
 
-def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
-    """Checks a call, before anything is changed."""
-    specs = {name: check_source(name, x) for name, x in inputs.named().items()}
+def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | None = None) -> StreamedCall:
+    """Checks a call, before anything is changed; one that reads the gradient of out is a backward."""
+    specs = {name: check_source(name, x) for name, x in inputs.items()}
     # Tensors of the same shapes without data, for checks that ask for some.
     meta = QKV(*(specs[name].empty("meta") for name in "qkv"))
     check.check_qkv(meta)
@@ -153,13 +142,12 @@ def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
     # A backend is chosen by device, dtype and width: no rows are needed.
     rows = QKV(*(x.new_empty((batch, 0, *x.shape[2:]), device=device) for x in meta))
     engine, chosen = backend_for(rows, problem, settings.backend), choose_backend(rows, problem, settings.backend)
-    mask, is_backward, is_fused = inputs.key_padding_mask, inputs.upstream is not None, chosen.backend == "triton"
-    sizes = Sizes(
-        batch, heads, kv_heads, width, meta.q.dtype, mask is not None, is_backward, is_fused, device.type
-    )  # fmt: skip
-    call = StreamedCall(problem, sizes, device, engine, settings, inputs)
-    for name in Upstream._fields if is_backward else ():
-        check_spec(name, specs[name], call.spec(name))
+    is_masked, is_backward, is_fused = mask is not None, "grad_out" in inputs, chosen.backend == "triton"
+    sizes = Sizes(batch, heads, kv_heads, width, meta.q.dtype, is_masked, is_backward, is_fused, device.type)
+    everything = inputs if mask is None else inputs | {"key_padding_mask": mask}
+    call = StreamedCall(problem, sizes, device, engine, settings, everything)
+    for name, spec in specs.items():
+        check_spec(name, spec, call.spec(name))
     if mask is not None:
         check.check_key_padding_mask(mask, batch, n, torch.device("cpu"))
     return call

@@ -27,7 +27,7 @@ class Spec(NamedTuple):
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
-def refuse(**options: Any) -> None:
+def refuse(options: dict[str, Any]) -> None:
     """Raises for an option of `dilated_attention` that streaming has not, unless it has its default."""
     for name, value in options.items():
         if value is not REFUSED[name] and value != REFUSED[name]:
