@@ -82,10 +82,10 @@ def interleave(axes: Sequence[Tensor]) -> Tensor:
     return index
 
 
-def encode_with_hilbertsfc(first: Tensor, second: Tensor, num_bits: int) -> Tensor | None:
+def encode_with_hilbertsfc(axes: Sequence[Tensor], num_bits: int) -> Tensor | None:
     """`encode` by the hilbertsfc package; None if it is absent or another curve, and off the CPU."""
-    is_theirs = first.device.type == "cpu" and _hilbertsfc_agrees()
-    return _by_hilbertsfc(first, second, num_bits) if is_theirs else None
+    is_theirs = len(axes) == 2 and axes[0].device.type == "cpu" and _hilbertsfc_agrees()
+    return _by_hilbertsfc(axes, num_bits) if is_theirs else None
 
 
 @lru_cache(maxsize=1)
@@ -95,16 +95,16 @@ def _hilbertsfc_agrees() -> bool:
         for num_bits in (1, 2, 3, 5, 6):
             side = torch.arange(1 << num_bits)
             axes = torch.cartesian_prod(side, side).unbind(-1)
-            if not torch.equal(_by_hilbertsfc(*axes, num_bits=num_bits), encode(axes, num_bits)):
+            if not torch.equal(_by_hilbertsfc(axes, num_bits), encode(axes, num_bits)):
                 return False
     except Exception:  # absent, or broken in some way of its own: the tables need nobody
         return False
     return True
 
 
-def _by_hilbertsfc(first: Tensor, second: Tensor, num_bits: int) -> Tensor:
+def _by_hilbertsfc(axes: Sequence[Tensor], num_bits: int) -> Tensor:
     # Its 2-D curve (0.5.1) is this one with the axes exchanged for odd numbers of bits; its 3-D curve is another.
-    x, y = (second, first) if num_bits % 2 else (first, second)
+    x, y = reversed(axes) if num_bits % 2 else axes
     sfc = importlib.import_module("hilbertsfc.torch")
     index: Tensor = sfc.hilbert_encode_2d(x.contiguous(), y.contiguous(), nbits=num_bits)
     return index.to(torch.int64)
@@ -135,7 +135,7 @@ def _tables(num_dims: int, device: str) -> Tables:
 
 def _machine(num_dims: int) -> list[list[tuple[int, int]]]:
     """Per state that is reached and corner of the cube the (digit, next state) read there, states by number."""
-    states, moves = [CurveState(tuple(range(num_dims)), (0,) * num_dims, 0)], []
+    states, moves = [CurveState(tuple(range(num_dims)), (0,) * num_dims, 0)], list[list[tuple[int, int]]]()
     for state in states:  # which grows meanwhile
         found = [_move(state, corner) for corner in range(1 << num_dims)]
         for _, following in found:
