@@ -119,9 +119,9 @@ def _tables(num_dims: int, device: str) -> Tables:
     while len(turn) < num_dims:
         turn.append(moves[turn[-1]][0][1])
     starts = tuple(turn[-n % num_dims] for n in range(num_dims))
-    with torch.inference_mode(False), torch.device("cpu"):  # cached tables serve training too
-        steps = torch.tensor(moves)  # (states, 2 ** D, 2)
-        key = torch.arange(len(moves) << digits)
+    with torch.inference_mode(False):  # cached tables serve training too
+        steps = torch.tensor(moves, device="cpu")  # (states, 2 ** D, 2)
+        key = torch.arange(len(moves) << digits, device="cpu")
         now, bits, index = key >> digits, key & ((1 << digits) - 1), torch.zeros_like(key)
         for bit in range(width - 1, -1, -1):
             # One bit of each axis, axis 0 highest.

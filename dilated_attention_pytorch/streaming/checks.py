@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        """Those of a tensor."""
+        return cls(tuple(x.shape), x.dtype)
 
     def empty(self, device: str) -> Tensor:
         """A tensor of the kind."""
@@ -44,9 +49,8 @@ def check_source(name: str, x: object) -> Spec:
             raise ValueError(
                 f"expected {name} in host memory, got it on {x.device}: dilated_attention computes what lies there"
             )
-        return Spec(tuple(x.shape), x.dtype)
-    missing = [part for part in ("shape", "dtype", "read") if not hasattr(x, part)]
-    if missing:
+        return Spec.of(x)
+    if missing := [part for part in ("shape", "dtype", "read") if not hasattr(x, part)]:
         raise TypeError(
             f"expected {name} to be a Tensor or a source with shape, dtype and read(start, stop), "
             f"got {type(x).__name__} without {', '.join(missing)}"
@@ -73,7 +77,7 @@ def check_read(call: str, rows: object, want: Spec) -> None:
     if not isinstance(rows, Tensor):
         raise TypeError(f"expected {call} to give a Tensor, got {type(rows).__name__}")
     check.check_dense(call, rows)
-    if tuple(rows.shape) != want.shape or rows.dtype != want.dtype or rows.device.type != "cpu":
+    if Spec.of(rows) != want or rows.device.type != "cpu":
         raise ValueError(
             f"expected {call} to give {want.dtype} {want.shape} on the CPU, "
             f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
@@ -98,18 +102,18 @@ def check_target(name: str, x: object, want: Spec, taken: Sequence[object]) -> N
         _check_method(f"{name}.commit", getattr(x, "commit", None), optional=True)
         return
     check.check_dense(name, x)
-    check_spec(name, Spec(tuple(x.shape), x.dtype), want)
-    if x.device.type != "cpu":
-        raise ValueError(f"expected {name} in host memory, got it on {x.device}")
-    if x.requires_grad:
-        raise ValueError(f"expected {name} without requires_grad: it is overwritten")
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"expected {name} to be writable, got an inference tensor outside inference mode")
-    if _folds(x):
-        raise ValueError(
-            f"expected {name} with memory of its own for each element, got strides {x.stride()} for shape "
-            f"{tuple(x.shape)}"
-        )
+    check_spec(name, Spec.of(x), want)
+    for is_wrong, words in (
+        (x.device.type != "cpu", f"in host memory, got it on {x.device}"),
+        (x.requires_grad, "without requires_grad: it is overwritten"),
+        (
+            x.is_inference() and not torch.is_inference_mode_enabled(),
+            "to be writable, got an inference tensor outside inference mode",
+        ),
+        (_folds(x), f"with memory of its own for each element, got strides {x.stride()} for shape {tuple(x.shape)}"),
+    ):
+        if is_wrong:
+            raise ValueError(f"expected {name} {words}")
     # Results are written while inputs of later ranges have not been read.
     if any(isinstance(y, Tensor) and _overlap(x, y) for y in taken):
         raise ValueError(

@@ -18,20 +18,12 @@ from dilated_attention_pytorch.core.problem import Problem
 
 @dataclass(frozen=True, eq=False)
 class CompactBranch:
-    """What the heads of one offset keep in one branch.
+    """What the heads of one offset keep in one branch."""
 
-    Attributes:
-        pattern: the pattern, for the key/value heads.
-        branch: which branch.
-        members: the positions kept.
-        heads: the key/value heads that keep them.
-        seq_len: N.
-    """
-
-    pattern: DilatedPattern
-    branch: int
+    pattern: DilatedPattern  # for the key/value heads
+    branch: int  # its number
     members: Members
-    heads: slice
+    heads: slice  # the key/value heads that keep them
     seq_len: int
 
     @property
@@ -60,12 +52,8 @@ class CompactBranch:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the rows in `[start, stop)`, where they lie in the sequence and where they lie side by side.
 
-        Args:
-            x: `(B, n, H, ...)` or `(B, n)`, positions from `x_start` on.
-            compact: `(B, L, h, G, ...)` or `(B, L)`, rows of the positions from `compact_start` on.
-
-        Yields:
-            At most three pairs of shape `(B, segments, slots, ...)`, none of them empty.
+        At most three pairs `(B, segments, slots, ...)`, none of them empty. `x` `(B, n, H, ...)` or `(B, n)` has the
+        positions from `x_start` on, `compact` `(B, L, h, G, ...)` or `(B, L)` the rows from `compact_start` on.
         """
         if x.dim() > 2:  # (B, n, H, ...) -> (B, n, h, G, ...), a view
             x = x.unflatten(2, (self.pattern.num_heads, -1))[:, :, self.heads]

@@ -70,13 +70,7 @@ class Carried(NamedTuple):
 
 
 class Pass(ABC):
-    """One walk over the ranges.
-
-    Args:
-        plan: the ranges.
-        readers: the inputs by name.
-        engine: the backend that computes.
-    """
+    """One walk over the ranges of a plan: inputs by name, and the backend that computes."""
 
     names: tuple[str, ...]  # of the results
 

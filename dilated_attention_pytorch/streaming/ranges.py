@@ -167,19 +167,24 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
     Raises:
         ValueError: even the shortest range, or the one asked for, takes more than the limit.
     """
+    n = max(1, problem.seq_len)
 
     def cost(length: int) -> int:
-        return RangePlan(problem, sizes, length).device_bytes
+        return RangePlan(problem, sizes, min(length, n)).device_bytes
 
+    if length is None:
+        length = _chosen(problem, cost, limit, max(1, sizes.inputs()))
+    elif cost(length) > limit:
+        raise ValueError(
+            f"expected device_limit of at least {cost(length):,} bytes for ranges of {min(length, n):,} positions, "
+            f"got {limit:,}"
+        )
+    return RangePlan(problem, sizes, min(length, n))
+
+
+def _chosen(problem: Problem, cost: Callable[[int], int], limit: int, row: int) -> int:
+    """The length of a range whose rows take so many bytes each."""
     n = max(1, problem.seq_len)
-    if length is not None:
-        plan = RangePlan(problem, sizes, min(length, n))
-        if plan.device_bytes > limit:
-            raise ValueError(
-                f"expected device_limit of at least {plan.device_bytes:,} bytes for ranges of {plan.length:,} "
-                f"positions, got {limit:,}"
-            )
-        return plan
     # 1. The shortest length to have multiples of: as many branches as possible are not cut.
     base = 1
     for width, rate in sorted(problem.pattern.branches, key=lambda branch: (branch[1], branch[0])):
@@ -187,11 +192,10 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
         if wider * min(16, rate) <= n and cost(wider) <= limit:
             base = wider
     # 2. The length worth having, and the longest multiple up to it that fits.
-    row = max(1, sizes.inputs())
     target = max(base, _WORTHWHILE // row, min(n // _RANGES, _ENOUGH // row))
     if target >= n and cost(n) <= limit:
-        return RangePlan(problem, sizes, n)
-    length = base * _most(lambda m: cost(min(base * m, n)) <= limit, max(1, min(target, n) // base))
+        return n
+    length = base * _most(lambda m: cost(base * m) <= limit, max(1, min(target, n) // base))
     if length == 0:
         # 3. Whole segments take too much: any length will do that fits.
         length = _most(lambda m: cost(m) <= limit, min(base, n))
@@ -200,7 +204,7 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
             f"expected device_limit of at least {cost(1):,} bytes, which the rows of one segment a branch take (w / r "
             f"of them), got {limit:,}"
         )
-    return RangePlan(problem, sizes, min(length, n))
+    return length
 
 
 def _most(fits: Callable[[int], bool], highest: int) -> int:

@@ -155,8 +155,7 @@ class SinkWriter:
 
     def commit(self) -> None:
         """Tells a sink that asks for it that all rows are there."""
-        finish = getattr(self._sink, "commit", None)
-        if finish is not None:
+        if (finish := getattr(self._sink, "commit", None)) is not None:
             finish()
 
 
