@@ -66,11 +66,7 @@ def dilated_attention_streamed(
             `read(start, stop) -> (B, stop - start, H, D)`.
         k: keys `(B, N, H_kv, D)`, H a multiple of H_kv; likewise.
         v: values, like k.
-        segment_lengths: w_i, in positions, one per branch.
-        dilation_rates: r_i, one per branch.
-        is_causal: hide keys later than the query.
-        scale: factor on q . k; `D ** -0.5` by default.
-        offsets: `"modulo"` or `"blocked"`, as in `dilated_attention`.
+        segment_lengths, dilation_rates, is_causal, scale, offsets: as in `dilated_attention`.
         key_padding_mask: bool `(B, N)` in host memory, True = real.
         backend: `"auto"`, `"sdpa"` or `"triton"`.
         out: where the result goes: a host tensor (memory-mapped ones do) or a sink with `write(start, rows)`; a new

@@ -18,22 +18,24 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.kernels.choice import backend_for, choose_backend
 from dilated_attention_pytorch.streaming import pipeline
-from dilated_attention_pytorch.streaming.checks import (
-    REFUSED,
+from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
+from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
+from dilated_attention_pytorch.streaming.sources import (
+    AnySink,
+    AnySource,
     Spec,
-    check_device,
     check_source,
     check_spec,
     check_target,
-    refuse,
+    reader,
+    writer,
 )
-from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
-from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
-from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, reader, writer
 from dilated_attention_pytorch.types import QKV, BackendName, Offsets
 
 CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU if no limit is given
 _SHARE = 0.8  # of a GPU's free memory
+# What `dilated_attention` has and streaming has not, with the only value that is taken.
+REFUSED = {"dropout_p": 0.0, "row_start": None, "cu_seqlens": None, "mixing_gradient": "exact", "padding": "none"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Settings:
     @classmethod
     def of(cls, function: str, given: dict[str, Any]) -> Self:
         """From the keyword arguments of one of the public functions."""
-        refuse({name: value for name, value in given.items() if name in REFUSED})
+        for name, default in REFUSED.items():
+            if (value := given.get(name, default)) is not default and value != default:
+                words = "dilated_attention computes it, on sequences that fit the device"
+                raise NotImplementedError(f"streaming has no {name}={value!r}: {words}")
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in names and name not in REFUSED]:
             raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
@@ -138,7 +143,7 @@ def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | Non
             "sequence (q_start, k_start)"
         )
     problem = _problem(settings, meta)
-    device = check_device(settings.device)
+    device = _device(settings.device)
     # A backend is chosen by device, dtype and width: no rows are needed.
     rows = QKV(*(x.new_empty((batch, 0, *x.shape[2:]), device=device) for x in meta))
     engine, chosen = backend_for(rows, problem, settings.backend), choose_backend(rows, problem, settings.backend)
@@ -173,6 +178,17 @@ def _problem(settings: Settings, x: QKV) -> Problem:
             "'triton' here"
         )
     return Problem(pattern, is_causal, scale, seq_len=x.q.shape[1])
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The CPU or a CUDA device that is there, with its index; by default a CUDA device if there is one."""
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    found = check.check_device("device", chosen)
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected device to be a CPU or a CUDA device, got {found}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"expected a device that is there, got {found} on a machine without CUDA")
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 @contextmanager

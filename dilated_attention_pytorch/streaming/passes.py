@@ -19,8 +19,7 @@ from dilated_attention_pytorch.core.merge import merge_into, rows_last
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
-from dilated_attention_pytorch.streaming.compact import CompactBranch
-from dilated_attention_pytorch.streaming.ranges import RangePlan
+from dilated_attention_pytorch.streaming.ranges import CompactBranch, RangePlan
 from dilated_attention_pytorch.streaming.sources import Reader
 from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
