@@ -17,19 +17,10 @@ from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.kernels.choice import backend_for, choose_backend
-from dilated_attention_pytorch.streaming import pipeline
+from dilated_attention_pytorch.streaming import pipeline, sources
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
-from dilated_attention_pytorch.streaming.sources import (
-    AnySink,
-    AnySource,
-    Spec,
-    check_source,
-    check_spec,
-    check_target,
-    reader,
-    writer,
-)
+from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, Spec
 from dilated_attention_pytorch.types import QKV, BackendName, Offsets
 
 CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU if no limit is given
@@ -87,13 +78,12 @@ class StreamedCall:
             # What torch holds without using it is free to torch.
             idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             limit = int(_SHARE * (torch.cuda.mem_get_info(self.device)[0] + idle))
-        elif limit is None:
-            limit = CPU_LIMIT
+        limit = CPU_LIMIT if limit is None else limit
         return plan_ranges(self.problem, self.sizes, limit, self.settings.range_length)
 
     def work(self) -> Pass:
         """The walk over its ranges."""
-        readers = {name: reader(name, x) for name, x in self.inputs.items()}
+        readers = {name: sources.reader(name, x) for name, x in self.inputs.items()}
         return (BackwardPass if self.sizes.is_backward else ForwardPass)(self.plan(), readers, self.engine)
 
     def into(self, targets: Mapping[str, AnySink | None]) -> dict[str, Any]:
@@ -101,7 +91,7 @@ class StreamedCall:
         taken: list[object] = [*self.inputs.values()]
         for name, x in targets.items():
             if x is not None:
-                check_target(name, x, self.spec(name), taken)
+                sources.check_target(name, x, self.spec(name), taken)
             taken.append(x)
         work = self.work()
         # On the CPU whatever the default device.
@@ -110,7 +100,7 @@ class StreamedCall:
             return filled
         given = self.settings.pool
         pool = UnifiedMemoryPool(strategy="simple") if given is None else given
-        writers = {name: writer(name, x) for name, x in filled.items()}
+        writers = {name: sources.writer(name, x) for name, x in filled.items()}
         # The dtype is the inputs', as staging memory is laid out before anything is read.
         plain = torch.autocast(self.device.type, enabled=False)
         try:
@@ -132,7 +122,7 @@ class StreamedCall:
 
 def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | None = None) -> StreamedCall:
     """Checks a call, before anything is changed; one that reads the gradient of out is a backward."""
-    specs = {name: check_source(name, x) for name, x in inputs.items()}
+    specs = {name: sources.check_source(name, x) for name, x in inputs.items()}
     # Tensors of the same shapes without data, for checks that ask for some.
     meta = QKV(*(specs[name].empty("meta") for name in "qkv"))
     check.check_qkv(meta)
@@ -152,7 +142,7 @@ def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | Non
     everything = inputs if mask is None else inputs | {"key_padding_mask": mask}
     call = StreamedCall(problem, sizes, device, engine, settings, everything)
     for name, spec in specs.items():
-        check_spec(name, spec, call.spec(name))
+        sources.check_spec(name, spec, call.spec(name))
     if mask is not None:
         check.check_key_padding_mask(mask, batch, n, torch.device("cpu"))
     return call

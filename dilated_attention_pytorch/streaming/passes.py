@@ -1,10 +1,4 @@
-"""What is computed while a range is on the device: forward and backward, one range after another.
-
-Branches whose segments no range cuts are one call on the range's own rows. A branch with longer segments, or segments
-that a range cuts, is computed from its compact rows in the range where a segment begins; the result stays on the device
-and is merged into every range that the segment reaches. So each pair is computed once, and each row is brought in and
-written out once, but for the compact rows that lie ahead of a range: 1 in r.
-"""
+"""What is computed while a range is on the device: forward and backward, one range after another."""
 
 from __future__ import annotations
 
@@ -68,6 +62,10 @@ class Carried(NamedTuple):
         return Carried(start, self.stop, tuple(x[:, rows].clone() for x in self.results))  # frees the rest
 
 
+# Branches whose segments no range cuts are one call on the range's own rows. A branch with longer segments, or segments
+# that a range cuts, is computed from its compact rows in the range where a segment begins; the result stays on the
+# device and is merged into every range that the segment reaches. So each pair is computed once, and each row is brought
+# in and written out once, but for the compact rows that lie ahead of a range: 1 in r.
 class Pass(ABC):
     """One walk over the ranges of a plan: inputs by name, and the backend that computes."""
 

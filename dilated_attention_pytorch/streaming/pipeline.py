@@ -1,9 +1,4 @@
-"""Reading, copying in, computing, copying out and writing, all at once on neighbouring ranges.
-
-A reader thread fills staging memory, a writer thread empties it, and on CUDA two copy streams and a compute stream hand
-ranges to one another by events. Two buffers of each kind: while one is used the next is filled. Results stay referenced
-until their copy has ended, so no allocator needs to be told about streams.
-"""
+"""Reading, copying in, computing, copying out and writing, all at once on neighbouring ranges."""
 
 from __future__ import annotations
 
@@ -33,24 +28,20 @@ Leaving = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class RangeStep(NamedTuple):
-    """One range of the walk: which it is, its positions, and what to bring in for it."""
+    """One range of the walk."""
 
     number: int
+    slot: int  # which of the buffers of each kind it uses
     start: int
     stop: int
-    loads: list[Load]
-
-    @property
-    def slot(self) -> int:
-        """Which of the buffers of each kind it uses."""
-        return self.number % BUFFERS
+    loads: list[Load]  # what to bring in for it
 
 
+# A reader thread fills staging memory, a writer thread empties it, and on CUDA two copy streams and a compute stream
+# hand ranges to one another by events. Two buffers of each kind: while one is used the next is filled. Results stay
+# referenced until their copy has ended, so no allocator needs to be told about streams.
 def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, tick: Callable[[], None]) -> None:
-    """Walks a pass over all its ranges; results without a writer are dropped; `tick` is called when one is written.
-
-    Whatever a source, a sink or the computation raises comes through; by then no thread runs and no copy flies.
-    """
+    """Walks a pass over all its ranges; results without a writer are dropped; `tick` is called when one is written."""
     transport = (_Cuda if device.type == "cuda" else _Host)(work, writers, device, pool)
     steps = transport.steps
     for writer in writers.values():  # now that all memory is there
@@ -80,6 +71,7 @@ def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryP
         for task in writing.tasks[-BUFFERS:]:
             task.result()
     finally:
+        # Whatever a source, a sink or the computation raises comes through when no thread runs and no copy flies.
         reading.close()
         writing.close()
         transport.close()
@@ -116,7 +108,7 @@ class _Host:
 
     def __init__(self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool) -> None:
         self.work, self.writers, self.pool = work, writers, pool
-        self.steps = [RangeStep(i, *bounds, work.loads(*bounds)) for i, bounds in enumerate(work.plan.ranges)]
+        self.steps = [RangeStep(i, i % BUFFERS, *x, work.loads(*x)) for i, x in enumerate(work.plan.ranges)]
         self.lent = ExitStack()
         # Nothing needs giving back if borrowing fails half-way: a dropped handle returns its block.
         self.staging = self.borrow(max(_size(self.staged(step)) for step in self.steps), "staging of inputs")

@@ -1,9 +1,4 @@
-"""Plans ranges: how long they are, which branches they cut, and how many bytes of the device that takes.
-
-A branch (w, r) over the sequence is a branch (slots, 1) over its compact rows: those of one offset, put side by side
-(`core.members`). A segment that is too long for a range is therefore attention over few rows that lie densely, computed
-once.
-"""
+"""Plans ranges: how long they are, which branches they cut, and how many bytes of the device that takes."""
 
 from __future__ import annotations
 
@@ -82,6 +77,9 @@ class Sizes:
         return 3 * self.results(self.accumulator, share) + copies
 
 
+# A branch (w, r) over the sequence is a branch (slots, 1) over its compact rows: those of one offset, put side by side
+# (`core.members`). A segment that is too long for a range is therefore attention over few rows that lie densely,
+# computed once.
 @dataclass(frozen=True, eq=False)
 class CompactBranch:
     """What the heads of one offset keep in one branch."""
@@ -116,11 +114,9 @@ class CompactBranch:
     def pairs(
         self, x: Tensor, x_start: int, compact: Tensor, compact_start: int, start: int, stop: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of the rows in `[start, stop)`, where they lie in the sequence and where they lie side by side.
-
-        At most three pairs `(B, segments, slots, ...)`, none of them empty. `x` `(B, n, H, ...)` or `(B, n)` has the
-        positions from `x_start` on, `compact` `(B, L, h, G, ...)` or `(B, L)` the rows from `compact_start` on.
-        """
+        """Views of the rows in `[start, stop)`, where they lie in the sequence and where they lie side by side."""
+        # At most three pairs (B, segments, slots, ...), none of them empty. x (B, n, H, ...) or (B, n) has the
+        # positions from x_start on, compact (B, L, h, G, ...) or (B, L) the rows from compact_start on.
         if x.dim() > 2:  # (B, n, H, ...) -> (B, n, h, G, ...), a view
             x = x.unflatten(2, (self.pattern.num_heads, -1))[:, :, self.heads]
         (length, rate, offset), row = self.members, x.stride(1)
@@ -258,10 +254,8 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
     if length is None:
         length = _chosen(problem, cost, limit, max(1, sizes.inputs()))
     elif cost(length) > limit:
-        raise ValueError(
-            f"expected device_limit of at least {cost(length):,} bytes for ranges of {min(length, n):,} positions, "
-            f"got {limit:,}"
-        )
+        words = f"bytes for ranges of {min(length, n):,} positions"
+        raise ValueError(f"expected device_limit of at least {cost(length):,} {words}, got {limit:,}")
     return RangePlan(problem, sizes, min(length, n))
 
 
@@ -283,10 +277,8 @@ def _chosen(problem: Problem, cost: Callable[[int], int], limit: int, row: int) 
         # 3. Whole segments take too much: any length will do that fits.
         length = _most(lambda m: cost(m) <= limit, min(base, n))
     if length == 0:
-        raise ValueError(
-            f"expected device_limit of at least {cost(1):,} bytes, which the rows of one segment a branch take (w / r "
-            f"of them), got {limit:,}"
-        )
+        words = "which the rows of one segment a branch take (w / r of them)"
+        raise ValueError(f"expected device_limit of at least {cost(1):,} bytes, {words}, got {limit:,}")
     return length
 
 

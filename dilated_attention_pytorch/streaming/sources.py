@@ -70,11 +70,10 @@ AnySink = Tensor | RangeSink
 
 
 class HostTensor:
-    """A host tensor seen as rows `(B, N, ...)`, to read from or to write to.
+    """A host tensor seen as rows `(B, N, ...)`, to read from or to write to."""
 
-    Pages of a memory-mapped file are dropped after use. While it is written its first position is NaN, so that what an
-    interruption leaves behind is never taken for a result.
-    """
+    # Pages of a memory-mapped file are dropped after use. While it is written its first position is NaN, so that what
+    # an interruption leaves behind is never taken for a result.
 
     def __init__(self, x: Tensor, dim: int = 1) -> None:
         self._rows = x.detach().movedim(dim, 1)
@@ -156,7 +155,15 @@ class SourceReader:
     def _read(self, start: int, stop: int) -> Tensor:
         rows = self._source.read(start, stop)
         shape = (*self._given[: self._dim], stop - start, *self._given[self._dim + 1 :])
-        check_read(f"{self._name}.read({start}, {stop})", rows, Spec(shape, self.dtype))
+        call, want = f"{self._name}.read({start}, {stop})", Spec(shape, self.dtype)
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"expected {call} to give a Tensor, got {type(rows).__name__}")
+        check.check_dense(call, rows)
+        if Spec.of(rows) != want or rows.device.type != "cpu":
+            raise ValueError(
+                f"expected {call} to give {want.dtype} {want.shape} on the CPU, "
+                f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+            )
         return rows.detach().movedim(self._dim, 1)  # (B, stop - start, ...)
 
 
@@ -214,30 +221,15 @@ def check_source(name: str, x: object) -> Spec:
     source: Any = x  # whatever its attributes are
     _check_method(f"{name}.read", source.read)
     _check_method(f"{name}.read_into", getattr(source, "read_into", None), optional=True)
-    if not isinstance(source.dtype, torch.dtype):
-        raise TypeError(
-            f"expected {name}.dtype to be a torch.dtype, got {type(source.dtype).__name__} {source.dtype!r}"
-        )
-    if isinstance(source.shape, str | bytes) or not isinstance(source.shape, Sequence):
-        raise TypeError(
-            f"expected {name}.shape to be a sequence of ints, got {type(source.shape).__name__} {source.shape!r}"
-        )
-    shape = tuple(check.check_int(f"{name}.shape[{i}]", size, 0) for i, size in enumerate(source.shape))
-    if math.prod(shape) * source.dtype.itemsize >= 2**63:
-        raise ValueError(f"expected {name} of fewer than 2**63 bytes, got {source.dtype} {shape}")
-    return Spec(shape, source.dtype)
-
-
-def check_read(call: str, rows: object, want: Spec) -> None:
-    """What a source's `read` gave has the shape and dtype that the source named."""
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"expected {call} to give a Tensor, got {type(rows).__name__}")
-    check.check_dense(call, rows)
-    if Spec.of(rows) != want or rows.device.type != "cpu":
-        raise ValueError(
-            f"expected {call} to give {want.dtype} {want.shape} on the CPU, "
-            f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
-        )
+    given, dtype = source.shape, source.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"expected {name}.dtype to be a torch.dtype, got {type(dtype).__name__} {dtype!r}")
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise TypeError(f"expected {name}.shape to be a sequence of ints, got {type(given).__name__} {given!r}")
+    shape = tuple(check.check_int(f"{name}.shape[{i}]", size, 0) for i, size in enumerate(given))
+    if math.prod(shape) * dtype.itemsize >= 2**63:
+        raise ValueError(f"expected {name} of fewer than 2**63 bytes, got {dtype} {shape}")
+    return Spec(shape, dtype)
 
 
 def check_spec(name: str, got: Spec, want: Spec) -> None:
@@ -247,11 +239,7 @@ def check_spec(name: str, got: Spec, want: Spec) -> None:
 
 
 def check_target(name: str, x: object, want: Spec, taken: Sequence[object]) -> None:
-    """A sink, or a host tensor that can be written to and shares no memory with the tensors already taken.
-
-    Memory counts from a tensor's first element to its last: views that interleave are refused although no element is
-    shared.
-    """
+    """A sink, or a host tensor that can be written to and shares no memory with the tensors already taken."""
     if not isinstance(x, Tensor):
         if not callable(getattr(x, "write", None)):
             raise TypeError(f"expected {name} to be a Tensor or have write(start, rows), got {type(x).__name__}")
@@ -270,7 +258,8 @@ def check_target(name: str, x: object, want: Spec, taken: Sequence[object]) -> N
     ):
         if is_wrong:
             raise ValueError(f"expected {name} {words}")
-    # Results are written while inputs of later ranges have not been read.
+    # Results are written while inputs of later ranges have not been read. Memory counts from a tensor's first element
+    # to its last: views that interleave are refused although no element is shared.
     if any(isinstance(y, Tensor) and _overlap(x, y) for y in taken):
         raise ValueError(
             f"expected {name} in memory of its own, got a tensor whose memory, from its first element to its last, "
