@@ -11,7 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.torch_private import uncompiled
 from dilated_attention_pytorch.streaming.call import Settings, prepare
-from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
+from dilated_attention_pytorch.streaming.sources import AnySource, RangeSink, RangeSource
 from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Offsets
 
 Sink = TypeVar("Sink", bound=RangeSink)
@@ -19,13 +19,10 @@ Sink = TypeVar("Sink", bound=RangeSink)
 
 @overload
 def dilated_attention_streamed(
-    q: Tensor | RangeSource, k: Tensor | RangeSource, v: Tensor | RangeSource, *, out: Tensor | None = None,
-    **options: Any,
-) -> Tensor: ...  # fmt: skip
+    q: AnySource, k: AnySource, v: AnySource, *, out: Tensor | None = None, **options: Any
+) -> Tensor: ...
 @overload
-def dilated_attention_streamed(
-    q: Tensor | RangeSource, k: Tensor | RangeSource, v: Tensor | RangeSource, *, out: Sink, **options: Any
-) -> Sink: ...
+def dilated_attention_streamed(q: AnySource, k: AnySource, v: AnySource, *, out: Sink, **options: Any) -> Sink: ...
 @uncompiled  # type: ignore[misc]
 def dilated_attention_streamed(
     q: Tensor | RangeSource,
@@ -183,11 +180,9 @@ class _Streamed(torch.autograd.Function):
     """Host tensors in, host tensors out; the backward streams them again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, settings: Settings
-    ) -> Tensor:
-        out, lse = streamed_forward(q, k, v, key_padding_mask=key_padding_mask, **vars(settings))
-        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Settings) -> Tensor:
+        out, lse = streamed_forward(q, k, v, key_padding_mask=mask, **vars(settings))
+        ctx.save_for_backward(q, k, v, out, lse, mask)
         ctx.settings = settings
         return out
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.precision import accumulator
@@ -69,7 +70,8 @@ class StreamedCall:
     device: torch.device
     engine: Backend
     settings: Settings
-    inputs: dict[str, AnySource]  # by argument name; the mask too, where there is one
+    # By argument name; the mask too, where there is one.
+    inputs: dict[str, AnySource]
 
     def plan(self) -> RangePlan:
         """Its ranges."""
@@ -133,11 +135,13 @@ def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | Non
             "sequence (q_start, k_start)"
         )
     problem = _problem(settings, meta)
-    device = _device(settings.device)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device is None else settings.device
+    device = Runtime().place(check.check_device("device", chosen), pinned=False).device  # with its number
     # A backend is chosen by device, dtype and width: no rows are needed.
     rows = QKV(*(x.new_empty((batch, 0, *x.shape[2:]), device=device) for x in meta))
-    engine, chosen = backend_for(rows, problem, settings.backend), choose_backend(rows, problem, settings.backend)
-    is_masked, is_backward, is_fused = mask is not None, "grad_out" in inputs, chosen.backend == "triton"
+    engine = backend_for(rows, problem, settings.backend)
+    is_fused = choose_backend(rows, problem, settings.backend).backend == "triton"
+    is_masked, is_backward = mask is not None, "grad_out" in inputs
     sizes = Sizes(batch, heads, kv_heads, width, meta.q.dtype, is_masked, is_backward, is_fused, device.type)
     everything = inputs if mask is None else inputs | {"key_padding_mask": mask}
     call = StreamedCall(problem, sizes, device, engine, settings, everything)
@@ -168,17 +172,6 @@ def _problem(settings: Settings, x: QKV) -> Problem:
             "'triton' here"
         )
     return Problem(pattern, is_causal, scale, seq_len=x.q.shape[1])
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    """The CPU or a CUDA device that is there, with its index; by default a CUDA device if there is one."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    found = check.check_device("device", chosen)
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"expected device to be a CPU or a CUDA device, got {found}")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"expected a device that is there, got {found} on a machine without CUDA")
-    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 @contextmanager

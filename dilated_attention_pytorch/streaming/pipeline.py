@@ -44,7 +44,8 @@ def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryP
     """Walks a pass over all its ranges; results without a writer are dropped; `tick` is called when one is written."""
     transport = (_Cuda if device.type == "cuda" else _Host)(work, writers, device, pool)
     steps = transport.steps
-    for writer in writers.values():  # now that all memory is there
+    # Now that all memory is there, nothing refuses the call any more.
+    for writer in writers.values():
         if isinstance(writer, HostTensor):
             writer.begin()
     reading, writing = _Lane("streaming-read"), _Lane("streaming-write")
@@ -87,7 +88,8 @@ class _Lane:
         self.tasks: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, name)
         self.close = partial(self._thread.shutdown, wait=True, cancel_futures=True)
-        self._inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+        # A mode is a thread's own.
+        self._inference = torch.is_inference_mode_enabled()
 
     def submit(self, task: Callable[..., None], *args: Any) -> None:
         self.tasks.append(self._thread.submit(self._do, self.tasks[-1:], task, *args))

@@ -203,8 +203,9 @@ class RangePlan:
         for branch in self.compact:
             share = branch.num_heads / sizes.num_kv_heads
             total, slots = branch.count(0, self.problem.seq_len), branch.members.slots
-            tail = min(slots, total)  # rows ahead of a range
-            fresh = min((rows // branch.members.length + 1) * slots, total)  # of segments that begin in one
+            # Rows ahead of a range, and those of the segments that begin in one.
+            tail = min(slots, total)
+            fresh = min((rows // branch.members.length + 1) * slots, total)
             buffered += tail * sizes.inputs(share)
             carried += (tail + fresh) * sizes.results(sizes.accumulator, share)
             compacting = max(compacting, fresh * (sizes.inputs(share) + sizes.work(share)))

@@ -81,7 +81,8 @@ class HostTensor:
         # The device copies range by range, so each batch row of a range has to be one piece.
         self._is_direct = x.is_pinned() and (x.shape[0] == 0 or self._rows[0].is_contiguous())
         self._is_mapped = not x.is_pinned() and pages.in_shared_file(x)
-        self._first: Tensor | None = None  # (B, 1, ...): what the first position will hold
+        # (B, 1, ...): what the first position will hold.
+        self._first: Tensor | None = None
 
     def pinned(self, start: int, stop: int) -> Tensor | None:
         """The rows themselves if the device can copy from or to them without staging."""
