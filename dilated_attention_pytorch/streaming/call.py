@@ -154,9 +154,8 @@ def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | Non
 
 def _problem(settings: Settings, x: QKV) -> Problem:
     """The problem of the whole sequence; all settings but the device are checked."""
-    pattern = DilatedPattern(
-        settings.segment_lengths, settings.dilation_rates, x.k.shape[2], settings.offsets  # type: ignore[arg-type]
-    )  # fmt: skip
+    lengths, rates = settings.segment_lengths, settings.dilation_rates
+    pattern = DilatedPattern(lengths, rates, x.k.shape[2], settings.offsets)  # type: ignore[arg-type]
     is_causal = check.check_bool("is_causal", settings.is_causal)
     scale = check.check_scale(settings.scale, x.q.shape[3])
     check.check_bool("progress", settings.progress)

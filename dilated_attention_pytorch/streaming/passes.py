@@ -90,7 +90,7 @@ class Pass(ABC):
         return found
 
     def compute(self, start: int, stop: int, loaded: Loaded) -> dict[str, Tensor]:
-        """The results of a range, by name; ranges come in order."""
+        """The results of a range, by name; ranges come in order, and the last one leaves nothing behind."""
         own = {name: x for (name, branch), x in loaded.items() if branch is None}
         dtype = own["q"].dtype
         # 1. Branches that ranges cut: the segments that begin here, whole.
@@ -118,11 +118,6 @@ class Pass(ABC):
         return {
             name: x.squeeze(-1) if name == "lse" else x.to(dtype) for name, x in zip(self.names, totals, strict=True)
         }
-
-    def reset(self) -> None:
-        """Forgets what earlier ranges left behind."""
-        for carried in self._carried.values():
-            carried.clear()
 
     def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Results:
         """The results of the segments that begin in the range: from its own rows, then those that lie ahead of it."""

@@ -76,7 +76,6 @@ def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryP
         reading.close()
         writing.close()
         transport.close()
-        work.reset()
     for writer in writers.values():
         writer.commit()
 
@@ -105,8 +104,7 @@ class _Lane:
 class _Host:
     """The CPU computes on the staging memory itself."""
 
-    copies_inputs = False
-    pins_staging = False
+    copies_inputs = False  # to the device, through pinned memory
 
     def __init__(self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool) -> None:
         self.work, self.writers, self.pool = work, writers, pool
@@ -117,7 +115,7 @@ class _Host:
 
     def borrow(self, size: int, purpose: str, device: torch.device | None = None) -> list[Tensor]:
         """Buffers until `close`, in host memory if no device is named."""
-        where, is_pinned = device or torch.device("cpu"), self.pins_staging and device is None
+        where, is_pinned = device or torch.device("cpu"), self.copies_inputs and device is None
         lend = partial(self.pool.borrow, purpose=f"streaming: {purpose}", pinned=is_pinned)
         return [self.lent.enter_context(lend((size,), torch.uint8, where)).tensor for _ in range(BUFFERS)]
 
@@ -168,7 +166,6 @@ class _Cuda(_Host):
     """Copies through pinned staging memory; from and to pinned tensors without."""
 
     copies_inputs = True
-    pins_staging = True
 
     def __init__(self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool) -> None:
         super().__init__(work, writers, device, pool)
