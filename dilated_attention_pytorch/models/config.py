@@ -150,7 +150,5 @@ def encoder_layers(config: Any, **options: Any) -> LongNetConfig:
 
 def check_above_zero(name: str, value: object) -> None:
     """Raises unless a value is a number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-    if not value > 0:
+    if not check.check_float(name, value) > 0:
         raise ValueError(f"expected {name} above 0, got {value}")

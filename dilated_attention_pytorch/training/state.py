@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str
     Model and optimizer share one file: no interruption can pair one step's weights with another's moments. There is no
     random state to save: every draw is a function of (seed, step, rank).
     """
-    content = {"version": _VERSION, "step": step, "config": plain(config), "fingerprint": fingerprint}
+    content = {"version": _VERSION, "step": step, "config": config.to_dict(), "fingerprint": fingerprint}
     content |= {"model": model, "optimizer": optimizer}
     replace_file(folder / FILE, lambda path: torch.save(content, path))
 
@@ -51,7 +50,7 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
         raise _damaged(path, f"a wrong checksum of {damaged}" if damaged else f"not {', '.join(_KINDS)}")
     if state["version"] != _VERSION:
         raise ValueError(f"expected a state of version {_VERSION} in {path}, got {state['version']}")
-    wanted, kept = plain(config), state["config"]
+    wanted, kept = config.to_dict(), state["config"]
     names = [name for name in sorted({*wanted, *kept} - config.FREE) if wanted.get(name) != kept.get(name)]
     if names:
         differences = ", ".join(f"{name} {kept.get(name)!r} (now {wanted.get(name)!r})" for name in names)
@@ -81,8 +80,3 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
 
 def _damaged(path: Path, found: str) -> ValueError:
     return ValueError(f"expected {path} to hold the state of a run, got {found}: put a copy back, or {_RESTART}")
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The config as torch.load with weights_only=True and JSON take it."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Unpack
 
 import torch
@@ -29,20 +30,10 @@ def byte_stream(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpac
     # A document starts where another has ended.
     tokens = torch.tensor([[BOUNDARY, *prompt.encode("utf-8")]], device=device)
     pieces = model.stream(tokens, max_bytes, **Sampling(eos_token=BOUNDARY, **sampling))
-    return _decode(int(token) for token in pieces)
+    text = (bytes([int(token)]) for token in takewhile(lambda token: token != BOUNDARY, pieces))
+    return codecs.iterdecode(text, "utf-8", "replace")
 
 
 def write_text(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpack[Sampling]) -> str:
     """The prompt and its continuation; arguments as in `byte_stream`."""
     return prompt + "".join(byte_stream(model, prompt, max_bytes, **sampling))
-
-
-def _decode(tokens: Iterator[int]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        if token == BOUNDARY:
-            break
-        if piece := decoder.decode(bytes([token])):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest

@@ -154,7 +154,7 @@ class Trainer:
         if self._restart:  # now, not at the first save: nothing may go on from the old run
             (self.folder / state_file.FILE).unlink(missing_ok=True)
             self._restart = False
-        settings = json.dumps(state_file.plain(self.config) | {"corpus": self.corpus.fingerprint}, indent=1)
+        settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
         replace_text(self.folder / "train.json", settings + "\n")
         self._log = MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
         held.callback(self._log.close)
