@@ -29,8 +29,8 @@ class TrainConfig(ModelConfig):
 
     Args:
         num_layers: layers of the decoder.
-        d_model, nhead, dim_feedforward, segment_lengths, dilation_rates, offsets, dropout, attention_dropout,
-            tie_weights: as in `LongNetConfig`.
+        d_model, nhead, dim_feedforward, segment_lengths, dilation_rates, offsets: as in `LongNetConfig`.
+        dropout, attention_dropout, tie_weights: as in `LongNetConfig`.
         context: bytes that a prediction can look back on.
         batch_size: sequences of `context` bytes per step, over all ranks and micro-steps.
         micro_batch_size: sequences per forward; `batch_size / (ranks * micro_batch_size)` forwards accumulate.

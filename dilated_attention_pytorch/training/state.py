@@ -1,7 +1,8 @@
-"""The state of a run for exact resume, in one file that is replaced whole, and the checks when it is read."""
+"""The optimizer, a function of the step, and the state of a run for exact resume, checked when it is read."""
 
 from __future__ import annotations
 
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,30 @@ from torch import nn
 from dilated_attention_pytorch.core.files import replace_file
 from dilated_attention_pytorch.models.weights import check_state
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.optimizer import adamw
 
 FILE = "state.pt"
 _VERSION = 1
 _KINDS = {"version": int, "step": int, "config": dict, "fingerprint": str, "model": dict, "optimizer": dict}
 _RESTART = "start over (restart=True)"
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step: linear up to `learning_rate`, then half a cosine down to `final_rate` of it."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * share
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices, not gains and biases; one fused update where torch has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    split = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(split, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str, model: Any, optimizer: Any) -> None:

@@ -19,15 +19,13 @@ from torch import nn
 
 from dilated_attention_pytorch.core.files import lock, remove_leftovers, replace_text
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
-from dilated_attention_pytorch.training import parallel
-from dilated_attention_pytorch.training import state as state_file
+from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.corpus import Corpus
-from dilated_attention_pytorch.training.data import held_out_excerpts, training_excerpts
+from dilated_attention_pytorch.training.corpus import Corpus, held_out_excerpts, training_excerpts
 from dilated_attention_pytorch.training.distributed import World
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
 from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
-from dilated_attention_pytorch.training.optimizer import adamw, learning_rate
+from dilated_attention_pytorch.training.state import adamw, learning_rate
 
 
 class Interrupted(Exception):
@@ -105,7 +103,7 @@ class Trainer:
         self.tensorboard = tensorboard
         self.reporter = reporter if world.is_main else None
         self.micro_steps = config.micro_steps(world.size)
-        self.layout = parallel.arrange(world, config.context_parallel)
+        self.layout = distributed.arrange(world, config.context_parallel)
         self.held_out = held_out_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
@@ -117,15 +115,15 @@ class Trainer:
         self._log: MetricsLog | None = None
         kept = None
         if not restart:
-            kept = state_file.load_state(folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
+            kept = state.load_state(folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
         if kept is not None:
             self.step = kept["step"]
             self.model.load_state_dict(kept["model"])
         if self.layout.mesh is not None:
-            parallel.shard_model(self.model, self.layout.mesh)
+            distributed.shard_model(self.model, self.layout.mesh)
         self.optimizer = adamw(self.model, config)
         if kept is not None:
-            self.optimizer.load_state_dict(parallel.spread(kept["optimizer"], self.optimizer))
+            self.optimizer.load_state_dict(distributed.spread(kept["optimizer"], self.optimizer))
         self.runner: nn.Module = self._runner()
 
     def run(self) -> Result:
@@ -152,7 +150,7 @@ class Trainer:
         held.enter_context(lock(self.folder))
         remove_leftovers(self.folder)
         if self._restart:  # now, not at the first save: nothing may go on from the old run
-            (self.folder / state_file.FILE).unlink(missing_ok=True)
+            (self.folder / state.FILE).unlink(missing_ok=True)
             self._restart = False
         settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
         replace_text(self.folder / "train.json", settings + "\n")
@@ -213,14 +211,14 @@ class Trainer:
         total = torch.zeros((), device=world.device)
         for i, tokens in enumerate(batch.split(config.micro_batch_size)):
             # Ranks exchange gradients once per step, in the last backward.
-            with parallel.gradients(self.runner, last=i + 1 == self.micro_steps):
+            with distributed.gradients(self.runner, last=i + 1 == self.micro_steps):
                 with self._autocast():
                     inputs, targets, whole = layout.shard(tokens)
                     logits = self.runner(inputs, **whole)
                     loss = self._loss(logits.flatten(0, 1).float(), targets.flatten()) / self.micro_steps
                 loss.backward()
             total += loss.detach()
-        grad_norm = parallel.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
+        grad_norm = distributed.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         if not math.isfinite(grad_norm):  # the same on all ranks, so all of them stop
             raise FloatingPointError(
                 f"expected a finite gradient in step {self.step + 1}, got a norm of {float(grad_norm)}: the run ends, "
@@ -241,12 +239,12 @@ class Trainer:
     def save(self) -> None:
         """Leave the present step on disk: the model for use, and the state; whole, however they are sharded."""
         model = self._whole_model()
-        optimizer = parallel.whole(self.optimizer.state_dict(), keep=self.world.is_main)
+        optimizer = distributed.whole(self.optimizer.state_dict(), keep=self.world.is_main)
 
         def write() -> None:
             save_pretrained(model, self.folder)
             # Last: beside a state of the last step there is always its model.
-            state_file.save_state(
+            state.save_state(
                 self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
                 model=model.state_dict(), optimizer=optimizer,
             )  # fmt: skip
@@ -257,7 +255,7 @@ class Trainer:
         """The model itself, or on rank 0 a whole copy of a sharded one, on the CPU."""
         if self.layout.mesh is None:
             return self.model
-        weights = parallel.whole(self.model.state_dict(), keep=self.world.is_main)
+        weights = distributed.whole(self.model.state_dict(), keep=self.world.is_main)
         self.world.wait()  # no process leaves while another still gathers
         if not self.world.is_main:
             return self.model
