@@ -126,14 +126,6 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         check_head_groups(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Module | None:
         """The output layer; None if the embedding serves as one."""
         return self.model.output_projection

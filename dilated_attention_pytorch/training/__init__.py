@@ -11,21 +11,6 @@ from dilated_attention_pytorch.training.corpus import (
 from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream, evaluate, write_text
 from dilated_attention_pytorch.training.trainer import Interrupted, Reporter, Result, Trainer
 
-__all__ = [
-    "Corpus",
-    "Evaluation",
-    "Interrupted",
-    "PRESETS",
-    "Reporter",
-    "Result",
-    "TrainConfig",
-    "Trainer",
-    "build_corpus",
-    "byte_stream",
-    "evaluate",
-    "held_out_excerpts",
-    "preset",
-    "standard_library",
-    "training_excerpts",
-    "write_text",
-]
+__all__ = ["PRESETS", "Interrupted", "Reporter", "Result", "TrainConfig", "Trainer", "preset"]
+__all__ += ["Corpus", "build_corpus", "held_out_excerpts", "standard_library", "training_excerpts"]
+__all__ += ["Evaluation", "byte_stream", "evaluate", "write_text"]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 BOUNDARY = 0
 _FORMAT = 1  # of the cached files; part of their fingerprint
 _SPLITS = ("train", "val")
+Splits = dict[str, list[tuple[str, Path]]]  # hash and place of each document
 
 # Tests, and parts of the standard library that some systems ship apart or not at all: without them the corpus differs
 # little between machines. The build data names the machine that Python was built on.
@@ -41,27 +42,16 @@ _BUILD_DATA = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two splits of a corpus.
+    """The two splits of a corpus."""
 
-    Attributes:
-        fingerprint: of the documents and the split; names and places of files do not enter.
-        train: uint8 `(bytes,)`, a read-only memory map.
-        val: the same, for validation.
-        documents: numbers of documents per split and of files left out: keys "train", "val", "copies", "binary".
-    """
-
-    fingerprint: str
-    train: NDArray[np.uint8]
-    val: NDArray[np.uint8]
-    documents: dict[str, int]
+    fingerprint: str  # of the documents and the split; names and places of files do not enter
+    train: NDArray[np.uint8]  # (bytes,), a read-only memory map
+    val: NDArray[np.uint8]  # the same, for validation
+    documents: dict[str, int]  # documents per split ("train", "val") and files left out ("copies", "binary")
 
     @classmethod
     def load(cls, folder: Path) -> Corpus:
-        """Open a corpus that `build_corpus` left in `folder`.
-
-        Raises:
-            ValueError: a damaged file.
-        """
+        """Open a corpus that `build_corpus` left in `folder`; a ValueError names a damaged file."""
         path = folder / "corpus.json"
         again = "remove the folder, it will be built again"
         try:
@@ -78,18 +68,8 @@ class Corpus:
         return cls(fingerprint, train, val, documents)
 
 
-class _Document(NamedTuple):
-    path: Path
-    digest: str
-    size: int
-
-
 def standard_library() -> Iterator[Path]:
-    """The `.py` files of Python's standard library.
-
-    Left out: `test` and `tests` folders, idlelib, tkinter, turtledemo, lib2to3, ensurepip, installed packages and build
-    data.
-    """
+    """The `.py` files of Python's standard library, without tests and the parts that some systems do not have."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _walk(root, (".py",)):
         if not _NOT_EVERYWHERE.intersection(path.relative_to(root).parts) and not path.name.startswith(_BUILD_DATA):
@@ -126,9 +106,9 @@ def build_corpus(
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"expected val_fraction in (0, 1), got {val_fraction}")
     documents, counts = _scan(_files(folder, suffixes))
-    splits: dict[str, list[_Document]] = {"train": [], "val": []}
-    for document in documents:
-        splits["val" if int(document.digest[:8], 16) < val_fraction * 2**32 else "train"].append(document)
+    splits: Splits = {"train": [], "val": []}
+    for digest, path in documents:
+        splits["val" if int(digest[:8], 16) < val_fraction * 2**32 else "train"].append((digest, path))
     for split, chosen in splits.items():
         if not chosen:
             raise ValueError(
@@ -136,8 +116,8 @@ def build_corpus(
                 f"{len(documents)} different text files, {counts['binary']} binary, val_fraction {val_fraction}; "
                 "give more files or another fraction"
             )
-    key = hashlib.sha256(repr((_FORMAT, [(s, [d.digest for d in ds]) for s, ds in splits.items()])).encode())
-    fingerprint = key.hexdigest()[:32]
+    names = repr((_FORMAT, [(split, [digest for digest, _ in chosen]) for split, chosen in splits.items()]))
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
     place = (Path(cache) if cache is not None else default_cache()) / fingerprint
     if not (place / "corpus.json").is_file():
         counts |= {split: len(chosen) for split, chosen in splits.items()}
@@ -164,9 +144,9 @@ def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
                 yield path
 
 
-def _scan(paths: Iterator[Path]) -> tuple[list[_Document], dict[str, int]]:
+def _scan(paths: Iterator[Path]) -> tuple[list[tuple[str, Path]], dict[str, int]]:
     """The distinct documents in the order of their hashes, and the numbers of files left out."""
-    found: dict[str, _Document] = {}
+    found: dict[str, Path] = {}
     counts = {"copies": 0, "binary": 0}
     for path in paths:
         data = path.read_bytes()
@@ -179,11 +159,11 @@ def _scan(paths: Iterator[Path]) -> tuple[list[_Document], dict[str, int]]:
         elif data:
             digest = hashlib.sha256(data).hexdigest()
             counts["copies"] += digest in found
-            found.setdefault(digest, _Document(path, digest, len(data)))
-    return [found[digest] for digest in sorted(found)], counts
+            found.setdefault(digest, path)
+    return sorted(found.items()), counts
 
 
-def _write(place: Path, fingerprint: str, splits: dict[str, list[_Document]], counts: dict[str, int]) -> None:
+def _write(place: Path, fingerprint: str, splits: Splits, counts: dict[str, int]) -> None:
     """Write beside the final place and move the folder there whole."""
     place.parent.mkdir(parents=True, exist_ok=True)
     hidden = tempfile.TemporaryDirectory(prefix=f".{fingerprint}.", dir=place.parent, ignore_cleanup_errors=True)
@@ -192,12 +172,12 @@ def _write(place: Path, fingerprint: str, splits: dict[str, list[_Document]], co
         sizes: dict[str, int] = {}
         for split, documents in splits.items():
             with (temporary / f"{split}.bin").open("wb") as stream:
-                for document in documents:
-                    data = document.path.read_bytes()
-                    if hashlib.sha256(data).hexdigest() != document.digest:
-                        raise ValueError(f"expected {document.path} to stay as it is while it is read, but it changed")
+                for digest, path in documents:
+                    data = path.read_bytes()
+                    if hashlib.sha256(data).hexdigest() != digest:
+                        raise ValueError(f"expected {path} to stay as it is while it is read, but it changed")
                     stream.write(data + bytes([BOUNDARY]))
-            sizes[split] = sum(d.size + 1 for d in documents)
+                sizes[split] = stream.tell()
         meta: dict[str, Any] = {"fingerprint": fingerprint, "bytes": sizes, "documents": counts}
         (temporary / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         try:

@@ -28,17 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """A process, its device and the number of processes.
+    """A process, its device and the number of processes."""
 
-    Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
-        device: where this process computes.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
+    rank: int  # of this process, from 0
+    size: int  # number of processes
+    device: torch.device  # where this process computes
 
     @property
     def is_main(self) -> bool:
@@ -66,16 +60,14 @@ class World:
         Raises:
             ConnectionAbortedError: in the others, when it failed; the main process raises its own error.
         """
-        if not self.is_main:
-            if self.any(False):
-                raise ConnectionAbortedError(f"rank {self.rank} ends: rank 0 failed, and says why")
-            return None
+        done, failed = None, True
         try:
-            done = work()
-        except BaseException:
-            self.any(True)
-            raise
-        self.any(False)
+            done = work() if self.is_main else None
+            failed = False
+        finally:  # the others learn of an error before it ends this process
+            failed = self.any(failed)
+        if failed:
+            raise ConnectionAbortedError(f"rank {self.rank} ends: rank 0 failed, and says why")
         return done
 
 
@@ -115,21 +107,13 @@ def join(device: str | None = None) -> Iterator[World]:
 
 @dataclass(frozen=True)
 class RankLayout:
-    """The part of a batch that a process computes.
+    """The part of a batch that a process computes. Ranks that share sequences are one reader."""
 
-    Attributes:
-        data_rank: number of its reader, a group of ranks that share sequences.
-        data_size: number of readers.
-        context_rank: number of its shard of each sequence.
-        context_size: shards per sequence.
-        mesh: data x context; None where each process reads whole sequences.
-    """
-
-    data_rank: int
-    data_size: int
-    context_rank: int = 0
-    context_size: int = 1
-    mesh: DeviceMesh | None = None
+    data_rank: int  # number of its reader
+    data_size: int  # number of readers
+    context_rank: int = 0  # number of its shard of each sequence
+    context_size: int = 1  # shards per sequence
+    mesh: DeviceMesh | None = None  # data x context; None where each process reads whole sequences
 
     @property
     def seed(self) -> int:

@@ -22,17 +22,11 @@ from dilated_attention_pytorch.training.distributed import RankLayout, World
 
 
 class Evaluation(NamedTuple):
-    """Losses on validation text.
+    """Losses on validation text."""
 
-    Attributes:
-        loss: nats per predicted token, boundaries between documents included.
-        bits_per_byte: bits to encode text and boundaries, per byte of text.
-        num_bytes: predicted bytes of text.
-    """
-
-    loss: float
-    bits_per_byte: float
-    num_bytes: int
+    loss: float  # nats per predicted token, boundaries between documents included
+    bits_per_byte: float  # bits to encode text and boundaries, per byte of text
+    num_bytes: int  # predicted bytes of text
 
 
 @torch.no_grad()

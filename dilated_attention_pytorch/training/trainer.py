@@ -37,15 +37,10 @@ class Interrupted(Exception):
 
 
 class Result(NamedTuple):
-    """The results of a finished run, beside its files.
+    """The results of a finished run, beside its files."""
 
-    Attributes:
-        model: with `context_parallel` whole on rank 0, a shard on each other rank.
-        evaluation: the last one.
-    """
-
-    model: LongNetLM
-    evaluation: Evaluation
+    model: LongNetLM  # with `context_parallel` whole on rank 0, a shard on each other rank
+    evaluation: Evaluation  # the last one
 
 
 class Reporter(Protocol):
