@@ -6,6 +6,7 @@ import json
 import statistics
 import timeit
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -86,10 +87,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def _check(pattern: DilatedPattern, head_dim: int, causal: bool, dtype: torch.dtype, device: str) -> float:
     """The relative error against the reference in fp64, on segments cut down to a length that it can hold."""
-    cut = DilatedPattern(
-        tuple(max(1, w * _CHECK_LENGTH // max(pattern.segment_lengths)) for w in pattern.segment_lengths),
-        pattern.dilation_rates, pattern.num_heads, pattern.offsets,
-    )  # fmt: skip
+    lengths, longest = pattern.segment_lengths, max(pattern.segment_lengths)
+    cut = replace(pattern, segment_lengths=tuple(max(1, w * _CHECK_LENGTH // longest) for w in lengths))
     generator = torch.Generator().manual_seed(0)
     shape = (1, _CHECK_LENGTH, pattern.num_heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))

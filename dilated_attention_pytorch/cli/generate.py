@@ -36,11 +36,9 @@ def generate(
             f"expected a language model of {VOCAB_SIZE} bytes in {run}, got a {type(model).__name__}"
             + ("" if vocabulary is None else f" of {vocabulary} tokens")
         )
-    sampling = Sampling(top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if temperature == 0:
-        sampling["greedy"] = True
-    else:
-        sampling["temperature"] = temperature
+        sampling = Sampling(greedy=True, seed=seed)
     sys.stdout.write(prompt)
     for piece in byte_stream(model, prompt, max_bytes, **sampling):
         sys.stdout.write(piece)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,13 @@ _MINIMA = {
     1: ("context", "batch_size", "micro_batch_size", "steps", "num_layers", "context_parallel", "eval_every",
         "log_every", "checkpoint_every"),
 }  # fmt: skip
+# Names of the fields' types in messages, and how their values are read from text.
+_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+    int: ("an int", int),
+    float: ("a float", float),
+    tuple[int, ...]: ("ints with commas between them", lambda text: tuple(int(part) for part in text.split(","))),
+}
 _MODEL_FIELDS = LongNetConfig.__dataclass_fields__.keys()
 
 
@@ -154,26 +161,17 @@ class TrainConfig(ModelConfig):
         Raises:
             ValueError: an unknown name, or text that does not name a value of the field's type.
         """
-        kinds = typing.get_type_hints(type(self))
-        known = sorted(field.name for field in fields(self))
-        for name in values:
+        kinds, known = typing.get_type_hints(type(self)), sorted(field.name for field in fields(self))
+        read_values: dict[str, Any] = {}
+        for name, text in values.items():
             if name not in known:
                 raise ValueError(f"expected a field of the training config, got {name!r}; known are {known}")
-        return replace(self, **{name: _parse(name, text, kinds[name]) for name, text in values.items()})
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind in (int, float):
-            return kind(text)
-        if typing.get_origin(kind) is tuple:
-            return tuple(int(part) for part in text.split(","))
-        return text
-    except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "an int", float: "a float"}.get(kind, "ints with commas between them")
-        raise ValueError(f"expected {expected} for {name}, got {text!r}") from None
+            expected, read = _READERS.get(kinds[name], ("text", str))
+            try:
+                read_values[name] = read(text)
+            except (ValueError, KeyError):
+                raise ValueError(f"expected {expected} for {name}, got {text!r}") from None
+        return replace(self, **read_values)
 
 
 PRESETS: Mapping[str, TrainConfig] = {

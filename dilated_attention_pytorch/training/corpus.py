@@ -105,7 +105,9 @@ def build_corpus(
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"expected val_fraction in (0, 1), got {val_fraction}")
-    documents, counts = _scan(_files(folder, suffixes))
+    if folder is not None and not Path(folder).exists():
+        raise FileNotFoundError(f"expected a folder of text, found nothing at {Path(folder)}")
+    documents, counts = _scan(standard_library() if folder is None else _walk(Path(folder), suffixes))
     splits: Splits = {"train": [], "val": []}
     for digest, path in documents:
         splits["val" if int(digest[:8], 16) < val_fraction * 2**32 else "train"].append((digest, path))
@@ -125,16 +127,9 @@ def build_corpus(
     return Corpus.load(place)
 
 
-def _files(folder: Path | str | None, suffixes: Sequence[str]) -> Iterator[Path]:
-    if folder is None:
-        return standard_library()
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"expected a folder of text, found nothing at {folder}")
-    return iter([folder]) if folder.is_file() else _walk(folder, suffixes)
-
-
 def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    if root.is_file():
+        yield root
     for parent, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(names):

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -120,6 +120,10 @@ class Trainer:
         if kept is not None:
             self.optimizer.load_state_dict(distributed.spread(kept["optimizer"], self.optimizer))
         self.runner: nn.Module = self._runner()
+        half = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+        self._autocast = partial(torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half)
+        how: Any = {"batch_size": config.micro_batch_size, "autocast": self._autocast, "layout": self.layout}
+        self._evaluate: Callable[[], Evaluation] = partial(evaluate, self.model, self.held_out, world, **how)
 
     def run(self) -> Result:
         """Train to the last step, save, and return the model.
@@ -258,21 +262,10 @@ class Trainer:
         model.load_state_dict(weights, assign=True)
         return model
 
-    def _evaluate(self) -> Evaluation:
-        return evaluate(
-            self.model, self.held_out, self.world, batch_size=self.config.micro_batch_size, autocast=self._autocast,
-            layout=self.layout,
-        )  # fmt: skip
-
     def _record(self, line: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(line)
             self._tell("metrics", line)
-
-    def _autocast(self) -> torch.autocast:
-        precision, kind = self.config.precision, self.world.device.type
-        enabled = precision == "bf16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
