@@ -39,14 +39,13 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(split, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
-def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str, model: Any, optimizer: Any) -> None:
-    """Write `state.pt`: the steps done, the config, the corpus's fingerprint and the state dicts.
+def save_state(folder: Path, *, config: TrainConfig, **content: Any) -> None:
+    """Write `state.pt`: the config, `step`, the corpus's `fingerprint`, and the state dicts of `model` and `optimizer`.
 
     Model and optimizer share one file: no interruption can pair one step's weights with another's moments. There is no
     random state to save: every draw is a function of (seed, step, rank).
     """
-    content = {"version": _VERSION, "step": step, "config": config.to_dict(), "fingerprint": fingerprint}
-    content |= {"model": model, "optimizer": optimizer}
+    content |= {"version": _VERSION, "config": config.to_dict()}
     replace_file(folder / FILE, lambda path: torch.save(content, path))
 
 

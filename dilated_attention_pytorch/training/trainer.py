@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from dilated_attention_pytorch.models import LongNetLM, save_pretrained
 from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus, held_out_excerpts, training_excerpts
-from dilated_attention_pytorch.training.distributed import World
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
 from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
 from dilated_attention_pytorch.training.state import adamw, learning_rate
@@ -89,14 +87,13 @@ class Trainer:
         corpus: Corpus,
         folder: Path,
         *,
-        world: World,
+        world: distributed.World,
         tensorboard: bool = False,
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
-        self.tensorboard = tensorboard
-        self.reporter = reporter if world.is_main else None
+        self.tensorboard, self.reporter = tensorboard, reporter if world.is_main else None
         self.micro_steps = config.micro_steps(world.size)
         self.layout = distributed.arrange(world, config.context_parallel)
         self.held_out = held_out_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
@@ -108,9 +105,8 @@ class Trainer:
         self.model = model.to(world.device)
         self.step, self._signal, self._restart = 0, 0, restart
         self._log: MetricsLog | None = None
-        kept = None
-        if not restart:
-            kept = state.load_state(folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
+        load = partial(state.load_state, folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
+        kept = None if restart else load()
         if kept is not None:
             self.step = kept["step"]
             self.model.load_state_dict(kept["model"])
@@ -283,7 +279,7 @@ class Trainer:
         def handle(number: int, frame: Any) -> None:
             if self._signal:
                 signal.signal(number, previous[number])
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             self._signal = number
 
         wanted = [signal.SIGINT, signal.SIGTERM]
@@ -291,8 +287,7 @@ class Trainer:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             wanted.append(signal.SIGHUP)
         with contextlib.suppress(ValueError):  # not the main thread, which alone receives signals
-            for number in wanted:
-                previous[number] = signal.signal(number, handle)
+            previous.update((number, signal.signal(number, handle)) for number in wanted)
         try:
             yield
         finally:

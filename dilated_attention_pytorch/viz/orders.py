@@ -59,8 +59,7 @@ def neighbourhood_figure(
 
     Args:
         pattern: the branches.
-        orders: by name.
-        coords: int `(N, 2)`, or `(N, 3)` of which the plane through the token is drawn.
+        orders, coords: as in `orders_figure`; in 3-D the plane through the token is drawn.
         query: the token, by its original index.
         head: key/value head; all of them by default.
 

@@ -26,10 +26,8 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
     """The keys of each query in each branch.
 
     Args:
-        pattern: the branches.
-        seq_len: N.
+        pattern, seq_len, is_causal: as in `pattern_figure`.
         head: key/value head.
-        is_causal: leave out later keys.
 
     Returns:
         Bool `(num_branches, N, N)`, queries before keys; summed over branches, the multiplicity of a key.
@@ -84,9 +82,9 @@ def pattern_figure(
     Args:
         pattern: the branches.
         seq_len: N.
+        is_causal: leave out later keys.
         heads: key/value heads; one row of pictures per head and span.
         spans: ranges of positions `[start, stop)`; the whole sequence by default.
-        is_causal: leave out later keys.
 
     Raises:
         ValueError: a head or span out of range.
@@ -105,11 +103,8 @@ def pattern_figure(
         figure = Figure(figsize=(2.4 * columns + 0.3, 2.85 * len(rows) + 0.6), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for axes, (head, span) in zip(grid, rows, strict=True):
-            if span[1] - span[0] <= _EXACT:
-                most = max(most, _exact_row(axes, pattern, span, head, is_causal))
-            else:
-                long = True
-                _binned_row(axes, pattern, span, head, is_causal)
+            drawn = _draw_row(axes, pattern, span, head, is_causal)
+            most, long = max(most, drawn), long or drawn == 0
             for ax, branch in zip(axes, pattern.branches, strict=False):
                 ax.set_title(f"head {head}:  {branch_label(branch)}")
                 _segment_lines(ax, branch[0], span)
@@ -133,8 +128,9 @@ def neighbours_figure(
     """The keys of one query, one row per branch, and the multiplicity of each in the one softmax.
 
     Args:
-        pattern, seq_len, head, is_causal: as in `multiplicity`; long sequences are drawn as shares of bins.
+        pattern, seq_len, is_causal: as in `pattern_figure`; long sequences are drawn as shares of bins.
         query: its position.
+        head: key/value head.
     """
     check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
     with style():
@@ -156,8 +152,8 @@ def neighbours_figure(
         top.tick_params(labelbottom=False, length=0)
         times = "times" if len(stacked) == seq_len else "times (mean)"
         bottom.set(xlabel="key", ylabel=times, ylim=(0, max(1.0, float(stacked.max())) * 1.15))
-        for ax in (top, bottom):
-            mark_query(ax, query)
+        mark_query(top, query)
+        mark_query(bottom, query)
     return figure
 
 
@@ -170,11 +166,9 @@ def receptive_field(
     heads, so each head of a layer sees what any head brought before.
 
     Args:
-        pattern: of every layer.
-        seq_len: N.
+        pattern, seq_len, is_causal: as in `pattern_figure`, of every layer.
         query: the output's position.
         num_layers: L.
-        is_causal: hide later positions.
 
     Returns:
         Bool `(num_layers + 1, N)`; row 0 is the query alone.
@@ -236,31 +230,28 @@ def keys_by_branch(
     return list(zip(branches, pattern.keys_of(query, head, seq_len, is_causal=is_causal), strict=True))
 
 
-def _exact_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> int:
-    """Draw the pairs of a span and return the largest multiplicity."""
+def _draw_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> int:
+    """Draw a span, pair by pair or as shares, and return the largest multiplicity of a pair, 0 for shares."""
     start, stop = span
-    seen = multiplicity(pattern, stop, head=head, is_causal=is_causal)[:, start:, start:]
-    colors = [[branch_color(i)] for i in range(len(pattern.branches))]
-    for ax, counts, shades in zip(axes, [*seen, seen.sum(0)], [*colors, _shades(len(seen))], strict=True):
-        _image(ax, counts.astype(int), ListedColormap(["white", *shades]), (-0.5, len(shades) + 0.5), span)
-    return max(1, int(seen.sum(0).max()))
-
-
-def _binned_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> None:
-    found = shares(pattern, span, bins=min(_EXACT, span[1] - span[0]), head=head, is_causal=is_causal)
-    colors = [branch_color(i) for i in range(len(pattern.branches))]
-    for ax, share, color in zip(axes, [*found, found.sum(0)], [*colors, _shades(2)[-1]], strict=True):
-        # Branches differ by orders of magnitude (1 / r^2): each picture has its own scale; roots keep the faint seen.
-        share = np.sqrt(share / share.max()) if share.max() > 0 else share
-        _image(ax, share, LinearSegmentedColormap.from_list("share", ["white", color]), (0, 1), span)
-
-
-def _image(ax: Axes, values: NDArray[Any], cmap: Colormap, limits: tuple[float, float], span: tuple[int, int]) -> None:
-    start, stop = span
-    extent = (start, stop, stop, start)
-    ax.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest", extent=extent)
-    ax.tick_params(length=2)
-    ax.locator_params(integer=True, nbins=4)
+    exact, count = stop - start <= _EXACT, len(pattern.branches)
+    if exact:
+        found = multiplicity(pattern, stop, head=head, is_causal=is_causal)[:, start:, start:].astype(int)
+    else:
+        found = shares(pattern, span, bins=_EXACT, head=head, is_causal=is_causal)
+    total = found.sum(0)
+    colors = [*([branch_color(i)] for i in range(count)), _shades(count if exact else 2)]
+    for ax, values, shades in zip(axes, [*found, total], colors, strict=True):
+        cmap: Colormap = ListedColormap(["white", *shades])
+        low, high = -0.5, len(shades) + 0.5
+        if not exact:
+            # Branches differ by orders of magnitude (1 / r^2): each picture has a scale of its own; roots keep the
+            # faint seen.
+            values = np.sqrt(values / values.max()) if values.max() > 0 else values
+            cmap, low, high = LinearSegmentedColormap.from_list("share", ["white", shades[-1]]), 0, 1
+        ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", extent=(start, stop, stop, start))
+        ax.tick_params(length=2)
+        ax.locator_params(integer=True, nbins=4)
+    return max(1, int(total.max())) if exact else 0
 
 
 def _segment_lines(ax: Axes, length: int, span: tuple[int, int]) -> None:
