@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel, RingError
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from dilated_attention_pytorch.core.torch_private import Store
 
 # Seconds in which ranks that failed together hear of one another.
 _GRACE = 1.0
