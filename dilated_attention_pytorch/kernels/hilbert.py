@@ -74,7 +74,7 @@ def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
         raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
     _check_bits(num_bits, coords.shape[-1])
     axes = _within("coordinates", coords, num_bits).unbind(-1)  # D tensors (...)
-    index = hilbert_tables.encode_with_hilbertsfc(*axes, num_bits=num_bits) if len(axes) == 2 else None
+    index = hilbert_tables.encode_with_hilbertsfc(axes, num_bits)
     return hilbert_tables.encode(axes, num_bits) if index is None else index
 
 

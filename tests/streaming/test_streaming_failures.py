@@ -26,8 +26,7 @@ from torch import Tensor
 import dilated_attention_pytorch as package
 from dilated_attention_pytorch import UnifiedMemoryPool, dilated_attention
 from dilated_attention_pytorch.core.memory.unified_pool import PoolExhausted
-from dilated_attention_pytorch.streaming.call import Settings
-from dilated_attention_pytorch.streaming.checks import REFUSED
+from dilated_attention_pytorch.streaming.call import REFUSED, Settings
 from dilated_attention_pytorch.testing import relative_norm
 
 
