@@ -100,19 +100,6 @@ class _Attention(torch.autograd.Function):
         return *attention_backward(grad_out, grad_lse, *saved, *ctx.settings), *nothing
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """The end of the road: the backward op has no derivative, and says so only to whoever asks for it."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch_private.below_autograd():
-            return attention_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError("expected first derivatives only; backend='reference' computes second ones")
-
-
 def at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What an op does at the Autograd key: its Function where a gradient is wanted, else the op itself."""
 
@@ -125,10 +112,27 @@ def at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..
     return differentiable
 
 
+def end_of_the_road(op: Any, message: str) -> type[torch.autograd.Function]:
+    """The Function of a backward op: it has no derivative, and says so only to whoever asks for it."""
+
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            with torch_private.below_autograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> None:
+            raise NotImplementedError(message)
+
+    return End
+
+
+_END = end_of_the_road(attention_backward, "expected first derivatives only; backend='reference' computes second ones")
 LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", at_autograd(attention, _Attention), "Autograd")
-LIBRARY.impl("attention_backward", at_autograd(attention_backward, _AttentionBackward), "Autograd")
+LIBRARY.impl("attention_backward", at_autograd(attention_backward, _END), "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake(f"{NAMESPACE}::attention_backward", _fake_backward, lib=LIBRARY)
 flops.register_when_counted()

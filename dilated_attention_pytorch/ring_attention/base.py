@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
-from dilated_attention_pytorch.types import QKV, AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
 
 
 class BaseRingAttention(nn.Module, ABC):
@@ -29,14 +29,7 @@ class BaseRingAttention(nn.Module, ABC):
 
     @abstractmethod
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        key_padding_mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, key_padding_mask: Tensor | None, seed: Seed
     ) -> AttentionOutput:
         """Attention of this rank's queries over the whole sequence's keys; arguments as in `forward`, checked."""
 
@@ -48,7 +41,7 @@ class BaseRingAttention(nn.Module, ABC):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         *,
-        seed: int | Tensor | None = None,
+        seed: Seed = None,
         row_start: None = None,
         cu_seqlens: None = None,
         q_start: int = 0,
@@ -93,7 +86,7 @@ class BaseRingAttention(nn.Module, ABC):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         *,
-        seed: int | Tensor | None = None,
+        seed: Seed = None,
     ) -> AttentionOutput:
         """`forward` together with the log-sum-exp `(B, H, n)`; both are differentiable."""
         # What a rank can check alone; the ranks compare the rest in a handshake.

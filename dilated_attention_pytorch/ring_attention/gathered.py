@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,7 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     parts = list(homecoming.wait().to(exact).split([n for p, n in enumerate(received) if p != plan.rank]))
     parts.insert(plan.rank, own)
     # In rank order, so that the sum does not depend on who was first.
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
+    total = functools.reduce(Tensor.add_, parts[1:], parts[0].clone())
     homecoming.release()
     # Of their own each: an op may not return two views of one tensor.
     dk, dv = (total[:, :, i].transpose(0, 1).clone(memory_format=torch.contiguous_format) for i in (0, 1))

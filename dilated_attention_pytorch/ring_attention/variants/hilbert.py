@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from dilated_attention_pytorch.core import torch_private, validation
+from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.core.members import segment_and_residue
 from dilated_attention_pytorch.core.merge import merge_attention
 from dilated_attention_pytorch.core.precision import accumulator
@@ -30,7 +30,7 @@ from dilated_attention_pytorch.ring_attention.plan import equal_bounds
 from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
 from dilated_attention_pytorch.ring_attention.utils import handshake, rows
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
-from dilated_attention_pytorch.types import QKV, AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
 
 CausalAlong = Literal["original", "curve"]
 # Odd, so no two branches of one seed share a dropout mask.
@@ -118,14 +118,7 @@ class HilbertMixin(_Ring):
 
     @override
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        key_padding_mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, key_padding_mask: Tensor | None, seed: Seed
     ) -> AttentionOutput:
         # Causality by original position sorts each branch's rows its own way: a call per branch.
         by_branch = is_causal and self.causal_along == "original"
@@ -173,9 +166,8 @@ class HilbertMixin(_Ring):
         # Compared once per order, not per call.
         if self._agreed or self.world_size == 1 or self.config.check == "never":
             return
-        fingerprint = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
-        group = torch_private.process_group(self.group_name)
-        handshake.begin(group, fingerprint, length, 0, phase="order", check="always", timeout=self.config.timeout)
+        told = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
+        self._begin(told, length, phase="order", check="always")
         self._agreed = True
 
     def _move(self, branch: int | None, device: torch.device) -> rows.Move:
@@ -192,8 +184,10 @@ class HilbertMixin(_Ring):
         return self._moves[branch, device]
 
     def _channel(self) -> Channel:
-        group, timeout = torch_private.process_group(self.group_name), self.config.timeout
-        return handshake.begin(group, {}, 0, 0, phase="layout", check="never", timeout=timeout)[0]
+        return self._begin({}, 0, phase="layout", check="never")
+
+    def _begin(self, told: dict[str, Any], length: int, **how: str) -> Channel:
+        return handshake.begin(self.group_name, told, length, 0, **how, timeout=self.config.timeout)[0]
 
     @override
     def extra_repr(self) -> str:
@@ -266,7 +260,7 @@ def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
     return layout
 
 
-def _branch_seed(seed: int | Tensor | None, branch: int) -> int | Tensor | None:
+def _branch_seed(seed: Seed, branch: int) -> Seed:
     """A seed for each branch, since each is a call whose only branch is its first."""
     if seed is None or branch == 0:
         return seed
