@@ -58,10 +58,8 @@ class BaseRingAttention(nn.Module, ABC):
             is_causal: hide keys later than the query in the whole sequence.
             key_padding_mask: bool `(B, n)` for this rank's positions, True = real.
             seed: of the dropout mask, the same on every rank; drawn on the first rank when absent.
-            row_start: only None: left padding is not sharded.
-            cu_seqlens: only None: packed sequences are not sharded.
-            q_start: only 0: where a shard starts follows from the ranks before it.
-            k_start: likewise.
+            row_start, cu_seqlens: only None: neither left-padded nor packed rows are sharded.
+            q_start, k_start: only 0: where a shard starts follows from the ranks before it.
 
         Returns:
             `(B, n, H, D)` in the query's dtype: what one device would give for these positions.

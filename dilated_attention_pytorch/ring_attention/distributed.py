@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.core.projections import Projections
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
-from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
+from dilated_attention_pytorch.ring_attention.production import GroupOrMesh, RingDilatedAttention
 from dilated_attention_pytorch.types import Seed
 
 
@@ -28,15 +26,8 @@ class RingDistributedDilatedAttention(Projections):
         embed_dim: width of inputs and outputs.
         num_heads: H, a divisor of embed_dim.
         config: of the ring; its `dropout` is of attention weights.
-        process_group: as in `RingDilatedAttention`.
-        mesh_dim: as in `RingDilatedAttention`.
-        num_kv_heads: H_kv, a divisor of num_heads; num_heads by default.
-        bias: whether the projections have one.
-        layer_norm: whether `inner_attn_ln` exists.
-        layer_norm_eps: its epsilon.
-        gamma_init: MAGNETO's gain.
-        device: of the parameters.
-        dtype: of the parameters.
+        process_group, mesh_dim: as in `RingDilatedAttention`.
+        num_kv_heads, bias, layer_norm, layer_norm_eps, gamma_init, device, dtype: as in `MultiheadDilatedAttention`.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -54,7 +45,7 @@ class RingDistributedDilatedAttention(Projections):
         embed_dim: int,
         num_heads: int,
         config: RingAttentionConfig,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: GroupOrMesh = None,
         *,
         mesh_dim: str | None = None,
         num_kv_heads: int | None = None,

@@ -59,9 +59,12 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
 
 def start_masks(call: RingCall, masks: Masks) -> Pending | None:
     """Starts to gather every rank's mask bits, one byte per position, padded to the longest shard."""
-    if masks.key_padding is None:
+    if (mask := masks.key_padding) is None:
         return None
-    return call.channel.gather(buffers.padded_mask(masks.key_padding, max(call.plan.lengths)), "mask")
+    # Nobody reads the padding, which is cut off after the gather.
+    padded = buffers.borrow((mask.shape[0], max(call.plan.lengths)), mask.dtype, mask.device, "mask sent", zero=True)
+    padded.tensor[:, : mask.shape[1]] = mask
+    return call.channel.gather(padded, "mask")
 
 
 def whole_masks(call: RingCall, masks: Masks, bits: Pending | None) -> Masks:

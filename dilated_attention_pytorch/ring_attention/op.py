@@ -18,7 +18,7 @@ from dilated_attention_pytorch.core import torch_private, zero_keys
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import SCHEMA, Problem
 from dilated_attention_pytorch.kernels.choice import backend_for
-from dilated_attention_pytorch.kernels.ops import INPUTS, LIBRARY, NAMESPACE, at_autograd, end_of_the_road
+from dilated_attention_pytorch.kernels.ops import INPUTS, LIBRARY, derivative, end_of_the_road, register
 from dilated_attention_pytorch.ring_attention import exchange
 from dilated_attention_pytorch.ring_attention.call import RingCall, choose_mode
 from dilated_attention_pytorch.ring_attention.plan import plan_for, unit_bytes
@@ -118,36 +118,10 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in arguments[7:10])
 
 
-class _Ring(torch.autograd.Function):
-    """The op's derivative: the backward op, given what the forward took and returned."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch_private.below_autograd():
-            output: tuple[Tensor, ...] = ring_attention(*arguments)
-        ctx.save_for_backward(*output, *arguments[:5])
-        ctx.settings = arguments[5:]
-        ctx.mark_non_differentiable(*output[2:])
-        # An unused lse costs nothing.
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        # No early return: the other ranks wait for this one's part of the exchange, whatever it uses itself.
-        grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
-        grads = ring_attention_backward(grad_out, grad_lse, *saved, *ctx.settings)
-        return *grads, *(None,) * (2 + len(ctx.settings))
-
-
+_DERIVATIVE = derivative(ring_attention, ring_attention_backward, 5, is_exchange=True)
 _END = end_of_the_road(ring_attention_backward, "expected first derivatives only of ring attention")
-LIBRARY.impl("ring_attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("ring_attention_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("ring_attention", at_autograd(ring_attention, _Ring), "Autograd")
-LIBRARY.impl("ring_attention_backward", at_autograd(ring_attention_backward, _END), "Autograd")
-torch.library.register_fake(f"{NAMESPACE}::ring_attention", _fake_forward, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::ring_attention_backward", _fake_backward, lib=LIBRARY)
+register("ring_attention", ring_attention, _forward, _fake_forward, _DERIVATIVE)
+register("ring_attention_backward", ring_attention_backward, _backward, _fake_backward, _END)
 
 
 def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
@@ -154,11 +154,8 @@ class RingPlan:
     @cached_property
     def largest_arrival(self) -> int:
         """Units that come to the rank to which most come: the same answer on every rank."""
-        # Units by receiver.
-        totals = [0] * self.world_size
-        for receiver, owner in itertools.permutations(range(self.world_size), 2):
-            totals[receiver] += travelling(self.pattern, self.bounds, receiver, owner, self.is_causal).count
-        return max(totals)
+        plans = (replace(self, rank=rank) for rank in range(self.world_size))
+        return max(sum(units.count for units in plan.arriving.values()) for plan in plans)
 
     def received_bytes(self, batch: int, head_dim: int, element_size: int) -> int:
         """Bytes of K and V that come to this rank in a forward; gradients go the other way, at their own width."""

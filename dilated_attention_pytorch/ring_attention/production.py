@@ -22,6 +22,8 @@ from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
 
+GroupOrMesh = ProcessGroup | DeviceMesh | None
+
 
 @takes_old_call("_old.calls:RING")  # 0.4.0: goes with _old
 class RingDilatedAttention(BaseRingAttention):
@@ -49,11 +51,7 @@ class RingDilatedAttention(BaseRingAttention):
     """
 
     def __init__(
-        self,
-        config: RingAttentionConfig,
-        process_group: ProcessGroup | DeviceMesh | None = None,
-        *,
-        mesh_dim: str | None = None,
+        self, config: RingAttentionConfig, process_group: GroupOrMesh = None, *, mesh_dim: str | None = None
     ) -> None:
         super().__init__(config)
         group = group_of(process_group, mesh_dim)
@@ -95,7 +93,7 @@ class RingDilatedAttention(BaseRingAttention):
         return f"{super().extra_repr()}, rank={self.rank}, world_size={self.world_size}"
 
 
-def group_of(group: ProcessGroup | DeviceMesh | None, mesh_dim: str | None) -> ProcessGroup | None:
+def group_of(group: GroupOrMesh, mesh_dim: str | None) -> ProcessGroup | None:
     """The process group meant."""
     if isinstance(group, DeviceMesh):
         if mesh_dim is None and group.ndim != 1:

@@ -38,11 +38,6 @@ class Traffic:
     received: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)  # how many exchanges
 
-    def count(self, purpose: str, sent: int, received: int) -> None:
-        """Adds one exchange."""
-        for table, amount in ((self.sent, sent), (self.received, received), (self.calls, 1)):
-            table[purpose] = table.get(purpose, 0) + amount
-
 
 # On CUDA the backward runs in a thread of its own.
 _lock = threading.Lock()
@@ -66,7 +61,8 @@ def counting() -> Iterator[Traffic]:
 def _count(purpose: str, sent: int, received: int) -> None:
     with _lock:
         for traffic in _counters:
-            traffic.count(purpose, sent, received)
+            for table, amount in ((traffic.sent, sent), (traffic.received, received), (traffic.calls, 1)):
+                table[purpose] = table.get(purpose, 0) + amount
 
 
 class Channel:
@@ -88,14 +84,10 @@ class Channel:
         """Starts one all-to-all; the caller goes on computing and asks the result to `wait`.
 
         Args:
-            buffer: rows for all ranks, one rank after another; released once they are sent.
-            sent: how many rows go to each rank.
-            received: how many come from each.
+            buffer: rows for all ranks, one rank after another, as they arrive too; released once they are sent.
+            sent, received: how many rows go to each rank and come from it.
             purpose: what they are counted as.
             keep: whether the result outlives the call; it is an ordinary tensor then.
-
-        Returns:
-            Rows from all ranks, one after another, once they are there.
         """
         send = buffer.tensor
         lent, result = _receiver((sum(received), *send.shape[1:]), send, purpose, keep)
@@ -202,8 +194,7 @@ def priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     An exchange then takes multiprocessors as attention's tiles free them, where it would else wait for the kernel to
     end. Collective over the group.
     """
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    if device.type != "cuda" or "nccl" not in dist.get_backend(group):
+    if not torch.cuda.is_available() or "nccl" not in dist.get_backend(group):
         return group
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     ranks = dist.get_process_group_ranks(group)

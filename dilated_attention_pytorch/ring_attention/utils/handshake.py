@@ -57,13 +57,8 @@ def begin(
     alike where they differ; on those that wait, for ranks that do not come.
 
     Args:
-        group_name: the process group's.
         told: everything that must be the same on every rank, by the name an error will give it.
-        length: positions of this rank's shard.
-        row_bytes: bytes of K and V per position.
-        phase: what begins, for errors.
-        check: when to compare.
-        timeout: seconds; None for the group's own.
+        length, row_bytes: positions of this rank's shard, and bytes of K and V per position.
     """
     group = torch_private.process_group(group_name)
     state = state_of(group)

@@ -9,14 +9,13 @@ call, on any backend, and the branches merge by log-sum-exp (docs/spec.md, 4).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from dilated_attention_pytorch.core import validation
@@ -27,7 +26,7 @@ from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.kernels.hilbert import Curve, CurveOrder, curve_order
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.ring_attention.plan import equal_bounds
-from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
+from dilated_attention_pytorch.ring_attention.production import GroupOrMesh, RingDilatedAttention
 from dilated_attention_pytorch.ring_attention.utils import handshake, rows
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
 from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
@@ -65,7 +64,7 @@ class HilbertMixin(_Ring):
     def __init__(
         self,
         config: RingAttentionConfig,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: GroupOrMesh = None,
         *,
         grid: Sequence[int] | None = None,
         coords: Tensor | None = None,
@@ -129,16 +128,15 @@ class HilbertMixin(_Ring):
         x = QKV(*in_autocast_dtype(query, key, value))
         if not by_branch:
             return self._attend_moved(None, plain, x, key_padding_mask)
-        merged: AttentionOutput | None = None
-        for i, branch in enumerate(self.branches):
-            assert isinstance(branch, RingDilatedAttention)
+
+        def part(i: int, branch: Any) -> AttentionOutput:
             attend = functools.partial(branch.attend, is_causal=True, seed=_branch_seed(seed, i))
-            part = self._attend_moved(i, attend, x, key_padding_mask)
-            # Merged in the accumulator's dtype, rounded once, at the end.
-            part = AttentionOutput(part.out.to(accumulator(part.out.dtype)), part.lse)
-            merged = part if merged is None else merge_attention(merged, part)
-        assert merged is not None
-        return AttentionOutput(merged.out.to(x.q.dtype), merged.lse)
+            out, lse = self._attend_moved(i, attend, x, key_padding_mask)
+            return AttentionOutput(out.to(accumulator(out.dtype)), lse)
+
+        # Merged in the accumulator's dtype, one after the other, and rounded once, at the end.
+        out, lse = functools.reduce(merge_attention, itertools.starmap(part, enumerate(self.branches)))
+        return AttentionOutput(out.to(x.q.dtype), lse)
 
     def _attend_moved(
         self, branch: int | None, attend: Callable[..., AttentionOutput], x: QKV, mask: Tensor | None
@@ -264,14 +262,8 @@ def _branch_seed(seed: Seed, branch: int) -> Seed:
     """A seed for each branch, since each is a call whose only branch is its first."""
     if seed is None or branch == 0:
         return seed
-    if isinstance(seed, Tensor):
-        return seed.to(torch.int64) + torch.tensor(_wrapped(branch * _SEED_STEP), device=seed.device)
-    return _wrapped(seed + branch * _SEED_STEP)
-
-
-def _wrapped(number: int) -> int:
-    """As int64 arithmetic has it."""
-    return (number + 2**63) % 2**64 - 2**63
+    # As a tensor: int64 wraps around where a Python int grows.
+    return torch.as_tensor(seed, dtype=torch.int64) + torch.tensor(branch) * _SEED_STEP
 
 
 def _checksum(order: Tensor) -> int:
