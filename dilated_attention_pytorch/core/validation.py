@@ -97,13 +97,19 @@ def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(check_positive_int(f"{name}[{i}]", v) for i, v in enumerate(values))
 
 
-def check_probability(name: str, value: float) -> float:
-    """A float in [0, 1)."""
+def check_float(name: str, value: object) -> float:
+    """An int or float, as it was given; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-    if not 0.0 <= value < 1.0:
+    return value
+
+
+def check_probability(name: str, value: object) -> float:
+    """A float in [0, 1)."""
+    number = check_float(name, value)
+    if not 0.0 <= number < 1.0:
         raise ValueError(f"expected {name} in [0, 1), got {value}")
-    return float(value)
+    return float(number)
 
 
 def check_dense(name: str, x: Tensor) -> None:

@@ -17,11 +17,9 @@ from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets
 
 def check_above_zero(name: str, value: Any) -> float:
     """A number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-    if not value > 0:
+    if not check.check_float(name, value) > 0:
         raise ValueError(f"expected {name} above 0, got {value}")
-    return value
+    return float(value)
 
 
 Activation = Literal["relu", "gelu"]

@@ -46,8 +46,7 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
     if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+        check.check_float(name, 1.0 if value is None else value)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
