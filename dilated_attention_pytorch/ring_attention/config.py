@@ -74,22 +74,16 @@ class RingAttentionConfig:
         pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
-        validation.check_choice("padding", self.padding, Padding)
-        validation.check_choice("mode", self.mode, Mode)
-        validation.check_choice("remote_rows", self.remote_rows, RemoteRows)
-        validation.check_choice("check", self.check, Check)
-        validation.check_choice("backend", self.backend, BackendName)
+        options = {"padding": Padding, "mode": Mode, "remote_rows": RemoteRows, "check": Check, "backend": BackendName}
+        for name, allowed in options.items():
+            validation.check_choice(name, getattr(self, name), allowed)
         if self.backend == "reference":
             raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
         object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))
         validation.check_scale(self.scale, 1)
-        if self.gradient_dtype is not None and self.gradient_dtype not in validation.FLOAT_DTYPES:
-            raise TypeError(
-                f"expected gradient_dtype to be a floating torch.dtype or None, got {self.gradient_dtype!r}"
-            )
-        if self.timeout is None:
-            return
-        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float):
+        if (dtype := self.gradient_dtype) is not None and dtype not in validation.FLOAT_DTYPES:
+            raise TypeError(f"expected gradient_dtype to be a floating torch.dtype or None, got {dtype!r}")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float | None):
             raise TypeError(f"expected timeout to be a number of seconds or None, got {self.timeout!r}")
-        if not 0 < self.timeout < float("inf"):
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise ValueError(f"expected timeout to be positive and finite, got {self.timeout}")
