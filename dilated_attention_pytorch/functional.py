@@ -157,19 +157,20 @@ def dilated_attention_with_lse(
         return again(QKV(q, k, v))
 
     x = check.check_qkv(QKV(*in_autocast_dtype(q, k, v)), packed=cu_seqlens is not None)
-    check.check_choice("backend", backend, BackendName)
+    check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
+    backend = check.check_choice("backend", backend, BackendName)
     # Any sequence will do: the pattern checks it and makes it a tuple.
     pattern = DilatedPattern(segment_lengths, dilation_rates, x.k.shape[-2], offsets)  # type: ignore[arg-type]
     masks = Masks(key_padding_mask, row_start, cu_seqlens)
     if cu_seqlens is not None:
-        check.check_packed_alone(masks, q_start, k_start, seq_len)
         check.check_cu_seqlens(cu_seqlens)
+        check.check_packed_alone(masks, q_start, k_start, seq_len)
         x = QKV(*(y[None] for y in x))
     q_start, k_start, seq_len = check.check_range(x, q_start, k_start, seq_len)
     problem = Problem(
         pattern,
         check.check_bool("is_causal", is_causal),
-        check.check_scale(scale, x.q.shape[-1]),
+        check.check_scale(scale, x.q.shape[-1], x.q.dtype),
         check.check_probability("dropout_p", dropout_p),
         q_start,
         k_start,
@@ -177,16 +178,17 @@ def dilated_attention_with_lse(
         check.check_choice("mixing_gradient", mixing_gradient, MixingGradient),
         check.check_choice("padding", padding, Padding),
     )
-    check.check_masks(masks, x.q, seq_len)
-    if padding == "zero_keys":
-        _check_zero_keys(problem, x, masks)
     check.check_seed(seed)
+    check.check_masks(masks._replace(seed=seed if isinstance(seed, Tensor) else None), x.q, seq_len)
+    if problem.padding == "zero_keys":
+        _check_zero_keys(problem, x, masks)
     masks = masks._replace(seed=dropout.seed_tensor(seed, problem.dropout_p, x.q.device))
 
     if backend == "reference":
         found = _reference(x, problem, masks)
     else:
         ops.refuse_tangents(x)
+        check.check_savable(x)
         found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
         fast_path.remember(kind, x, problem, backend)
     return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])

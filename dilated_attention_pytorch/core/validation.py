@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import sys
 from collections.abc import Sequence
@@ -11,66 +12,115 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import QKV, Masks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LONGEST = 200  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """What a message says of a value: its type and, where there is no more to it than a line, itself."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{kind} of {value.dtype}"
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python prints, or a repr that is broken
+        return kind
+    return f"{kind} {text}" if len(text) <= _LONGEST else f"{kind} {text[:_LONGEST]}..."
+
+
+def _number(value: object) -> str:
+    """A number in a message; of an int that Python does not print, its size."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 400 else f"{value}"
 
 
 def check_choice(name: str, value: Any, options: Any) -> Any:
     """One of the strings of the Literal `options`."""
     allowed = get_args(options)
-    if value not in allowed:
-        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {value!r}")
-    return value
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {shown(value).removeprefix('str ')}")
+    return value if type(value) is str else allowed[allowed.index(value)]
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
+def check_int(name: str, value: object, minimum: int, below: int = 2**63) -> int:
     """The value as an int of 64 bits; bools and floats are refused."""
-    if isinstance(value, (bool, Tensor)) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
-        raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r}")
     # A plain or traced int is kept as it is; other integer types (NumPy's) become one.
-    number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
+    number = value if isinstance(value, int) and not isinstance(value, bool) else _index(name, value)
     if number < minimum:
-        raise ValueError(f"expected {name} to be at least {minimum}, got {number}")
-    if number >= 2**63:
-        raise ValueError(f"expected {name} to be below 2**63, got {number}")
-    return number
+        raise ValueError(f"expected {name} to be at least {minimum}, got {_number(number)}")
+    if number >= below:
+        limit = "2**63" if below == 2**63 else below
+        raise ValueError(f"expected {name} to be below {limit}, got {_number(number)}")
+    return number if type(number) is int else int(number)
+
+
+def _index(name: str, value: object) -> int:
+    if not isinstance(value, (bool, Tensor)) and hasattr(type(value), "__index__"):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except Exception:  # an array of several, of floats or of objects
+            pass
+    raise TypeError(f"expected {name} to be an int, got {shown(value)}")
 
 
 def check_bool(name: str, value: object) -> bool:
     """True or False, and nothing that merely equals them."""
     if not isinstance(value, bool):
-        raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
+        raise TypeError(f"expected {name} to be a bool, got {shown(value)}")
     return value
 
 
 def check_device(name: str, value: object) -> torch.device:
     """Parse a str or torch.device; does not check that the device exists."""
     if not isinstance(value, (str, torch.device)):
-        raise TypeError(f"expected {name} to be a str or torch.device, got {type(value).__name__} {value!r}")
+        raise TypeError(f"expected {name} to be a str or torch.device, got {shown(value)}")
     try:
         return torch.device(value)
     except RuntimeError as error:
-        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {value!r}") from error
+        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {shown(value)}") from error
 
 
-def check_scale(scale: object, head_dim: int) -> float:
-    """The factor on q . k: a number as it was given, or `head_dim ** -0.5` for None."""
+def check_float(name: str, value: object) -> float:
+    """A finite number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a float, got {shown(value)}")
+    if not abs(value) <= sys.float_info.max:  # NaN is not, either
+        raise ValueError(f"expected {name} to be finite, got {_number(value)}")
+    return float(value)
+
+
+def check_above_zero(name: str, value: object) -> float:
+    """A finite number above 0, as a float."""
+    number = check_float(name, value)
+    if number <= 0.0:
+        raise ValueError(f"expected {name} above 0, got {value}")
+    return number
+
+
+def check_scale(scale: object, head_dim: int, dtype: torch.dtype | None = None) -> float:
+    """The factor on q . k, `head_dim ** -0.5` for None; with a dtype, small enough that no logit overflows in it."""
     if scale is None:
         root: float = float(head_dim) ** -0.5
         return root
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
-    if not abs(scale) <= sys.float_info.max:  # NaN is not, either
-        raise ValueError(f"expected scale to be finite, got {scale}")
-    return float(scale)
+    number = check_float("scale", scale)
+    # The square root leaves q . k as much room, which no product of two fp16 or usual fp32 rows fills.
+    if dtype is not None and abs(number) > (most := math.sqrt(torch.finfo(accumulator(dtype)).max)):
+        raise ValueError(f"expected scale of at most {most:.2g}, where logits still fit {dtype}, got {scale}")
+    return number
 
 
 def check_seed(seed: object) -> None:
     """Raises unless the seed is None, a 64-bit int or an integer scalar tensor."""
     if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
-            raise TypeError(f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {seed.shape}")
+        check_dense("seed", seed)
+        if seed.dtype not in _INT_DTYPES or seed.numel() != 1:
+            raise TypeError(
+                f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {tuple(seed.shape)}"
+            )
     elif seed is not None:
         check_int("seed", seed, -(2**63))
 
@@ -83,19 +133,59 @@ def check_positive_int(name: str, value: object) -> int:
 def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """A non-empty sequence of ints of at least 1."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise TypeError(f"expected {name} to be a sequence of ints, got {type(values).__name__} {values!r}")
+        raise TypeError(f"expected {name} to be a sequence of ints, got {shown(values)}")
     if len(values) == 0:
         raise ValueError(f"expected {name} to hold at least one branch, got an empty sequence")
     return tuple(check_positive_int(f"{name}[{i}]", v) for i, v in enumerate(values))
 
 
+def check_int_range(name: str, value: object) -> tuple[int, int]:
+    """Two ints `(start, stop)`, neither below 0."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"expected {name} to be a tuple (start, stop), got {shown(value)}")
+    return check_int(f"{name}[0]", value[0], 0), check_int(f"{name}[1]", value[1], 0)
+
+
 def check_probability(name: str, value: float) -> float:
     """A float in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+        raise TypeError(f"expected {name} to be a float, got {shown(value)}")
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"expected {name} in [0, 1), got {value}")
+        raise ValueError(f"expected {name} in [0, 1), got {_number(value)}")
     return float(value)
+
+
+def check_dense(name: str, x: object) -> None:
+    """A tensor of numbers at strides: no sparse, nested or mkldnn one, whose shapes and pointers torch itself refuses."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested one" if x.is_nested else str(x.layout)
+        raise TypeError(f"expected {name} to be a dense tensor (torch.strided), got {kind}")
+
+
+def check_readable(name: str, x: Tensor, device: torch.device) -> None:
+    """On the device, or on a CPU from which it can be brought there."""
+    if x.device != device and x.device.type != "cpu":
+        raise ValueError(f"expected {name} on q's device {device} or on the CPU, got {x.device}")
+
+
+def check_all_or_none_fake(first: Tensor, others: dict[str, object]) -> None:
+    """Fake tensors, which have no values, come only with others of their kind."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in others.items():
+        if isinstance(x, Tensor) and torch_private.is_fake(x) != torch_private.is_fake(first):
+            raise TypeError(f"expected {name} to be a fake tensor like all others or none, got {type(x).__name__}")
+
+
+def check_savable(x: QKV) -> None:
+    """None made in inference mode where a gradient is wanted: autograd keeps all three for the backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(y.requires_grad for y in x):
+        return
+    for name, y in zip(x._fields, x, strict=True):
+        if y.is_inference():
+            raise ValueError(f"expected {name} made outside inference mode where a gradient is wanted: clone it first")
 
 
 def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
@@ -104,8 +194,7 @@ def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
     layout = "(total, H, D)" if packed else "(B, N, H, D)"
     rank = 3 if packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
+        check_dense(name, x)
         if x.dim() != rank:
             raise ValueError(f"expected {name} of shape {layout}, got {x.dim()} dimensions {tuple(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
@@ -137,6 +226,11 @@ def check_range(x: QKV, q_start: object, k_start: object, seq_len: object) -> tu
     q_start, k_start = check_int("q_start", q_start, 0), check_int("k_start", k_start, 0)
     q_end, k_end = q_start + x.q.shape[1], k_start + x.k.shape[1]
     end = max(q_end, k_end)
+    if (q_start or k_start) and end >= 2**63:
+        raise ValueError(
+            f"expected q_start and k_start to leave every position below 2**63, got {q_start} with {x.q.shape[1]} "
+            f"queries and {k_start} with {x.k.shape[1]} keys"
+        )
     if seq_len is None:
         return q_start, k_start, end
     seq_len = check_int("seq_len", seq_len, 0)
@@ -163,12 +257,22 @@ def check_masks(masks: Masks, q: Tensor, seq_len: int) -> None:
         check_key_padding_mask(masks.key_padding, q.shape[0], seq_len, q.device)
     if masks.row_start is not None:
         check_row_start(masks.row_start, q.shape[0])
+        check_readable("row_start", masks.row_start, q.device)
+    if masks.cu_seqlens is not None:
+        check_readable("cu_seqlens", masks.cu_seqlens, q.device)
+    if isinstance(masks.seed, Tensor):
+        check_readable("seed", masks.seed, q.device)
+    if any(x is not None for x in masks):
+        check_all_or_none_fake(
+            q,
+            {"key_padding_mask": masks.key_padding, "row_start": masks.row_start, "cu_seqlens": masks.cu_seqlens,
+             "seed": masks.seed},
+        )  # fmt: skip
 
 
 def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
     """A bool (B, N) mask over the whole sequence, True = real."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"expected key_padding_mask to be a Tensor, got {type(mask).__name__}")
+    check_dense("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype torch.bool (True = real), got {mask.dtype}")
     if tuple(mask.shape) != (batch, seq_len):
@@ -179,8 +283,7 @@ def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch
 
 def check_row_start(row_start: Tensor, batch: int) -> None:
     """Shape and dtype; the values are checked by `check_row_start_values` where they may be read."""
-    if not isinstance(row_start, Tensor):
-        raise TypeError(f"expected row_start to be a Tensor, got {type(row_start).__name__}")
+    check_dense("row_start", row_start)
     if row_start.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected row_start of dtype int32 or int64, got {row_start.dtype}")
     if tuple(row_start.shape) != (batch,):
@@ -197,8 +300,7 @@ def check_row_start_values(row_start: Tensor) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
     """Shape and dtype; the values are checked by `check_cu_seqlens_values` where they may be read."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"expected cu_seqlens to be a Tensor, got {type(cu_seqlens).__name__}")
+    check_dense("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected cu_seqlens of dtype int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
