@@ -17,6 +17,8 @@ from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import QKV, Masks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The square root leaves q . k as much room as scale takes, which no product of two fp16 rows fills.
+_LARGEST_SCALE = {dtype: math.sqrt(torch.finfo(accumulator(dtype)).max) for dtype in FLOAT_DTYPES}
 _INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LONGEST = 200  # characters of a value in a message
 
@@ -107,9 +109,11 @@ def check_scale(scale: object, head_dim: int, dtype: torch.dtype | None = None) 
         root: float = float(head_dim) ** -0.5
         return root
     number = check_float("scale", scale)
-    # The square root leaves q . k as much room, which no product of two fp16 or usual fp32 rows fills.
-    if dtype is not None and abs(number) > (most := math.sqrt(torch.finfo(accumulator(dtype)).max)):
-        raise ValueError(f"expected scale of at most {most:.2g}, where logits still fit {dtype}, got {scale}")
+    if dtype is not None and abs(number) > _LARGEST_SCALE[dtype]:
+        raise ValueError(
+            f"expected scale between -{_LARGEST_SCALE[dtype]:.2g} and {_LARGEST_SCALE[dtype]:.2g} for {dtype}, beyond "
+            f"which logits overflow, got {scale}"
+        )
     return number
 
 
@@ -156,11 +160,12 @@ def check_probability(name: str, value: float) -> float:
 
 
 def check_dense(name: str, x: object) -> None:
-    """A tensor of numbers at strides: no sparse, nested or mkldnn one, whose shapes and pointers torch itself refuses."""
+    """A tensor of numbers at strides; sparse, nested and mkldnn ones have no pointer, some of them no shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        kind = "a nested one" if x.is_nested else str(x.layout)
+    is_nested = not torch.compiler.is_compiling() and x.is_nested  # a traced one says so by its layout
+    if x.layout != torch.strided or is_nested:
+        kind = "a nested one" if is_nested else str(x.layout)
         raise TypeError(f"expected {name} to be a dense tensor (torch.strided), got {kind}")
 
 
@@ -244,7 +249,8 @@ def check_range(x: QKV, q_start: object, k_start: object, seq_len: object) -> tu
 
 def check_packed_alone(masks: Masks, q_start: object, k_start: object, seq_len: object) -> None:
     """Raises where packed sequences come with what describes padded or partial ones."""
-    if any(x is not None for x in (masks.key_padding, masks.row_start, seq_len)) or q_start or k_start:
+    starts = check_int("q_start", q_start, 0), check_int("k_start", k_start, 0)
+    if any(x is not None for x in (masks.key_padding, masks.row_start, seq_len)) or any(starts):
         raise ValueError(
             "expected cu_seqlens alone: key_padding_mask, row_start, q_start, k_start and seq_len describe "
             "padded or partial sequences, packed ones are whole and have no padding"

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+
 from fuzz.judge import Failure
 from fuzz.runs import REPEAT, run
 from fuzz.targets import TARGETS

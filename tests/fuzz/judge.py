@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz.values import shown
-
 import dilated_attention_pytorch
+from fuzz.values import shown
 
 PACKAGE = str(Path(dilated_attention_pytorch.__file__).parent)
 REFUSALS = (ValueError, TypeError, NotImplementedError)

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from fuzz.judge import Call, Failure, judge
-from fuzz.table import Target
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+from fuzz.judge import Call, Failure, judge
+from fuzz.table import Target
 
 REPEAT = "PYTHONPATH=tests:tests/helpers python -m fuzz --target {} --seed {} --calls {}"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fuzz.judge import Call
 from hypothesis import strategies as st
+
+from fuzz.judge import Call
 
 
 @dataclass(frozen=True)

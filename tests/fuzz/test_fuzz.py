@@ -1,6 +1,7 @@
 """Five hundred drawn calls of the public functions, the same ones every time; `make fuzz` makes more."""
 
 import pytest
+
 from fuzz import targets
 from fuzz.runs import run
 

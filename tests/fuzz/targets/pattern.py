@@ -6,12 +6,12 @@ import contextlib
 from typing import Any
 
 import torch
-from fuzz.judge import REFUSALS, Call
-from fuzz.table import target
-from fuzz.values import anything, numbers, pick, sequences, spoiled
 from hypothesis import strategies as st
 
 from dilated_attention_pytorch import DilatedPattern
+from fuzz.judge import REFUSALS, Call
+from fuzz.table import target
+from fuzz.values import anything, numbers, pick, sequences, spoiled
 
 _SMALL = st.integers(1, 12)
 
@@ -27,7 +27,9 @@ def _pattern(draw: st.DrawFn) -> Call:
     }
     names = pick(draw, list(given))
     for name in names:
-        given[name] = draw(sequences() if name in ("segment_lengths", "dilation_rates") else st.one_of(numbers, anything))
+        given[name] = draw(
+            sequences() if name in ("segment_lengths", "dilation_rates") else st.one_of(numbers, anything)
+        )
 
     def check(pattern: DilatedPattern) -> None:
         assert [int(x) for x in given["segment_lengths"]] == list(pattern.segment_lengths)
