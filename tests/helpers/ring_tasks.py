@@ -18,7 +18,7 @@ from torch import Tensor
 from dilated_attention_pytorch import MultiheadDilatedAttention, dilated_attention_with_lse
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention, counting, op, remote
 from dilated_attention_pytorch.ring_attention.utils import communication
-from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
+from dilated_attention_pytorch.ring_attention.step import BackendStep
 from dilated_attention_pytorch.testing import gradient_scale, relative_norm
 
 LENGTHS = (1, 5, 13, 16, 24, 31, 48, 64, 97, 128)
@@ -200,7 +200,7 @@ def run_cases(
 @contextmanager
 def through_the_op() -> Iterator[None]:
     """Nothing broken: the step that Triton takes, with the backend that a CPU has."""
-    with mock.patch.object(op, "_step", lambda backend: OpStep(backend)):
+    with mock.patch.object(op, "_step", lambda backend: BackendStep(backend)):
         yield
 
 
