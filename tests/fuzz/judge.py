@@ -33,6 +33,8 @@ class Call:
         check: raises unless its argument, what the function returned, is right.
         right: no argument was spoiled, so that an error is none of the outcomes.
         setting: what else a report has to say.
+        also: further errors that the function promises.
+        keep: what has to live as long as the call.
     """
 
     function: Callable[..., Any]
@@ -42,6 +44,8 @@ class Call:
     check: Callable[[Any], None] | None = None
     right: bool = False
     setting: str = ""
+    also: tuple[type[Exception], ...] = ()
+    keep: object = None
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__qualname__", str(self.function))
@@ -58,6 +62,8 @@ def judge(call: Call) -> str:
             raise Failure(f"{why}: {_short(error)}\nin {call}") from error
         return type(error).__name__
     except Exception as error:
+        if isinstance(error, call.also):
+            return type(error).__name__
         raise Failure(f"a foreign error: {_short(error)}\nin {call}") from error
     if call.check is not None:
         try:

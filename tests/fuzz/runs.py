@@ -55,10 +55,15 @@ def run(target: Target, number: int, calls: int, known: set[str] | None = None, 
     outcomes: Counter[str] = Counter()
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
 
+    @st.composite
+    def calls_drawn(draw: st.DrawFn) -> Call:
+        torch.manual_seed(0)
+        return target.calls(draw)
+
     @seed(number)
     @settings(max_examples=calls, database=None, deadline=None, derandomize=False, print_blob=False, phases=phases,
               suppress_health_check=list(HealthCheck), report_multiple_bugs=False)  # fmt: skip
-    @given(call=st.composite(target.calls)())
+    @given(call=calls_drawn())
     def make(call: Call) -> None:
         torch.manual_seed(0)
         try:
