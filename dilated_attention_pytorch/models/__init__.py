@@ -1,4 +1,4 @@
-"""LongNet (arXiv 2307.02486) and what is built on it."""
+"""LongNet (arXiv 2307.02486) and the models built on it."""
 
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.checkpoint import load_pretrained, save_pretrained

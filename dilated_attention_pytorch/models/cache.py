@@ -1,4 +1,4 @@
-"""Keys and values of earlier positions, as long as a later position can still see them."""
+"""Keys and values of earlier positions, kept while a later position can see them."""
 
 from __future__ import annotations
 
@@ -12,47 +12,38 @@ _SMALLEST = 256  # rows of a first buffer; it doubles from there
 
 
 def first_visible(position: int, segment_lengths: Iterable[int]) -> int:
-    """The start of the oldest segment at `position`: neither its query nor any later one sees what lies before."""
+    """The start of the oldest segment at `position`: no query from there on sees an earlier key."""
     return min(position // length * length for length in segment_lengths)
 
 
 class _Step(NamedTuple):
-    """What one forward does to every layer's buffers; rows of a buffer are counted from its own start.
+    """One forward's work on every layer's buffers; rows of a buffer are counted from its own start."""
 
-    Attributes:
-        first: position of the first key in sight.
-        lo: row of that key.
-        hi: row behind the last key held.
-        num_new: new positions. One is written behind the others; more of them fill the buffer anew.
-        capacity: rows the buffer must have, or 0 where it may stay; a new one takes over rows [lo, hi).
-        keep: number of keys at the end that stay.
-    """
-
-    first: int
-    lo: int
-    hi: int
-    num_new: int
-    capacity: int
-    keep: int
+    first: int  # position of the first key in sight
+    lo: int  # row of that key
+    hi: int  # row behind the last key held
+    num_new: int  # new positions: one is written behind the others, more of them fill the buffer anew
+    capacity: int  # rows the buffer must have, or 0 where it may stay; a new one takes over rows [lo, hi)
+    keep: int  # number of keys at the end that stay
 
 
 class KeyValueCache:
     """The key/value cache of a causal decoder with dilated attention.
 
     A position sees only its own segment of each branch. Once the oldest of these segments ends, its rows are dropped,
-    so at most max(w_i) rows are held however long the sequence grows. New rows go into a buffer that is larger than
-    what it holds; attention reads a view of it.
+    so at most max(w_i) rows are held however long the sequence grows. New rows go into a buffer with room for more;
+    attention reads a view of it.
 
     Args:
         segment_lengths: w_i of the model.
         num_layers: of the model.
         row_start: int `(B,)`, first real position of each row of a left-padded batch. Its rows stand at different
-            positions, so what is dropped is what no row needs.
+            positions; keys that no row needs are dropped.
 
     Attributes:
         length: positions seen so far.
         start: first position held.
-        layers: one store a layer, for `MultiheadDilatedAttention.forward(cache=...)`.
+        layers: one store per layer, for `MultiheadDilatedAttention.forward(cache=...)`.
     """
 
     def __init__(self, segment_lengths: Sequence[int], num_layers: int, *, row_start: Tensor | None = None) -> None:
@@ -83,15 +74,7 @@ class KeyValueCache:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def check(self, batch: int, num_layers: int) -> None:
-        """Whether a model can go on with the cache.
-
-        Args:
-            batch: rows of the new tokens.
-            num_layers: of the model.
-
-        Raises:
-            ValueError: a cache of another model, or of another batch.
-        """
+        """Raises a ValueError for a cache of another model, or of a batch of other size."""
         if len(self.layers) != num_layers:
             raise ValueError(f"expected a cache of the model's {num_layers} layers, got one of {len(self.layers)}")
         held = self.layers[0].keys if self.layers else None
@@ -99,7 +82,7 @@ class KeyValueCache:
             raise ValueError(f"expected {held.shape[0]} rows of tokens, as the cache has, got {batch}")
 
     def begin(self, num_new: int) -> None:
-        """Plans for `num_new` further positions; every layer then appends once, and `commit` ends it."""
+        """Plans for `num_new` further positions; every layer then appends once, and `commit` ends the step."""
         if self._step is not None:
             raise RuntimeError("expected a cache whose last forward ended, got one cut short by an error; make another")
         lo, hi = self.start - self._base, self.length - self._base
@@ -114,7 +97,7 @@ class KeyValueCache:
         self._step = _Step(self.start, lo, hi, num_new, capacity, keep)
 
     def commit(self) -> None:
-        """Ends what `begin` started, when every layer has appended."""
+        """Ends the step that `begin` started, when every layer has appended."""
         step = self._require_step()
         self.length += step.num_new
         if step.capacity:
@@ -140,7 +123,7 @@ class KeyValueCache:
 
 
 class _LayerCache:
-    """One layer's buffers; the cache they belong to decides what happens to them."""
+    """One layer's buffers; the cache that they belong to plans their use."""
 
     def __init__(self, cache: KeyValueCache) -> None:
         self._cache = cache

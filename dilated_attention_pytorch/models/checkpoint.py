@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
-from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
-from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
+from dilated_attention_pytorch.models.longvit import LongViT
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import load_into, read_config, read_safetensors, safetensors
+from dilated_attention_pytorch.models.weights import CONFIG, WEIGHTS, load_into, read_config, read_safetensors
+from dilated_attention_pytorch.models.weights import safetensors as installed_safetensors
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
-Model = LongNet | LongNetEncoder | LongNetLM | SlideEncoder | LongViT
-
-_ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "LongNet": (LongNet, LongNetConfig),
-    "LongNetEncoder": (LongNetEncoder, LongNetConfig),
-    "LongNetLM": (LongNetLM, LongNetConfig),
-    "SlideEncoder": (SlideEncoder, SlideEncoderConfig),
-    "LongViT": (LongViT, LongViTConfig),
+_ARCHITECTURES: dict[str, type[Model[Any]]] = {
+    kind.__name__: kind for kind in (LongNet, LongNetEncoder, LongNetLM, SlideEncoder, LongViT)
 }
 
 
-def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     """Writes a model's weights and config into a folder, which is made if need be.
 
-    Each file is written beside its place and then moved there, so a reader, or a crash, finds the old file or the new
-    one, whole.
+    Each file is written in a folder beside its place and then moved there, so a reader, or a crash, finds the old file
+    or the new one, whole.
 
     Args:
         model: the bare model (of a DistributedDataParallel, its `module`; of a compiled one, its `_orig_mod`).
@@ -49,21 +40,28 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
     """
     name = type(model).__name__
-    if _ARCHITECTURES.get(name, (None,))[0] is not type(model):
+    if _ARCHITECTURES.get(name) is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     check_head_groups(model)
-    save_file = safetensors().save_file
+    save_file = installed_safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix=".", dir=target) as scratch:
+        written = Path(scratch)
+        save_file(state, written / WEIGHTS, metadata={"format": "pt"})
+        (written / CONFIG).write_text(config, encoding="utf-8")
+        shutil.copymode(written / CONFIG, written / WEIGHTS)  # safetensors' own files are private
+        for file in (WEIGHTS, CONFIG):
+            with (written / file).open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(written / file, target / file)
 
 
 def check_head_groups(model: nn.Module) -> None:
     """Raises a ValueError for a model made in legacy mode, which `config.json` would not bring back."""
-    if any(getattr(module, "head_groups", False) for module in model.modules()):
+    if has_head_groups(model):
         raise ValueError(
             "expected a model with head_groups=False, got one made in legacy mode: config.json does not hold the "
             "layout; save its state_dict() instead"
@@ -76,8 +74,8 @@ def load_pretrained(
     backend: Any = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Model:
-    """Reads what `save_pretrained` wrote; the model is in evaluation mode.
+) -> Model[Any]:
+    """Reads a model that `save_pretrained` wrote; it is in evaluation mode.
 
     Args:
         folder: where from.
@@ -93,37 +91,11 @@ def load_pretrained(
         ValueError: weights that cannot be read, or keys or shapes that are not the model's, every one of them named.
         ImportError: safetensors is not installed.
     """
-    source = Path(folder)
-    values = read_config(source / CONFIG)
-    if not (source / WEIGHTS).is_file():
-        raise FileNotFoundError(f"expected {WEIGHTS} in {source}, found none")
-    architecture = values.pop("architecture", None)
+    architecture, values = read_config(Path(folder))
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {architecture!r}")
     # Built without memory: the file's tensors become the parameters.
-    kind, config = _ARCHITECTURES[architecture]
-    model: Model = kind(config.from_dict(values), backend=backend, device="meta")
-    state = read_safetensors(source / WEIGHTS, device)
-    load_into(model, state, copy=False, device=device, dtype=dtype)
+    kind = _ARCHITECTURES[architecture]
+    model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")
+    load_into(model, read_safetensors(Path(folder) / WEIGHTS, device), copy=False, device=device, dtype=dtype)
     return model.eval()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; a checkpoint is a file like any other
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

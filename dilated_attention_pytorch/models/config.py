@@ -4,23 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions
 from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    _Config = TypeVar("_Config", bound=DataclassInstance)
-
 Activation = Literal["relu", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongNetConfig:
+class ModelConfig:
+    """The base of all models' configs: to JSON and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, in types that JSON has."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that `to_dict` wrote; absent fields take their defaults.
+
+        Raises:
+            ValueError: a key that is no field, by name.
+        """
+        known = sorted(field.name for field in fields(cls))
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
+        return cls(**values)
+
+    def _set(self, **values: Any) -> None:
+        """Replaces fields by their checked values: JSON gives lists, a frozen value holds tuples."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongNetConfig(ModelConfig):
     """Everything that decides a LongNet's parameters and what it computes from them.
 
     Defaults are the paper's base model (arXiv 2307.02486, section 4.1 and appendix A); names are `nn.Transformer`'s.
@@ -32,8 +53,8 @@ class LongNetConfig:
         num_encoder_layers: layers of the encoder; `LongNetLM` has none.
         num_decoder_layers: layers of the decoder; `LongNetEncoder` has none.
         dim_feedforward: width inside the feed-forward network.
-        segment_lengths: w_i, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, one per branch.
+        dilation_rates: r_i, one per branch.
         dropout: of embeddings and of what each sublayer adds.
         attention_dropout: of attention weights.
         activation: `"relu"` or `"gelu"`.
@@ -101,45 +122,30 @@ class LongNetConfig:
             raise ValueError(
                 f"expected nhead to be a multiple of num_kv_heads, got {self.nhead} and {self.num_kv_heads}"
             )
-        # JSON gives lists; a frozen value holds tuples.
-        object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
-        object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        self._set(segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
 
     @property
     def pattern(self) -> DilatedPattern:
         """The dilated pattern of every layer."""
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.num_kv_heads or self.nhead, self.offsets)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, in types that JSON has."""
-        return config_to_dict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LongNetConfig:
-        """The config that `to_dict` wrote; absent fields take their defaults.
-
-        Raises:
-            ValueError: a key that is no field, by name.
-        """
-        return config_from_dict(cls, values)
-
-
-def config_to_dict(config: DataclassInstance) -> dict[str, Any]:
-    """Every field of a config, in types that JSON has."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-
-
-def config_from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-    """A config of a class from what `config_to_dict` wrote; absent fields take their defaults.
-
-    Raises:
-        ValueError: a key that is no field, by name.
-    """
-    known = {field.name for field in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {sorted(known)}")
-    return cls(**values)
+def encoder_layers(config: Any, **options: Any) -> LongNetConfig:
+    """The layers of a slide encoder or vision transformer, whose config has timm's names, as LongNet names them."""
+    return LongNetConfig(
+        d_model=config.embed_dim,
+        nhead=config.num_heads,
+        num_encoder_layers=config.depth,
+        dim_feedforward=config.ffn_dim,
+        segment_lengths=config.segment_lengths,
+        dilation_rates=config.dilation_rates,
+        dropout=config.dropout,
+        activation="gelu",
+        layer_norm_eps=config.layer_norm_eps,
+        positions=None,
+        offsets=config.offsets,
+        **options,
+    )
 
 
 def check_above_zero(name: str, value: object) -> None:

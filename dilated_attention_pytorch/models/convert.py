@@ -1,7 +1,7 @@
 """Weights of other implementations, read into the models of this package: a table of names for each source.
 
-A source whose computation these models have gives the same numbers. One whose computation they do not have is refused,
-or, for fkodom's models, taken as a start for training when that is asked for in words.
+A source that computes what these models compute gives the same numbers. Any other is refused, or, for fkodom's models,
+taken as a start for training when `as_initialisation=True` asks for that.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.checkpoint import Model
+from dilated_attention_pytorch.models.base import Model
 from dilated_attention_pytorch.models.config import Activation, LongNetConfig
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import load_into, read_state
+from dilated_attention_pytorch.models.weights import count_layers, load_into, read_state
 
 Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
 
-# Names there, as patterns, and names here; None where the name has no place. What no pattern matches is an error.
+# Patterns of names there, and names here; None where the name has no place. A name that no pattern matches is an error.
 _FKODOM = (
     (r"(encoder|decoder)\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj\.(\w+)", r"\1.layers.\2.self_attn.\3_proj.\4"),
     (r"(encoder|decoder)\.layers\.(\d+)\.norm1\.(\w+)", r"\1.layers.\2.self_attn_layer_norm.\3"),
@@ -58,7 +58,7 @@ NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
         (r"out\.(weight|bias)", None),
     ),
 }
-# Why a name that no table has cannot be taken.
+# Reasons for names that no table has.
 _REASONS = (
     (r"embed_positions\..+", "added positions, which LongNet here does not have"),
     (r".*relative_position\..+", "a bias of relative positions, which LongNet here does not have"),
@@ -68,6 +68,7 @@ _REASONS = (
     (r".*\.[AB]\.(weight|bias)", "a multiway layer"),
     (r"(embed_tokens|output_projection)\.weight", "an encoder's tokens: LongNetEncoder takes embeddings"),
 )
+_OURS = r"(encoder|decoder)\.layer_norm\.\w+|decoder\.layers\.\d+\.self_attn\.inner_attn_ln\.\w+"  # not fkodom's
 _FKODOM_DIFFERS = (
     "its heads are shared out among the branches, where here every head is in all of them",
     "it divides a branch's output by its sum over the sequence, where here branches mix by their softmax denominators",
@@ -81,11 +82,11 @@ class Conversion(NamedTuple):
 
     Attributes:
         model: in evaluation mode.
-        source: what the weights were taken for.
-        notes: what is not as it was, in words; empty where the model computes the source's numbers.
+        source: whose weights they are.
+        notes: the differences from the source, in words; empty where the model computes the source's numbers.
     """
 
-    model: Model
+    model: Model[Any]
     source: Source
     notes: tuple[str, ...]
 
@@ -123,16 +124,22 @@ def convert(
     check.check_choice("source", source, Source)
     if source == "gigapath":
         return Conversion(SlideEncoder.from_pretrained(state, **options), source, ())
-    make = {"torchscale-encoder": _encoder, "torchscale-decoder": _decoder}.get(source, _fkodom)
-    return make(state, source, **options)
+    found, left_out = rename(state, source)
+    notes: list[str] = []
+    model: Model[Any]
+    if source == "torchscale-encoder":
+        model = _encoder(found, **options)
+    elif source == "torchscale-decoder":
+        model = _decoder(found, bool(left_out), **options)
+    else:
+        model = _fkodom(found, source, notes, **options)
+        notes += [f"left out, LongNet has no place for it: {name}" for name in left_out]
+    load_into(model, found)
+    return Conversion(model.eval(), source, tuple(notes))
 
 
 def sniff(state: Mapping[str, Tensor]) -> Source:
-    """Whose state dict this is, by its names.
-
-    Raises:
-        ValueError: nobody's, or one that several have.
-    """
+    """The source of a state dict, by its names; a ValueError where none or several have them."""
     names = set(state)
     if {"cls_token", "patch_embed.proj.weight"} <= names:
         return "gigapath"
@@ -161,8 +168,7 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
 def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under the names they have here, and the names that have no place.
 
-    Raises:
-        ValueError: every name that is not in the source's table, with the reason where it is known.
+    A ValueError tells every name that is not in the source's table, with the reason where it is known.
     """
     prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder."}.get(source, "")
     if not all(name.startswith(prefix) for name in state):
@@ -184,47 +190,25 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     return found, left_out
 
 
-def _encoder(
-    state: Mapping[str, Tensor],
-    source: Source,
-    *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "gelu",
-) -> Conversion:
-    found, _ = rename(state, source)
-    config = LongNetConfig(
-        **_sizes(found, "encoder"),
-        nhead=num_heads,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        activation=activation,
-        positions=None,
-        offsets="blocked",
-        padding="zero_keys",
-    )
-    model = LongNetEncoder(config, device="meta")
-    load_into(model, found)
-    return Conversion(model.eval(), source, ())
+def _encoder(found: Mapping[str, Tensor], **pattern: Any) -> LongNetEncoder:
+    config = LongNetConfig(**_shape(found, "encoder", **pattern), offsets="blocked", padding="zero_keys")
+    return LongNetEncoder(config, device="meta")
 
 
 def _decoder(
-    state: Mapping[str, Tensor],
-    source: Source,
+    found: dict[str, Tensor],
+    xpos: bool,
     *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "gelu",
     xpos_scale_base: float = 512.0,
     scale_embedding: bool = False,
-) -> Conversion:
-    found, tables = rename(state, source)
+    **pattern: Any,
+) -> LongNetLM:
+    """The model, and in `found` its weights: scaled, tied, and with the channels of heads in our order."""
     for name in ("embed_tokens.weight", "output_projection.weight"):
         if name not in found:
             raise ValueError(f"expected the weights of a LongNetLM, got: missing {name}")
-    uneven = [(w, r) for w, r in zip(segment_lengths, dilation_rates, strict=False) if w % r]
+    shape = _shape(found, "decoder", **pattern)
+    uneven = [(w, r) for w, r in zip(shape["segment_lengths"], shape["dilation_rates"], strict=False) if w % r]
     if uneven:
         raise ValueError(
             f"expected segment lengths that are multiples of their rates, got {uneven}: the official code then moves "
@@ -238,79 +222,66 @@ def _decoder(
     if not scale_embedding:  # the model here multiplies by the root
         found["embed_tokens.weight"] = embedding / math.sqrt(width)
     config = LongNetConfig(
-        **_sizes(found, "decoder"),
-        nhead=num_heads,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        activation=activation,
-        positions="xpos" if tables else None,
+        **shape | {"positions": "xpos" if xpos else None},
         scale_base=xpos_scale_base,
         offsets="blocked",
         vocab_size=vocab_size,
         tie_weights=tied,
     )
-    model = LongNetLM(config, device="meta")
-    if tables:
-        _halves(found, num_heads)
-    load_into(model, found)
-    return Conversion(model.eval(), source, ())
+    if xpos:
+        _halves(found, config.nhead)
+    return LongNetLM(config, device="meta")
 
 
 def _fkodom(
-    state: Mapping[str, Tensor],
-    source: Source,
-    *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "relu",
-    as_initialisation: bool = False,
-) -> Conversion:
-    found, left_out = rename(state, source)
+    found: dict[str, Tensor], source: Source, notes: list[str], *, as_initialisation: bool = False, **pattern: Any
+) -> LongNet:
+    """The model, and in `found` the LayerNorms that exist here alone, which start as they are."""
     if not as_initialisation:
         raise ValueError(
             f"expected as_initialisation=True with weights of {source}, got False. No model here computes what its "
             f"weights were trained for: {'; '.join(_FKODOM_DIFFERS)}. They can be a start for training"
         )
-    encoder, decoder = _sizes(found, "encoder"), _sizes(found, "decoder")
-    config = LongNetConfig(
-        **(decoder | encoder),
-        nhead=num_heads,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        activation=activation,
-        positions=None,
-    )
+    pattern = {"activation": "relu", **pattern}
+    config = LongNetConfig(**_shape(found, "decoder", **pattern) | _shape(found, "encoder", **pattern))
     model = LongNet(config, dtype=next(iter(found.values())).dtype)
-    # LayerNorms that exist here alone start as they are; anything else that is missing is an error.
-    fresh = {
-        name: x
-        for name, x in model.state_dict().items()
-        if name not in found
-        and re.fullmatch(
-            r"(encoder|decoder)\.layer_norm\.\w+|decoder\.layers\.\d+\.self_attn\.inner_attn_ln\.\w+", name
-        )
-    }
-    load_into(model, found | fresh)
-    notes = [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
+    fresh = {name: x for name, x in model.state_dict().items() if name not in found and re.fullmatch(_OURS, name)}
+    found |= fresh
+    notes += [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
     notes += [f"new, as a LayerNorm starts: {name}" for name in fresh]
-    notes += [f"left out, LongNet has no place for it: {name}" for name in left_out]
-    return Conversion(model.eval(), source, tuple(notes))
+    return model
 
 
-def _sizes(found: Mapping[str, Tensor], stack: str) -> dict[str, Any]:
-    """The sizes that shapes give away; what cannot be read is left to the check of names and shapes."""
-    layers = {int(match[1]) for name in found if (match := re.match(rf"{stack}\.layers\.(\d+)\.", name))}
-    sizes: dict[str, Any] = {f"num_{stack}_layers": max(layers) + 1} if layers else {}
+def _shape(
+    found: Mapping[str, Tensor],
+    stack: str,
+    *,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    activation: Activation = "gelu",
+) -> dict[str, Any]:
+    """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights."""
+    fields: dict[str, Any] = {
+        "nhead": num_heads,
+        "segment_lengths": tuple(segment_lengths),
+        "dilation_rates": tuple(dilation_rates),
+        "activation": activation,
+        "positions": None,
+    }
+    if layers := count_layers(found, stack):
+        fields[f"num_{stack}_layers"] = layers
     first = found.get(f"{stack}.layers.0.ffn.fc1.weight")
     if first is not None and first.dim() == 2:
-        sizes |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
-    return sizes
+        fields |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
+    return fields
 
 
 def _halves(found: dict[str, Tensor], num_heads: int) -> None:
-    """Orders each head's query and key channels for rotation: pairs (2j, 2j + 1) there, (j, j + D / 2) here. Logits are
-    sums over pairs, so they stay."""
+    """Orders each head's query and key channels for rotation: pairs (2j, 2j + 1) there, (j, j + D / 2) here.
+
+    Logits are sums over pairs, so they stay.
+    """
     for name in [name for name in found if re.search(r"self_attn\.[qk]_proj\.(weight|bias)$", name)]:
         heads = found[name].unflatten(0, (num_heads, -1, 2))
         found[name] = heads.transpose(1, 2).flatten(0, 2)

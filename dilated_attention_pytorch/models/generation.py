@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.precision import accumulator
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.models.longnet import LongNetLM
 
 
 class Sampling(TypedDict, total=False):
@@ -26,7 +23,7 @@ class Sampling(TypedDict, total=False):
         top_p: sample from the fewest tokens that together have at least this probability, in (0, 1].
         seed: of the samples; drawn from torch's generator when absent.
         generator: a generator to sample with, in place of a seed.
-        eos_token: a row that has produced it produces nothing else; generation stops when every row has.
+        eos_token: a row that has produced it repeats it; generation stops when every row has.
     """
 
     row_start: Tensor | None
@@ -39,75 +36,28 @@ class Sampling(TypedDict, total=False):
     eos_token: int | None
 
 
-def generate(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
-    """Continues a prompt and returns the new tokens.
-
-    The prompt runs as one forward; then every token costs about sum(w_i / r_i) keys a layer and head, however long the
-    sequence has become. The model is in evaluation mode meanwhile.
-
-    Args:
-        model: the model.
-        prompt: int `(B, N)`, N >= 1.
-        max_new_tokens: how many tokens to add, at most.
-        sampling: see `Sampling`.
-
-    Returns:
-        int64 `(B, T)`, T <= max_new_tokens, without the prompt.
-
-    Raises:
-        ValueError: a prompt or an option out of range.
-        TypeError: one of the wrong type.
-    """
-    new = list(stream(model, prompt, max_new_tokens, **sampling))
-    return torch.stack(new, 1) if new else prompt.new_empty((prompt.shape[0], 0), dtype=torch.int64)
-
-
-def stream(model: LongNetLM, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Iterator[Tensor]:
-    """`generate`, giving out each token as it comes.
-
-    Arguments are checked at once. The model is in evaluation mode from the first token until the iterator is exhausted
-    or closed.
-
-    Args:
-        model: the model.
-        prompt: int `(B, N)`, N >= 1.
-        max_new_tokens: how many tokens to add, at most.
-        sampling: see `Sampling`.
-
-    Returns:
-        An iterator over int64 `(B,)`.
-    """
-    vocab_size = model.config.vocab_size
-    assert vocab_size is not None
-    check.check_int("max_new_tokens", max_new_tokens, 0)
-    model._check(prompt, packed=False)
+def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> None:
+    """Raises a ValueError for a prompt without tokens, a token or a row's start out of range."""
     if prompt.shape[1] == 0:
         raise ValueError("expected a prompt of at least one token, got an empty one")
     if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size):
         raise ValueError(f"expected tokens in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
-    row_start = sampling.get("row_start")
     if row_start is not None:
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
             raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
-    _check_sampling(sampling, vocab_size)
-    generator = sampling.get("generator")
-    seed = sampling.get("seed")
-    if seed is not None:
-        generator = torch.Generator(prompt.device).manual_seed(check.check_int("seed", seed, -(2**63)))
-    return _stream(model, prompt, max_new_tokens, sampling, generator)
 
 
-def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    unknown = sorted(set(sampling) - set(Sampling.__annotations__))
-    if unknown:
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Raises for an option that is unknown, out of range or of the wrong type."""
+    if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
-    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
+    temperature, top_k, top_p = _filters(sampling)
     check.check_bool("greedy", sampling.get("greedy", False))
     if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError("expected no temperature, top_k or top_p with greedy=True, which draws nothing")
     check.check_positive_int("top_k", 1 if top_k is None else top_k)
-    eos_token = sampling.get("eos_token")
+    eos_token, seed = sampling.get("eos_token"), sampling.get("seed")
     if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     for name, value in (("temperature", temperature), ("top_p", top_p)):
@@ -117,17 +67,35 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
-    if sampling.get("seed") is not None and sampling.get("generator") is not None:
+    if seed is not None and sampling.get("generator") is not None:
         raise ValueError("expected seed or generator, got both")
+    check.check_int("seed", 0 if seed is None else seed, -(2**63))
 
 
-def _stream(
-    model: LongNetLM, prompt: Tensor, max_new_tokens: int, sampling: Sampling, generator: torch.Generator | None
+def _filters(sampling: Sampling) -> tuple[float, int | None, float | None]:
+    return sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
+
+
+def sample(
+    model: nn.Module,
+    next_logits: Callable[[Tensor], Tensor],
+    prompt: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> Iterator[Tensor]:
+    """Draws tokens int64 `(B,)` one after the other, with options that have been checked.
+
+    Args:
+        model: is in evaluation mode meanwhile.
+        next_logits: from the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
+        prompt: `(B, N)`.
+        max_new_tokens: how many tokens, at most.
+        sampling: see `Sampling`.
+    """
     training = [module for module in model.modules() if module.training]
-    greedy, eos_token = sampling.get("greedy", False), sampling.get("eos_token")
-    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
-    cache = model.make_cache(row_start=sampling.get("row_start"))
+    eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
+    if (seed := sampling.get("seed")) is not None:
+        generator = torch.Generator(prompt.device).manual_seed(seed)
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = prompt
     try:
@@ -136,11 +104,11 @@ def _stream(
         for _ in range(max_new_tokens):
             # Entered anew for each token: while the caller has the iterator, its own grad mode holds.
             with torch.inference_mode():
-                logits = model.logits(model.hidden(tokens, cache=cache)[:, -1])
-                if greedy:
+                logits = next_logits(tokens)
+                if sampling.get("greedy", False):
                     new = logits.argmax(-1)
                 else:
-                    probabilities = token_probabilities(logits, temperature, top_k, top_p)
+                    probabilities = token_probabilities(logits, *_filters(sampling))
                     new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
                 if eos_token is not None:
                     new = new.masked_fill(finished, eos_token)
@@ -157,16 +125,10 @@ def _stream(
 def token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The distribution that a token is drawn from.
+    """The distribution fp32 (fp64) `(B, vocab_size)` that tokens are drawn from, of logits of that shape.
 
-    Args:
-        logits: `(B, vocab_size)`.
-        temperature: divides the logits.
-        top_k: keep the k likeliest tokens.
-        top_p: of these, keep the fewest that together have at least this probability; always one.
-
-    Returns:
-        `(B, vocab_size)`, fp32 (fp64), summing to 1.
+    The temperature divides the logits; of the `top_k` likeliest tokens the fewest stay that together have at least the
+    probability `top_p`, always one.
     """
     logits = logits.to(accumulator(logits.dtype)) / temperature
     if top_k is None and top_p is None:
@@ -186,7 +148,7 @@ def left_pad(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
 
     Args:
         sequences: int tensors `(N_b,)`, none empty.
-        pad_token: what stands in front; nobody sees it.
+        pad_token: fills the front; no query sees it.
 
     Returns:
         int64 `(B, N)`, and `row_start` int64 `(B,)`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,25 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.functional import in_autocast_dtype
+from dilated_attention_pytorch.models.base import TensorOptions
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import BackendName
+
+
+class RowMasks(TypedDict, total=False):
+    """Which rows of a batch are real and where its sequences begin; keyword arguments of all forwards.
+
+    Attributes:
+        key_padding_mask: bool `(B, N)`, True = real.
+        row_start: int `(B,)`, first real position of each left-padded row.
+        cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
+    """
+
+    key_padding_mask: Tensor | None
+    row_start: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 class FeedForward(nn.Module):
@@ -27,24 +43,17 @@ class FeedForward(nn.Module):
         gamma: gain of the xavier-normal start of both weights.
         recompute: with GELU, keep only `fc1`'s output for the backward and compute what follows from it again; a third
             of the memory, first derivatives only.
-        device: of the parameters.
-        dtype: of the parameters.
+        factory: `device` and `dtype` of the parameters.
     """
 
     def __init__(
-        self,
-        config: LongNetConfig,
-        gamma: float,
-        *,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Unpack[TensorOptions]
     ) -> None:
         super().__init__()
         width, inner = config.d_model, config.dim_feedforward
-        self.fc1 = nn.Linear(width, inner, device=device, dtype=dtype)
-        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(inner, width, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(width, inner, **factory)
+        self.ffn_layernorm = nn.LayerNorm(inner, eps=config.layer_norm_eps, **factory)
+        self.fc2 = nn.Linear(inner, width, **factory)
         self.activation = F.relu if config.activation == "relu" else F.gelu
         self.recompute = recompute and config.activation == "gelu"
         for linear in (self.fc1, self.fc2):
@@ -61,7 +70,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where asked for, feed-forward; each added to what came in.
+    """Self-attention, cross-attention where asked for, feed-forward; each is added to its input.
 
     Args:
         config: sizes and options.
@@ -69,8 +78,7 @@ class Layer(nn.Module):
         cross_attention: whether the layer looks at a memory too.
         recompute: as in `FeedForward`.
         backend: of the attention.
-        device: of the parameters.
-        dtype: of the parameters.
+        factory: `device` and `dtype` of the parameters.
     """
 
     def __init__(
@@ -81,8 +89,7 @@ class Layer(nn.Module):
         cross_attention: bool = False,
         recompute: bool = False,
         backend: BackendName = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Unpack[TensorOptions],
     ) -> None:
         super().__init__()
 
@@ -103,18 +110,17 @@ class Layer(nn.Module):
                 mixing_gradient=config.mixing_gradient,
                 padding=config.padding,
                 backend=backend,
-                device=device,
-                dtype=dtype,
+                **factory,
             )
 
         def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+            return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
         self.self_attn = attention(gamma)
         self.self_attn_layer_norm = norm()
         self.encoder_attn = attention(1.0) if cross_attention else None
         self.encoder_attn_layer_norm = norm() if cross_attention else None
-        self.ffn = FeedForward(config, gamma, recompute=recompute, device=device, dtype=dtype)
+        self.ffn = FeedForward(config, gamma, recompute=recompute, **factory)
         self.final_layer_norm = norm()
         self.dropout = config.dropout
 
@@ -124,27 +130,22 @@ class Layer(nn.Module):
         memory: Tensor | None = None,
         *,
         is_causal: bool,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         rotation: Rotation | None = None,
         cache: KeyValueStore | None = None,
         scales: Tensor | None = None,
+        **rows: Unpack[RowMasks],
     ) -> Tensor:
-        """`(B, N, d_model)` to the same; arguments as in `MultiheadDilatedAttention.forward`.
+        """`(B, N, d_model)` to the same.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
             memory: like x, for the cross-attention.
             is_causal: hide later positions, of x and of the memory.
-            key_padding_mask: bool `(B, N)`, True = real.
-            row_start: int `(B,)`.
-            cu_seqlens: int `(sequences + 1,)`.
             rotation: shared by all layers.
             cache: this layer's.
-            scales: `(2, ...)`, factors that broadcast to x, on what self-attention and feed-forward add.
+            scales: `(2, ...)`, factors that broadcast to x, on the outputs of self-attention and feed-forward.
+            rows: see `RowMasks`.
         """
-        rows = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
         (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
         h, _ = self.self_attn(h, h, h, is_causal=is_causal, rotation=rotation, cache=cache, **rows)
@@ -161,7 +162,7 @@ class Layer(nn.Module):
 
 
 def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
-    """Factors `(depth, 2, batch)` on what each layer's two sublayers add to each sequence (arXiv 1603.09382).
+    """Factors `(depth, 2, batch)` on the outputs of each layer's two sublayers per sequence (arXiv 1603.09382).
 
     Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last, otherwise the
     inverse of keeping it.
@@ -177,68 +178,20 @@ class LayerStack(nn.Module):
         config: sizes and options.
         num_layers: how many.
         gamma: MAGNETO's gain.
-        cross_attention: whether the layers look at a memory.
-        recompute: as in `FeedForward`.
-        backend: of the attention.
-        device: of the parameters.
-        dtype: of the parameters.
+        factory: `device` and `dtype` of the parameters.
+        options: further arguments of `Layer`.
     """
 
     def __init__(
-        self,
-        config: LongNetConfig,
-        num_layers: int,
-        gamma: float,
-        *,
-        cross_attention: bool = False,
-        recompute: bool = False,
-        backend: BackendName = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: LongNetConfig, num_layers: int, gamma: float, factory: TensorOptions, **options: Any
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            Layer(
-                config,
-                gamma,
-                cross_attention=cross_attention,
-                recompute=recompute,
-                backend=backend,
-                device=device,
-                dtype=dtype,
-            )
-            for _ in range(num_layers)
-        )
-        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(Layer(config, gamma, **options, **factory) for _ in range(num_layers))
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        *,
-        is_causal: bool,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        start: int = 0,
-        caches: Sequence[KeyValueStore] | None = None,
-        scales: Tensor | None = None,
-        gradient_checkpointing: bool = False,
-    ) -> Tensor:
-        """What the last of `states` is after the final LayerNorm; arguments are those of `states`."""
-        states = self.states(
-            x,
-            memory,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            start=start,
-            caches=caches,
-            scales=scales,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        out: Tensor = self.layer_norm(deque(states, maxlen=1).pop())
+    def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
+        """The last of `states` after the final LayerNorm; arguments are those of `states`."""
+        out: Tensor = self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())
         return out
 
     def states(
@@ -247,42 +200,36 @@ class LayerStack(nn.Module):
         memory: Tensor | None = None,
         *,
         is_causal: bool,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         start: int = 0,
         caches: Sequence[KeyValueStore] | None = None,
         scales: Tensor | None = None,
         gradient_checkpointing: bool = False,
+        **rows: Unpack[RowMasks],
     ) -> Iterator[Tensor]:
-        """What each layer gives, `(B, N, d_model)`, one after the other, without the final LayerNorm.
+        """The output of each layer, `(B, N, d_model)`, one after the other, without the final LayerNorm.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
             memory: like x, for the cross-attention.
             is_causal: hide later positions.
-            key_padding_mask: bool `(B, N)`, True = real.
-            row_start: int `(B,)`.
-            cu_seqlens: int `(sequences + 1,)`.
             start: position of the first row.
-            caches: one a layer.
+            caches: one per layer.
             scales: `(layers, 2, ...)`, a pair for each layer as in `Layer.forward`.
             gradient_checkpointing: compute each layer again in the backward instead of keeping its activations.
+            rows: see `RowMasks`.
         """
-        # The rows stand at the same positions in every layer, so the tables are made once.
+        # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
-        rotation = first.rotation(x, start=start, row_start=row_start, cu_seqlens=cu_seqlens)
+        rotation = first.rotation(x, start=start, row_start=rows.get("row_start"), cu_seqlens=rows.get("cu_seqlens"))
         again = gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             run = partial(
                 layer,
                 is_causal=is_causal,
-                key_padding_mask=key_padding_mask,
-                row_start=row_start,
-                cu_seqlens=cu_seqlens,
                 rotation=rotation,
                 cache=None if caches is None else caches[i],
                 scales=None if scales is None else scales[i],
+                **rows,
             )
             x = checkpoint(run, x, memory, use_reentrant=False) if again else run(x, memory)
             yield x

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
-from dilated_attention_pytorch.core.validation import check_bool
+from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.models.base import Model, TensorOptions
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
-from dilated_attention_pytorch.models.generation import Sampling, generate, stream
-from dilated_attention_pytorch.models.layers import LayerStack
+from dilated_attention_pytorch.models.generation import Sampling, check_prompt, check_sampling, sample
+from dilated_attention_pytorch.models.layers import LayerStack, RowMasks
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers
-from dilated_attention_pytorch.types import BackendName
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-
-def _configured(config: LongNetConfig | None, overrides: dict[str, Any]) -> LongNetConfig:
-    if config is not None and not isinstance(config, LongNetConfig):
-        raise TypeError(f"expected config to be a LongNetConfig, got {type(config).__name__} {config!r}")
-    return replace(config or LongNetConfig(), **overrides)
 
 
 def activation_name(activation: Any) -> Any:
@@ -50,7 +43,7 @@ def _from_old(values: dict[str, Any]) -> dict[str, Any]:
     old_value=lambda kwargs: callable(kwargs.get("activation")),
     finish=_from_old,
 )
-class LongNet(nn.Module):
+class LongNet(Model[LongNetConfig]):
     """Encoder and decoder over one sequence of embeddings.
 
     Residual pre-LN layers with sub-LN and MAGNETO's gains (arXiv 2210.06423, figure 2): `sqrt(log 3M * log 2N / 3)` in
@@ -71,27 +64,13 @@ class LongNet(nn.Module):
         torch.Size([1, 100, 64])
     """
 
-    def __init__(
-        self,
-        config: LongNetConfig | None = None,
-        *,
-        backend: BackendName = "auto",
-        gradient_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> None:
-        super().__init__()
-        self.config = config = _configured(config, overrides)
-        n, m = config.num_encoder_layers, config.num_decoder_layers
-        gamma = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3)
-        self.encoder = LayerStack(config, n, gamma, backend=backend, device=device, dtype=dtype)
-        gamma = math.sqrt(math.log(3 * m))
-        self.decoder = LayerStack(
-            config, m, gamma, cross_attention=True, backend=backend, device=device, dtype=dtype
-        )  # fmt: skip
-        check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.gradient_checkpointing = gradient_checkpointing
+    config_class = LongNetConfig
+
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+        n, m = self.config.num_encoder_layers, self.config.num_decoder_layers
+        encoder, decoder = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), math.sqrt(math.log(3 * m))
+        self.encoder = LayerStack(self.config, n, encoder, factory, backend=self._backend)
+        self.decoder = LayerStack(self.config, m, decoder, factory, backend=self._backend, cross_attention=True)
 
     def forward(
         self,
@@ -102,7 +81,7 @@ class LongNet(nn.Module):
         row_start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Runs the encoder over x and the decoder over x and what the encoder made of it.
+        """Runs the encoder over x, and the decoder over x and the encoder's output.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
@@ -114,23 +93,19 @@ class LongNet(nn.Module):
         Returns:
             Like x.
         """
-        rows = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
-        again = self.gradient_checkpointing
-        memory = self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)
-        out: Tensor = self.decoder(x, memory, is_causal=is_causal, gradient_checkpointing=again, **rows)
+        rows: RowMasks = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
+        options = {"is_causal": is_causal, "gradient_checkpointing": self.gradient_checkpointing, **rows}
+        out: Tensor = self.decoder(x, self.encoder(x, **options), **options)
         return out
 
 
-class LongNetEncoder(nn.Module):
+class LongNetEncoder(Model[LongNetConfig]):
     """The encoder alone, bidirectional by default, with MAGNETO's gain `sqrt(log 2N)` for N layers.
+
+    The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape; its decoder layers are not used.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
-        overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Example:
         >>> model = LongNetEncoder(d_model=64, nhead=4, num_encoder_layers=2, dim_feedforward=128)
@@ -138,22 +113,11 @@ class LongNetEncoder(nn.Module):
         torch.Size([1, 100, 64])
     """
 
-    def __init__(
-        self,
-        config: LongNetConfig | None = None,
-        *,
-        backend: BackendName = "auto",
-        gradient_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> None:
-        super().__init__()
-        self.config = config = _configured(config, overrides)
-        n = config.num_encoder_layers
-        self.encoder = LayerStack(config, n, math.sqrt(math.log(2 * n)), backend=backend, device=device, dtype=dtype)
-        check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.gradient_checkpointing = gradient_checkpointing
+    config_class = LongNetConfig
+
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+        n = self.config.num_encoder_layers
+        self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
 
     def forward(
         self,
@@ -176,19 +140,14 @@ class LongNetEncoder(nn.Module):
         return out
 
 
-class LongNetLM(nn.Module):
+class LongNetLM(Model[LongNetConfig]):
     """A causal language model: the decoder alone, with MAGNETO's gain `sqrt(log 2M)` for M layers.
 
     Embeddings start with deviation `d_model ** -0.5` and are scaled by `sqrt(d_model)`, as in the official code, so
-    that the same weights serve as output layer with `tie_weights`.
+    that the same weights serve as output layer with `tie_weights`. The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape, with `vocab_size`; its encoder layers are not used.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
-        overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Raises:
         ValueError: no vocab_size.
@@ -202,33 +161,21 @@ class LongNetLM(nn.Module):
         torch.Size([1, 5])
     """
 
-    def __init__(
-        self,
-        config: LongNetConfig | None = None,
-        *,
-        backend: BackendName = "auto",
-        gradient_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> None:
-        super().__init__()
-        self.config = config = _configured(config, overrides)
-        if config.vocab_size is None:
+    config_class = LongNetConfig
+
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+        if self.config.vocab_size is None:
             raise ValueError("expected vocab_size, the number of tokens, got None")
-        m, width = config.num_decoder_layers, config.d_model
-        self.embed_tokens = nn.Embedding(config.vocab_size, width, device=device, dtype=dtype)
-        self.decoder = LayerStack(config, m, math.sqrt(math.log(2 * m)), backend=backend, device=device, dtype=dtype)
+        m, width = self.config.num_decoder_layers, self.config.d_model
+        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **factory)
+        self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), factory, backend=self._backend)
         # Tied weights have one name, so nothing can tear them apart: not a checkpoint, not a copy, not `to_empty`.
         self.output_projection = (
-            None if config.tie_weights else nn.Linear(width, config.vocab_size, bias=False, device=device, dtype=dtype)
+            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **factory)
         )
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
-        check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.gradient_checkpointing = gradient_checkpointing
-        self._backend = backend
         self._shards: ContextShards | None = None
 
     def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
@@ -266,39 +213,31 @@ class LongNetLM(nn.Module):
             key_padding_mask: bool `(B, N)`, True = real.
             row_start: int `(B,)`, first real position of each left-padded row.
             cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
-            cache: from `make_cache`. The tokens are those that follow what it has seen; it takes them in.
+            cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
             seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
                 all shards are equally long.
 
         Returns:
             `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
-        hidden = self.hidden(
-            tokens,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            cache=cache,
-            seq_len=seq_len,
-        )
-        return self.logits(hidden)
+        rows: RowMasks = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
+        return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, **rows))
 
     def hidden(
         self,
         tokens: Tensor,
         *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
         seq_len: int | None = None,
+        **rows: Unpack[RowMasks],
     ) -> Tensor:
-        """What `logits` takes, `(B, N, d_model)`: for long sequences, whose logits need not all exist at once.
+        """The hidden states `(B, N, d_model)` that `logits` takes: logits of long sequences need not all exist at once.
 
         Arguments are those of `forward`.
         """
-        self._check(tokens, cu_seqlens is not None)
-        start = self._shard_start(tokens, row_start, cu_seqlens, cache, seq_len)
+        given = {name for name, value in rows.items() if value is not None}
+        self._check(tokens, "cu_seqlens" in given)
+        start = self._shard_start(tokens, given, cache, seq_len)
         try:
             x = self.embed_tokens(tokens) * math.sqrt(self.config.d_model)
         except IndexError as error:  # on a CPU; looking at a GPU's tokens would make the host wait
@@ -307,17 +246,10 @@ class LongNetLM(nn.Module):
         if self.training and self.config.dropout > 0.0:
             x = nn.functional.dropout(x, self.config.dropout)
         if cache is None:
-            out: Tensor = self.decoder(
-                x,
-                is_causal=True,
-                key_padding_mask=key_padding_mask,
-                row_start=row_start,
-                cu_seqlens=cu_seqlens,
-                start=start,
-                gradient_checkpointing=self.gradient_checkpointing,
-            )
+            again = self.gradient_checkpointing
+            out: Tensor = self.decoder(x, is_causal=True, start=start, gradient_checkpointing=again, **rows)
             return out
-        if key_padding_mask is not None or row_start is not None or cu_seqlens is not None:
+        if given:
             raise ValueError(
                 "expected no key_padding_mask, row_start or cu_seqlens with a cache: pad on the left and give "
                 "row_start to make_cache"
@@ -334,8 +266,10 @@ class LongNetLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., vocab_size)` of hidden states `(..., d_model)`."""
-        projection = self.embed_tokens if self.output_projection is None else self.output_projection
-        return nn.functional.linear(hidden, projection.weight)
+        if self.output_projection is None:
+            return nn.functional.linear(hidden, self.embed_tokens.weight)
+        out: Tensor = self.output_projection(hidden)
+        return out
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `forward`.
@@ -352,31 +286,40 @@ class LongNetLM(nn.Module):
             prompt: int `(B, N)`, N >= 1; of different lengths: `left_pad` gives one batch and its `row_start`.
             max_new_tokens: how many tokens to add, at most.
             sampling: `temperature=1.0`, `top_k`, `top_p`, `greedy=False`, `seed` or `generator`, `eos_token`,
-                `row_start`; what each does is said in `models.generation.Sampling`.
+                `row_start`; `models.generation.Sampling` describes them.
 
         Returns:
             int64 `(B, T)`, T <= max_new_tokens, without the prompt.
         """
-        return generate(self, prompt, max_new_tokens, **sampling)
+        new = list(self.stream(prompt, max_new_tokens, **sampling))
+        return torch.stack(new, 1) if new else prompt.new_empty((prompt.shape[0], 0), dtype=torch.int64)
 
     def stream(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Iterator[Tensor]:
-        """`generate` as an iterator over int64 `(B,)`, each token as it comes."""
-        return stream(self, prompt, max_new_tokens, **sampling)
+        """`generate` as an iterator over int64 `(B,)`, each token as it comes.
 
-    def _shard_start(
-        self,
-        tokens: Tensor,
-        row_start: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cache: KeyValueCache | None,
-        seq_len: int | None,
-    ) -> int:
+        Arguments are checked at once. The model is in evaluation mode from the first token until the iterator is
+        exhausted or closed.
+        """
+        vocab_size = self.config.vocab_size
+        assert vocab_size is not None
+        check_int("max_new_tokens", max_new_tokens, 0)
+        self._check(prompt, packed=False)
+        check_prompt(prompt, vocab_size, sampling.get("row_start"))
+        check_sampling(sampling, vocab_size)
+        cache = self.make_cache(row_start=sampling.get("row_start"))
+
+        def next_logits(tokens: Tensor) -> Tensor:
+            return self.logits(self.hidden(tokens, cache=cache)[:, -1])
+
+        return sample(self, next_logits, prompt, max_new_tokens, sampling)
+
+    def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
         """The position of the first token: 0 without shards."""
         if self._shards is None:
             if seq_len is not None:
                 raise ValueError(f"expected no seq_len without shard_context, got {seq_len}: tokens are whole")
             return 0
-        if row_start is not None or cu_seqlens is not None or cache is not None:
+        if given - {"key_padding_mask"} or cache is not None:
             raise ValueError(
                 "expected no row_start, cu_seqlens or cache after shard_context: it takes whole rows of one sequence "
                 "each; generate with a model that is not sharded"

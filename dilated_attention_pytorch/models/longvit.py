@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.config import LongNetConfig, config_from_dict, config_to_dict
+from dilated_attention_pytorch.models.base import Model, TensorOptions
+from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
-from dilated_attention_pytorch.types import BackendName, Offsets
+from dilated_attention_pytorch.types import Offsets
 
 PatchPositions = Literal["learned", "sincos"]
 PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongViTConfig:
+class LongViTConfig(ModelConfig):
     """Everything that decides a `LongViT`'s parameters and what it computes from them.
 
     Args:
@@ -32,8 +32,8 @@ class LongViTConfig:
         depth: layers.
         num_heads: attention heads, a divisor of embed_dim.
         ffn_dim: width inside the feed-forward network.
-        segment_lengths: w_i in patches, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i in patches, one per branch.
+        dilation_rates: r_i, one per branch.
         positions: `"learned"`, a table for `position_grid` that is interpolated to other grids, or `"sincos"`.
         position_grid: (rows, columns) of the learned table.
         order: in which patches follow one another: `"raster"`, `"snake"`, `"morton"` or `"hilbert"`.
@@ -83,46 +83,16 @@ class LongViTConfig:
             raise ValueError(f"expected position_grid to be (rows, columns), got {grid}")
         check.check_bool("global_pool", self.global_pool)
         layers = self.layers
-        for name, value in (
-            ("position_grid", grid),
-            ("segment_lengths", layers.segment_lengths),
-            ("dilation_rates", layers.dilation_rates),
-        ):
-            object.__setattr__(self, name, value)
+        self._set(position_grid=grid, segment_lengths=layers.segment_lengths, dilation_rates=layers.dilation_rates)
 
     @property
     def layers(self) -> LongNetConfig:
         """The same layers as LongNet names them."""
-        return LongNetConfig(
-            d_model=self.embed_dim,
-            nhead=self.num_heads,
-            num_encoder_layers=self.depth,
-            dim_feedforward=self.ffn_dim,
-            segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates,
-            dropout=self.dropout,
-            activation="gelu",
-            layer_norm_eps=self.layer_norm_eps,
-            positions=None,
-            offsets=self.offsets,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, in types that JSON has."""
-        return config_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LongViTConfig:
-        """The config that `to_dict` wrote; absent fields take their defaults.
-
-        Raises:
-            ValueError: a key that is no field, by name.
-        """
-        return config_from_dict(cls, values)
+        return encoder_layers(self)
 
 
 class LongViTOutput(NamedTuple):
-    """What `LongViT` gives for a batch of images.
+    """The output of `LongViT` for a batch of images.
 
     Attributes:
         pooled: `(B, embed_dim)`, each image's embedding.
@@ -135,19 +105,15 @@ class LongViTOutput(NamedTuple):
     logits: Tensor | None
 
 
-class LongViT(nn.Module):
+class LongViT(Model[LongViTConfig]):
     """A vision transformer with dilated attention, for images of any size that patches fill (arXiv 2312.03558).
 
     Along a Hilbert curve a segment of the sequence is a compact region of the image, in raster order a thin strip. The
     order changes who attends to whom, and nothing else: positions are the patches' own. The feed-forward network keeps
-    little for the backward, and has first derivatives only.
+    little for the backward, and has first derivatives only. The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape; `LongViTConfig()` by default.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
         overrides: fields of `LongViTConfig` by name, in place of the config's.
 
     Example:
@@ -157,33 +123,18 @@ class LongViT(nn.Module):
         (torch.Size([1, 64]), torch.Size([1, 8, 12, 64]))
     """
 
-    def __init__(
-        self,
-        config: LongViTConfig | None = None,
-        *,
-        backend: BackendName = "auto",
-        gradient_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> None:
-        super().__init__()
-        if config is not None and not isinstance(config, LongViTConfig):
-            raise TypeError(f"expected config to be a LongViTConfig, got {type(config).__name__} {config!r}")
-        check.check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.config = config = replace(config or LongViTConfig(), **overrides)
-        self.gradient_checkpointing = gradient_checkpointing
-        width, size = config.embed_dim, config.patch_size
-        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, device=device, dtype=dtype)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, device=device, dtype=dtype))
+    config_class = LongViTConfig
+
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+        config, width, size = self.config, self.config.embed_dim, self.config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **factory)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory))
         self.pos_embed = None
         if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, device=device, dtype=dtype))
+            self.pos_embed = nn.Parameter(torch.empty(1, *config.position_grid, width, **factory))
         gamma = math.sqrt(math.log(2 * config.depth))
-        self.encoder = LayerStack(
-            config.layers, config.depth, gamma, recompute=True, backend=backend, device=device, dtype=dtype
-        )
-        self.head = nn.Linear(width, config.num_classes, device=device, dtype=dtype) if config.num_classes else None
+        self.encoder = LayerStack(config.layers, config.depth, gamma, factory, recompute=True, backend=self._backend)
+        self.head = nn.Linear(width, config.num_classes, **factory) if config.num_classes else None
         nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
         if self.patch_embed.bias is not None:
             nn.init.zeros_(self.patch_embed.bias)

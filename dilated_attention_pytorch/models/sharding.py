@@ -1,4 +1,4 @@
-"""One sequence over many ranks: what a model needs to know of the others, and the swap of its attentions."""
+"""One sequence over many ranks: a rank's place among them, and ring attention in place of a model's own."""
 
 from __future__ import annotations
 
@@ -20,15 +20,9 @@ if TYPE_CHECKING:
 
 
 def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
-    """The ring attention that computes what a model's attention computes.
+    """The config of the ring attention that computes a model's attention; `options` are further fields of it.
 
-    Args:
-        config: of the model.
-        options: further fields of `RingAttentionConfig`, such as `mode`, `timeout` and `backend`.
-
-    Raises:
-        ValueError: a setting that ring attention does not have: detached mixing gradients.
-        TypeError: an unknown option.
+    Raises a ValueError for detached mixing gradients, which ring attention does not have.
     """
     from dilated_attention_pytorch.ring_attention import RingAttentionConfig
 
@@ -49,29 +43,18 @@ def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
 
 @dataclass
 class ContextShards:
-    """A rank's place among those that share a sequence.
-
-    Attributes:
-        rank: of this process in the group.
-        size: of the group.
-        group_name: of the group; the name alone, as in `RingDilatedAttention`, so that a model can be copied.
-        seq_len: of the last sequence.
-    """
+    """A rank's place among those that share a sequence."""
 
     rank: int
-    size: int
-    group_name: str
-    seq_len: int = -1
+    size: int  # of the group
+    group_name: str  # the name alone, as in `RingDilatedAttention`, so that a model can be copied
+    seq_len: int = -1  # of the last sequence
 
     def start(self, length: int, seq_len: int | None) -> int:
-        """The first position of this rank's shard.
+        """The first position of this rank's shard of `length` tokens.
 
-        Args:
-            length: of the shard.
-            seq_len: of the whole sequence, cut as `torch.chunk` does; equal shards when absent.
-
-        Raises:
-            ValueError: a shard of another length than the cut gives.
+        The whole of `seq_len` tokens is cut as `torch.chunk` does; without it shards are equal. A shard of another
+        length is refused with a ValueError.
         """
         from dilated_attention_pytorch.ring_attention.plan import equal_bounds
 
@@ -90,8 +73,8 @@ class ContextShards:
     def compare_again(self) -> None:
         """Makes the next attention compare plans on every rank.
 
-        Another length of the whole may change some shards and leave others as long as they were. Ranks compare plans
-        when their own call changes, so those that see no change would not come: all are made to.
+        Ranks compare when their own call changes. Another length of the whole may leave some shards as they were, and
+        those ranks would not come to the comparison.
         """
         from dilated_attention_pytorch.ring_attention.utils import handshake
 
@@ -110,8 +93,8 @@ class ContextShards:
 def sum_over_ranks(x: Tensor, shards: ContextShards) -> Tensor:
     """The sum of every rank's x, on every rank.
 
-    Where each rank computes the same loss from the sum, the gradient of a rank's own x is the loss's, as it is: nothing
-    is summed on the way back, or it would count once a rank.
+    Every rank computes the same loss from the sum, so the gradient of its own x is the loss's as it stands. Summed on
+    the way back it would count once per rank.
     """
     out: Tensor = _SumOverRanks.apply(x, shards)  # type: ignore[no-untyped-call]
     return out
@@ -135,7 +118,7 @@ class _SumOverRanks(torch.autograd.Function):
 def shard_layers(
     layers: Iterable[nn.Module], config: RingAttentionConfig, group: ProcessGroup | DeviceMesh, mesh_dim: str | None
 ) -> ContextShards:
-    """Puts ring attention in the place of every layer's self-attention, and returns where this rank stands."""
+    """Puts ring attention in the place of every layer's self-attention, and returns this rank's place."""
     from dilated_attention_pytorch.ring_attention import RingDilatedAttention
 
     attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
@@ -143,7 +126,7 @@ def shard_layers(
         assert isinstance(layer, Layer) and layer.encoder_attn is None
         if getattr(layer.self_attn.attention, "head_groups", False):
             raise ValueError(
-                "expected layers with head_groups=False, got True: ring attention gives a head all branches"
+                "expected layers with head_groups=False, got True: in ring attention a head has all branches"
             )
         mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
         layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same

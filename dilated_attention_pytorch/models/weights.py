@@ -6,27 +6,30 @@ import importlib
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` writes into a folder
+
 
 def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict, from a file or as it is.
+    """A state dict, from a file or a mapping.
 
     Args:
         source: a `.safetensors` file; any other file as `torch.save` writes it; or a mapping. A mapping with a single
-            `"model"` or `"state_dict"` mapping of tensors inside stands for that one.
+            `"model"` or `"state_dict"` mapping of tensors inside is taken for that one.
 
     Returns:
         Names to tensors, on the CPU when they come from a file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read; a file or mapping that holds something else than tensors by name.
+        ValueError: a file that cannot be read; a file or mapping that holds anything but tensors by name.
         ImportError: a `.safetensors` file without the package.
     """
     if isinstance(source, Mapping):
@@ -39,19 +42,15 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
     try:
         # Tensors and plain containers alone: a pickle can hold any code.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle, or half of one, makes it raise anything
+    except Exception as error:  # of any type, where the file is not a pickle, or half of one
         raise ValueError(f"expected {path} to hold tensors as torch.save writes them, got {_reason(error)}") from error
     return _tensors(loaded, str(path))
 
 
 def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file.
-
-    Raises:
-        ValueError: a file that cannot be read as one.
-        ImportError: the package is not installed.
-    """
+    """The tensors of a `.safetensors` file; a ValueError where it cannot be read as one."""
     load_file = safetensors().load_file
+    _check_exists(path)
     try:
         state: dict[str, Tensor] = load_file(path, device=str(device))
     except importlib.import_module("safetensors").SafetensorError as error:
@@ -59,27 +58,27 @@ def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str
     return state
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """What a `config.json` holds.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
+def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The architecture that a folder's `config.json` names, and its other values."""
+    path = folder / CONFIG
+    _check_exists(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no text, or no JSON
         raise ValueError(f"expected {path} to hold JSON, got {_reason(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected {path} to hold a JSON object, got {type(values).__name__}")
-    return values
+    return values.pop("architecture", None), values
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what the file holds
-        return "a file that is none, or that holds more than tensors"
+        return "a file that is not a torch checkpoint, or that contains pickled objects other than tensors"
     return f"{type(error).__name__}: " + (str(error).splitlines() or ["no reason given"])[0]
 
 
@@ -106,17 +105,14 @@ def load_into(
     """Makes a state dict's tensors a model's parameters, in place of those it has (built on `meta`, it has none).
 
     Args:
-        model: whose names and shapes the tensors must have, each and all.
+        model: whose names and shapes the tensors must have, each and all; a ValueError names every other one.
         state: the tensors.
-        copy: the parameters get memory of their own; without it, for tensors that nobody else holds, those that are in
-            place already stay where they are.
+        copy: the parameters get memory of their own. Without it tensors that are in place stay where they are: for
+            those that nobody else holds.
         device: where they go.
         dtype: of floating tensors; their own by default.
-
-    Raises:
-        ValueError: naming every key that is missing, unexpected or of another shape.
     """
-    check_state(model, state)
+    _check_state(model, state)
     moved = {
         key: value.detach().to(device, (dtype or value.dtype) if value.is_floating_point() else value.dtype, copy=copy)
         for key, value in state.items()
@@ -125,8 +121,7 @@ def load_into(
     model.requires_grad_(True)  # an assigned tensor keeps the file's flag
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError that names every key which is missing, unexpected or of another shape."""
+def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in wanted]
@@ -137,6 +132,12 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError(f"expected the weights of a {type(model).__name__}, got: " + "; ".join(problems))
+
+
+def count_layers(names: Iterable[str], stack: str) -> int:
+    """The number of layers whose names begin with `{stack}.layers.`; 0 for none."""
+    found = (re.match(rf"{stack}\.layers\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def safetensors() -> Any:

@@ -1,7 +1,7 @@
 """What the official slide encoder computes, written down plainly from its description; no code of the library in it.
 
-Sources: the rules of zero keys and of the scatter (`docs/spec.md`, section 5, and `core/zero_keys.py` say them in
-words), and the architecture of Prov-GigaPath's `LongNetViT`. Everything is dense and slow, in the inputs' dtype.
+Sources: the rules of zero keys and of the scatter (docs/spec.md section 5 and `core/zero_keys.py` say them in words),
+and the architecture of Prov-GigaPath's `LongNetViT`. Everything is dense and slow, in whatever dtype the inputs have.
 """
 
 from __future__ import annotations

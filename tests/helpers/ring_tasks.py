@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch import MultiheadDilatedAttention, dilated_attention_with_lse
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention, counting, op, remote
-from dilated_attention_pytorch.ring_attention.utils import communication
 from dilated_attention_pytorch.ring_attention.step import BackendStep
+from dilated_attention_pytorch.ring_attention.utils import communication
 from dilated_attention_pytorch.testing import gradient_scale, relative_norm
 
 LENGTHS = (1, 5, 13, 16, 24, 31, 48, 64, 97, 128)

@@ -47,6 +47,10 @@ def test_language_model_comes_back(tmp_path: Path, tie: bool) -> None:
     assert torch.equal(twin(tokens), model(tokens))
     assert all(p.requires_grad and p.device.type == "cpu" for p in twin.parameters())
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["config.json", "model.safetensors"]
+    (tmp_path / "plain").touch()  # as readable as any other file
+    assert {path.stat().st_mode for path in (tmp_path / "new" / "folder").iterdir()} == {
+        (tmp_path / "plain").stat().st_mode
+    }
     saved = safetensors.load_file(tmp_path / "new" / "folder" / "model.safetensors")
     assert ("output_projection.weight" in saved) is not tie
 

@@ -158,7 +158,7 @@ class TestLanguageModel:
         exact = model(tokens)
         got = model.bfloat16()(tokens)
         assert got.dtype == torch.bfloat16
-        # Two layers of eight roundings each (section 3 of docs/spec.md keeps the softmax in fp32); bf16 has 8 bits.
+        # Two layers of eight roundings each (the softmax stays in fp32, docs/spec.md section 3); bf16 has 8 bits.
         assert torch.linalg.vector_norm(got - exact) <= 16 * 2.0**-8 * torch.linalg.vector_norm(exact)
 
     def test_compiles_as_one_graph(self) -> None:

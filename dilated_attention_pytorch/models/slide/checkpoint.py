@@ -1,10 +1,9 @@
-"""Prov-GigaPath-shaped checkpoints: what their shapes say of the model, and their position table, if there is one."""
+"""Prov-GigaPath-shaped checkpoints: the model's sizes from their shapes, and their position table, if there is one."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, slide_segment_lengths
 from dilated_attention_pytorch.models.slide.positions import sincos
-from dilated_attention_pytorch.models.weights import read_config, read_safetensors, read_state
+from dilated_attention_pytorch.models.weights import WEIGHTS, count_layers, read_config, read_safetensors, read_state
 
 TABLE = "pos_embed"
 _CHECKED_ROWS = 257
@@ -38,12 +37,11 @@ def config_and_state(
             )
         options["segment_lengths"] = slide_segment_lengths(max_wsi_size or 262_144, tile_size or 256)
     if not isinstance(source, Mapping) and Path(source).is_dir():
-        values = read_config(Path(source) / "config.json")
-        architecture = values.pop("architecture", None)
+        architecture, values = read_config(Path(source))
         if architecture != "SlideEncoder":
             raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
         config = replace(SlideEncoderConfig.from_dict(values), **options)
-        return config, read_safetensors(Path(source) / "model.safetensors")
+        return config, read_safetensors(Path(source) / WEIGHTS)
     state = read_state(source)
     config = replace(SlideEncoderConfig(padding="zero_keys"), **(_sizes(state) | options))
     table = state.pop(TABLE, None)
@@ -53,7 +51,7 @@ def config_and_state(
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes that shapes give away; what cannot be read is left to the check of names and shapes."""
+    """The sizes that shapes tell; the check of names and shapes finds what is missing."""
     found = {}
     for field, key, dim in (
         ("embed_dim", "cls_token", -1),
@@ -62,15 +60,13 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     ):
         if key in state and state[key].dim() > 1:
             found[field] = state[key].shape[dim]
-    layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
-    if layers:
-        found["depth"] = max(layers) + 1
+    if depth := count_layers(state, "encoder"):
+        found["depth"] = depth
     return found
 
 
 def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> SlideEncoderConfig:
-    """The config with the table's grid. The table itself is not kept: rows of it, the first and last among them, are
-    compared with what is computed instead."""
+    """The config with the table's grid. The table is not kept: 257 of its rows are compared with the computed ones."""
     side = math.isqrt(max(0, table.shape[-2] - 1)) if table.dim() == 3 else 0
     if table.dim() != 3 or table.shape != (1, side * side + 1, config.embed_dim) or side == 0:
         raise ValueError(f"expected {TABLE} of shape (1, G * G + 1, {config.embed_dim}), got {tuple(table.shape)}")
@@ -79,7 +75,7 @@ def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> Sl
     number = torch.linspace(0, side * side - 1, min(_CHECKED_ROWS, side * side), dtype=torch.float64).long()
     half = config.embed_dim // 2
     want = torch.cat((sincos(number % side, half), sincos(number // side, half)), -1)
-    # What the stored dtype rounds a number of size 1 by, and twice as much for another library's sine.
+    # The stored dtype's rounding of a number of size 1, and twice as much for another library's sine.
     allowed = 3 * torch.finfo(table.dtype).eps / 2 if table.is_floating_point() else -1.0
     error = float((table[0, number + 1].double() - want).abs().max())
     if not error <= allowed or bool((table[0, 0] != 0).any()):

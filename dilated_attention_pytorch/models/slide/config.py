@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.config import (
-    LongNetConfig,
-    check_above_zero,
-    config_from_dict,
-    config_to_dict,
-)
+from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, check_above_zero, encoder_layers
 from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
 
 _SHORTEST, _BRANCHES = 1024, 5
@@ -49,7 +42,7 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlideEncoderConfig:
+class SlideEncoderConfig(ModelConfig):
     """Everything that decides a `SlideEncoder`'s parameters and what it computes from them.
 
     Defaults are Prov-GigaPath's 12-layer, 768-wide encoder, except for `padding`: a model made from a config leaves out
@@ -61,8 +54,8 @@ class SlideEncoderConfig:
         depth: layers.
         num_heads: attention heads, a divisor of embed_dim.
         ffn_dim: width inside the feed-forward network.
-        segment_lengths: w_i, one a branch; `slide_segment_lengths` gives those of another slide size.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, one per branch; `slide_segment_lengths` gives those of another slide size.
+        dilation_rates: r_i, one per branch.
         tile_size: pixels between neighbouring tiles, at the level the coordinates are given in.
         slide_ngrids: side of the grid of positions, in tiles.
         global_pool: a slide's embedding is the mean over its tiles; otherwise the cls token's.
@@ -112,8 +105,7 @@ class SlideEncoderConfig:
         check.check_probability("drop_path", self.drop_path)
         check_above_zero("norm_eps", self.norm_eps)
         check.check_bool("global_pool", self.global_pool)
-        object.__setattr__(self, "segment_lengths", layers.segment_lengths)
-        object.__setattr__(self, "dilation_rates", layers.dilation_rates)
+        self._set(segment_lengths=layers.segment_lengths, dilation_rates=layers.dilation_rates)
 
     @property
     def layers(self) -> LongNetConfig:
@@ -124,31 +116,4 @@ class SlideEncoderConfig:
             raise ValueError(
                 f"expected embed_dim to be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
-        return LongNetConfig(
-            d_model=self.embed_dim,
-            nhead=self.num_heads,
-            num_encoder_layers=self.depth,
-            dim_feedforward=self.ffn_dim,
-            segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates,
-            dropout=self.dropout,
-            activation="gelu",
-            layer_norm_eps=self.layer_norm_eps,
-            positions=None,
-            offsets=self.offsets,
-            mixing_gradient=self.mixing_gradient,
-            padding=self.padding,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, in types that JSON has."""
-        return config_to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SlideEncoderConfig:
-        """The config that `to_dict` wrote; absent fields take their defaults.
-
-        Raises:
-            ValueError: a key that is no field, by name.
-        """
-        return config_from_dict(cls, values)
+        return encoder_layers(self, mixing_gradient=self.mixing_gradient, padding=self.padding)

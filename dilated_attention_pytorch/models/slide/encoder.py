@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.models.base import Model, TensorOptions, has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
+from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
+from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide.positions import position_rows
-from dilated_attention_pytorch.models.slide.rows import Rows
+from dilated_attention_pytorch.models.slide.rows import SlideRows
+from dilated_attention_pytorch.models.weights import load_into
 from dilated_attention_pytorch.types import BackendName
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dilated_attention_pytorch.models.slide.attention import AttentionMap
-
 
 class SlideOutput(NamedTuple):
-    """What `SlideEncoder` gives for a batch of slides.
+    """The output of `SlideEncoder` for a batch of slides.
 
     Attributes:
         pooled: `(B, embed_dim)`, each slide's embedding: the official code's last output.
-        layers: `(depth + 1, B, embed_dim)`, the same of every hidden state, the embeddings' first: what the official
-            code gives with `all_layer_embed=True`. Those pass the outer norm alone, not the encoder's own, so the last
-            of them is not `pooled`.
+        layers: `(depth + 1, B, embed_dim)`, the same of every hidden state, the embeddings' first: the official code's
+            output with `all_layer_embed=True`. They pass only the outer norm and skip the encoder's own, so the last
+            of them differs from `pooled`.
         tiles: `(B, L, embed_dim)`, each tile's output after both norms; zeros where the mask has none.
     """
 
@@ -41,41 +44,16 @@ class SlideOutput(NamedTuple):
     tiles: Tensor
 
 
-class PatchEmbed(nn.Module):
-    """The projection of tile embeddings, named as in the checkpoints.
-
-    Args:
-        in_chans: width of what comes.
-        embed_dim: width of what goes.
-        device: of the parameters.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self, in_chans: int, embed_dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_chans, embed_dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in_chans)` to `(..., embed_dim)`."""
-        out: Tensor = self.proj(x)
-        return out
-
-
-class SlideEncoder(nn.Module):
+class SlideEncoder(Model[SlideEncoderConfig]):
     """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
 
     Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
     when needed: there is no table to store or load. Under autocast the sum that runs through the layers stays fp32,
     as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
+    The other arguments are those of `LongNet`.
 
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.
-        backend: of the attention.
-        gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
         overrides: fields of `SlideEncoderConfig` by name, in place of the config's.
 
     Raises:
@@ -90,32 +68,18 @@ class SlideEncoder(nn.Module):
         (torch.Size([1, 64]), torch.Size([3, 1, 64]), torch.Size([1, 600, 64]))
     """
 
-    def __init__(
-        self,
-        config: SlideEncoderConfig | None = None,
-        *,
-        backend: BackendName = "auto",
-        gradient_checkpointing: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **overrides: Any,
-    ) -> None:
-        super().__init__()
-        if config is not None and not isinstance(config, SlideEncoderConfig):
-            raise TypeError(f"expected config to be a SlideEncoderConfig, got {type(config).__name__} {config!r}")
-        check.check_bool("gradient_checkpointing", gradient_checkpointing)
-        self.config = config = replace(config or SlideEncoderConfig(), **overrides)
-        self.gradient_checkpointing = gradient_checkpointing
-        self._backend = backend
+    config_class = SlideEncoderConfig
+
+    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+        config, width = self.config, self.config.embed_dim
         self._shards: ContextShards | None = None
-        width = config.embed_dim
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
-        self.patch_embed = PatchEmbed(config.in_chans, width, device="meta", dtype=dtype)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width, device="meta", dtype=dtype))
-        self.encoder = LayerStack(
-            config.layers, config.depth, 1.0, recompute=True, backend=backend, device="meta", dtype=dtype
-        )
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps, device="meta", dtype=dtype)
+        device = factory.get("device")
+        meta: TensorOptions = {**factory, "device": "meta"}
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(config.in_chans, width, **meta)))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
+        self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps, **meta)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
@@ -165,9 +129,6 @@ class SlideEncoder(nn.Module):
             ValueError: keys or shapes that are not the model's, every one of them named; a stored position table that
                 is not the one computed here.
         """
-        from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
-        from dilated_attention_pytorch.models.weights import load_into
-
         config, state = config_and_state(source, max_wsi_size, tile_size, overrides)
         model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
         load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
@@ -211,53 +172,46 @@ class SlideEncoder(nn.Module):
             TypeError: an argument of the wrong type or dtype.
         """
         x, rows = self.embed(tiles, coords, mask)
-        scales = self._drop_path(rows, x)
         summary = [self._summary(x, rows)]
-        h = x
-        for h in self.encoder.states(
-            x,
-            is_causal=False,
-            scales=scales,
-            gradient_checkpointing=self.gradient_checkpointing,
-            **rows.options(x.device),
-        ):
+        again, masks = self.gradient_checkpointing, rows.options(x.device)
+        scales = self._drop_path(rows, x)
+        for h in self.encoder.states(x, is_causal=False, scales=scales, gradient_checkpointing=again, **masks):
             summary.append(self._summary(h, rows))
         h = self.encoder.layer_norm(h)
         summary.append(self._summary(h, rows))
-        pooled = self._outer_norm(self._over_ranks(torch.stack(summary), rows))
+        pooled = self._outer_norm(self._over_ranks(torch.stack(summary)))
         return SlideOutput(pooled[-1], pooled[:-1], rows.tiles(self.norm(h)))
 
-    def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Rows]:
-        """What the first layer takes, and how slides lie in it; arguments as in `forward`."""
+    def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, SlideRows]:
+        """The first layer's input, and how slides lie in its rows; arguments as in `forward`."""
         self._check(tiles, coords, mask)
         config = self.config
         if self._shards is not None:
             self._shards.compare_again()
-        has_cls = self._shards is None or self._shards.rank == 0
-        rows = Rows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=has_cls, pack=self._shards is None)
-        if rows.mask is not None and config.padding == "zero_keys" and self._shards is not None:
-            raise ValueError(
-                "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
-                "depends on each slide's own length; give one slide at a time, or take padding='none'"
-            )
+        rows = SlideRows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=self._is_first, pack=self._shards is None)
         if rows.mask is not None and config.padding == "zero_keys":
+            if self._shards is not None:
+                raise ValueError(
+                    "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
+                    "depends on each slide's own length; give one slide at a time, or take padding='none'"
+                )
             raise ValueError(
                 "expected mask to be padded on the right with padding='zero_keys', got one with holes: the official "
                 "numbers know no hidden tiles; take them out of the slide, or take padding='none'"
             )
         if mask is not None:
-            tiles = tiles.masked_fill(~mask[..., None], 0.0)  # what stands there may be anything, NaN too
-        x = self.patch_embed(tiles.to(self.patch_embed.proj.weight.dtype))
-        x = (x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)).to(
-            self.cls_token.dtype
-        )
-        if has_cls:
+            tiles = tiles.masked_fill(~mask[..., None], 0.0)  # padding may hold anything, NaN too
+        x = self.patch_embed(tiles.to(self.cls_token.dtype))
+        x = x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
+        x = x.to(self.cls_token.dtype)
+        if rows.has_cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         x = rows.lay_out(x)
         if self.training and config.dropout > 0.0:
             x = nn.functional.dropout(x, config.dropout)
         return x, rows
 
+    @torch.no_grad()
     def attention_map(
         self,
         tiles: Tensor,
@@ -267,9 +221,9 @@ class SlideEncoder(nn.Module):
         head: int | None = None,
         query: int | Literal["cls"] | Sequence[int] | Tensor = "cls",
     ) -> AttentionMap:
-        """How much some tiles, or the cls token, attend to each tile in one layer: exact, for what is asked alone.
+        """The exact attention of some tiles, or of the cls token, to each tile in one layer.
 
-        The rest of the layer is not formed: memory grows with the number of queries times the number of tiles.
+        Only the rows asked for are formed: memory grows with the number of queries times the number of tiles.
 
         Args:
             tiles: `(1, L, in_chans)`, one slide.
@@ -284,13 +238,34 @@ class SlideEncoder(nn.Module):
         Raises:
             ValueError: a layer, head or query that is not there, more than one slide, a sharded model.
         """
-        from dilated_attention_pytorch.models.slide.attention import attention_map
-
+        config = self.config
         if self._shards is not None:
             raise ValueError("expected a model that is not sharded for an attention map; load it once more on one rank")
-        return attention_map(self, tiles, coords, layer=layer, head=head, query=query)
+        if has_head_groups(self):
+            raise ValueError(
+                "expected an encoder with head_groups=False, got one made in legacy mode, whose heads have one branch "
+                "each"
+            )
+        if self.training:
+            raise ValueError("expected a model in evaluation mode, got one in training: call eval() first")
+        if not 0 <= check_int("layer", layer, 0) < config.depth:
+            raise ValueError(f"expected layer in [0, {config.depth}), got {layer}")
+        if head is not None and not 0 <= check_int("head", head, 0) < config.num_heads:
+            raise ValueError(f"expected head in [0, {config.num_heads}), got {head}")
+        if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
+            raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
+        x, _ = self.embed(tiles, coords)  # checks both
+        queries = query_rows(query, tiles.shape[1])
+        before = islice(chain([x], self.encoder.states(x, is_causal=False)), layer + 1)
+        asked: Any = self.encoder.layers[layer]
+        return layer_attention(asked, deque(before, maxlen=1).pop(), config, head, queries)
 
-    def _drop_path(self, rows: Rows, x: Tensor) -> Tensor | None:
+    @property
+    def _is_first(self) -> bool:
+        """Whether this rank has the first tiles, and the cls token before them."""
+        return self._shards is None or self._shards.rank == 0
+
+    def _drop_path(self, rows: SlideRows, x: Tensor) -> Tensor | None:
         """Factors for each layer and slide; None where nothing is dropped."""
         if not self.training or self.config.drop_path == 0.0:
             return None
@@ -299,16 +274,17 @@ class SlideEncoder(nn.Module):
             factors = sum_over_ranks(factors * (self._shards.rank == 0), self._shards)
         return rows.per_row(factors)
 
-    def _summary(self, h: Tensor, rows: Rows) -> Tensor:
-        """What this rank knows of each slide's embedding, before the norm: `(B, D)`, or with the count beside it."""
+    def _summary(self, h: Tensor, rows: SlideRows) -> Tensor:
+        """This rank's part of each slide's embedding, before the norm: `(B, D)`, or with the count beside it."""
         if self.config.global_pool:
             sums, counts = rows.tile_sums(h)
             return torch.cat((sums, counts.to(sums.dtype)), 1)
         if rows.has_cls:
             return rows.cls_rows(h)
-        return h[:, :0].sum(1)  # zeros that h still stands behind: this rank's backward runs along with the first's
+        return h[:, :0].sum(1)  # zeros that keep h in the graph, so that this rank joins the backward's collectives
 
-    def _over_ranks(self, summary: Tensor, rows: Rows) -> Tensor:
+    def _over_ranks(self, summary: Tensor) -> Tensor:
+        """The embeddings of whole slides, before the norm: the first rank's cls tokens, or the mean over all tiles."""
         if self._shards is not None:
             summary = sum_over_ranks(summary, self._shards)
         if not self.config.global_pool:
@@ -320,7 +296,7 @@ class SlideEncoder(nn.Module):
         return (sums / counts).to(self.cls_token.dtype)
 
     def _outer_norm(self, x: Tensor) -> Tensor:
-        if self._shards is None or self._shards.rank == 0:
+        if self._is_first:
             out: Tensor = self.norm(x)
             return out
         # The same on every rank; the parameters' gradient is counted on the first alone.

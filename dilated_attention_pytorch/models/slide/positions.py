@@ -1,4 +1,4 @@
-"""Where a tile stands: sincos codes of its column and row, made when they are needed.
+"""Positions of tiles: sincos codes of their columns and rows, made when they are needed.
 
 The official code keeps a table of a row for each of 1,000 x 1,000 places, 3 GB at 768 wide. Each row is two codes side
 by side, one for each coordinate, so a table of 1,000 half rows (1.5 MB) holds the very same numbers.
@@ -13,14 +13,9 @@ from torch import Tensor
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
-    """`[sin, cos]` of positions times `10000 ** (-i / (width / 2))`, in fp64.
+    """`[sin, cos]` of positions `(...)` times `10000 ** (-i / (width / 2))`, fp64 `(..., width)`.
 
-    Args:
-        positions: `(...)`.
-        width: even.
-
-    Returns:
-        `(..., width)`, fp64, on the CPU: not every device has fp64.
+    The result is on the CPU: not every device has fp64.
     """
     omega = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = positions.to("cpu", torch.float64)[..., None] * omega
@@ -36,7 +31,7 @@ def sincos_table(size: int, width: int, device: torch.device) -> Tensor:
 
 
 def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The grid row and column of each tile, as the official code finds them.
+    """The place of each tile along x and along y, two int64 `(...)`, as the official code finds them.
 
     Tile (x, y) has the number `floor(x / tile_size) * slide_ngrids + floor(y / tile_size)` in a square grid, so a y
     beyond the grid runs over into the next x, there and here.
@@ -45,14 +40,7 @@ def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor 
         coords: `(..., 2)`, x and y in pixels; ints, fp32 or fp64.
         tile_size: pixels between neighbouring tiles.
         slide_ngrids: side of the grid.
-        real: bool `(...)`; what is not real may stand anywhere.
-
-    Returns:
-        Two int64 `(...)`: along x and along y.
-
-    Raises:
-        TypeError: half precision, which cannot hold a slide's pixels.
-        ValueError: a tile outside of the grid, inf or NaN.
+        real: bool `(...)`; tiles that are not real may have any coordinates.
     """
     if coords.dtype in (torch.float16, torch.bfloat16) or coords.is_complex() or coords.dtype == torch.bool:
         raise TypeError(

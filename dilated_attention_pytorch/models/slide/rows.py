@@ -1,25 +1,26 @@
-"""How a batch of slides lies in rows while it is encoded: as it came, packed, or sharded over ranks."""
+"""The rows of a batch of slides while it is encoded: padded, packed, or sharded over ranks."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.models.layers import RowMasks
 
 
-class Rows(NamedTuple):
-    """The layout of one batch of slides, the cls token included.
+class SlideRows(NamedTuple):
+    """The rows of one batch of slides, cls tokens included.
 
-    Slides of different lengths, padded on the right, are packed: every row is a real one, and each slide is what it
-    would be alone, in either padding mode. A mask with holes hides keys and moves no position.
+    Slides of different lengths, padded on the right, are packed: every row is real, and each slide gives what it gives
+    alone, in either padding mode. A mask with holes hides keys and moves no position.
 
     Attributes:
         num_slides: B.
-        num_tiles: L, as the batch came.
+        num_tiles: L of the padded batch.
         mask: bool `(B, rows)`, True = real; None where all are, or when packed.
         kept: int64 `(total,)`, rows of the packed batch in the flat one; None when not packed.
         bounds: first row of each packed slide, and the end; None when not packed.
@@ -36,8 +37,8 @@ class Rows(NamedTuple):
     @classmethod
     def of(
         cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool = True, pack: bool = True
-    ) -> Rows:
-        """The layout for a mask of tiles `(B, L)`, True = real."""
+    ) -> SlideRows:
+        """The rows for a mask of tiles `(B, L)`, True = real."""
         if mask is None or (pack and bool(mask.all())):
             return cls(num_slides, num_tiles, has_cls=has_cls)
         full = torch.cat((mask.new_ones(num_slides, 1), mask), 1) if has_cls else mask
@@ -48,17 +49,17 @@ class Rows(NamedTuple):
         return cls(num_slides, num_tiles, full, has_cls=has_cls)
 
     def lay_out(self, x: Tensor) -> Tensor:
-        """`(B, rows, D)` as the layers take it: packed `(total, D)`, or as it is."""
+        """`(B, rows, D)` as the layers take it: packed `(total, D)`, or unchanged."""
         return x if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
 
-    def options(self, device: torch.device) -> dict[str, Any]:
-        """What the layers need to know."""
+    def options(self, device: torch.device) -> RowMasks:
+        """The mask or the bounds, as the layers take them."""
         if self.bounds is not None:
             return {"cu_seqlens": torch.tensor(self.bounds, dtype=torch.int32, device=device)}
         return {"key_padding_mask": self.mask}
 
     def per_row(self, factors: Tensor) -> Tensor:
-        """Factors `(..., B)`, one a slide, so that they broadcast to the rows."""
+        """Makes factors `(..., B)`, one per slide, broadcast to the rows."""
         if self.bounds is None:
             return factors[..., None, None]
         lengths = torch.tensor(self.bounds, device=factors.device).diff()
@@ -73,9 +74,8 @@ class Rows(NamedTuple):
         """The sum over each slide's real tiles `(B, D)`, in fp32 (fp64), and how many those are, `(B, 1)`."""
         dtype = accumulator(h.dtype)
         if self.bounds is not None:
-            sums = torch.stack(
-                [h[start + 1 : stop].sum(0, dtype=dtype) for start, stop in itertools.pairwise(self.bounds)]
-            )
+            slides = itertools.pairwise(self.bounds)
+            sums = torch.stack([h[start + 1 : stop].sum(0, dtype=dtype) for start, stop in slides])
             return sums, torch.tensor(self.bounds, device=h.device).diff()[:, None] - 1
         tiles = h[:, 1:] if self.has_cls else h
         if self.mask is None:
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
         return tiles.masked_fill(~real[..., None], 0.0).sum(1, dtype=dtype), real.sum(1, keepdim=True)
 
     def tiles(self, h: Tensor) -> Tensor:
-        """The tiles' rows as the batch came, `(B, L, D)`, zeros where there is none."""
+        """The tiles' rows in the order of the batch, `(B, L, D)`; zeros where the mask has none."""
         if self.kept is not None:
             flat = h.new_zeros(self.num_slides * (self.num_tiles + 1), h.shape[-1]).index_copy(0, self.kept, h)
             return flat.view(self.num_slides, self.num_tiles + 1, -1)[:, 1:]
