@@ -188,7 +188,7 @@ def dilated_attention_with_lse(
         found = _reference(x, problem, masks)
     else:
         ops.refuse_tangents(x)
-        check.check_savable(x)
+        check.check_savable(x._asdict())
         found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
         fast_path.remember(kind, x, problem, backend)
     return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])

@@ -261,8 +261,14 @@ class MultiheadDilatedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.embed_dim = check.check_positive_int("embed_dim", embed_dim)
-        self.num_heads = check.check_positive_int("num_heads", num_heads)
+        self.embed_dim = embed_dim = check.check_width("embed_dim", embed_dim)
+        self.num_heads = num_heads = check.check_positive_int("num_heads", num_heads)
+        check.check_factory(device, dtype)
+        for name, flag in (("bias", bias), ("layer_norm", layer_norm)):
+            check.check_bool(name, flag)
+        for name, number in (("layer_norm_eps", layer_norm_eps), ("rotary_base", rotary_base)):
+            check.check_above_zero(name, number)
+        scale_base = check.check_above_zero("scale_base", scale_base)
         self.num_kv_heads = self.num_heads
         if num_kv_heads is not None:
             self.num_kv_heads = check.check_positive_int("num_kv_heads", num_kv_heads)
@@ -270,14 +276,16 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError(f"expected embed_dim to be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if num_heads % self.num_kv_heads:
             raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
-        if batch_first is not True:
+        if not check.check_bool("batch_first", batch_first):
             raise ValueError(
-                f"expected batch_first=True, got {batch_first!r}: inputs are (B, N, embed_dim); transpose them first"
+                f"expected batch_first=True, got {batch_first}: inputs are (B, N, embed_dim); transpose them first"
             )
         if positions is not None:
             check.check_choice("positions", positions, Positions)
         self.head_dim = embed_dim // num_heads
-        self.gamma_init = gamma_init
+        self.gamma_init = check.check_float("gamma_init", gamma_init)
+        if self.gamma_init < 0.0:
+            raise ValueError(f"expected gamma_init of at least 0, got {gamma_init}")
         self.attention = DilatedAttention(
             segment_lengths,
             dilation_rates,
@@ -323,6 +331,13 @@ class MultiheadDilatedAttention(nn.Module):
         """The rotation of rows x `(..., N, embed_dim)` from position `start` on; layers alike can share one."""
         if self.rotary is None:
             return None
+        if cu_seqlens is not None:
+            check.check_cu_seqlens(cu_seqlens)
+            check.check_readable("cu_seqlens", cu_seqlens, x.device)
+        elif row_start is not None:
+            check.check_row_start(row_start, x.shape[0])
+            check.check_readable("row_start", row_start, x.device)
+        check.check_all_or_none_fake(x, {"cu_seqlens": cu_seqlens, "row_start": row_start})
         rows = row_positions(x.shape[-2], start=start, row_start=row_start, cu_seqlens=cu_seqlens, device=x.device)
         return self.rotary.rotation(rows, x.dtype)
 
@@ -365,10 +380,19 @@ class MultiheadDilatedAttention(nn.Module):
         Raises:
             ValueError: shapes or options that do not fit, `need_weights=True`.
         """
-        if need_weights:
+        if check.check_bool("need_weights", need_weights):
             raise ValueError("expected need_weights=False, got True: attention weights are never formed here")
-        if query.shape[-1] != self.embed_dim:
-            raise ValueError(f"expected query of shape (..., N, {self.embed_dim}), got {tuple(query.shape)}")
+        check.check_bool("is_causal", is_causal)
+        for name, x, linear in (
+            ("query", query, self.q_proj),
+            ("key", key, self.k_proj),
+            ("value", value, self.v_proj),
+        ):
+            check.check_multiplicand(name, x, linear)
+        rank, width = 3 if cu_seqlens is None else 2, self.embed_dim
+        if query.dim() != rank or query.shape[-1] != width:
+            layout = f"(B, N, {width})" if rank == 3 else f"(total, {width}) with cu_seqlens"
+            raise ValueError(f"expected query of shape {layout}, got {tuple(query.shape)}")
         if key.shape != query.shape or value.shape != query.shape:
             raise ValueError(
                 "expected key and value of query's shape, since all three are positions of one sequence, got query "
@@ -380,10 +404,14 @@ class MultiheadDilatedAttention(nn.Module):
                 "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
                 "exponentially; take positions='rotary'"
             )
+        if cache is not None and not callable(getattr(cache, "append", None)):
+            raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
         q_start = 0 if cache is None else cache.length
+        if rotation is not None and not isinstance(rotation, Rotation):
+            raise TypeError(f"expected rotation to be a Rotation, got {type(rotation).__name__}")
         if rotation is None:
             rotation = self.rotation(query, start=q_start, row_start=row_start, cu_seqlens=cu_seqlens)
         if rotation is not None:

@@ -20,6 +20,7 @@ from dilated_attention_pytorch.core.validation import (
     check_bool,
     check_choice,
     check_dense,
+    check_index,
     check_int,
     check_int_range,
     check_positive_ints,
@@ -103,7 +104,7 @@ class DilatedPattern:
     def offset(self, branch: int, head: int) -> int:
         """The residue that key/value head `head` keeps in branch `branch`."""
         rate = self.dilation_rates[self._checked(branch)]
-        head = check_int("head", head, 0, self.num_heads)
+        head = check_index("head", head, self.num_heads)
         return head % rate if self.offsets == "modulo" else head // ceil_div(self.num_heads, rate)
 
     def head_groups(self, branch: int) -> list[tuple[int, slice]]:
@@ -118,10 +119,10 @@ class DilatedPattern:
     def members(self, branch: int, offset: int) -> Members:
         """The positions that the heads of one offset keep in a branch."""
         length, rate = self.branches[self._checked(branch)]
-        return Members(length, rate, check_int("offset", offset, 0, rate))
+        return Members(length, rate, check_index("offset", offset, rate))
 
     def _checked(self, branch: int) -> int:
-        return check_int("branch", branch, 0, len(self.segment_lengths))
+        return check_index("branch", branch, len(self.segment_lengths))
 
     def membership(self, positions: Tensor) -> Tensor:
         """Which positions each (branch, head) keeps.
@@ -154,7 +155,7 @@ class DilatedPattern:
             is_causal: leave out later positions.
         """
         seq_len = check_int("seq_len", seq_len, 0)
-        position = check_int("position", position, 0, seq_len)
+        position = check_index("position", position, seq_len)
         check_bool("is_causal", is_causal)
         found = []
         for i, (length, rate) in enumerate(self.branches):

@@ -6,11 +6,11 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.precision import accumulator
@@ -19,7 +19,7 @@ from dilated_attention_pytorch.types import QKV, Masks
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The square root leaves q . k as much room as scale takes, which no product of two fp16 rows fills.
 _LARGEST_SCALE = {dtype: math.sqrt(torch.finfo(accumulator(dtype)).max) for dtype in FLOAT_DTYPES}
-_INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LONGEST = 200  # characters of a value in a message
 
 
@@ -86,6 +86,20 @@ def check_device(name: str, value: object) -> torch.device:
         raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {shown(value)}") from error
 
 
+def check_factory(device: object, dtype: object) -> None:
+    """Where parameters are made, and in which dtype; None for torch's defaults."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES):
+        raise TypeError(f"expected dtype to be float16, bfloat16, float32 or float64, got {shown(dtype)}")
+    if device is None:
+        return
+    if isinstance(device, bool) or not isinstance(device, int):
+        device = check_device("device", device)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several types, with advice on torch's build
+        raise ValueError(f"expected device to be one that is there, got {device}") from error
+
+
 def check_float(name: str, value: object) -> float:
     """A finite number, as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -121,7 +135,7 @@ def check_seed(seed: object) -> None:
     """Raises unless the seed is None, a 64-bit int or an integer scalar tensor."""
     if isinstance(seed, Tensor):
         check_dense("seed", seed)
-        if seed.dtype not in _INT_DTYPES or seed.numel() != 1:
+        if seed.dtype not in INT_DTYPES or seed.numel() != 1:
             raise TypeError(
                 f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {tuple(seed.shape)}"
             )
@@ -132,6 +146,24 @@ def check_seed(seed: object) -> None:
 def check_positive_int(name: str, value: object) -> int:
     """An int of at least 1."""
     return check_int(name, value, 1)
+
+
+def check_index(name: str, value: object, size: int) -> int:
+    """An int in [0, size)."""
+    number = check_int(name, value, 0)
+    if number >= size:
+        raise ValueError(f"expected {name} in [0, {size}), got {_number(number)}")
+    return number
+
+
+def check_width(name: str, value: object) -> int:
+    """The width of a layer: an int of at least 1, and no more than memory has room for."""
+    return check_int(name, value, 1, 1 << 24)
+
+
+def check_depth(name: str, value: object) -> int:
+    """A number of layers: an int of at least 1, and no more than can be made."""
+    return check_int(name, value, 1, 1 << 16)
 
 
 def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
@@ -159,7 +191,7 @@ def check_probability(name: str, value: float) -> float:
     return float(value)
 
 
-def check_dense(name: str, x: object) -> None:
+def check_dense(name: str, x: Any) -> None:
     """A tensor of numbers at strides; sparse, nested and mkldnn ones have no pointer, some of them no shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
@@ -175,7 +207,7 @@ def check_readable(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"expected {name} on q's device {device} or on the CPU, got {x.device}")
 
 
-def check_all_or_none_fake(first: Tensor, others: dict[str, object]) -> None:
+def check_all_or_none_fake(first: Tensor, others: Mapping[str, object]) -> None:
     """Fake tensors, which have no values, come only with others of their kind."""
     if torch.compiler.is_compiling():
         return
@@ -184,13 +216,58 @@ def check_all_or_none_fake(first: Tensor, others: dict[str, object]) -> None:
             raise TypeError(f"expected {name} to be a fake tensor like all others or none, got {type(x).__name__}")
 
 
-def check_savable(x: QKV) -> None:
-    """None made in inference mode where a gradient is wanted: autograd keeps all three for the backward."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(y.requires_grad for y in x):
+def check_savable(named: Mapping[str, Tensor], *others: Tensor) -> None:
+    """None made in inference mode where any or another requires a gradient: autograd keeps them for the backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for name, y in zip(x._fields, x, strict=True):
-        if y.is_inference():
-            raise ValueError(f"expected {name} made outside inference mode where a gradient is wanted: clone it first")
+    if any(x.requires_grad for x in (*named.values(), *others)):
+        for name, x in named.items():
+            if x.is_inference():
+                raise ValueError(
+                    f"expected {name} made outside inference mode where a gradient is wanted; clone it outside"
+                )
+
+
+def check_multiplicand(name: str, x: Any, *modules: nn.Module) -> None:
+    """A dense tensor of the device and dtype of the weights that plain modules multiply it by.
+
+    Modules of other classes, or with hooks, may bring the tensor there themselves: adapters, FSDP, offloading.
+    """
+    check_dense(name, x)
+    if _are_plain(modules):
+        weight: Tensor = modules[0].weight  # type: ignore[assignment]
+        check_beside(name, x, weight)
+        if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"expected {name} of the parameters' dtype {weight.dtype}, got {x.dtype}")
+
+
+def check_looked_up(name: str, x: Any, embedding: nn.Module) -> None:
+    """A dense tensor on the device of the table that it looks up."""
+    check_dense(name, x)
+    if _are_plain((embedding,)):
+        check_beside(name, x, embedding.weight)  # type: ignore[arg-type]
+
+
+def check_beside(name: str, x: Tensor, parameter: Tensor) -> None:
+    """A tensor on a parameter's device, not fake beside a real one, nor of inference mode beside one that learns."""
+    if x.device != parameter.device:
+        raise ValueError(f"expected {name} on the model's device {parameter.device}, got {x.device}")
+    if not torch.compiler.is_compiling() and not torch_private.is_watched():
+        check_all_or_none_fake(parameter, {name: x})
+        check_savable({name: x}, parameter)
+
+
+def _are_plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules compute what their classes say, of what they are given; never said while compiling."""
+    if torch.compiler.is_compiling() or torch_private.is_watched():
+        return False
+    return all(
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
+        and type(module.weight) is nn.Parameter
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+        for module in modules
+    )
 
 
 def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:

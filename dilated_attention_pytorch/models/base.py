@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
 import torch
 from torch import nn
 
-from dilated_attention_pytorch.core.validation import check_bool
+from dilated_attention_pytorch.core.validation import check_bool, check_choice, check_factory, shown
 from dilated_attention_pytorch.models.config import ModelConfig
 from dilated_attention_pytorch.types import BackendName
 
@@ -40,8 +40,10 @@ class Model(nn.Module, Generic[_Config]):
         super().__init__()
         kind: Any = self.config_class
         if config is not None and not isinstance(config, kind):
-            raise TypeError(f"expected config to be a {kind.__name__}, got {type(config).__name__} {config!r}")
+            raise TypeError(f"expected config to be a {kind.__name__}, got {shown(config)}")
         check_bool("gradient_checkpointing", gradient_checkpointing)
+        check_factory(device, dtype)
+        backend = check_choice("backend", backend, BackendName)
         self.config: _Config = replace(config or kind(), **overrides)
         self.gradient_checkpointing = gradient_checkpointing
         self._backend: BackendName = backend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -29,10 +29,16 @@ class ModelConfig:
         Raises:
             ValueError: a key that is no field, by name.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"expected values to be a mapping, got {check.shown(values)}")
         known = sorted(field.name for field in fields(cls))
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, set(values) - set(known))):
             raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
         return cls(**values)
+
+    def _keep(self, check: Callable[[str, Any], Any], *names: str) -> None:
+        """Replaces fields by what a check makes of them: plain numbers, as JSON has them."""
+        self._set(**{name: check(name, getattr(self, name)) for name in names})
 
     def _set(self, **values: Any) -> None:
         """Replaces fields by their checked values: JSON gives lists, a frozen value holds tuples."""
@@ -100,29 +106,26 @@ class LongNetConfig(ModelConfig):
     tie_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward"):
-            check.check_positive_int(name, getattr(self, name))
-        for name in ("num_kv_heads", "vocab_size"):
-            if getattr(self, name) is not None:
-                check.check_positive_int(name, getattr(self, name))
+        self._keep(check.check_width, "d_model", "nhead", "dim_feedforward")
+        self._keep(check.check_depth, "num_encoder_layers", "num_decoder_layers")
+        self._keep(check.check_width, *(x for x in ("num_kv_heads", "vocab_size") if getattr(self, x) is not None))
         if self.d_model % self.nhead:
             raise ValueError(f"expected d_model to be a multiple of nhead, got {self.d_model} and {self.nhead}")
-        for name in ("dropout", "attention_dropout"):
-            check.check_probability(name, getattr(self, name))
-        for name in ("layer_norm_eps", "rotary_base", "scale_base"):
-            check_above_zero(name, getattr(self, name))
+        self._keep(check.check_probability, "dropout", "attention_dropout")
+        self._keep(check.check_above_zero, "layer_norm_eps", "rotary_base", "scale_base")
         options = {"activation": Activation, "mixing_gradient": MixingGradient, "padding": Padding}
-        for name, allowed in options.items():
-            check.check_choice(name, getattr(self, name), allowed)
         if self.positions is not None:
-            check.check_choice("positions", self.positions, Positions)
+            options["positions"] = Positions
+        self._set(**{name: check.check_choice(name, getattr(self, name), options[name]) for name in options})
         check.check_bool("tie_weights", self.tie_weights)
         pattern = self.pattern
         if self.nhead % pattern.num_heads:
             raise ValueError(
                 f"expected nhead to be a multiple of num_kv_heads, got {self.nhead} and {self.num_kv_heads}"
             )
-        self._set(segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
+        self._set(
+            segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, offsets=pattern.offsets
+        )
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -146,11 +149,3 @@ def encoder_layers(config: Any, **options: Any) -> LongNetConfig:
         offsets=config.offsets,
         **options,
     )
-
-
-def check_above_zero(name: str, value: object) -> None:
-    """Raises unless a value is a number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-    if not value > 0:
-        raise ValueError(f"expected {name} above 0, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
@@ -50,6 +51,9 @@ def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> N
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises for an option that is unknown, out of range or of the wrong type."""
+    generator = sampling.get("generator")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected generator to be a torch.Generator, got {check.shown(generator)}")
     if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
     temperature, top_k, top_p = _filters(sampling)
@@ -60,10 +64,9 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     eos_token, seed = sampling.get("eos_token"), sampling.get("seed")
     if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-    if not 0.0 < temperature < float("inf"):
+    if top_p is not None:
+        check.check_float("top_p", top_p)
+    if not check.check_float("temperature", temperature) > 0.0:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
@@ -95,7 +98,7 @@ def sample(
     training = [module for module in model.modules() if module.training]
     eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
     if (seed := sampling.get("seed")) is not None:
-        generator = torch.Generator(prompt.device).manual_seed(seed)
+        generator = torch.Generator(prompt.device).manual_seed(operator.index(seed))
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = prompt
     try:
@@ -130,7 +133,7 @@ def token_probabilities(
     The temperature divides the logits; of the `top_k` likeliest tokens the fewest stay that together have at least the
     probability `top_p`, always one.
     """
-    logits = logits.to(accumulator(logits.dtype)) / temperature
+    logits = logits.to(accumulator(logits.dtype)) / float(temperature)
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     size = logits.shape[-1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
+from dilated_attention_pytorch.core.validation import check_dense, check_multiplicand
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.base import TensorOptions
 from dilated_attention_pytorch.models.config import LongNetConfig
@@ -146,6 +147,7 @@ class Layer(nn.Module):
             scales: `(2, ...)`, factors that broadcast to x, on the outputs of self-attention and feed-forward.
             rows: see `RowMasks`.
         """
+        check_multiplicand("x", x, self.self_attn.q_proj, self.self_attn_layer_norm)
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
         (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
         h, _ = self.self_attn(h, h, h, is_causal=is_causal, rotation=rotation, cache=cache, **rows)
@@ -218,6 +220,11 @@ class LayerStack(nn.Module):
             gradient_checkpointing: compute each layer again in the backward instead of keeping its activations.
             rows: see `RowMasks`.
         """
+        check_dense("x", x)
+        rank, width = 2 if rows.get("cu_seqlens") is not None else 3, self.layer_norm.normalized_shape[0]
+        if x.dim() != rank or x.shape[-1] != width:
+            layout = f"(total, {width}) with cu_seqlens" if rank == 2 else f"(B, N, {width})"
+            raise ValueError(f"expected x of shape {layout}, got {tuple(x.shape)}")
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         rotation = first.rotation(x, start=start, row_start=rows.get("row_start"), cu_seqlens=rows.get("cu_seqlens"))

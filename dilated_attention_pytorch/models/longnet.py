@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
-from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.core.validation import check_int, check_looked_up
 from dilated_attention_pytorch.models.base import Model, TensorOptions
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig
@@ -258,6 +258,8 @@ class LongNetLM(Model[LongNetConfig]):
             raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
         if tokens.shape[1] == 0:
             raise ValueError("expected at least one token with a cache, got none")
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
         cache.check(tokens.shape[0], self.config.num_decoder_layers)
         cache.begin(tokens.shape[1])
         out = self.decoder(x, is_causal=True, row_start=cache.row_start, start=cache.length, caches=cache.layers)
@@ -303,7 +305,8 @@ class LongNetLM(Model[LongNetConfig]):
         vocab_size = self.config.vocab_size
         assert vocab_size is not None
         check_int("max_new_tokens", max_new_tokens, 0)
-        self._check(prompt, packed=False)
+        with torch.no_grad():  # a prompt of inference mode is as good as any
+            self._check(prompt, packed=False)
         check_prompt(prompt, vocab_size, sampling.get("row_start"))
         check_sampling(sampling, vocab_size)
         cache = self.make_cache(row_start=sampling.get("row_start"))
@@ -327,8 +330,7 @@ class LongNetLM(Model[LongNetConfig]):
         return self._shards.start(tokens.shape[1], seq_len)
 
     def _check(self, tokens: Tensor, packed: bool) -> None:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"expected tokens to be a Tensor, got {type(tokens).__name__}")
+        check_looked_up("tokens", tokens, self.embed_tokens)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"expected tokens of dtype int32 or int64, got {tokens.dtype}")
         if tokens.dim() != (1 if packed else 2):

@@ -68,22 +68,26 @@ class LongViTConfig(ModelConfig):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("in_chans", "patch_size", "embed_dim", "depth", "num_heads", "ffn_dim"):
-            check.check_positive_int(name, getattr(self, name))
-        check.check_int("num_classes", self.num_classes, 0)
-        check.check_choice("positions", self.positions, PatchPositions)
-        check.check_choice("order", self.order, PatchOrder)
-        check.check_probability("drop_path", self.drop_path)
+        self._keep(check.check_width, "in_chans", "embed_dim", "num_heads", "ffn_dim")
+        self._keep(check.check_depth, "depth", "patch_size")
+        self._set(
+            num_classes=check.check_int("num_classes", self.num_classes, 0, 1 << 24),
+            positions=check.check_choice("positions", self.positions, PatchPositions),
+            order=check.check_choice("order", self.order, PatchOrder),
+            drop_path=check.check_probability("drop_path", self.drop_path),
+        )
         if self.embed_dim % 4 or self.embed_dim % self.num_heads:
             raise ValueError(
                 f"expected embed_dim to be a multiple of 4 and of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
         grid = check.check_positive_ints("position_grid", self.position_grid)
         if len(grid) != 2:
-            raise ValueError(f"expected position_grid to be (rows, columns), got {grid}")
+            raise ValueError(f"expected position_grid to be (rows, columns), got {check.shown(grid)}")
+        grid = tuple(check.check_depth(f"position_grid[{i}]", n) for i, n in enumerate(grid))
         check.check_bool("global_pool", self.global_pool)
         layers = self.layers
-        self._set(position_grid=grid, segment_lengths=layers.segment_lengths, dilation_rates=layers.dilation_rates)
+        shared = "segment_lengths dilation_rates dropout offsets layer_norm_eps"
+        self._set(position_grid=grid, **{name: getattr(layers, name) for name in shared.split()})
 
     @property
     def layers(self) -> LongNetConfig:
@@ -156,10 +160,10 @@ class LongViT(Model[LongViTConfig]):
             TypeError: no tensor, or one of another dtype; under autocast it may be any that autocast converts.
         """
         config, size = self.config, self.config.patch_size
-        if not isinstance(images, Tensor):
-            raise TypeError(f"expected images to be a Tensor, got {type(images).__name__}")
+        check.check_dense("images", images)
         if images.dim() != 4 or images.shape[1] != config.in_chans:
             raise ValueError(f"expected images of shape (B, {config.in_chans}, H, W), got {tuple(images.shape)}")
+        check.check_beside("images", images, self.cls_token)
         images, like = in_autocast_dtype(images, self.cls_token)
         if images.dtype != like.dtype:
             raise TypeError(f"expected images of the parameters' dtype {like.dtype}, got {images.dtype}")

@@ -42,7 +42,7 @@ def main() -> int:
             known: set[str] = set()
             counts[name] += run(TARGETS[name], first + rounds, given.calls, known, shrink=False)
             for text in known:
-                what = text.split("\n")[0]
+                what = " ".join([name, *text.split()[:8]])  # the same line and error, of other values
                 if what not in failed:
                     failed[what] = f"{text}\nrepeat it with: {REPEAT.format(name, first + rounds, given.calls)}\n"
                     print(f"\n{name}: {failed[what]}", flush=True)

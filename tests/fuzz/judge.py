@@ -48,7 +48,7 @@ class Call:
     keep: object = None
 
     def __repr__(self) -> str:
-        name = getattr(self.function, "__qualname__", str(self.function))
+        name = getattr(self.function, "__qualname__", type(self.function).__name__)
         given = [shown(x) for x in self.args] + [f"{key}={shown(x)}" for key, x in self.kwargs.items()]
         return f"{name}({', '.join(given)}) {self.setting}"
 
@@ -98,6 +98,6 @@ def _ours(error: Exception) -> bool:
 
 def _short(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
-    where = f"{frames[-1].filename.removeprefix(PACKAGE)}:{frames[-1].lineno} " if frames else ""
+    where = f"{frames[-1].filename.removeprefix(PACKAGE)}:{frames[-1].lineno} " if frames else "? "
     message = str(error).strip().replace("\n", " ")
     return f"{where}{type(error).__name__}: {message[:400]}"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, check_above_zero, encoder_layers
+from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
 from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
 
 _SHORTEST, _BRANCHES = 1024, 5
@@ -97,23 +97,23 @@ class SlideEncoderConfig(ModelConfig):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("in_chans", "tile_size", "slide_ngrids"):
-            check.check_positive_int(name, getattr(self, name))
-        layers = self.layers  # checks what it shares with LongNet
-        if self.embed_dim % 4:
-            raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {self.embed_dim}")
-        check.check_probability("drop_path", self.drop_path)
-        check_above_zero("norm_eps", self.norm_eps)
-        check.check_bool("global_pool", self.global_pool)
-        self._set(segment_lengths=layers.segment_lengths, dilation_rates=layers.dilation_rates)
-
-    @property
-    def layers(self) -> LongNetConfig:
-        """The same layers as LongNet names them."""
-        for name in ("embed_dim", "depth", "num_heads", "ffn_dim"):
-            check.check_positive_int(name, getattr(self, name))
+        self._keep(check.check_width, "in_chans", "embed_dim", "num_heads", "ffn_dim", "slide_ngrids")
+        self._keep(check.check_depth, "depth")
+        self._keep(check.check_positive_int, "tile_size")
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"expected embed_dim to be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
             )
+        layers = self.layers  # checks what it shares with LongNet
+        if self.embed_dim % 4:
+            raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {self.embed_dim}")
+        self._keep(check.check_probability, "drop_path")
+        self._keep(check.check_above_zero, "norm_eps")
+        self._keep(check.check_bool, "global_pool")
+        shared = "segment_lengths dilation_rates dropout padding mixing_gradient offsets layer_norm_eps"
+        self._set(**{name: getattr(layers, name) for name in shared.split()})
+
+    @property
+    def layers(self) -> LongNetConfig:
+        """The same layers as LongNet names them."""
         return encoder_layers(self, mixing_gradient=self.mixing_gradient, padding=self.padding)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_beside, check_dense, check_int
 from dilated_attention_pytorch.models.base import Model, TensorOptions, has_head_groups
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
@@ -305,18 +305,17 @@ class SlideEncoder(Model[SlideEncoderConfig]):
 
     def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
         for name, x in (("tiles", tiles), ("coords", coords), ("mask", mask)):
-            if not isinstance(x, Tensor) and (x is not None or name != "mask"):
-                raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
-        if not tiles.is_floating_point():
+            if x is not None or name != "mask":
+                check_dense(name, x)
+        if tiles.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected tiles of a floating dtype, got {tiles.dtype}")
         if tiles.dim() != 3 or tiles.shape[-1] != self.config.in_chans:
             raise ValueError(f"expected tiles of shape (B, L, {self.config.in_chans}), got {tuple(tiles.shape)}")
         if coords.shape != (*tiles.shape[:2], 2):
             raise ValueError(f"expected coords of shape {(*tiles.shape[:2], 2)}, got {tuple(coords.shape)}")
-        device = self.cls_token.device
         for name, given in (("tiles", tiles), ("coords", coords), ("mask", mask)):
-            if given is not None and given.device != device:
-                raise ValueError(f"expected {name} on the model's device {device}, got {given.device}")
+            if given is not None:
+                check_beside(name, given, self.cls_token)
         if mask is None:
             return
         if mask.dtype != torch.bool:

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.validation import INT_DTYPES
+
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """`[sin, cos]` of positions `(...)` times `10000 ** (-i / (width / 2))`, fp64 `(..., width)`.
@@ -42,7 +44,7 @@ def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor 
         slide_ngrids: side of the grid.
         real: bool `(...)`; tiles that are not real may have any coordinates.
     """
-    if coords.dtype in (torch.float16, torch.bfloat16) or coords.is_complex() or coords.dtype == torch.bool:
+    if coords.dtype not in (torch.float32, torch.float64, *INT_DTYPES):
         raise TypeError(
             f"expected coords of an int dtype, float32 or float64, got {coords.dtype}: a slide's pixels need 18 bits"
         )

@@ -14,8 +14,8 @@ from fuzz.judge import Call
 from fuzz.table import target
 
 _WRONG = ("", "-1", "0", "1", "3", "2147483648", "9223372036854775807", "9223372036854775808", "1e400", "nan", "inf",
-          "0.5", "x", "1,2", "1,,2", ",", "1,2,3,4,5,6", "modulo", "cuda", "cuda:7", "meta", "[bold]", "/nowhere/at/all",
-          "None", "9" * 5000, "None=None", "steps=-1", "\u00e9\n")  # fmt: skip
+          "0.5", "x", "1,2", "1,,2", ",", "1,2,3,4,5,6", "modulo", "cuda", "cuda:7", "meta", "[bold]",
+          "/nowhere/at/all", "None", "9" * 5000, "None=None", "steps=-1", "\u00e9\n")  # fmt: skip
 
 # Of each command: what is given for positional arguments, and every option that takes a value, with a right one.
 _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
