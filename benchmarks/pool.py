@@ -26,10 +26,10 @@ from typing import Any
 
 import common
 import torch
+from replay_pool import Event, read_events
 
 from dilated_attention_pytorch import UnifiedMemoryPool
 from dilated_attention_pytorch.core.memory import topology
-from dilated_attention_pytorch.core.memory.events import Event, read_events
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
 from dilated_attention_pytorch.testing import peak_bytes
 
@@ -77,6 +77,16 @@ def fixed_set() -> list[Event]:
     return load.events
 
 
+def in_turn() -> list[Event]:
+    """Two sent, two received, in the same order again and again: four sizes that are never all needed."""
+    load = Load(6)
+    for _ in range(150):
+        for size in (6 * MIB, 4 * MIB):
+            load.borrow(size), load.borrow(size + MIB)
+            load.release(0), load.release(0)
+    return load.events
+
+
 def wobbling_sizes() -> list[Event]:
     load = Load(2)
     for _ in range(400):
@@ -110,11 +120,21 @@ def staging() -> list[Event]:
 
 LOADS: dict[str, tuple[str, Callable[[], list[Event]]]] = {
     "fixed set": ("simple", fixed_set),
+    "four sizes in turn": ("fragment_aware", in_turn),
     "wobbling sizes": ("bucketed", wobbling_sizes),
     "many sizes, overlapping": ("fragment_aware", many_sizes),
     "fixed set, then many sizes": ("adaptive", changing),
     "pinned staging": ("numa", staging),
 }
+
+
+def all_loads() -> dict[str, tuple[str, list[Event]]]:
+    """The strategy that each load is meant for, and its events; those made here and those recorded."""
+    loads = {name: (meant, make()) for name, (meant, make) in LOADS.items()}
+    recorded = {
+        f"recording {path.stem}": ("adaptive", read_events(path)) for path in sorted(RECORDINGS.glob("*.jsonl"))
+    }
+    return {**loads, **recorded}
 
 
 @dataclass
@@ -283,8 +303,7 @@ def main() -> None:
     nodes = len(topology.nodes())
     if nodes < 2:
         print("numa places nothing here: one node")
-    loads = {name: (meant, make()) for name, (meant, make) in LOADS.items()}
-    loads |= {f"recording {path.stem}": ("adaptive", read_events(path)) for path in sorted(RECORDINGS.glob("*.jsonl"))}
+    loads = all_loads()
     # In a process of its own: what malloc keeps of it would serve the runs that follow.
     check = failures if device.type == "cuda" else partial(forked, failures)
     common.refuse(problem for _, events in loads.values() for problem in check(events))

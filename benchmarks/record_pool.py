@@ -13,14 +13,19 @@ buffers to a device and back, each range with what its remote branches add. `str
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from replay_pool import VERSION
 
 from dilated_attention_pytorch import RingAttentionConfig, RingDilatedAttention, UnifiedMemoryPool
 from dilated_attention_pytorch.ring_attention import exchange_pool
@@ -29,9 +34,55 @@ RANKS, LAYERS, STEPS = 4, 3, 4
 PATTERN = {"segment_lengths": [2048, 16384, 32768], "dilation_rates": [1, 4, 8]}
 
 
+@contextmanager
+def recording(pool: Any, path: Path) -> Iterator[None]:
+    """Writes each borrow, release and trim of a pool inside the `with` as a line of JSON, for `replay_pool.py`.
+
+    The pool has no hook for it: for that long its own three methods, which run under its lock, are wrapped.
+    """
+    if "_lend" in vars(pool):
+        raise ValueError("expected no recording under way, got a pool that is recorded")
+    begun, streams, tickets = time.perf_counter(), {None: 0}, dict[Any, int]()
+    lend, take_back, trim = pool._lend, pool._take_back, pool._trim
+
+    def number(stream: Any) -> int:
+        return streams.setdefault(stream, len(streams))
+
+    with path.open("w", encoding="utf-8", buffering=1) as file:
+
+        def write(event: str, **fields: Any) -> None:
+            fields = {"event": event, **fields, "us": round((time.perf_counter() - begun) * 1e6)}
+            file.write(json.dumps(fields, separators=(",", ":")) + "\n")
+
+        def recorded_lend(place: Any, size: int, purpose: str) -> Any:
+            ticket = lend(place, size, purpose)
+            where = {"device": str(place.device), "pinned": place.pinned, "purpose": purpose}
+            tickets[ticket] = len(tickets) + 1
+            write("borrow", id=tickets[ticket], bytes=size, **where, stream=number(ticket.stream))
+            return ticket
+
+        def recorded_take_back(ticket: Any, arena: Any, used: Any) -> None:
+            take_back(ticket, arena, used)
+            numbers = None if used is None else sorted({number(x) for x in used})
+            if ticket in tickets:  # what was borrowed earlier is no part of the recording
+                write("release", id=tickets[ticket], streams=numbers)
+
+        def recorded_trim() -> int:
+            freed = trim()
+            write("trim")
+            return freed
+
+        write("begin", version=VERSION, strategy=pool.strategy, limit=pool.limit)
+        pool._lend, pool._take_back, pool._trim = recorded_lend, recorded_take_back, recorded_trim
+        try:
+            yield
+        finally:
+            del pool._lend, pool._take_back, pool._trim  # the class's own again
+
+
 def record(pool: UnifiedMemoryPool, run: Callable[[], object], path: Path) -> None:
     """Whatever `run` borrows from the pool."""
-    with pool.record(path):
+    with recording(pool, path):
         run()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# First: importing a submodule binds it here, and from the next lines on that name is the function.
-from dilated_attention_pytorch import dilated_attention as _old_module  # noqa: F401  # isort: skip
-from dilated_attention_pytorch._deprecated import BY_PLACE, load, old_name
+# 0.4.0: goes with _old. Must come first: importing the old submodule binds `dilated_attention` to the module; the
+# 0.4.0: goes with _old. import of the function below rebinds it.
+__path__ = [*__path__, f"{__path__[0]}/_old/places"]  # 0.4.0: goes with _old
+from dilated_attention_pytorch._old.package import old_name  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core.merge import merge_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.functional import dilated_attention, dilated_attention_with_lse
@@ -28,23 +29,26 @@ if TYPE_CHECKING:
         SlideEncoderConfig,
     )
     from dilated_attention_pytorch.ring_attention import (
+        BaseRingAttention,
+        HilbertMixin,
+        HilbertRingAttention,
         RingAttentionConfig,
         RingDilatedAttention,
+        RingDilatedAttentionHilbert,
         RingDistributedDilatedAttention,
+        RingError,
     )
     from dilated_attention_pytorch.streaming import dilated_attention_streamed
-
-# `import dilated_attention_pytorch.dilated_attention as m` gives the function too, whatever is imported first: Python
-# takes the attribute. So the function has the names that the old module is asked for; what stands in for them warns.
-for _row in BY_PLACE["dilated_attention"].values():
-    setattr(dilated_attention, _row.name, load(_row))
 
 __version__ = "0.3.0.dev0"
 
 __all__ = [
     "AttentionOutput",
+    "BaseRingAttention",
     "DilatedAttention",
     "DilatedPattern",
+    "HilbertMixin",
+    "HilbertRingAttention",
     "LongNet",
     "LongNetConfig",
     "LongNetEncoder",
@@ -54,7 +58,9 @@ __all__ = [
     "MultiheadDilatedAttention",
     "RingAttentionConfig",
     "RingDilatedAttention",
+    "RingDilatedAttentionHilbert",
     "RingDistributedDilatedAttention",
+    "RingError",
     "SlideEncoder",
     "SlideEncoderConfig",
     "UnifiedMemoryPool",
@@ -66,30 +72,17 @@ __all__ = [
 ]
 
 # Loaded when first asked for, so that importing the op costs no more than it must.
-_LAZY = dict.fromkeys(
-    [
-        "LongNet",
-        "LongNetConfig",
-        "LongNetEncoder",
-        "LongNetLM",
-        "LongViT",
-        "LongViTConfig",
-        "SlideEncoder",
-        "SlideEncoderConfig",
-    ],
-    "dilated_attention_pytorch.models",
-) | dict.fromkeys(
-    ["RingAttentionConfig", "RingDilatedAttention", "RingDistributedDilatedAttention"],
-    "dilated_attention_pytorch.ring_attention",
-)
-_LAZY["dilated_attention_streamed"] = "dilated_attention_pytorch.streaming"
-_LAZY["UnifiedMemoryPool"] = "dilated_attention_pytorch.core.memory.unified_pool"
+_LAZY = {"UnifiedMemoryPool": "core.memory.unified_pool", "dilated_attention_streamed": "streaming"}
+_LAZY |= dict.fromkeys((name for name in __all__ if name.startswith(("Long", "Slide"))), "models")
+_LAZY |= dict.fromkeys((name for name in __all__ if "Ring" in name or "Hilbert" in name), "ring_attention")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    return old_name("", name)
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if (old := old_name(name)) is not None:  # 0.4.0: goes with _old
+        return old  # 0.4.0: goes with _old
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""Each head takes one branch: the layout of 0.1 with a softmax that is right, and the switch that makes it usual.
+"""Each head takes one branch: the layout of 0.1 with a softmax that is right, and the switch that makes it the default.
 
-In a branch alone, with one offset o, the members of a segment are dense: slot j of segment s is position
+Within one branch and offset o the members of a segment are dense: slot j of segment s is position
 `s * w + o + j * r`. So the members are taken out as one sequence of rate 1, whose segments are as long as a segment has
 members, and any backend attends to that.
 """
@@ -22,7 +22,7 @@ from dilated_attention_pytorch._deprecated import warn_user
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.members import Members
 from dilated_attention_pytorch.functional import dilated_attention, in_autocast_dtype
-from dilated_attention_pytorch.types import QKV, BackendName, Masks
+from dilated_attention_pytorch.types import QKV, Masks
 
 ENVIRONMENT = "DILATED_ATTENTION_LEGACY"
 _WARNING = (
@@ -30,7 +30,7 @@ _WARNING = (
     "all of them. Attention itself is computed right, which 0.1's was not: see docs/migration.md"
 )
 _legacy: ContextVar[bool] = ContextVar("legacy", default=False)
-_warned = False  # of the environment, once a process
+_warned = False  # of the environment, once per process
 
 
 @contextmanager
@@ -80,116 +80,79 @@ def head_runs(num_heads: int, num_branches: int) -> list[slice]:
 
 
 def grouped_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    is_causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    row_start: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    q_start: int = 0,
-    k_start: int = 0,
-    seq_len: int | None = None,
-    backend: BackendName = "auto",
+    x: QKV,
+    branches: Sequence[tuple[int, int]],
+    masks: Masks,
+    ranges: tuple[object, object, object],
+    seed: int | Tensor | None,
+    **options: Any,
 ) -> Tensor:
-    """Dilated attention where run i of `head_runs` takes branch i alone, with offset `i mod r_i`.
+    """Dilated attention where run i of `head_runs` takes branch i, a pair (w, r), alone, with offset `i mod r_i`.
 
-    Arguments, results and errors are those of `dilated_attention`, except that `row_start` takes whole sequences and no
-    mask beside it.
+    `ranges` are q_start, k_start and seq_len. Arguments, results and errors are those of `dilated_attention`, except
+    that `row_start` takes whole sequences and no mask beside it.
     """
-    x = check.check_qkv(QKV(*in_autocast_dtype(q, k, v)), packed=cu_seqlens is not None)
-    masks = Masks(key_padding_mask, row_start, cu_seqlens)
-    ranges = _checked_ranges(x, masks, q_start, k_start, seq_len)
-    branches = list(zip(segment_lengths, dilation_rates, strict=True))
-    ratio = x.q.shape[-2] // x.k.shape[-2]
+    x = check.check_qkv(QKV(*in_autocast_dtype(*x)), packed=masks.cu_seqlens is not None)
+    shape = x.q.shape
+    places = _checked_ranges(x, masks, *ranges)
+    packing: tuple[Tensor, Tensor] | None = None  # the position of each row in its sequence, and the sequences' bounds
+    if masks.cu_seqlens is not None:
+        bounds = masks.cu_seqlens.long()
+        starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
+        packing = torch.arange(shape[0], device=starts.device) - starts, bounds
+    elif masks.row_start is not None:
+        # Rows that start at different positions are sequences of different lengths, packed.
+        device = masks.row_start.device
+        positions = torch.arange(shape[1], device=device) - masks.row_start[:, None].long()
+        packing = positions.flatten(), torch.arange(shape[0] + 1, device=device) * shape[1]
+        x = QKV(*(rows.flatten(0, 1) for rows in x))
+
+    ratio = shape[-2] // x.k.shape[-2]
     parts = []
-    for i, run in enumerate(head_runs(x.k.shape[-2], len(branches))):
+    for i, (run, (length, rate)) in enumerate(zip(head_runs(x.k.shape[-2], len(branches)), branches, strict=True)):
         if run.start == run.stop:
             continue
-        length, rate = branches[i]
         members = Members(length, rate, i % rate)
         heads = QKV(x.q[..., run.start * ratio : run.stop * ratio, :], x.k[..., run, :], x.v[..., run, :])
         if members.slots == 0:
             parts.append(torch.zeros_like(heads.q))
             continue
-        options = {
-            "segment_lengths": [members.slots],
-            "dilation_rates": [1],
-            "is_causal": is_causal,
-            "scale": scale,
-            "dropout_p": dropout_p,
-            # Runs of heads count from 0 each, so one seed would drop the same weights in all of them.
-            "seed": _next_seed(seed, i),
-            "backend": backend,
-        }
-        if cu_seqlens is not None:
-            parts.append(_packed(heads, members, cu_seqlens, options))
-        elif row_start is not None:
-            parts.append(_left_padded(heads, members, row_start, options))
+        # Runs of heads count from 0 each, so one seed would drop the same weights in all of them.
+        options |= {"segment_lengths": [members.slots], "dilation_rates": [1], "seed": _next_seed(seed, i)}
+        if packing is not None:
+            parts.append(_packed(heads, members.of(packing[0]).to(heads.q.device), packing[1], options))
         else:
-            parts.append(_ranged(heads, members, key_padding_mask, *ranges, options))
-    return torch.cat(parts, dim=-2)
+            parts.append(_ranged(heads, members, masks.key_padding, places, options))
+    return torch.cat(parts, dim=-2).view(shape)
 
 
 def _ranged(
-    heads: QKV,
-    members: Members,
-    key_padding_mask: Tensor | None,
-    q_start: int,
-    k_start: int,
-    seq_len: int,
-    options: dict[str, Any],
+    heads: QKV, members: Members, mask: Tensor | None, places: tuple[int, int, int], options: dict[str, Any]
 ) -> Tensor:
-    q, k, v = heads
-    q_rows = members.rows(q_start, q.shape[1], q.device)
-    k_rows = members.rows(k_start, k.shape[1], k.device)
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask[:, members.rows(0, seq_len, q.device)]
-    found = dilated_attention(
-        q[:, q_rows],
-        k[:, k_rows],
-        v[:, k_rows],
-        key_padding_mask=key_padding_mask,
+    """Attention among the members of two ranges of positions, and 0 elsewhere."""
+    q_start, k_start, seq_len = places
+    q_rows = members.rows(q_start, heads.q.shape[1], heads.q.device)
+    k_rows = members.rows(k_start, heads.k.shape[1], heads.q.device)
+    out = torch.zeros_like(heads.q)
+    out[:, q_rows] = dilated_attention(
+        heads.q[:, q_rows],
+        heads.k[:, k_rows],
+        heads.v[:, k_rows],
+        key_padding_mask=None if mask is None else mask[:, members.rows(0, seq_len, mask.device)],
         q_start=members.before(q_start),
         k_start=members.before(k_start),
         seq_len=members.before(seq_len),
         **options,
     )
-    out = torch.zeros_like(q)
-    out[:, q_rows] = found
     return out
 
 
-def _packed(heads: QKV, members: Members, cu_seqlens: Tensor, options: dict[str, Any]) -> Tensor:
-    bounds = cu_seqlens.long()
-    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-    positions = torch.arange(heads.q.shape[0], device=starts.device) - starts
-    return _taken(heads, members.of(positions).to(heads.q.device), bounds, options)
-
-
-def _left_padded(heads: QKV, members: Members, row_start: Tensor, options: dict[str, Any]) -> Tensor:
-    """Rows that start at different positions are sequences of different lengths, packed."""
-    batch, length = heads.q.shape[:2]
-    positions = torch.arange(length, device=row_start.device) - row_start[:, None].long()
-    bounds = torch.arange(batch + 1, device=row_start.device) * length
-    q, k, v = (x.flatten(0, 1) for x in heads)
-    out: Tensor = _taken(QKV(q, k, v), members.of(positions).flatten().to(q.device), bounds, options)
-    return out.view(batch, length, *out.shape[1:])
-
-
-def _taken(heads: QKV, are_members: Tensor, bounds: Tensor, options: dict[str, Any]) -> Tensor:
+def _packed(heads: QKV, are_members: Tensor, bounds: Tensor, options: dict[str, Any]) -> Tensor:
     """Attention among the members of each packed sequence, and 0 elsewhere."""
     rows = are_members.nonzero().flatten()
     before = torch.nn.functional.pad(are_members.cumsum(0), (1, 0))
-    q, k, v = (x[rows] for x in heads)
     out = torch.zeros_like(heads.q)
-    out[rows] = dilated_attention(q, k, v, cu_seqlens=before[bounds.to(before.device)], **options)
+    out[rows] = dilated_attention(*(x[rows] for x in heads), cu_seqlens=before[bounds.to(before.device)], **options)
     return out
 
 
@@ -200,7 +163,7 @@ def _next_seed(seed: int | Tensor | None, i: int) -> int | Tensor | None:
 
 
 def _checked_ranges(x: QKV, masks: Masks, q_start: object, k_start: object, seq_len: object) -> tuple[int, int, int]:
-    """What the calls on members could only name in their own terms; the ranges, with the length filled in."""
+    """Checks what a call on members would report in terms of members; returns the ranges with seq_len filled in."""
     if masks.cu_seqlens is not None:
         check.check_packed_alone(masks, q_start, k_start, seq_len)
         check.check_cu_seqlens(masks.cu_seqlens)

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
+from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, rotate, row_positions
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.head_groups import grouped_attention, head_groups_by_default
-from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
-
-# The constructors of 0.1 and 0.2, until 0.4.0.
-OLD_DILATED = OldCall(
-    ("segment_lengths", "dilation_rates", "softmax_scale", "attention_dropout", "op", "enable_memory_pool",
-     "enable_profiling", "lightweight_pool"),
-    {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "softmax_scale": "scale",
-     "attention_dropout": "attention_dropout"},
-    ("use_tf32", "device", "dtype"),
-)  # fmt: skip
-_KEPT = ("embed_dim", "num_heads", "dilation_rates", "segment_lengths", "dropout", "bias", "layer_norm",
-         "layer_norm_eps", "gamma_init", "device", "dtype")  # fmt: skip
-OLD_MULTIHEAD = OldCall((*_KEPT, "op"), {name: name for name in _KEPT})
+from dilated_attention_pytorch.types import QKV, BackendName, Masks, MixingGradient, Offsets, Padding
 
 
 class KeyValueStore(Protocol):
@@ -40,13 +28,13 @@ class KeyValueStore(Protocol):
         """Takes in `(B, n, H_kv, D)`; gives back all keys and values still in sight and the first one's position."""
 
 
-@takes_old_call(OLD_DILATED, (2, object))
+@takes_old_call("_old.calls:DILATED")  # 0.4.0: goes with _old
 class DilatedAttention(nn.Module):
     """Dilated attention (LongNet, arXiv 2307.02486, sections 2.2 and 2.3) as a module without parameters.
 
     Args:
-        segment_lengths: w_i, in positions, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in positions, one per branch.
+        dilation_rates: r_i, one per branch.
         scale: factor on q . k; `D ** -0.5` by default.
         offsets: `"modulo"` (the paper) or `"blocked"` (the official code and every published checkpoint).
         attention_dropout: probability of dropping an attention weight, in training mode only.
@@ -85,17 +73,14 @@ class DilatedAttention(nn.Module):
         super().__init__()
         pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
         check.check_scale(scale, 1)
-        check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
-        check.check_choice("padding", padding, Padding)
-        check.check_choice("backend", backend, BackendName)
         self.segment_lengths = pattern.segment_lengths
         self.dilation_rates = pattern.dilation_rates
         self.scale = scale
         self.offsets: Offsets = offsets
         self.attention_dropout = check.check_probability("attention_dropout", attention_dropout)
-        self.mixing_gradient: MixingGradient = mixing_gradient
-        self.padding: Padding = padding
-        self.backend: BackendName = backend
+        self.mixing_gradient: MixingGradient = check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
+        self.padding: Padding = check.check_choice("padding", padding, Padding)
+        self.backend: BackendName = check.check_choice("backend", backend, BackendName)
         if head_groups is not None and not isinstance(head_groups, bool):
             raise TypeError(f"expected head_groups to be a bool or None, got {type(head_groups).__name__}")
         usual = offsets == "modulo" and padding == "none"
@@ -104,7 +89,7 @@ class DilatedAttention(nn.Module):
                 "expected offsets='modulo' and padding='none' with head_groups=True, whose offsets are its own, got "
                 f"{offsets!r} and {padding!r}"
             )
-        # Modules for published checkpoints are none of 0.1's, and stay as they are in legacy mode.
+        # Legacy mode does not apply to modules for published checkpoints.
         self.head_groups = (usual and head_groups_by_default()) if head_groups is None else head_groups
 
     def forward(
@@ -140,36 +125,25 @@ class DilatedAttention(nn.Module):
         Returns:
             `(B, N, H, D)`.
         """
+        settings: dict[str, Any] = {
+            "is_causal": is_causal,
+            "scale": self.scale,
+            "dropout_p": self.attention_dropout if self.training else 0.0,
+            "seed": seed,
+            "backend": self.backend,
+        }
         if self.head_groups:
-            return grouped_attention(
-                query,
-                key,
-                value,
-                segment_lengths=self.segment_lengths,
-                dilation_rates=self.dilation_rates,
-                is_causal=is_causal,
-                scale=self.scale,
-                dropout_p=self.attention_dropout if self.training else 0.0,
-                seed=seed,
-                key_padding_mask=key_padding_mask,
-                row_start=row_start,
-                cu_seqlens=cu_seqlens,
-                q_start=q_start,
-                k_start=k_start,
-                seq_len=seq_len,
-                backend=self.backend,
-            )
+            branches = list(zip(self.segment_lengths, self.dilation_rates, strict=True))
+            masks = Masks(key_padding_mask, row_start, cu_seqlens)
+            ranges = q_start, k_start, seq_len
+            return grouped_attention(QKV(query, key, value), branches, masks, ranges, **settings)
         return dilated_attention(
             query,
             key,
             value,
             segment_lengths=self.segment_lengths,
             dilation_rates=self.dilation_rates,
-            is_causal=is_causal,
-            scale=self.scale,
             offsets=self.offsets,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            seed=seed,
             key_padding_mask=key_padding_mask,
             row_start=row_start,
             cu_seqlens=cu_seqlens,
@@ -178,7 +152,7 @@ class DilatedAttention(nn.Module):
             seq_len=seq_len,
             mixing_gradient=self.mixing_gradient,
             padding=self.padding,
-            backend=self.backend,
+            **settings,
         )
 
     def extra_repr(self) -> str:
@@ -191,7 +165,7 @@ class DilatedAttention(nn.Module):
         return ", ".join(parts)
 
 
-@takes_old_call(OLD_MULTIHEAD, (2, Sequence))
+@takes_old_call("_old.calls:MULTIHEAD")  # 0.4.0: goes with _old
 class MultiheadDilatedAttention(nn.Module):
     """Projections around dilated attention, with MAGNETO's sub-LN (arXiv 2210.06423, section 2 and figure 2).
 
@@ -204,8 +178,8 @@ class MultiheadDilatedAttention(nn.Module):
         num_heads: H, a divisor of embed_dim.
         dropout: probability of dropping an attention weight, in training mode only.
         bias: whether the projections have one.
-        segment_lengths: w_i, in positions, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in positions, one per branch.
+        dilation_rates: r_i, one per branch.
         num_kv_heads: H_kv, a divisor of num_heads; num_heads by default.
         layer_norm: whether `inner_attn_ln` exists.
         layer_norm_eps: its epsilon.
@@ -214,11 +188,7 @@ class MultiheadDilatedAttention(nn.Module):
         rotary_base: longest wavelength over 2 pi.
         scale_base: xPos's decay length, in positions.
         scale: factor on q . k; `head_dim ** -0.5` by default.
-        offsets: as in `DilatedAttention`, as are the next four.
-        mixing_gradient: see `offsets`.
-        padding: see `offsets`.
-        backend: see `offsets`.
-        head_groups: see `offsets`.
+        offsets, mixing_gradient, padding, backend, head_groups: as in `DilatedAttention`.
         batch_first: only True; the argument is here so that code for `nn.MultiheadAttention` says what it means.
         device: of the parameters.
         dtype: of the parameters.
@@ -269,13 +239,12 @@ class MultiheadDilatedAttention(nn.Module):
         for name, number in (("layer_norm_eps", layer_norm_eps), ("rotary_base", rotary_base)):
             check.check_above_zero(name, number)
         scale_base = check.check_above_zero("scale_base", scale_base)
-        self.num_kv_heads = self.num_heads
-        if num_kv_heads is not None:
-            self.num_kv_heads = check.check_positive_int("num_kv_heads", num_kv_heads)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_heads = check.check_positive_int("num_kv_heads", kv_heads)
         if embed_dim % num_heads:
             raise ValueError(f"expected embed_dim to be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if num_heads % self.num_kv_heads:
-            raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+            raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {kv_heads}")
         if not check.check_bool("batch_first", batch_first):
             raise ValueError(
                 f"expected batch_first=True, got {batch_first}: inputs are (B, N, embed_dim); transpose them first"
@@ -302,23 +271,18 @@ class MultiheadDilatedAttention(nn.Module):
             positions, self.head_dim, self.attention.segment_lengths, rotary_base, scale_base
         )
         kv_dim = self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.inner_attn_ln = (
-            nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype) if layer_norm else None
-        )
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **place)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **place)
+        self.inner_attn_ln = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **place) if layer_norm else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """MAGNETO's initialisation (arXiv 2210.06423, figure 2)."""
-        for linear, gain in (
-            (self.q_proj, 1.0),
-            (self.k_proj, 1.0),
-            (self.v_proj, self.gamma_init),
-            (self.out_proj, self.gamma_init),
-        ):
+        gains = {self.q_proj: 1.0, self.k_proj: 1.0, self.v_proj: self.gamma_init, self.out_proj: self.gamma_init}
+        for linear, gain in gains.items():
             nn.init.xavier_normal_(linear.weight, gain=gain)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -409,26 +373,19 @@ class MultiheadDilatedAttention(nn.Module):
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
         q_start = 0 if cache is None else cache.length
         if rotation is not None and not isinstance(rotation, Rotation):
             raise TypeError(f"expected rotation to be a Rotation, got {type(rotation).__name__}")
         if rotation is None:
-            rotation = self.rotation(query, start=q_start, row_start=row_start, cu_seqlens=cu_seqlens)
+            rotation = self.rotation(query, start=q_start, **where)
         if rotation is not None:
             q, k = rotate(q, rotation.q_cos, rotation.q_sin), rotate(k, rotation.k_cos, rotation.k_sin)
         k_start = 0
         if cache is not None:
             k, v, k_start = cache.append(k, v)
         out = self.attention(
-            q,
-            k,
-            v,
-            is_causal,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            q_start=q_start,
-            k_start=k_start,
+            q, k, v, is_causal, key_padding_mask=key_padding_mask, q_start=q_start, k_start=k_start, **where
         ).flatten(-2)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch._deprecated import OldCall, warn_of_module
-from dilated_attention_pytorch.modules import OLD_DILATED, OLD_MULTIHEAD, DilatedAttention, MultiheadDilatedAttention
-
-_IMPROVED = OldCall(
-    ("segment_lengths", "dilation_rates", "dropout", "use_tf32", "enable_memory_pool", "enable_profiling",
-     "lightweight_pool"),
-    {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "dropout": "attention_dropout"},
-    ("device", "dtype"),
-)  # fmt: skip
-_DISTRIBUTED = _IMPROVED._replace(
-    order=("segment_lengths", "dilation_rates", "dropout", "use_tf32", "sequence_parallel", "model_parallel",
-           "use_flash_attention", "dtype", "device"),
-    keywords=(),
-)  # fmt: skip
-_DISTRIBUTED_MULTIHEAD = OLD_MULTIHEAD._replace(
-    order=("embed_dim", "num_heads", "segment_lengths", "dilation_rates", "dropout", "bias", "layer_norm",
-           "layer_norm_eps", "gamma_init", "device", "dtype", "use_tf32", "sequence_parallel", "model_parallel",
-           "use_deepspeed", "use_gradient_checkpointing", "communication_backend", "cpu_offload",
-           "use_8bit_optimizer", "use_flash_attention", "compile_model"),
-)  # fmt: skip
-_IMPROVED_MULTIHEAD = OLD_MULTIHEAD._replace(order=(*OLD_MULTIHEAD.order[:-1], "use_tf32"))
+from dilated_attention_pytorch._old.calls import DILATED, MULTIHEAD, MULTIHEAD_ORDER, OldCall, old_call
+from dilated_attention_pytorch._old.names import warn_of_module
+from dilated_attention_pytorch.modules import DilatedAttention, MultiheadDilatedAttention
 
 
-def no_mask(name: str, mask: Tensor | None) -> None:
-    """Raises where an old call brings a mask that the old code took and did not apply."""
-    if mask is not None:
-        raise ValueError(
-            f"expected no {name}, got a tensor: 0.2 took one and did not apply it. Padding goes into "
-            "key_padding_mask (True = real) of the new class; other masks have no dilated counterpart"
-        )
+class OldArguments(nn.Module):
+    """Stands before a class of today, which is then constructed with old arguments."""
+
+    call: ClassVar[OldCall]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(**self.construction(args, kwargs))
+
+    def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The new class's arguments."""
+        return self.call.arguments(args, kwargs)
 
 
-class _OldDilated(DilatedAttention):
+class OldAttention(OldArguments):
+    """`OldArguments` for attention without parameters, whose old `forward` took a mask and did not apply it."""
+
     def forward(
         self,
         query: Tensor,
@@ -50,45 +37,61 @@ class _OldDilated(DilatedAttention):
         attention_mask: Tensor | None = None,
         **new: Any,
     ) -> Tensor:
-        """`DilatedAttention.forward`; see `no_mask`."""
-        no_mask("attention_mask", attention_mask)
-        return super().forward(query, key, value, is_causal, **new)
+        _no_mask("attention_mask", attention_mask)
+        out: Tensor = super().forward(query, key, value, is_causal, **new)
+        return out
 
 
-class DilatedAttention01(_OldDilated):
+def _no_mask(name: str, mask: Tensor | None) -> None:
+    if mask is not None:
+        raise ValueError(
+            f"expected no {name}, got a tensor: 0.2 took one and did not apply it. Padding goes into "
+            "key_padding_mask (True = real) of the new class; other masks have no dilated counterpart"
+        )
+
+
+class DilatedAttention01(OldAttention, DilatedAttention):
     """`dilated_attention_pytorch.dilated_attention.DilatedAttention`."""
+
+    call = DILATED.call
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warn_of_module("dilated_attention")  # it may have come as an attribute of the function
-        super().__init__(**OLD_DILATED.arguments("DilatedAttention", args, kwargs))
+        super().__init__(*args, **kwargs)
 
 
-class ImprovedDilatedAttention(_OldDilated):
-    """0.2's `ImprovedDilatedAttention`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**_IMPROVED.arguments("ImprovedDilatedAttention", args, kwargs))
-
-
-class DistributedImprovedDilatedAttention(_OldDilated):
-    """0.2's name; as its rings, it took the whole sequence on every rank and returned all of it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**_DISTRIBUTED.arguments("DistributedImprovedDilatedAttention", args, kwargs))
+class ImprovedDilatedAttention(OldAttention, DilatedAttention):
+    call = old_call(
+        "ImprovedDilatedAttention",
+        "segment_lengths dilation_rates dropout use_tf32 enable_memory_pool enable_profiling lightweight_pool",
+        kept="segment_lengths dilation_rates dropout=attention_dropout",
+        keywords="device dtype",
+    )
 
 
-class MultiheadDilatedAttention01(MultiheadDilatedAttention):
+class DistributedImprovedDilatedAttention(OldAttention, DilatedAttention):
+    """Like 0.2's rings, it took the whole sequence on every rank and returned all of it."""
+
+    call = ImprovedDilatedAttention.call.named(
+        "DistributedImprovedDilatedAttention",
+        "segment_lengths dilation_rates dropout use_tf32 sequence_parallel model_parallel use_flash_attention dtype "
+        "device",
+    )
+
+
+class MultiheadDilatedAttention01(OldArguments, MultiheadDilatedAttention):
     """0.1's `MultiheadDilatedAttention`: `forward` takes three tensors and `is_causal`, and returns a pair."""
+
+    call = MULTIHEAD.call
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warn_of_module("dilated_attention")
-        super().__init__(**OLD_MULTIHEAD.arguments("MultiheadDilatedAttention", args, kwargs))
+        super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_old_norm)  # type: ignore[no-untyped-call]
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **new: Any
     ) -> tuple[Tensor, None]:
-        """`MultiheadDilatedAttention.forward`."""
         return super().forward(query, key, value, is_causal=is_causal, **new)
 
 
@@ -99,67 +102,45 @@ def _old_norm(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             state[f"{prefix}inner_attn_ln.{name}"] = state.pop(f"{prefix}norm.{name}")
 
 
-class MultiheadDilatedAttention02(MultiheadDilatedAttention):
+class ImprovedMultiheadDilatedAttention(OldArguments, MultiheadDilatedAttention):
+    """`forward` takes what `forward_arguments` does, and returns a pair."""
+
+    call = MULTIHEAD.call.named("ImprovedMultiheadDilatedAttention", f"{MULTIHEAD_ORDER} use_tf32")
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return super().forward(**forward_arguments(*args, **kwargs))
+
+
+class MultiheadDilatedAttention02(OldArguments, MultiheadDilatedAttention):
     """0.2's `MultiheadDilatedAttention`: `forward` returns a tensor, or a pair with `need_weights=True`."""
 
-    _call: ClassVar[tuple[str, OldCall]] = "MultiheadDilatedAttention", OLD_MULTIHEAD
+    call = MULTIHEAD.call
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        name, call = self._call
-        super().__init__(**call.arguments(name, args, kwargs))
-
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-    ) -> Any:
-        """`MultiheadDilatedAttention.forward`, with a `key_padding_mask` that is True at padding."""
-        call = forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
-        out, _ = super().forward(**call)
-        return (out, None) if need_weights else out
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        pair = super().forward(**forward_arguments(*args, **kwargs))
+        return pair if kwargs.get("need_weights", args[4:5] == (True,)) else pair[0]
 
 
 class DistributedImprovedMultiheadDilatedAttention(MultiheadDilatedAttention02):
-    """0.2's name: see `DistributedImprovedDilatedAttention`."""
+    """Like 0.2's rings, it took the whole sequence on every rank."""
 
-    _call = "DistributedImprovedMultiheadDilatedAttention", _DISTRIBUTED_MULTIHEAD
-
-
-class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
-    """0.2's `ImprovedMultiheadDilatedAttention`: `forward` returns a pair."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(**_IMPROVED_MULTIHEAD.arguments("ImprovedMultiheadDilatedAttention", args, kwargs))
-
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        average_attn_weights: bool = True,
-    ) -> tuple[Tensor, None]:
-        """`MultiheadDilatedAttention.forward`, with a `key_padding_mask` that is True at padding."""
-        call = forward_arguments(query, key, value, key_padding_mask, attn_mask, is_causal)
-        return super().forward(**call)
+    call = MULTIHEAD.call.named(
+        "DistributedImprovedMultiheadDilatedAttention",
+        "embed_dim num_heads segment_lengths dilation_rates dropout bias layer_norm layer_norm_eps gamma_init device "
+        "dtype use_tf32 sequence_parallel model_parallel use_deepspeed use_gradient_checkpointing "
+        "communication_backend cpu_offload use_8bit_optimizer use_flash_attention compile_model",
+    )
 
 
 def forward_arguments(
     query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    key_padding_mask: Tensor | bool | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    key_padding_mask: Tensor | bool | None = None,
+    need_weights: bool = False,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    average_attn_weights: bool = True,
 ) -> dict[str, Any]:
     """What 0.2's multi-head `forward` was given, for the new one.
 
@@ -167,14 +148,13 @@ def forward_arguments(
     """
     if isinstance(key_padding_mask, bool):  # the fourth argument before there were masks
         is_causal, key_padding_mask = key_padding_mask, None
-    no_mask("attn_mask", attn_mask)
+    _no_mask("attn_mask", attn_mask)
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype bool, got {key_padding_mask.dtype}")
-    call: Mapping[str, Any] = {
+    return {
         "query": query,
         "key": query if key is None else key,
         "value": query if value is None else value,
         "key_padding_mask": None if key_padding_mask is None else ~key_padding_mask,
         "is_causal": is_causal,
     }
-    return dict(call)

@@ -7,17 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
-from dilated_attention_pytorch._old.attention import (
-    DistributedImprovedMultiheadDilatedAttention,
-    ImprovedDilatedAttention,
-    ImprovedMultiheadDilatedAttention,
-    MultiheadDilatedAttention02,
-)
+from dilated_attention_pytorch._deprecated import load
 
-# The kinds that differed in speed and not in what they should have computed.
-_PLAIN = ("auto", "standard", "improved", "distributed", "improved_distributed")
+# The kinds that differed in speed and not in what they should have computed, and the ring.
+_TYPES = ["auto", "standard", "improved", "distributed", "improved_distributed", "ring"]
 
 
 @dataclass
@@ -52,16 +46,14 @@ def create_dilated_attention(
     dilation_rates: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """0.2's factory: a `DilatedAttention`, or a `RingDilatedAttention` for `"ring"`."""
-    check_type(attention_type)
+    """A `DilatedAttention`, or a `RingDilatedAttention` for `"ring"`."""
+    _check_type(attention_type)
     pattern = _pattern(segment_lengths, dilation_rates)
     if attention_type == "ring":
-        from dilated_attention_pytorch._old.ring import RingDilatedAttentionProduction
-
-        return RingDilatedAttentionProduction(**pattern, **kwargs)
+        return load("_old.rings:RingDilatedAttentionProduction")(**pattern, **kwargs)
     if "attention_dropout" in kwargs:
         kwargs["dropout"] = kwargs.pop("attention_dropout")
-    return ImprovedDilatedAttention(**pattern, **kwargs)
+    return load("_old.attention:ImprovedDilatedAttention")(**pattern, **kwargs)
 
 
 def create_multihead_dilated_attention(
@@ -74,10 +66,9 @@ def create_multihead_dilated_attention(
     attention_config: DilatedAttentionConfig | None = None,
     **kwargs: Any,
 ) -> Any:
-    """0.2's factory: a `MultiheadDilatedAttention`, or a `RingDistributedDilatedAttention` for `"ring"`."""
-    check_type(attention_type)
-    values: dict[str, Any] = {"embed_dim": embed_dim, "num_heads": num_heads}
-    values |= _pattern(segment_lengths, dilation_rates)
+    """A `MultiheadDilatedAttention`, or a `RingDistributedDilatedAttention` for `"ring"`."""
+    _check_type(attention_type)
+    values = {"embed_dim": embed_dim, "num_heads": num_heads, **_pattern(segment_lengths, dilation_rates)}
     for config in (attention_config, multihead_config):
         if config is not None:
             # What says nothing about the module is left out, so that it need not be ignored aloud.
@@ -85,27 +76,23 @@ def create_multihead_dilated_attention(
             values |= {name: value for name, value in asdict(config).items() if value != defaults[name]}
     values |= kwargs
     if attention_type == "ring":
-        from dilated_attention_pytorch._old.ring_multihead import RingMultiheadDilatedAttentionHybrid
-
-        return RingMultiheadDilatedAttentionHybrid(**{"layer_norm": True, **values})
+        return load("_old.rings:RingMultiheadDilatedAttentionHybrid")(**{"layer_norm": True, **values})
     # "improved" alone returned a pair.
-    kind: type[nn.Module] = ImprovedMultiheadDilatedAttention
+    kind = "ImprovedMultiheadDilatedAttention"
     if attention_type == "standard":
-        kind = MultiheadDilatedAttention02
+        kind = "MultiheadDilatedAttention02"
     elif attention_type.endswith("distributed"):
-        kind = DistributedImprovedMultiheadDilatedAttention
-    return kind(**values)
+        kind = "DistributedImprovedMultiheadDilatedAttention"
+    return load(f"_old.attention:{kind}")(**values)
 
 
-def check_type(attention_type: str) -> None:
-    """Raises for a kind of attention that there is none of."""
-    if attention_type in (*_PLAIN, "ring"):
-        return
-    sparse = ": block-sparse attention is not dilated attention and has no successor"
-    raise ValueError(
-        f"expected attention_type to be one of {[*_PLAIN, 'ring']}, got {attention_type!r}"
-        f"{sparse if str(attention_type).startswith('block_sparse') else ''}"
-    )
+def _check_type(attention_type: str) -> None:
+    if attention_type not in _TYPES:
+        sparse = ": block-sparse attention is not dilated attention and has no successor"
+        raise ValueError(
+            f"expected attention_type to be one of {_TYPES}, got {attention_type!r}"
+            f"{sparse if str(attention_type).startswith('block_sparse') else ''}"
+        )
 
 
 def _pattern(segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None) -> dict[str, Any]:

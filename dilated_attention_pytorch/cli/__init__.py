@@ -1,4 +1,4 @@
-"""The `dilated-attention` command. Thin: each subcommand is a file that calls the library and prints."""
+"""The `dilated-attention` command: one file per subcommand, which calls the library and prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _NEEDS = ("typer", "rich", "click")
 
 
 def main() -> None:
-    """Runs the command line; the entry point of `dilated-attention`."""
+    """Run the command line: the entry point of `dilated-attention`."""
     try:
         from dilated_attention_pytorch.cli.app import run
     except ModuleNotFoundError as error:

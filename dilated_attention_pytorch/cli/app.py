@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import typer
 
+from dilated_attention_pytorch._old.migrate.command import migrate  # 0.4.0: goes with _old
 from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.convert import convert
 from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
-from dilated_attention_pytorch.cli.migrate import migrate
 from dilated_attention_pytorch.cli.plan import plan
 from dilated_attention_pytorch.cli.show import show
 from dilated_attention_pytorch.cli.train import train
@@ -21,17 +22,40 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, convert, plan, show, bench, info, migrate):
+COMMANDS = [train, generate, convert, plan, show, bench, info]
+COMMANDS += [migrate]  # 0.4.0: goes with _old
+for command in COMMANDS:
     app.command()(command)
 
-# What the library raises for a user's mistake, or for a package or file that is not there.
-USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError)
+# Errors of the library for a user's mistake, a missing package or a missing file.
+USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError, FloatingPointError)
+
+# Arguments of the library whose options have other names.
+_RENAMED = {
+    "segment_lengths": "--segments",
+    "dilation_rates": "--rates",
+    "num_heads": "--heads",
+    "seq_len": "--length",
+    "greedy": "--temperature 0",
+}
+# An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore outside
+# a path.
+_ARGUMENT = re.compile(r"\b(\w+)=True\b|(?:(?<=expected )|(?<![\w/.-])(?=\w+_))(\w+)\b(?![/.-]\w)")
 
 
 def run() -> None:
-    """Runs the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    """Run the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
     try:
         app()
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(str(error), next(iter(sys.argv[1:]), ''))}", file=sys.stderr)
         sys.exit(2)
+
+
+def in_options(message: str, command: str) -> str:
+    """A message of the library with the options of a command in place of its argument names."""
+    known = getattr(typer.main.get_command(app), "commands", {}).get(command)
+    options = {parameter.name: max(parameter.opts, key=len) for parameter in (known.params if known else ())}
+    words = {name: option for name, option in options.items() if option.startswith("--")}
+    words |= {name: option for name, option in _RENAMED.items() if option.split()[0] in options.values()}
+    return _ARGUMENT.sub(lambda found: words.get(found[1] or found[2], found[0]), message)

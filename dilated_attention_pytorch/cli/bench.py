@@ -12,15 +12,14 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from rich.table import Table
 from torch import Tensor
 
 from dilated_attention_pytorch.cli import options
-from dilated_attention_pytorch.cli.options import console
+from dilated_attention_pytorch.cli.options import console, print_table
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.validation import check_positive_int
 from dilated_attention_pytorch.functional import dilated_attention
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_LENGTH = 512
 
 
@@ -29,10 +28,10 @@ def bench(
     segments: options.Lengths = "2048,4096,8192,16384",
     rates: options.Rates = "1,2,4,8",
     heads: options.Heads = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    head_dim: options.HeadDim = 64,
     offsets: options.OffsetRule = "modulo",
     causal: options.Causal = True,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    dtype: options.Dtype = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 3,
     backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward.")] = False,
@@ -40,20 +39,16 @@ def bench(
     as_json: options.AsJson = False,
 ) -> None:
     """Time dilated against dense attention here; no number is printed unless the result is right."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"expected --dtype to be one of {sorted(_DTYPES)}, got {dtype!r}")
+    kind = options.check_dtype(dtype)
     options.check_device(device)
     pattern = options.make_pattern(segments, rates, heads, offsets)
     lengths = options.ints("--length", length)
-    if min(lengths) < 1:
-        raise ValueError(f"expected --length of at least 1, got {min(lengths)}")
-    error = _check(pattern, head_dim, causal, _DTYPES[dtype], device)
+    check_positive_int("length", min(lengths))
+    error = _check(pattern, head_dim, causal, kind, device)
     rows = []
     for n in lengths:
-        q, k, v = (
-            torch.randn(1, n, heads, head_dim, device=device, dtype=_DTYPES[dtype], requires_grad=backward)
-            for _ in range(3)
-        )
+        shape = (1, n, heads, head_dim)
+        q, k, v = (torch.randn(shape, device=device, dtype=kind, requires_grad=backward) for _ in range(3))
         ours = _time(partial(_dilated, pattern, q, k, v, causal), (q, k, v), repeats, backward)
         row = {"length": n, "dilated_s": ours, "tokens_per_s": n / ours}
         if dense:
@@ -62,21 +57,19 @@ def bench(
     if as_json:
         print(json.dumps({"check_relative_error": error, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
         return
-    what = "forward and backward" if backward else "forward"
-    table = Table(
-        title=f"{what}, {'causal' if causal else 'full'}, {heads} heads of {head_dim}, {dtype} on {device}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; median of {repeats}",
-        title_justify="left",
-    )
-    for name in ("length", "dilated", "tokens/s", *(("dense", "speed-up") if dense else ())):
-        table.add_column(name, justify="right")
-    for row in rows:
-        cells = [f"{row['length']:,}", f"{row['dilated_s'] * 1e3:,.1f} ms", f"{row['tokens_per_s']:,.0f}"]
-        if dense:
-            cells += [f"{row['dense_s'] * 1e3:,.1f} ms", f"{row['dense_s'] / row['dilated_s']:.2f}x"]
-        table.add_row(*cells)
     console.print(f"check: relative error {error:.1e} against the reference at {_CHECK_LENGTH} positions")
-    console.print(table)
+    cells = []
+    for row in rows:
+        cells.append([f"{row['length']:,}", f"{row['dilated_s'] * 1e3:,.1f} ms", f"{row['tokens_per_s']:,.0f}"])
+        if dense:
+            cells[-1] += [f"{row['dense_s'] * 1e3:,.1f} ms", f"{row['dense_s'] / row['dilated_s']:.2f}x"]
+    print_table(
+        f"{'forward and backward' if backward else 'forward'}, {'causal' if causal else 'bidirectional'}, "
+        f"{heads} heads of {head_dim}, {dtype} on {device}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} CPU threads; median of {repeats}",
+        ("length", "dilated", "tokens/s", *(("dense", "speed-up") if dense else ())),
+        cells,
+    )
 
 
 def _dilated(pattern: DilatedPattern, q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: str = "auto") -> Tensor:

@@ -9,6 +9,13 @@ import typer
 
 from dilated_attention_pytorch.cli.options import console, ints, notes
 
+_MORE = {
+    "gigapath": ("--max-wsi-size", "--tile-size"),
+    "torchscale-encoder": (),
+    "torchscale-decoder": ("--scale-embedding",),
+}
+_LENGTHS = "{}, one per branch; all but gigapath need them."
+
 
 def convert(
     src: Annotated[Path, typer.Argument(help="Weights: .pth, .pt or .bin of torch.save, or .safetensors.")],
@@ -17,18 +24,14 @@ def convert(
         str | None,
         typer.Option(
             "--from",
-            help="gigapath, torchscale-encoder, torchscale-decoder, fkodom or fkodom-lm; told by the names without it.",
+            help="gigapath, torchscale-encoder, torchscale-decoder, fkodom or fkodom-lm; by default the names tell.",
         ),
     ] = None,
     heads: Annotated[
         int | None, typer.Option(help="Attention heads, which weights do not tell (gigapath: 16).")
     ] = None,
-    segments: Annotated[
-        str | None, typer.Option("--segments", "-w", help="Segment lengths; all but gigapath need them.")
-    ] = None,
-    rates: Annotated[
-        str | None, typer.Option("--rates", "-r", help="Dilation rates; all but gigapath need them.")
-    ] = None,
+    segments: Annotated[str | None, typer.Option("--segments", "-w", help=_LENGTHS.format("Segment lengths"))] = None,
+    rates: Annotated[str | None, typer.Option("--rates", "-r", help=_LENGTHS.format("Dilation rates"))] = None,
     max_wsi_size: Annotated[int | None, typer.Option(help="gigapath: side of the largest slide, 262144.")] = None,
     tile_size: Annotated[int | None, typer.Option(help="gigapath: side of a tile, 256.")] = None,
     scale_embedding: Annotated[
@@ -49,7 +52,7 @@ def convert(
         check_choice("--from", source, Source)
     state = read_state(src)
     kind: Any = source or sniff(state)
-    given: dict[str, Any] = {
+    given: dict[str, tuple[str, Any]] = {
         "--heads": ("num_heads", heads),
         "--segments": ("segment_lengths", None if segments is None else ints("--segments", segments)),
         "--rates": ("dilation_rates", None if rates is None else ints("--rates", rates)),
@@ -59,11 +62,7 @@ def convert(
         "--as-initialisation": ("as_initialisation", as_initialisation or None),
     }
     common = ("--heads", "--segments", "--rates")
-    takes = {
-        "gigapath": (*common, "--max-wsi-size", "--tile-size"),
-        "torchscale-encoder": common,
-        "torchscale-decoder": (*common, "--scale-embedding"),
-    }.get(kind, (*common, "--as-initialisation"))
+    takes = common + _MORE.get(kind, ("--as-initialisation",))
     for option, (_, value) in given.items():
         if value is not None and option not in takes:
             raise ValueError(f"expected no {option} with weights of {kind}, got {value}")
@@ -71,7 +70,7 @@ def convert(
             raise ValueError(f"expected {option} with weights of {kind}, which do not tell it, got none")
     found = converted(state, kind, **{name: value for name, value in given.values() if value is not None})
     for note in found.notes:
-        notes.print(f"note: {note}", markup=False, soft_wrap=True)
+        notes.print(f"note: {note}", soft_wrap=True)
     save_pretrained(found.model, dst)
     count = sum(p.numel() for p in found.model.parameters())
-    console.print(f"{found.source} to {type(found.model).__name__}, {count:,} parameters, in {dst}")
+    console.print(f"{found.source} to {type(found.model).__name__}, {count:,} parameters, in {dst}", soft_wrap=True)

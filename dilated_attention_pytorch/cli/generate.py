@@ -13,12 +13,12 @@ from dilated_attention_pytorch.cli.options import check_device
 
 def generate(
     run: Annotated[Path, typer.Argument(help="Folder of a run: model.safetensors and config.json.")],
-    prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "def ",
-    max_bytes: Annotated[int, typer.Option("--bytes", min=1, help="How many bytes to add, at most.")] = 500,
+    prompt: Annotated[str, typer.Option(help="Start of the text.")] = "def ",
+    max_bytes: Annotated[int, typer.Option("--bytes", min=1, help="The most bytes to add.")] = 500,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the fewest bytes of this probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the samples; another text each time without it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; without it each text is another one.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Continue a prompt with a trained model."""
@@ -27,17 +27,22 @@ def generate(
     from dilated_attention_pytorch.training import byte_stream
     from dilated_attention_pytorch.training.config import VOCAB_SIZE
 
+    if temperature == 0 and not (top_k is None and top_p is None):
+        raise ValueError("expected no --top-k and no --top-p with --temperature 0, which takes the likeliest byte")
     model = load_pretrained(run, device=check_device(device))
     if not isinstance(model, LongNetLM) or model.config.vocab_size != VOCAB_SIZE:
-        raise ValueError(f"expected a byte-level LongNetLM (vocab_size {VOCAB_SIZE}) in {run}, got {model.config}")
+        vocabulary = getattr(model.config, "vocab_size", None)
+        raise ValueError(
+            f"expected a language model of {VOCAB_SIZE} bytes in {run}, got a {type(model).__name__}"
+            + ("" if vocabulary is None else f" of {vocabulary} tokens")
+        )
     sampling = Sampling(top_k=top_k, top_p=top_p, seed=seed)
     if temperature == 0:
         sampling["greedy"] = True
     else:
         sampling["temperature"] = temperature
-    pieces = byte_stream(model, prompt, max_bytes, **sampling)
     sys.stdout.write(prompt)
-    for piece in pieces:
+    for piece in byte_stream(model, prompt, max_bytes, **sampling):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -1,4 +1,4 @@
-"""`info`: what this machine and this installation give."""
+"""`info`: versions, devices and backends of this installation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import platform
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from dilated_attention_pytorch import __version__
 from dilated_attention_pytorch.cli import options
-from dilated_attention_pytorch.cli.options import console, human_bytes
+from dilated_attention_pytorch.cli.options import console, human_bytes, print_table
 from dilated_attention_pytorch.core.problem import one_segment
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.sdpa.torch_calls import compute_dtype
@@ -22,21 +21,16 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "matplotlib", "tensorboa
 
 
 def info(as_json: options.AsJson = False) -> None:
-    """Versions, devices, and which backend `auto` takes on each, and why."""
+    """Versions, devices, and the backend that `auto` takes on each, with the reason."""
     found = _look()
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    versions = Table(title=f"dilated-attention-pytorch {__version__}", title_justify="left", show_header=False)
-    for name, version in found["versions"].items():
-        versions.add_row(name, version or "not installed")
-    console.print(versions)
-    devices = Table(title="devices", title_justify="left")
-    for name in ("device", "dtype", "computes in", "backend", "why"):
-        devices.add_column(name)
-    for row in found["devices"]:
-        devices.add_row(*(row[key] for key in ("device", "dtype", "computes_in", "backend", "reason")))
-    console.print(devices)
+    versions = ((name, version or "not installed") for name, version in found["versions"].items())
+    print_table(f"dilated-attention-pytorch {__version__}", ("", ""), versions, left=2)
+    keys = ("device", "dtype", "computes_in", "backend", "reason")
+    columns = ("device", "dtype", "computes in", "backend", "why")
+    print_table("devices", columns, ([row[key] for key in keys] for row in found["devices"]), left=5)
     for note in found["notes"]:
         console.print(note)
 

@@ -1,29 +1,35 @@
-"""Options that several subcommands share."""
+"""Options that several subcommands share, and how they print."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.types import Offsets
 
-console = Console(highlight=False)
-notes = Console(stderr=True, highlight=False)
+# No markup: paths and texts of the user hold brackets and colons of their own.
+console = Console(highlight=False, markup=False, emoji=False)
+notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
-Lengths = Annotated[str, typer.Option("--segments", "-w", help="Segment lengths, one a branch: 2048,4096,8192.")]
-Rates = Annotated[str, typer.Option("--rates", "-r", help="Dilation rates, one a branch: 1,2,4.")]
+Lengths = Annotated[str, typer.Option("--segments", "-w", help="Segment lengths, one per branch: 2048,4096,8192.")]
+Rates = Annotated[str, typer.Option("--rates", "-r", help="Dilation rates, one per branch: 1,2,4.")]
 Heads = Annotated[int, typer.Option(help="Key/value heads.")]
+HeadDim = Annotated[int, typer.Option(min=1, help="Width of a head.")]
 OffsetRule = Annotated[str, typer.Option("--offsets", help="modulo (the paper) or blocked (published checkpoints).")]
 Length = Annotated[int, typer.Option("--length", "-n", help="Positions in the sequence.")]
-Causal = Annotated[bool, typer.Option("--causal/--full", help="Hide later positions, or not.")]
+Causal = Annotated[bool, typer.Option("--causal/--full", help="Hide later positions, or attend in both directions.")]
+Dtype = Annotated[str, typer.Option(help="Of the tensors: fp32, bf16 or fp16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 PAPER_LENGTHS, PAPER_RATES = "2048,4096,8192,16384,32768", "1,2,4,6,12"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def ints(name: str, text: str) -> tuple[int, ...]:
@@ -44,11 +50,18 @@ def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> Dilated
     return DilatedPattern(ints("--segments", segments), ints("--rates", rates), heads, rule)
 
 
+def check_dtype(text: str) -> torch.dtype:
+    """The dtype that `--dtype` names."""
+    if text not in _DTYPES:
+        raise ValueError(f"expected --dtype to be one of {sorted(_DTYPES)}, got {text!r}")
+    return _DTYPES[text]
+
+
 def check_device(text: str) -> str:
     """A device that this machine has, as torch names it.
 
     Raises:
-        ValueError: another text, or CUDA where there is none.
+        ValueError: another text, or a CUDA device that this machine lacks.
     """
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
     if match is None:
@@ -59,19 +72,35 @@ def check_device(text: str) -> str:
     return text
 
 
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0) -> None:
+    """Print rows under a title.
+
+    Args:
+        title: above the table.
+        columns: their names; no line of names where all are empty.
+        rows: cells.
+        left: how many columns hold text; the others are aligned as numbers.
+    """
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def human_bytes(count: float) -> str:
     """A number of bytes as people read it."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+    return _human(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"), 1)
 
 
 def human_count(count: float) -> str:
     """A large number as people read it."""
-    for unit in ("", " K", " M", " G", " T", " P"):
-        if count < 1000 or unit == " P":
-            return f"{count:,.0f}" if unit == "" else f"{count:,.2f}{unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    return _human(count, 1000, ("", " K", " M", " G", " T", " P"), 2)
+
+
+def _human(count: float, base: int, units: Sequence[str], digits: int) -> str:
+    power = 0
+    while count >= base and power < len(units) - 1:
+        count, power = count / base, power + 1
+    return f"{count:,.{digits if power else 0}f}{units[power]}"

@@ -1,4 +1,4 @@
-"""`plan`: what a pattern costs and covers at a length, before anything is computed."""
+"""`plan`: cost and coverage of a pattern at a length, before anything is computed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from dilated_attention_pytorch.cli import options
-from dilated_attention_pytorch.cli.options import console, human_bytes, human_count
+from dilated_attention_pytorch.cli.options import console, human_bytes, human_count, print_table
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.validation import check_index, check_positive_int
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds, forecast
 from dilated_attention_pytorch.ring_attention.plan import closed_form_units, equal_bounds, unit_bytes
-
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def plan(
@@ -23,33 +21,33 @@ def plan(
     segments: options.Lengths = options.PAPER_LENGTHS,
     rates: options.Rates = options.PAPER_RATES,
     heads: options.Heads = 12,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    head_dim: options.HeadDim = 64,
     offsets: options.OffsetRule = "modulo",
     causal: options.Causal = True,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: of the tensors.")] = "bf16",
+    dtype: options.Dtype = "bf16",
     query: Annotated[int | None, typer.Option(help="Also list the keys of this query.")] = None,
-    head: Annotated[int, typer.Option(help="The head whose keys are listed.")] = 0,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Also the bytes that ring attention moves between so many ranks.")
-    ] = None,
+    head: Annotated[int, typer.Option(help="The head of --query.")] = 0,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Also the bytes of a ring of this many ranks.")] = None,
     balanced: Annotated[bool, typer.Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
-    if dtype not in _ELEMENT_BYTES:
-        raise ValueError(f"expected --dtype to be one of {sorted(_ELEMENT_BYTES)}, got {dtype!r}")
-    if length < 1:
-        raise ValueError(f"expected --length of at least 1, got {length}")
+    width = options.check_dtype(dtype).itemsize
+    check_positive_int("length", length)
     pattern = options.make_pattern(segments, rates, heads, offsets)
-    found = _measure(pattern, length, head_dim, causal, _ELEMENT_BYTES[dtype])
+    found = _measure(pattern, length, head_dim, causal, width)
     if query is not None:
         found["neighbours"] = _neighbours(pattern, length, query, head, causal)
     if ranks is not None:
-        found["ring"] = _ring(pattern, length, ranks, head_dim, causal, _ELEMENT_BYTES[dtype], balanced)
+        bounds = balanced_bounds(pattern, length, ranks, is_causal=causal) if balanced else equal_bounds(length, ranks)
+        shares = forecast(pattern, bounds, head_dim, element_size=width, is_causal=causal)
+        units = None if causal or balanced else closed_form_units(pattern, length, ranks)
+        closed = None if units is None else units * unit_bytes(1, head_dim, width)
+        found["ring"] = {"shares": [share._asdict() for share in shares], "bytes_closed_form": closed}
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    _show(found, pattern, length, causal)
+    _show(found)
 
 
 def _measure(pattern: DilatedPattern, length: int, head_dim: int, causal: bool, width: int) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def _measure(pattern: DilatedPattern, length: int, head_dim: int, causal: bool, 
         "branches": branches,
         "coverage": pattern.coverage(length),
         "keys_per_query": pairs / (length * heads),
-        # As the op's own FLOP formulas: two products of D a pair forward, five backward.
+        # As the op's own FLOP formulas: two products of D per pair forward, five backward.
         "flops_forward": 4 * head_dim * pairs,
         "flops_backward": 10 * head_dim * pairs,
         "flops_dense_forward": 4 * head_dim * dense,
@@ -81,10 +79,8 @@ def _measure(pattern: DilatedPattern, length: int, head_dim: int, causal: bool, 
 
 
 def _neighbours(pattern: DilatedPattern, length: int, query: int, head: int, causal: bool) -> dict[str, Any]:
-    if not 0 <= query < length:
-        raise ValueError(f"expected --query in [0, {length}), got {query}")
-    if not 0 <= head < pattern.num_heads:
-        raise ValueError(f"expected --head in [0, {pattern.num_heads}), got {head}")
+    check_index("query", query, length)
+    check_index("head", head, pattern.num_heads)
     member = pattern.membership(torch.tensor(query))[:, head].tolist()
     ranges = iter(pattern.keys_of(query, head, length, is_causal=causal))  # of the branches it belongs to, in order
     keys = [next(ranges) if belongs else range(0) for belongs in member]
@@ -95,57 +91,46 @@ def _neighbours(pattern: DilatedPattern, length: int, query: int, head: int, cau
     return {"query": query, "head": head, "branches": rows}
 
 
-def _ring(
-    pattern: DilatedPattern, length: int, ranks: int, head_dim: int, causal: bool, width: int, balanced: bool
-) -> dict[str, Any]:
-    bounds = balanced_bounds(pattern, length, ranks, is_causal=causal) if balanced else equal_bounds(length, ranks)
-    shares = forecast(pattern, bounds, head_dim, element_size=width, is_causal=causal)
-    units = None if causal or balanced else closed_form_units(pattern, length, ranks)
-    closed = None if units is None else units * unit_bytes(1, head_dim, width)
-    return {"shares": [share._asdict() for share in shares], "bytes_closed_form": closed}
+def _show(found: dict[str, Any]) -> None:
+    length, branches = found["length"], found["branches"]
+    total = sum(b["pairs"] for b in branches)
 
+    def share(pairs: int) -> str:
+        return f"{pairs / total if total else 0.0:.1%}"
 
-def _show(found: dict[str, Any], pattern: DilatedPattern, length: int, causal: bool) -> None:
-    kind = "causal" if causal else "full"
-    branches = Table(title=f"branches at {length:,} positions, {pattern.num_heads} heads, {kind}", title_justify="left")
-    for name in ("branch", "segment", "rate", "segments", "pairs", "share"):
-        branches.add_column(name, justify="right")
-    total = sum(b["pairs"] for b in found["branches"])
-    for i, b in enumerate(found["branches"]):
-        w, share = b["segment_length"], b["pairs"] / total if total else 0.0
-        cells = (f"{i}", f"{w:,}", f"{b['dilation_rate']}", f"{-(-length // w):,}", human_count(b["pairs"]))
-        branches.add_row(*cells, f"{share:.1%}")
-    console.print(branches)
-    cost = Table(title="cost of one layer's attention, batch of one", title_justify="left", show_header=False)
-    cost.add_column()
-    cost.add_column(justify="right")
+    print_table(
+        f"branches at {length:,} positions, {found['heads']} heads, {'causal' if found['causal'] else 'bidirectional'}",
+        ("branch", "segment", "rate", "segments", "pairs", "share"),
+        (
+            (f"{i}", f"{w:,}", f"{rate}", f"{-(-length // w):,}", human_count(pairs), share(pairs))
+            for i, (w, rate, pairs) in enumerate(b.values() for b in branches)
+        ),
+    )
     dense = found["flops_dense_forward"] / found["flops_forward"] if found["flops_forward"] else float("inf")
-    cost.add_row("FLOPs forward", human_count(found["flops_forward"]))
-    cost.add_row("FLOPs backward", human_count(found["flops_backward"]))
-    cost.add_row("dense attention, forward", f"{human_count(found['flops_dense_forward'])} ({dense:,.1f}x)")
-    cost.add_row("q, k, v and out", human_bytes(found["bytes_q_k_v_out"]))
-    cost.add_row("log-sum-exp", human_bytes(found["bytes_lse"]))
-    cost.add_row("never formed: dense logits", human_bytes(found["bytes_dense_logits"]))
-    cost.add_row("keys per query and head (mean)", f"{found['keys_per_query']:,.1f}")
-    cost.add_row("(position, head) pairs in a branch (coverage)", f"{found['coverage']:.2%}")
-    console.print(cost)
-    if "ring" in found:
-        ring = Table(title="ring attention, one layer's forward", title_justify="left")
-        for name in ("rank", "shard", "receives", "sends", "dense K and V", "share of work"):
-            ring.add_column(name, justify="right")
-        for rank, share in enumerate(found["ring"]["shares"]):
-            sizes = (human_bytes(share[name]) for name in ("received", "sent", "dense"))
-            work = share["pairs"] / total if total else 0.0
-            ring.add_row(f"{rank}", f"{share['start']:,} - {share['stop']:,}", *sizes, f"{work:.1%}")
-        console.print(ring)
-        closed = found["ring"]["bytes_closed_form"]
-        console.print(f"closed form: {'does not apply' if closed is None else f'{human_bytes(closed)} a rank'}")
-    if "neighbours" in found:
-        near = found["neighbours"]
-        keys = Table(title=f"keys of query {near['query']:,}, head {near['head']}", title_justify="left")
-        for name in ("branch", "keys", "first", "last", "step"):
-            keys.add_column(name, justify="right")
+    costs = {
+        "FLOPs forward": human_count(found["flops_forward"]),
+        "FLOPs backward": human_count(found["flops_backward"]),
+        "dense attention, forward": f"{human_count(found['flops_dense_forward'])} ({dense:,.1f}x)",
+        "q, k, v and out": human_bytes(found["bytes_q_k_v_out"]),
+        "log-sum-exp": human_bytes(found["bytes_lse"]),
+        "never formed: dense logits": human_bytes(found["bytes_dense_logits"]),
+        "keys per query and head (mean)": f"{found['keys_per_query']:,.1f}",
+        "(position, head) pairs in a branch (coverage)": f"{found['coverage']:.2%}",
+    }
+    print_table("cost of one layer's attention, batch of one", ("", ""), costs.items(), left=1)
+    if ring := found.get("ring"):
+        rows = []
+        for rank, part in enumerate(ring["shares"]):
+            sizes = (human_bytes(part[name]) for name in ("received", "sent", "dense"))
+            rows.append((f"{rank}", f"{part['start']:,} - {part['stop']:,}", *sizes, share(part["pairs"])))
+        columns = ("rank", "shard", "receives", "sends", "dense K and V", "share of work")
+        print_table("ring attention, one layer's forward", columns, rows)
+        closed = ring["bytes_closed_form"]
+        console.print(f"closed form: {'does not apply' if closed is None else f'{human_bytes(closed)} per rank'}")
+    if near := found.get("neighbours"):
+        rows = []
         for row in near["branches"]:
-            ends = [f"{row[e]:,}" if row[e] is not None else "-" for e in ("first", "last")]
-            keys.add_row(f"{row['branch']}", f"{row['count']:,}", *ends, f"{row['step']}" if row["count"] else "-")
-        console.print(keys)
+            ends = [f"{row[e]:,}" if row["count"] else "-" for e in ("first", "last", "step")]
+            rows.append((f"{row['branch']}", f"{row['count']:,}", *ends))
+        title = f"keys of query {near['query']:,}, head {near['head']}"
+        print_table(title, ("branch", "keys", "first", "last", "step"), rows)

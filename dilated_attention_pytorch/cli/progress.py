@@ -5,43 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from dilated_attention_pytorch.training import TrainConfig
 
 
 class RichReporter:
-    """Tells a terminal how a run goes; without a terminal, the evaluations alone.
+    """Tell a terminal how a run goes; without a terminal, the evaluations alone.
 
     Args:
-        console: where to.
+        console: of the terminal.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._task = TaskID(0)
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+            "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
+            "{task.fields[last]}", console=console, disable=not console.is_terminal,
+        )  # fmt: skip
 
     def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
-        """Shows the bar."""
+        """Show the bar."""
         branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
         self._console.print(
             f"{num_parameters:,} parameters, {config.num_layers} layers, context {config.context:,} bytes, "
@@ -54,17 +39,17 @@ class RichReporter:
         self._progress.start()
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Shows the latest loss beside the bar; prints an evaluation."""
+        """Show the latest loss beside the bar; print an evaluation."""
         if "val_bpb" in line:
-            self._console.print(f"step {line['step']:>6,}: {line['val_bpb']:.3f} bits per byte on held-out files")
+            self._console.print(f"step {line['step']:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
         else:
             last = f"{line['bpb']:.2f} bits/byte, {line['tokens_per_s']:,.0f} bytes/s"
             self._progress.update(self._task, last=last)
 
     def step(self, step: int) -> None:
-        """Moves the bar."""
+        """Move the bar."""
         self._progress.update(self._task, completed=step)
 
     def stop(self) -> None:
-        """Leaves the bar as it is."""
+        """Leave the bar as it is."""
         self._progress.stop()

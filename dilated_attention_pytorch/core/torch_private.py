@@ -5,11 +5,20 @@ Nothing here changes what a public function of torch would do; there is no publi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+try:
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+except ImportError:  # another torch names them otherwise: tests/memory/test_pool_compile.py shows if pools mind
+    set_code_exec_strategy = None  # type: ignore[assignment]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def below_autograd() -> AbstractContextManager[None]:
@@ -44,3 +53,18 @@ def is_fake(x: Tensor) -> bool:
 def has_amx() -> bool:
     """True if this CPU multiplies half-precision matrices in hardware."""
     return torch.cpu._is_amx_tile_supported()
+
+
+def uncompiled(function: F) -> F:
+    """Keeps `torch.compile` out of a function, as `torch.compiler.disable` does, without importing Dynamo.
+
+    That import more than doubles the time of importing the package. A decorator for what Dynamo cannot trace: locks,
+    weak references, threads, memory-mapped files. Inside compiled code the function runs as it stands, with everything
+    that it calls.
+    """
+    marked: Any = function
+    marked._torchdynamo_disable = True  # its callers do not inline it
+    marked._torchdynamo_disable_msg = "it lends memory or runs threads"
+    if set_code_exec_strategy is not None:  # neither its frame nor those below are traced
+        set_code_exec_strategy(marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dilated_attention_pytorch.models import config as core
 from dilated_attention_pytorch.models.checkpoint import check_head_groups
+from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import FeedForward
 from dilated_attention_pytorch.models.longnet import LongNetLM
 from dilated_attention_pytorch.modules import MultiheadDilatedAttention
 
 
-class LongNetConfig(PreTrainedConfig):
+class LongNetHFConfig(PreTrainedConfig):
     """The shape of a `LongNetForCausalLM`, model type `longnet`.
 
-    Fields are those of `dilated_attention_pytorch.LongNetConfig` that a language model has, with its names and
-    defaults; transformers' own (`hidden_size`, `num_attention_heads`, ...) lead to them. `backend` says which kernels
-    compute the attention.
+    Fields are those of `LongNetConfig` that a language model has, with its names and defaults; transformers' own names
+    (`hidden_size`, `num_attention_heads`, ...) lead to them. `backend` names the kernels of the attention.
 
     Raises:
-        ValueError: what `dilated_attention_pytorch.LongNetConfig` refuses.
+        ValueError: a value that `LongNetConfig` refuses.
 
     Example:
-        >>> config = LongNetConfig(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
+        >>> config = LongNetHFConfig(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
         >>> config.hidden_size
         64
     """
@@ -66,15 +65,15 @@ class LongNetConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # One tensor under one name serves both ends (LongNetLM), so there is nothing for transformers to tie.
+        # One tensor under one name serves both ends (LongNetLM): transformers has nothing to tie.
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
         self.core()
 
-    def core(self) -> core.LongNetConfig:
+    def core(self) -> LongNetConfig:
         """The library's own config, which checks every value."""
-        names = core.LongNetConfig.__dataclass_fields__.keys() - {"num_encoder_layers", "padding"}
-        return core.LongNetConfig(**{name: getattr(self, name) for name in names})
+        names = LongNetConfig.__dataclass_fields__.keys() - {"num_encoder_layers", "padding"}
+        return LongNetConfig(**{name: getattr(self, name) for name in names})
 
 
 class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
@@ -84,32 +83,31 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     Batches are padded on the left for `generate`, on either side otherwise.
 
     Args:
-        config: a `LongNetConfig`.
+        config: a `LongNetHFConfig`.
     """
 
-    config_class = LongNetConfig
+    config_class = LongNetHFConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ("Layer",)
 
-    def __init__(self, config: LongNetConfig) -> None:
+    def __init__(self, config: LongNetHFConfig) -> None:
         super().__init__(config)
         self.model = LongNetLM(config.core(), backend=config.backend)  # type: ignore[arg-type]
         self.post_init()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """The attention is LongNet's own; there is none to replace."""
-        return False
+        return False  # the attention is LongNet's own
 
     def _init_weights(self, module: nn.Module) -> None:
-        """MAGNETO's, as `LongNetLM` starts; transformers calls it for what a checkpoint lacks."""
+        """MAGNETO's start, as in `LongNetLM`; transformers calls it for weights that a checkpoint lacks."""
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
             return
-        # It asks for the layers that hold the weights; how those start is known where they stand. What was loaded is
-        # left alone: transformers guards it within torch's own init functions.
+        # transformers asks for the layers that hold weights; the modules around them know how those start. It keeps
+        # loaded weights itself, within torch's own init functions.
         owners = (MultiheadDilatedAttention, FeedForward, LongNetLM)
         module = next((m for m in self.modules() if isinstance(m, owners) and module in m.children()), module)
         if isinstance(module, MultiheadDilatedAttention):
@@ -124,7 +122,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
                     nn.init.normal_(end.weight, std=self.config.d_model**-0.5)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers; a model made in legacy mode, whose layout no config holds, is refused."""
+        """Save as transformers does; refuses a model made in legacy mode, whose layout no config holds."""
         check_head_groups(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -133,15 +131,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
+        """Replace the token embedding."""
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output layer; None where the embedding serves as one."""
+        """The output layer; None if the embedding serves as one."""
         return self.model.output_projection
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replaces the output layer."""
+        """Replace the output layer."""
         self.model.output_projection = value
 
     def forward(
@@ -156,19 +154,18 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits of the token that follows each position, and the loss where labels are given.
+        """Logits of the token after each position, and the loss of `labels`.
 
         Args:
-            input_ids: int `(B, T)`: with a cache, the tokens that follow those it has seen.
+            input_ids: int `(B, T)`: with a cache, the tokens that follow those in it.
             attention_mask: `(B, all tokens so far)`, 1 = real. Positions count from a row's first real token.
             past_key_values: a `DynamicCache`; only without gradients.
-            labels: int `(B, T)`, -100 where there is none; shifted inside.
-            use_cache: whether to make a cache and give it back; by default the config's, where no gradient is wanted
-                and no row is padded on the right.
-            logits_to_keep: compute this many last positions' logits only; 0 for all.
-            position_ids: ignored, though `generate` hands them over: `attention_mask` says where a row starts.
+            labels: int `(B, T)`, -100 for none; shifted inside.
+            use_cache: make a cache and return it; by default the config's, without gradients and right padding.
+            logits_to_keep: number of last positions whose logits are computed; 0 for all.
+            position_ids: ignored, though `generate` passes them: `attention_mask` says where a row starts.
             return_dict: False for a tuple.
-            kwargs: `num_items_in_batch` for the loss; whatever else is set is refused.
+            kwargs: `num_items_in_batch` for the loss; others must be None or False.
 
         Returns:
             loss, logits `(B, T, vocab_size)` and past_key_values.
@@ -179,15 +176,15 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         items = kwargs.pop("num_items_in_batch", None)
         if wrong := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise ValueError(f"expected arguments of LongNetForCausalLM.forward, got {wrong}, which it does not have")
-        real, row_start = _rows(attention_mask)
+        padding = _Padding.of(attention_mask)
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled() and _is_left_padded(real, row_start)
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and padding.is_left()
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is None:
-            hidden = self.model.hidden(input_ids, key_padding_mask=real, row_start=row_start)
+            hidden = self.model.hidden(input_ids, key_padding_mask=padding.mask, row_start=padding.row_start)
         else:
-            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, real, row_start)
+            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, padding)
             hidden = self.model.hidden(input_ids, cache=cache)  # type: ignore[arg-type]
         logits = self.model.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
@@ -198,56 +195,49 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         return out if return_dict is not False else out.to_tuple()
 
 
-def _rows(attention_mask: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`key_padding_mask` and `row_start` of a mask; none where nothing is padded."""
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
-    if attention_mask is None or bool(attention_mask.all()):
-        return None, None
-    real = attention_mask.bool()
-    return real, real.int().argmax(1)
+class _Padding(NamedTuple):
+    """The padding of a batch; both None if no row is padded."""
 
+    mask: Tensor | None = None  # (B, tokens) bool, True = real
+    row_start: Tensor | None = None  # (B,)
 
-def _is_left_padded(key_padding_mask: Tensor | None, row_start: Tensor | None) -> bool:
-    """Whether nothing but what stands before a row's first token is hidden."""
-    if key_padding_mask is None or row_start is None:
-        return True
-    positions = torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
-    return torch.equal(positions >= row_start[:, None], key_padding_mask)
+    @classmethod
+    def of(cls, attention_mask: Tensor | None) -> _Padding:
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
+        if attention_mask is None or bool(attention_mask.all()):
+            return cls()
+        return cls(attention_mask.bool(), attention_mask.int().argmax(1))
+
+    def is_left(self) -> bool:
+        """True if only positions before a row's first token are hidden."""
+        if self.mask is None or self.row_start is None:
+            return True
+        positions = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return torch.equal(positions >= self.row_start[:, None], self.mask)
 
 
 class _Cache:
-    """What `LongNetLM` asks of a cache, on top of transformers' own: all keys stay, so beams can be reordered."""
+    """A cache of `LongNetLM` on top of transformers' own: all keys stay, so beams can be reordered."""
 
-    def __init__(
-        self,
-        cache: DynamicCache,
-        num_layers: int,
-        tokens: Tensor,
-        key_padding_mask: Tensor | None,
-        row_start: Tensor | None,
-    ) -> None:
-        self.row_start, self.length = row_start, int(cache.get_seq_length())
-        total = self.length + tokens.shape[1]
+    def __init__(self, cache: DynamicCache, num_layers: int, tokens: Tensor, padding: _Padding) -> None:
+        self.row_start, self.length = padding.row_start, int(cache.get_seq_length())
+        total, given = self.length + tokens.shape[1], padding.mask
         if getattr(cache, "is_compileable", False):
             raise ValueError(f"expected a DynamicCache, which grows, got a {type(cache).__name__}")
-        if key_padding_mask is not None and key_padding_mask.shape[1] != total:
-            raise ValueError(
-                f"expected attention_mask of {total} tokens, the cache's and the new ones, got "
-                f"{key_padding_mask.shape[1]}"
-            )
-        if not _is_left_padded(key_padding_mask, row_start):
+        if given is not None and given.shape[1] != total:
+            raise ValueError(f"expected attention_mask of {total} tokens, old and new ones, got {given.shape[1]}")
+        if not padding.is_left():
             raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 
-    def check(self, batch: int, num_layers: int) -> None:
-        """Nothing to refuse: layers are made as they are asked for, and generation reorders batches as it likes."""
+    # Steps of LongNetLM's own cache that this one does not need: layers are made on demand, batches may be reordered.
 
-    def begin(self, num_new: int) -> None:
-        """Nothing to prepare."""
+    def check(self, batch: int, num_layers: int) -> None: ...
 
-    def commit(self) -> None:
-        """Nothing to end."""
+    def begin(self, num_new: int) -> None: ...
+
+    def commit(self) -> None: ...
 
 
 class _Layer:

@@ -6,9 +6,9 @@
     config = LlamaConfig(dilated_segment_lengths=[2048, 8192], dilated_dilation_rates=[1, 4])
     model = LlamaForCausalLM._from_config(config, attn_implementation="dilated")
 
-Causality comes from the model's own layers (`is_causal`), padding from its 2-D `attention_mask`, whichever side it is
-on, and the position of a query in decoding from the number of keys the cache holds. What the pattern cannot express
-(sliding windows, soft caps, attention sinks, position biases, masks of one's own, static caches) raises.
+Causality comes from the model's own layers (`is_causal`), padding on either side from its 2-D `attention_mask`, and the
+position of a query in decoding from the number of keys in the cache. Sliding windows, soft caps, attention sinks,
+position biases, other masks and static caches raise: the pattern cannot express them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ except ImportError as error:
         "pip install 'dilated-attention-pytorch[hf]'"
     ) from error
 
-from dilated_attention_pytorch.integrations.longnet import LongNetConfig, LongNetForCausalLM
+from dilated_attention_pytorch.integrations.longnet import LongNetForCausalLM, LongNetHFConfig
 
-__all__ = ["LongNetConfig", "LongNetForCausalLM", "register", "use_dilated_attention"]
+__all__ = ["LongNetForCausalLM", "LongNetHFConfig", "register", "use_dilated_attention"]
 
 NAME = "dilated"
+_WITH = f"with attn_implementation={NAME!r}"
 
-# Arguments that models hand to every attention function and that change nothing in what is computed here.
+# Arguments that models pass to every attention function and that change nothing here.
 _HARMLESS = {
     "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
     "output_router_logits", "position_embeddings", "position_ids", "return_dict", "use_cache",
@@ -48,14 +49,14 @@ _HARMLESS = {
 
 
 def register() -> None:
-    """Makes transformers know `attn_implementation="dilated"` and the model type `longnet`; may be called again.
+    """Register `attn_implementation="dilated"` and the model type `longnet`; may be called again.
 
-    A model's config then names the pattern: `dilated_segment_lengths` and `dilated_dilation_rates`, and if need be
+    A model's config then names the pattern: `dilated_segment_lengths` and `dilated_dilation_rates`, optionally
     `dilated_offsets` (`"modulo"`), `dilated_mixing_gradient` (`"exact"`) and `dilated_backend` (`"auto"`). With grouped
     heads, offsets are counted over key/value heads.
 
     Raises:
-        ValueError: something else has taken the name `"dilated"`.
+        ValueError: another function has taken the name `"dilated"`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,8 +75,8 @@ def register() -> None:
             raise ValueError(f"expected the attention name {NAME!r} to be free, got {known!r} registered under it")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    AutoConfig.register(LongNetConfig.model_type, LongNetConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM, exist_ok=True)
+    AutoConfig.register(LongNetHFConfig.model_type, LongNetHFConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM, exist_ok=True)
 
 
 def use_dilated_attention(
@@ -87,19 +88,19 @@ def use_dilated_attention(
     mixing_gradient: MixingGradient = "exact",
     backend: BackendName = "auto",
 ) -> None:
-    """Switches a loaded model's attention to a dilated pattern, weights untouched; its config keeps the pattern.
+    """Switch a loaded model's attention to a dilated pattern, weights untouched; its config keeps the pattern.
 
     Args:
         model: any transformers model whose attention goes through `AttentionInterface`.
-        segment_lengths: w_i, in tokens, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in tokens, one per branch.
+        dilation_rates: r_i, one per branch.
         offsets: `"modulo"` or `"blocked"`, counted over key/value heads.
         mixing_gradient: `"exact"` or `"detached"`.
         backend: as in `dilated_attention`.
 
     Raises:
         ValueError: a pattern that does not fit together, an unknown option, or a model whose attention cannot be
-            replaced; the model is then as it was.
+            replaced; the model stays as it was.
     """
     pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
@@ -113,7 +114,7 @@ def use_dilated_attention(
         )
     register()
     model.set_attn_implementation(NAME)
-    # A composite model has a config a part; what each attention layer reads is its own.
+    # A composite model has one config per part, and each attention layer reads its own.
     configs = (getattr(m, "config", None) for m in model.modules())
     for config in {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values():
         config.dilated_segment_lengths = list(pattern.segment_lengths)
@@ -133,25 +134,22 @@ def mask(
     local_size: int | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """What `attention` gets as its mask: None, or bool `(B, keys)`, True = real. Causality is not in it."""
-    # Some models make a sliding mask that no layer takes; a layer that does is refused by `attention`.
+    """The mask of `attention`, without causality: None, or bool `(B, keys)`, True = real."""
+    # Some models make a sliding mask that no layer takes; `attention` refuses a layer that does.
     if local_size is None:
         if mask_function not in (causal_mask_function, bidirectional_mask_function):
             raise ValueError(
-                f"expected a causal or a bidirectional mask with attn_implementation={NAME!r}, got one combined with "
-                "another (packed position_ids, a prefix, image tokens): pad each sequence with attention_mask"
+                f"expected a causal or a bidirectional mask {_WITH}, got one combined with another (packed "
+                "position_ids, a prefix, image tokens): pad each sequence with attention_mask"
             )
         growing = not isinstance(q_offset, Tensor) and not kv_offset and kv_length == q_offset + q_length
         if mask_function is causal_mask_function and not growing:
             raise ValueError(
-                "expected a cache whose keys end with the last query (DynamicCache) with attn_implementation="
-                f"{NAME!r}, got {kv_length} keys for {q_length} queries from position {q_offset} on: static, sliding "
-                "and prefix caches are not supported"
+                f"expected a cache whose keys end with the last query (DynamicCache) {_WITH}, got {kv_length} keys for "
+                f"{q_length} queries from position {q_offset} on: static, sliding and prefix caches are not supported"
             )
-    if attention_mask is None:
-        return None
-    # As flash attention has it: None where nothing is padded, so that the unmasked path is taken.
-    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    # As for flash attention, None without padding: the path without a mask.
+    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None
     return attention_mask.to(torch.bool)
 
@@ -175,10 +173,8 @@ def attention(
     causal = bool(causal) and getattr(config, "is_causal", True) is not False
     keys, queries = key.shape[2], query.shape[2]
     if queries > keys or (queries != keys and not causal):
-        raise ValueError(
-            f"expected self-attention with attn_implementation={NAME!r}, got {queries} queries over {keys} keys"
-            f"{'' if causal else ' without causality'}"
-        )
+        how = "" if causal else " without causality"
+        raise ValueError(f"expected self-attention {_WITH}, got {queries} queries over {keys} keys{how}")
     out = dilated_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         segment_lengths=config.dilated_segment_lengths,
@@ -201,32 +197,29 @@ def _check_arguments(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
     name = type(module).__name__
-    wrong = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
-    if wrong:
+    if wrong := sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False):
         given = ", ".join(f"{k}={_short(kwargs[k])}" for k in wrong)
         raise ValueError(
-            f"expected {name} to ask for plain attention with attn_implementation={NAME!r}, got {given}, which dilated "
-            "attention does not have; a sliding window is switched off in the config (layer_types all full_attention)"
+            f"expected {name} to ask for plain attention {_WITH}, got {given}, which dilated attention does not have; "
+            "a sliding window is switched off in the config (layer_types all full_attention)"
         )
     if "CrossAttention" in name or getattr(module, "is_cross_attention", False):
-        raise ValueError(f"expected self-attention with attn_implementation={NAME!r}, got the cross-attention {name}")
+        raise ValueError(f"expected self-attention {_WITH}, got the cross-attention {name}")
     # One class serves all three uses in Bart and its kin: a decoder's layer is causal, or looks at the encoder.
     if getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True):
         raise ValueError(
-            f"expected self-attention with attn_implementation={NAME!r}, got a cross-attention: {name} with "
-            "is_decoder=True and is_causal=False"
+            f"expected self-attention {_WITH}, got a cross-attention: {name} with is_decoder=True and is_causal=False"
         )
-    config = getattr(module, "config", None)
-    missing = [k for k in ("dilated_segment_lengths", "dilated_dilation_rates") if getattr(config, k, None) is None]
-    if missing:
+    config, needed = getattr(module, "config", None), ("dilated_segment_lengths", "dilated_dilation_rates")
+    if missing := [k for k in needed if getattr(config, k, None) is None]:
         raise ValueError(
             f"expected {' and '.join(missing)} in the {type(config).__name__} of {name}, got none: name the pattern in "
             "the config, or call use_dilated_attention(model, segment_lengths, dilation_rates)"
         )
-    if attention_mask is not None and tuple(attention_mask.shape) != (query.shape[0], key.shape[2]):
+    shape = (query.shape[0], key.shape[2])
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
         raise ValueError(
-            f"expected attention_mask of shape (batch, keys) = {(query.shape[0], key.shape[2])} with "
-            f"attn_implementation={NAME!r}, got {tuple(attention_mask.shape)}"
+            f"expected attention_mask of shape (batch, keys) = {shape} {_WITH}, got {tuple(attention_mask.shape)}"
         )
 
 

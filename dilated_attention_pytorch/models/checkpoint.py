@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dilated_attention_pytorch.core.files import replace_file
 from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT
@@ -48,15 +47,8 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=target) as scratch:
-        written = Path(scratch)
-        save_file(state, written / WEIGHTS, metadata={"format": "pt"})
-        (written / CONFIG).write_text(config, encoding="utf-8")
-        shutil.copymode(written / CONFIG, written / WEIGHTS)  # safetensors' own files are private
-        for file in (WEIGHTS, CONFIG):
-            with (written / file).open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(written / file, target / file)
+    replace_file(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    replace_file(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
 
 
 def check_head_groups(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
+from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core.validation import check_int, check_looked_up
 from dilated_attention_pytorch.models.base import Model, TensorOptions
 from dilated_attention_pytorch.models.cache import KeyValueCache
@@ -23,26 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def activation_name(activation: Any) -> Any:
-    """The name of an activation that 0.1 took as a function."""
-    functions = {nn.functional.relu: "relu", nn.functional.gelu: "gelu", torch.relu: "relu"}
-    return functions.get(activation, activation) if callable(activation) else activation
-
-
-_ORDER = ("d_model", "nhead", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "segment_lengths",
-          "dilation_rates", "dropout", "activation", "layer_norm_eps", "device", "dtype")  # fmt: skip
-
-
-def _from_old(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "activation": activation_name(values.get("activation", "relu"))}
-
-
-@takes_old_call(
-    OldCall(_ORDER, {name: name for name in _ORDER}),
-    (0, int),
-    old_value=lambda kwargs: callable(kwargs.get("activation")),
-    finish=_from_old,
-)
+@takes_old_call("_old.calls:LONGNET")  # 0.4.0: goes with _old
 class LongNet(Model[LongNetConfig]):
     """Encoder and decoder over one sequence of embeddings.
 

@@ -112,7 +112,7 @@ def load_into(
         device: where they go.
         dtype: of floating tensors; their own by default.
     """
-    _check_state(model, state)
+    check_state(model, state)
     moved = {
         key: value.detach().to(device, (dtype or value.dtype) if value.is_floating_point() else value.dtype, copy=copy)
         for key, value in state.items()
@@ -121,7 +121,8 @@ def load_into(
     model.requires_grad_(True)  # an assigned tensor keeps the file's flag
 
 
-def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names every key which is missing, unexpected or of another shape."""
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in wanted]

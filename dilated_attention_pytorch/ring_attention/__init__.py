@@ -6,6 +6,7 @@ Everything is loaded when first asked for: the configuration and the abstract ba
 from __future__ import annotations
 
 import importlib
+import pkgutil  # 0.4.0: goes with _old
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         RingDilatedAttentionHilbert,
     )
 
+__path__ = pkgutil.extend_path(__path__, __name__)  # 0.4.0: goes with _old
 _HERE = "dilated_attention_pytorch.ring_attention"
 _LAZY = {
     "BaseRingAttention": f"{_HERE}.base",

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from dilated_attention_pytorch._deprecated import OldCall, takes_old_call
+from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.types import BackendName, Offsets, Padding
@@ -17,19 +17,8 @@ Mode = Literal["auto", "sparse", "ring", "gather"]
 RemoteRows = Literal["keep", "refetch"]
 Check = Literal["first", "always", "never"]
 
-# 0.2's configuration, and the flags that its ring classes took beside it; until 0.4.0.
-OLD_RING = OldCall(
-    ("segment_lengths", "dilation_rates", "dropout", "ring_size", "use_gradient_checkpointing", "use_memory_pool",
-     "memory_pool_size", "enable_error_recovery", "mixed_precision", "log_memory_usage", "attention_scale"),
-    {"segment_lengths": "segment_lengths", "dilation_rates": "dilation_rates", "dropout": "dropout",
-     "attention_scale": "scale"},
-    ("block_size", "use_checkpointing", "max_cached_buffers", "use_tf32", "device", "dtype", "enable_memory_pool",
-     "enable_profiling", "lightweight_pool", "use_pattern_cache", "memory_pool_threshold_mb", "use_flash_attention",
-     "flash_chunk_size", "use_bucketed", "bucket_size", "chunk_size_kv", "cache_on_gpu", "grad_checkpoint_buckets"),
-)  # fmt: skip
 
-
-@takes_old_call(OLD_RING, (0, object))
+@takes_old_call("_old.calls:RING_CONFIG")  # 0.4.0: goes with _old
 @dataclass(frozen=True, kw_only=True)
 class RingAttentionConfig:
     """What a ring of ranks computes, and how rows travel between them.

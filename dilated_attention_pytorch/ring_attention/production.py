@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_attention_pytorch._deprecated import takes_old_call
+from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import dropout, validation
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
@@ -18,23 +16,11 @@ from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.ops import refuse_tangents
 from dilated_attention_pytorch.ring_attention import op
 from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
-from dilated_attention_pytorch.ring_attention.config import OLD_RING, RingAttentionConfig
+from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.types import QKV, AttentionOutput
 
-# 0.2's `RingDilatedAttention` was another name of its `RingDilatedAttentionV2Collective`; until 0.4.0.
-_OLD = OLD_RING._replace(
-    order=("segment_lengths", "dilation_rates", "dropout", "ring_size", "device", "dtype", "enable_memory_pool",
-           "enable_profiling", "lightweight_pool", "use_pattern_cache", "memory_pool_threshold_mb",
-           "use_flash_attention", "flash_chunk_size")
-)  # fmt: skip
 
-
-def _from_old(values: dict[str, Any]) -> dict[str, Any]:
-    group: dict[str, Any] = {name: values.pop(name) for name in ("process_group", "mesh_dim") if name in values}
-    return {"config": RingAttentionConfig(**values), **group}
-
-
-@takes_old_call(_OLD, (0, (list, tuple)), finish=_from_old, arguments_of="RingAttentionConfig")
+@takes_old_call("_old.calls:RING")  # 0.4.0: goes with _old
 class RingDilatedAttention(BaseRingAttention):
     """Exact dilated attention over a sequence of which every rank holds one contiguous shard, in rank order.
 

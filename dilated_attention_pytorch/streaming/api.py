@@ -10,8 +10,8 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
+from dilated_attention_pytorch.core.torch_private import uncompiled
 from dilated_attention_pytorch.streaming.call import Settings, check_target, prepare, refuse
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
 from dilated_attention_pytorch.types import AttentionOutput, BackendName, Offsets

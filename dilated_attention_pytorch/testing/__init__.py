@@ -1,4 +1,4 @@
-"""Helpers for testing attention code: how far two results are apart by what rounding allows, and what a call costs."""
+"""Helpers for tests of attention code: distances that rounding explains, and peak memory."""
 
 from dilated_attention_pytorch.testing.memory import peak_bytes
 from dilated_attention_pytorch.testing.precision import gradient_scale, relative_norm

@@ -1,4 +1,4 @@
-"""Peak resident memory of a piece of code, from Linux's own account."""
+"""Peak resident memory of a call, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """How far `run()` raises the process's resident memory above where it stands, at its highest.
+    """The peak of the process's resident memory during `run()`, less what is resident before. Linux alone.
 
-    The result of `run` is kept until the peak is read. Linux alone.
+    The result of `run` lives until the peak is read.
 
     Raises:
         OSError: the kernel does not let a process reset its own peak.
     """
-    _RESET.write_text("5")  # the documented way to set the peak (VmHWM) back to what is resident now
+    _RESET.write_text("5")  # the documented way to reset the peak (VmHWM)
     before = _read("VmRSS")
     result = run()
     peak = _read("VmHWM")

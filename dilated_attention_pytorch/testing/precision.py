@@ -9,17 +9,16 @@ from torch import Tensor
 def relative_norm(got: Tensor, want: Tensor, *, scale: float = 0.0) -> float:
     """The norm of the difference over the norm of `want`, in fp64.
 
-    Where `want` all but vanishes by cancellation (the gradient of a softmax over one key is exactly 0, and rounding
-    leaves 1e-17), the size of the terms that cancelled decides what rounding may leave: a difference below 64 ulps of
-    `scale` counts as 0.
+    If `want` all but vanishes by cancellation (the gradient of a softmax over one key is exactly 0, and rounding leaves
+    1e-17), rounding is measured by the terms that cancelled: a difference below 64 ulps of `scale` counts as 0.
 
     Args:
         got: any shape.
         want: the same shape.
-        scale: norm of the terms that `want` is a sum of; 0 to judge by `want` alone.
+        scale: norm of the terms whose sum is `want`; 0 to judge by `want` alone.
 
     Returns:
-        The relative norm; inf where an entry is NaN, or infinite in one of the two alone.
+        The relative norm; inf if an entry is NaN, or infinite in only one of the two.
     """
     if got.shape != want.shape:
         raise ValueError(f"expected two tensors of one shape, got {tuple(got.shape)} and {tuple(want.shape)}")
@@ -36,7 +35,7 @@ def relative_norm(got: Tensor, want: Tensor, *, scale: float = 0.0) -> float:
 
 
 def gradient_scale(grad_out: Tensor, grad_lse: Tensor | None, v: Tensor, other: Tensor, scale: float) -> float:
-    """The size of the terms whose differences make up the gradient of q (`other` = k) or of k (`other` = q).
+    """The size of the terms that cancel in the gradient of q (`other` = k) or of k (`other` = q).
 
     A row of dQ is a weighted mean of `scale * (dO.v - rowsum(dO * out) + dlse) k`; its size is at most
     `scale * (2 |dO| max|v| + |dlse|) max|k|`.

@@ -1,9 +1,9 @@
-"""What decides a training run, as one frozen value, and presets of it."""
+"""The settings of a training run, as one frozen value, and presets of it."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,51 +13,69 @@ from dilated_attention_pytorch.models import LongNetConfig
 Precision = Literal["auto", "fp32", "bf16"]
 VOCAB_SIZE = 256  # bytes; a zero byte ends each document
 
+# Checks of the fields: least values of the ints, and ranges of the floats.
+_MINIMA = {
+    0: ("warmup_steps", "cpu_threads", "seed", "eval_excerpts"),
+    1: ("context", "batch_size", "micro_batch_size", "steps", "context_parallel", "eval_every", "log_every",
+        "checkpoint_every"),
+}  # fmt: skip
+_RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "above 0": (("learning_rate", "grad_clip"), lambda x: x > 0),
+    "in [0, 1)": (("beta1", "beta2"), lambda x: 0 <= x < 1),
+    "in [0, 1]": (("final_rate",), lambda x: 0 <= x <= 1),
+    "of at least 0": (("weight_decay",), lambda x: x >= 0),
+}
+# Fields that the model's config has under the same name.
+_SHARED = (
+    "d_model", "nhead", "dim_feedforward", "segment_lengths", "dilation_rates", "offsets", "dropout",
+    "attention_dropout", "tie_weights",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides the numbers of a run; where it reads, writes and computes is said elsewhere.
+    """Everything that decides the numbers of a run; folders and devices are arguments of `Trainer`.
 
     Args:
         d_model: width.
         nhead: attention heads.
         num_layers: layers of the decoder.
         dim_feedforward: width inside the feed-forward network.
-        segment_lengths: w_i, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, one per branch.
+        dilation_rates: r_i, one per branch.
         offsets: `"modulo"` or `"blocked"`.
         dropout: of embeddings and sublayers.
         attention_dropout: of attention weights.
-        tie_weights: logits come from the embedding's own weights.
+        tie_weights: the embedding's weights give the logits.
         context: bytes that a prediction can look back on.
-        batch_size: sequences of `context` bytes a step, over all ranks and micro-steps.
-        micro_batch_size: sequences a forward; `batch_size / (ranks * micro_batch_size)` forwards accumulate.
+        batch_size: sequences of `context` bytes per step, over all ranks and micro-steps.
+        micro_batch_size: sequences per forward; `batch_size / (ranks * micro_batch_size)` forwards accumulate.
         steps: optimizer steps.
-        learning_rate: its peak.
-        final_rate: share of the peak that the cosine ends on.
+        learning_rate: peak of the schedule.
+        final_rate: share of the peak at the end of the cosine.
         warmup_steps: linear warm-up.
-        weight_decay: of matrices; gains and biases have none.
+        weight_decay: of matrices; none for gains and biases.
         beta1: of AdamW.
         beta2: of AdamW.
-        grad_clip: the gradient's largest norm.
+        grad_clip: largest norm of the gradient.
         precision: `"fp32"`, `"bf16"` (autocast), or `"auto"`: bf16 on CUDA, fp32 on a CPU.
-        gradient_checkpointing: compute activations again in the backward instead of keeping them.
+        gradient_checkpointing: recompute activations in the backward.
         compile: torch.compile the model.
-        context_parallel: how many processes share a sequence, each with a shard of it. Parameters, gradients and
+        context_parallel: number of processes that share a sequence, one shard per process. Parameters, gradients and
             optimizer states are then sharded over all processes (FSDP2).
-        cpu_threads: of a run on a CPU, 0 for torch's choice; sums, and so the last bits of a run, depend on it.
-        seed: of the start, the order of the data and dropout.
-        eval_excerpts: held-out sequences that an evaluation reads, spread over the split; 0 for all of it.
-        eval_every: steps between evaluations; the last step always has one.
+        cpu_threads: of a run on a CPU, 0 for torch's choice; the last bits of a run depend on it.
+        seed: of the first weights, the order of the data and dropout.
+        eval_excerpts: validation sequences per evaluation, spread over the split; 0 for all of it.
+        eval_every: steps between evaluations; one more follows the last step.
         log_every: steps between lines of the record.
-        checkpoint_every: steps between states on disk; interruptions and the end always leave one.
+        checkpoint_every: steps between states on disk; an interruption and the end leave one too.
 
     Raises:
-        ValueError: a value out of range, or that does not fit another one.
+        ValueError: a value out of range, or two that do not fit together.
         TypeError: a value of the wrong type.
     """
 
-    # What may differ when a run is resumed: it changes what is written or who computes it, not what is computed.
+    # Fields that may change when a run is resumed: who computes, and what is written.
     FREE: ClassVar[frozenset[str]] = frozenset(
         {"log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel"}
     )
@@ -95,41 +113,28 @@ class TrainConfig:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        at_least_one = ("context", "batch_size", "micro_batch_size", "steps", "context_parallel")
-        for name in (*at_least_one, "eval_every", "log_every", "checkpoint_every"):
-            check.check_positive_int(name, getattr(self, name))
-        for name in ("warmup_steps", "cpu_threads", "seed", "eval_excerpts"):
-            check.check_int(name, getattr(self, name), 0)
-        for name in ("learning_rate", "final_rate", "weight_decay", "beta1", "beta2", "grad_clip"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-        for name in ("learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"expected {name} above 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.final_rate <= 1:
-            raise ValueError(f"expected final_rate in [0, 1], got {self.final_rate}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"expected weight_decay of at least 0, got {self.weight_decay}")
+        for minimum, names in _MINIMA.items():
+            for name in names:
+                check.check_int(name, getattr(self, name), minimum)
+        for words, (names, fits) in _RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+                if not fits(value):
+                    raise ValueError(f"expected {name} {words}, got {value}")
         check.check_choice("precision", self.precision, Precision)
-        for name in ("gradient_checkpointing", "compile"):
-            check.check_bool(name, getattr(self, name))
+        check.check_bool("gradient_checkpointing", self.gradient_checkpointing)
+        check.check_bool("compile", self.compile)
         if self.warmup_steps >= self.steps:
             raise ValueError(f"expected warmup_steps below steps, got {self.warmup_steps} and {self.steps}")
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                "expected batch_size to be a multiple of micro_batch_size, "
-                f"got {self.batch_size} and {self.micro_batch_size}"
-            )
-        if self.context < self.context_parallel:
-            raise ValueError(
-                f"expected context of at least context_parallel, got {self.context} and {self.context_parallel}"
-            )
-        if self.compile and self.context_parallel > 1:
-            raise ValueError(f"expected compile=False with context_parallel={self.context_parallel}, got True")
+        batch, micro, context, shards = self.batch_size, self.micro_batch_size, self.context, self.context_parallel
+        if batch % micro:
+            raise ValueError(f"expected batch_size to be a multiple of micro_batch_size, got {batch} and {micro}")
+        if context < shards:
+            raise ValueError(f"expected context of at least context_parallel, got {context} and {shards}")
+        if self.compile and shards > 1:
+            raise ValueError(f"expected compile=False with context_parallel={shards}, got True")
         model = self.model_config()
         object.__setattr__(self, "segment_lengths", model.segment_lengths)
         object.__setattr__(self, "dilation_rates", model.dilation_rates)
@@ -137,28 +142,20 @@ class TrainConfig:
     def model_config(self) -> LongNetConfig:
         """The model's share of the config."""
         return LongNetConfig(
-            d_model=self.d_model,
-            nhead=self.nhead,
+            **{name: getattr(self, name) for name in _SHARED},
             num_decoder_layers=check.check_positive_int("num_layers", self.num_layers),
-            dim_feedforward=self.dim_feedforward,
-            segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates,
-            offsets=self.offsets,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
             activation="gelu",
             vocab_size=VOCAB_SIZE,
-            tie_weights=self.tie_weights,
         )
 
     def micro_steps(self, world_size: int) -> int:
-        """How many forwards a rank accumulates in a step.
+        """The number of forwards that a rank accumulates per step.
 
         Args:
             world_size: number of processes; `context_parallel` of them share each sequence.
 
         Raises:
-            ValueError: processes that do not make whole groups; a batch that cannot be dealt out evenly.
+            ValueError: processes that do not make whole groups, or a batch that they cannot share evenly.
         """
         if world_size % self.context_parallel:
             raise ValueError(
@@ -179,16 +176,14 @@ class TrainConfig:
         """The config with some fields read from text, as `--set name=value` gives them.
 
         Raises:
-            ValueError: an unknown name, or text that is no value of the field's type.
+            ValueError: an unknown name, or text that does not name a value of the field's type.
         """
         kinds = typing.get_type_hints(type(self))
-        known = {field.name for field in fields(self)}
-        parsed: dict[str, Any] = {}
-        for name, text in values.items():
+        known = sorted(field.name for field in fields(self))
+        for name in values:
             if name not in known:
-                raise ValueError(f"expected a field of the training config, got {name!r}; known are {sorted(known)}")
-            parsed[name] = _parse(name, text, kinds[name])
-        return replace(self, **parsed)
+                raise ValueError(f"expected a field of the training config, got {name!r}; known are {known}")
+        return replace(self, **{name: _parse(name, text, kinds[name]) for name, text in values.items()})
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
@@ -206,16 +201,15 @@ def _parse(name: str, text: str, kind: Any) -> Any:
 
 
 PRESETS: Mapping[str, TrainConfig] = {
-    # Five minutes of CPU time. At this budget more steps beat more parameters, and most of what a byte depends on is
-    # near: docs/training.md has the trials behind these numbers. One thread: two would halve the time on an idle
-    # machine, but where others compute too they wait for one another busily, and burn several times the CPU time.
+    # Five minutes of CPU time: more steps beat more parameters there, and most of what a byte depends on is near
+    # (docs/training.md has the trials). One thread: beside other work, two wait for each other in busy loops.
     "demo": TrainConfig(
         d_model=128, nhead=2, num_layers=2, dim_feedforward=512,
         segment_lengths=(128, 1024, 4096), dilation_rates=(1, 4, 16), context=4096, batch_size=1,
         steps=540, learning_rate=4e-3, final_rate=0.0, warmup_steps=100, beta1=0.8, cpu_threads=1,
         eval_excerpts=32, eval_every=135, log_every=1, checkpoint_every=135,
     ),
-    # An hour or so of one recent GPU.
+    # About an hour of one recent GPU.
     "small": TrainConfig(),
     # Twelve layers of 768, for several GPUs.
     "base": TrainConfig(

@@ -1,8 +1,8 @@
-"""A folder of text as two memory-mapped byte streams, built once and kept by what it contains.
+"""A folder of text as two memory-mapped byte streams, built once and kept under a fingerprint of its content.
 
-Each document is followed by one zero byte, which therefore never occurs inside a document: files that hold one, or
-that are not UTF-8, are skipped as binary. A document goes to the held-out split or not by the hash of its bytes, so
-copies of a file can never stand on both sides, and equal files are kept once.
+One zero byte follows each document and occurs nowhere else: files that hold one, or that are not UTF-8, are skipped as
+binary. The hash of a document's bytes decides its split, so copies of a file never stand on both sides; equal files are
+kept once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,8 @@ BOUNDARY = 0
 _FORMAT = 1  # of the cached files; part of their fingerprint
 _SPLITS = ("train", "val")
 
-# Parts of the standard library that a system may ship apart from the rest or not at all, and tests: without them the
-# corpus differs little between machines. The build data names the machine Python was built on.
+# Tests, and parts of the standard library that some systems ship apart or not at all: without them the corpus differs
+# little between machines. The build data names the machine that Python was built on.
 _NOT_EVERYWHERE = frozenset(
     {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "site-packages", "dist-packages"}
 )
@@ -38,11 +38,10 @@ class Corpus:
     """The two splits of a corpus.
 
     Attributes:
-        fingerprint: of the documents and the split, whatever their names and places.
+        fingerprint: of the documents and the split; names and places of files do not enter.
         train: uint8 `(bytes,)`, a read-only memory map.
-        val: likewise, held out.
-        documents: how many documents each split holds, and how many files were left out: keys "train", "val",
-            "copies", "binary".
+        val: the same, for validation.
+        documents: numbers of documents per split and of files left out: keys "train", "val", "copies", "binary".
     """
 
     fingerprint: str
@@ -52,32 +51,38 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path) -> Corpus:
-        """Opens a corpus that `build_corpus` left in `folder`."""
-        meta = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint8, mode="r") for split in _SPLITS)
-        for split, stream in (("train", train), ("val", val)):
-            if stream.size != meta["bytes"][split]:
-                raise ValueError(
-                    f"expected {meta['bytes'][split]} bytes in {folder / (split + '.bin')}, got {stream.size}; "
-                    "remove the folder, it will be built again"
-                )
-        return cls(meta["fingerprint"], train, val, meta["documents"])
+        """Open a corpus that `build_corpus` left in `folder`.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        path = folder / "corpus.json"
+        again = "remove the folder, it will be built again"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            fingerprint, documents = str(meta["fingerprint"]), dict(meta["documents"])
+            wanted = [int(meta["bytes"][split]) for split in _SPLITS]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"expected {path} to describe a corpus, got {type(error).__name__}; {again}") from error
+        paths = [folder / f"{split}.bin" for split in _SPLITS]
+        for file, size in zip(paths, wanted, strict=True):
+            if file.stat().st_size != size:
+                raise ValueError(f"expected {size} bytes in {file}, got {file.stat().st_size}; {again}")
+        train, val = (np.memmap(file, dtype=np.uint8, mode="r") for file in paths)
+        return cls(fingerprint, train, val, documents)
 
 
-@dataclass(frozen=True)
-class _Document:
+class _Document(NamedTuple):
     path: Path
     digest: str
     size: int
 
-    def is_held_out(self, val_fraction: float) -> bool:
-        return int(self.digest[:8], 16) < val_fraction * 2**32
-
 
 def standard_library() -> Iterator[Path]:
-    """The sources of Python's standard library: every `.py` file but tests, build data and what systems ship apart.
+    """The `.py` files of Python's standard library.
 
-    Left out: `test` and `tests` folders, idlelib, tkinter, turtledemo, lib2to3, ensurepip, installed packages.
+    Left out: `test` and `tests` folders, idlelib, tkinter, turtledemo, lib2to3, ensurepip, installed packages and build
+    data.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in _walk(root, (".py",)):
@@ -86,7 +91,7 @@ def standard_library() -> Iterator[Path]:
 
 
 def default_cache() -> Path:
-    """Where corpora are kept: under `XDG_CACHE_HOME`, or `~/.cache`."""
+    """The folder of all corpora, under `XDG_CACHE_HOME` or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dilated-attention-pytorch" / "corpora"
 
 
@@ -99,8 +104,8 @@ def build_corpus(
 ) -> Corpus:
     """The corpus of a folder, built if the cache does not hold it.
 
-    The folder is read once to know its content; hidden files and folders and symbolic links are not followed. The
-    order of the documents follows from their content too, so equal contents give equal streams anywhere.
+    The folder is read once to know its content; hidden files, hidden folders and symbolic links are skipped. Documents
+    stand in the order of their hashes, so equal contents give equal streams anywhere.
 
     Args:
         folder: any folder of text, or one text file; the standard library's sources when absent.
@@ -115,21 +120,19 @@ def build_corpus(
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"expected val_fraction in (0, 1), got {val_fraction}")
     documents, counts = _scan(_files(folder, suffixes))
-    splits = {
-        "train": [d for d in documents if not d.is_held_out(val_fraction)],
-        "val": [d for d in documents if d.is_held_out(val_fraction)],
-    }
+    splits: dict[str, list[_Document]] = {"train": [], "val": []}
+    for document in documents:
+        splits["val" if int(document.digest[:8], 16) < val_fraction * 2**32 else "train"].append(document)
     for split, chosen in splits.items():
         if not chosen:
             raise ValueError(
                 f"expected text files in both splits of {folder or 'the standard library'}, got none in {split!r}: "
                 f"{len(documents)} different text files, {counts['binary']} binary, val_fraction {val_fraction}; "
-                "give more files or another val_fraction"
+                "give more files or another fraction"
             )
     key = hashlib.sha256(repr((_FORMAT, [(s, [d.digest for d in ds]) for s, ds in splits.items()])).encode())
     fingerprint = key.hexdigest()[:32]
-    root = Path(cache) if cache is not None else default_cache()
-    place = root / fingerprint
+    place = (Path(cache) if cache is not None else default_cache()) / fingerprint
     if not (place / "corpus.json").is_file():
         counts |= {split: len(chosen) for split, chosen in splits.items()}
         _write(place, fingerprint, splits, counts)
@@ -156,31 +159,26 @@ def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
 
 
 def _scan(paths: Iterator[Path]) -> tuple[list[_Document], dict[str, int]]:
-    """The different documents in the order of their hashes, and what was left out."""
+    """The distinct documents in the order of their hashes, and the numbers of files left out."""
     found: dict[str, _Document] = {}
     counts = {"copies": 0, "binary": 0}
     for path in paths:
         data = path.read_bytes()
-        if not data:
-            continue
-        if not _is_text(data):
+        try:
+            is_text = BOUNDARY not in data and data.decode("utf-8") is not None
+        except UnicodeDecodeError:
+            is_text = False
+        if not is_text:
             counts["binary"] += 1
-            continue
-        digest = hashlib.sha256(data).hexdigest()
-        counts["copies"] += digest in found
-        found.setdefault(digest, _Document(path, digest, len(data)))
+        elif data:
+            digest = hashlib.sha256(data).hexdigest()
+            counts["copies"] += digest in found
+            found.setdefault(digest, _Document(path, digest, len(data)))
     return [found[digest] for digest in sorted(found)], counts
 
 
-def _is_text(data: bytes) -> bool:
-    try:
-        return BOUNDARY not in data and data.decode("utf-8") is not None
-    except UnicodeDecodeError:
-        return False
-
-
 def _write(place: Path, fingerprint: str, splits: dict[str, list[_Document]], counts: dict[str, int]) -> None:
-    """Writes beside the final place and moves it there whole: an interruption leaves no half of a corpus."""
+    """Write beside the final place and move the folder there whole."""
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=place.parent))
     try:
@@ -191,14 +189,13 @@ def _write(place: Path, fingerprint: str, splits: dict[str, list[_Document]], co
                     data = document.path.read_bytes()
                     if hashlib.sha256(data).hexdigest() != document.digest:
                         raise ValueError(f"expected {document.path} to stay as it is while it is read, but it changed")
-                    stream.write(data)
-                    stream.write(bytes([BOUNDARY]))
+                    stream.write(data + bytes([BOUNDARY]))
             sizes[split] = sum(d.size + 1 for d in documents)
         meta: dict[str, Any] = {"fingerprint": fingerprint, "bytes": sizes, "documents": counts}
         (temporary / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         try:
             temporary.rename(place)
-        except OSError:  # another process was first; by the fingerprint's nature it wrote the same
+        except OSError:  # another process was first, and wrote the same under this fingerprint
             if not (place / "corpus.json").is_file():
                 raise
     finally:

@@ -1,4 +1,4 @@
-"""What a training process knows of the others: nothing but its rank, their number and two collectives."""
+"""The processes of a run: rank, number, and the few collectives that training needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """A process and its device among `size` of them.
+    """A process, its device and the number of processes.
 
     Attributes:
         rank: of this process, from 0.
@@ -34,11 +34,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -48,15 +48,15 @@ class World:
         return bool(self.sum(torch.tensor(int(flag), device=self.device)) > 0) if self.size > 1 else flag
 
     def wait(self) -> None:
-        """Returns when all processes are here."""
+        """Return when all processes are here."""
         if self.size > 1:
             dist.barrier()
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives in the main process, which alone does it; None in the others, which wait for it.
+        """Do work in the main process while the others wait: its result there, None in the others.
 
         Raises:
-            ConnectionAbortedError: in the others, where it failed; the main process raises its own error.
+            ConnectionAbortedError: in the others, when it failed; the main process raises its own error.
         """
         if not self.is_main:
             if self.any(False):
@@ -73,14 +73,14 @@ class World:
 
 @contextmanager
 def join(device: str | None = None) -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a world of one; left again at the end.
+    """Join the world that torchrun describes in the environment, or a world of one, and leave it at the end.
 
     Args:
         device: `"cpu"`, `"cuda"` or `"cuda:1"`; by default CUDA where there is one. Under torchrun each process takes
             the CUDA device of its local rank.
 
     Raises:
-        ValueError: CUDA asked for where there is none, or one numbered device for several processes.
+        ValueError: no CUDA here, or one numbered device for several processes.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -99,7 +99,7 @@ def join(device: str | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
-        dist.barrier()  # nobody takes the group down while another still works
+        dist.barrier()  # no process destroys the group while another still works
     finally:
         if mine:
             dist.destroy_process_group()

@@ -1,10 +1,11 @@
-"""Bits per byte on held-out text."""
+"""Bits per byte on validation text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +16,16 @@ from torch import nn
 
 from dilated_attention_pytorch.training.corpus import BOUNDARY
 from dilated_attention_pytorch.training.distributed import World
-from dilated_attention_pytorch.training.parallel import Layout
+from dilated_attention_pytorch.training.parallel import RankLayout
 
 
 class Evaluation(NamedTuple):
-    """How well a model predicts held-out text.
+    """Losses on validation text.
 
     Attributes:
         loss: nats per predicted token, boundaries between documents included.
-        bits_per_byte: bits to encode the text, boundaries included, per byte of it, boundaries not counted.
-        num_bytes: how many bytes of text were predicted.
+        bits_per_byte: bits to encode text and boundaries, per byte of text.
+        num_bytes: predicted bytes of text.
     """
 
     loss: float
@@ -40,38 +41,35 @@ def evaluate(
     *,
     batch_size: int = 1,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    layout: Layout | None = None,
+    layout: RankLayout | None = None,
 ) -> Evaluation:
-    """Predicts each byte of the excerpts from those before it in its excerpt; every byte weighs the same.
+    """Predict each byte of the excerpts from those before it in its excerpt; every byte weighs the same.
 
     Args:
         model: tokens `(B, N)` to logits `(B, N, 256)`.
         excerpts: from `held_out_excerpts`; dealt out over the ranks in turn.
         world: the processes that share the work; all get the result.
-        batch_size: excerpts at a time; unequal lengths never share a batch.
+        batch_size: excerpts per batch; unequal lengths never share one.
         autocast: makes a context manager to run the model in.
         layout: of processes that share sequences; by default each reads its own.
     """
-    layout = layout or Layout(world.rank, world.size)
+    layout = layout or RankLayout(world.rank, world.size)
     was_training = model.training
     model.eval()
-    # Nats, tokens, bytes of text: fp64, so that the order of the sums over ranks does not show.
+    # Nats, tokens, bytes of text; in fp64 the order of the sums over ranks does not show.
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    mine = _batches(excerpts[layout.data_rank :: layout.data_size], batch_size)
+    batches = [_batches(excerpts[reader :: layout.data_size], batch_size) for reader in range(layout.data_size)]
+    mine, idle = batches[layout.data_rank], []
     if layout.mesh is not None:
-        # Sharded parameters are gathered forward by forward: every rank makes as many, with nothing new if need be.
-        most = max(len(_batches(excerpts[r :: layout.data_size], batch_size)) for r in range(layout.data_size))
-        idle = [list(excerpts[:1])] * (most - len(mine))
-    else:
-        idle = []
+        # Each forward gathers sharded parameters: every rank runs as many, the last ones on text that does not count.
+        idle = [list(excerpts[:1])] * (max(map(len, batches)) - len(mine))
     for number, alike in enumerate(mine + idle):
         tokens = torch.from_numpy(np.stack(alike).astype(np.int64)).to(world.device)
         inputs, targets, whole = layout.shard(tokens)
-        targets = targets.flatten()
         with autocast():
             logits = model(inputs, **whole)
         if number < len(mine):
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
             seen = losses.new_tensor(losses.numel())
             totals += torch.stack([losses.double().sum(), seen, (targets != BOUNDARY).sum()])
     model.train(was_training)
@@ -81,9 +79,8 @@ def evaluate(
 
 def _batches(excerpts: Sequence[NDArray[np.uint8]], batch_size: int) -> list[list[NDArray[np.uint8]]]:
     """Excerpts in order, `batch_size` at a time; unequal lengths never share a batch."""
-    batches, left = [], list(excerpts)
-    while left:
-        alike = [excerpt for excerpt in left[:batch_size] if excerpt.size == left[0].size]
-        left = left[len(alike) :]
-        batches.append(alike)
+    batches: list[list[NDArray[np.uint8]]] = []
+    for _, alike in groupby(excerpts, key=len):
+        same = list(alike)
+        batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
     return batches

@@ -1,31 +1,33 @@
-"""The record of a run: one JSON object a line, and TensorBoard where asked for."""
+"""The record of a run: one JSON object per line, and TensorBoard where asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dilated_attention_pytorch.core.files import replace_text
+
 FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; a last line that an interruption cut short is left out."""
+    """The lines of a record. Damaged ones are left out, as a last one that an interruption cut short."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                lines.append(values)
     return lines
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes this process has held: on the CUDA device, else in RAM; None where the system does not say."""
+    """Peak bytes of this process: on the CUDA device, else in RAM; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -37,11 +39,11 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 class MetricsLog:
-    """Writes the record of a run that starts, or goes on, after `step` steps.
+    """Write the record of a run that starts, or goes on, after `step` steps.
 
     Args:
         folder: of the run.
-        step: lines of later steps are dropped: they belong to work that was lost and is done again.
+        step: lines of later steps are dropped; that work was lost and is done again.
         tensorboard: also write TensorBoard events, into `folder/tensorboard`.
 
     Raises:
@@ -51,25 +53,21 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
         self._board: Any = _board(folder / "tensorboard", step) if tensorboard else None
         self.path = folder / FILE
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if self.path.exists() else []
-        if step == 0:
-            kept = []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        kept = read_metrics(self.path) if step and self.path.exists() else []
+        text = "".join(json.dumps(line) + "\n" for line in kept if line["step"] <= step)
+        replace_text(self.path, text)
         self._stream = self.path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line; it is on its way to the disk when this returns."""
+        """Add a line, and hand it to the system."""
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
-        if self._board is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, line["step"])
+        for name, value in line.items():
+            if self._board is not None and name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._stream.close()
         if self._board is not None:
             self._board.close()

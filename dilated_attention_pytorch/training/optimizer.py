@@ -11,7 +11,7 @@ from dilated_attention_pytorch.training.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step: linear up to `learning_rate`, then half a cosine down to its `final_rate` share."""
+    """The rate of a step: linear up to `learning_rate`, then half a cosine down to `final_rate` of it."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

@@ -1,4 +1,4 @@
-"""From a byte model's tokens to text, as they come."""
+"""Text from a byte model, piece by piece."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dilated_attention_pytorch.training.corpus import BOUNDARY
 
 
 def byte_stream(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpack[Sampling]) -> Iterator[str]:
-    """Continues a prompt as the start of a document, piece by piece, until the model ends the document.
+    """Continue a prompt as the start of a document, piece by piece, until the model ends the document.
 
     Args:
         model: a byte model of `Trainer`.
-        prompt: any text, also none.
-        max_bytes: how many bytes to add, at most.
+        prompt: any text, or none.
+        max_bytes: the most bytes to add.
         sampling: as in `LongNetLM.stream`.
 
     Returns:
-        Pieces of the new text; bytes that are no UTF-8 come as the replacement character.
+        Pieces of the new text; the replacement character stands for bytes that are not UTF-8.
     """
     device = next(model.parameters()).device
     # A document starts where another has ended.
@@ -42,9 +42,7 @@ def _decode(tokens: Iterator[int]) -> Iterator[str]:
     for token in tokens:
         if token == BOUNDARY:
             break
-        piece = decoder.decode(bytes([token]))
-        if piece:
+        if piece := decoder.decode(bytes([token])):
             yield piece
-    rest = decoder.decode(b"", final=True)
-    if rest:
+    if rest := decoder.decode(b"", final=True):
         yield rest

@@ -13,7 +13,7 @@ from dilated_attention_pytorch.viz.style import GRID, INK, branch_color, style
 
 
 def loss_figure(metrics: Path | str) -> Figure:
-    """Bits per byte against the bytes trained on: each logged step, their running mean, and the held-out text.
+    """Bits per byte by step: each logged step, their running mean, and the validation text.
 
     Args:
         metrics: a run's `metrics.jsonl`.
@@ -36,7 +36,7 @@ def loss_figure(metrics: Path | str) -> Figure:
             ax.plot(steps, _running_mean(losses, width), color=branch_color(0), label=f"training, mean of {width}")
         if val:
             x, y = zip(*val, strict=True)
-            ax.plot(x, y, color=branch_color(3), marker="o", markersize=4, label="held-out files")
+            ax.plot(x, y, color=branch_color(3), marker="o", markersize=4, label="validation files")
             ax.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (0, 7), textcoords="offset points", ha="center", color=INK)
         # The first steps, near 8 bits, would flatten all the rest.
         top = float(np.quantile(losses, 0.98)) if len(losses) > 50 else float(losses.max())
@@ -51,7 +51,6 @@ def loss_figure(metrics: Path | str) -> Figure:
 
 def _running_mean(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
     """The mean of each value and up to `width - 1` before it."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
+    sums, ends = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))

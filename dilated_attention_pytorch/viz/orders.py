@@ -1,4 +1,4 @@
-"""Tokens in space: the walk of each order, whom one of them attends to, and values over all of them."""
+"""Tokens in space: the walk of each order, the keys of one token, and values over all of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.kernels.hilbert import CurveOrder
+from dilated_attention_pytorch.viz.pattern import keys_by_branch
 from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, style
 
 _MOST_STEPS = 20_000  # of a walk drawn as a line
@@ -28,8 +29,8 @@ def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: in
 
     Args:
         orders: by name.
-        coords: int `(N, 2)` or `(N, 3)`, the token's cells.
-        plane: of tokens in 3-D, the first coordinate to show; the middle by default. A step of the walk is drawn where
+        coords: int `(N, 2)` or `(N, 3)`, the cells of the tokens.
+        plane: of tokens in 3-D, the first coordinate to show; the middle by default. A step of the walk is drawn if
             both its ends lie in it.
 
     Raises:
@@ -59,23 +60,22 @@ def neighbourhood_figure(
     query: int,
     head: int | None = None,
 ) -> Figure:
-    """The tokens that one token attends to in each order, coloured by the first branch that shows them.
+    """The keys of one token in each order, coloured by the first branch that shows them.
 
     Args:
         pattern: the branches.
         orders: by name.
         coords: int `(N, 2)`, or `(N, 3)` of which the plane through the token is drawn.
         query: the token, by its original index.
-        head: key/value head; what any of them shows, by default.
+        head: key/value head; all of them by default.
 
     Raises:
         ValueError: as in `orders_figure`; a token or head out of range.
     """
     _check_orders(orders, coords)
-    if not 0 <= check.check_int("query", query, 0) < len(coords):
-        raise ValueError(f"expected query in [0, {len(coords)}), got {query}")
-    if head is not None and not 0 <= check.check_int("head", head, 0) < pattern.num_heads:
-        raise ValueError(f"expected head in [0, {pattern.num_heads}), got {head}")
+    check.check_index("query", query, len(coords))
+    if head is not None:
+        check.check_index("head", head, pattern.num_heads)
     shown, cells = _plane(coords, None if coords.shape[1] == 2 else int(coords[query, 0]))
     with style():
         figure, axes = _axes(len(orders), cells, legend=True)
@@ -94,25 +94,14 @@ def neighbourhood_figure(
 
 
 def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: int | None = None) -> tuple[Tensor, int]:
-    """Which branch shows each token to a query.
+    """The first branch that shows each token to a query, -1 for none, and the number of tokens shown.
 
-    Args:
-        pattern: the branches.
-        order: of the tokens.
-        query: a token, by its original index.
-        head: key/value head; any of them, by default.
-
-    Returns:
-        int64 `(N,)`, by original index, the first branch that shows the token, -1 where none does; and how many are
-        shown.
+    The tensor, int64 `(N,)`, and `query` go by the original order; without `head` any head counts.
     """
     place, size = int(order.inverse[query]), len(order.order)
-    member = pattern.membership(torch.tensor(place))
     found = torch.full((size,), len(pattern.branches))
     for h in range(pattern.num_heads) if head is None else [head]:
-        # keys_of lists only the branches that the query belongs to, in order.
-        branches = member[:, h].nonzero().flatten().tolist()
-        for i, keys in zip(branches, pattern.keys_of(place, h, size), strict=True):
+        for i, keys in keys_by_branch(pattern, place, h, size):
             tokens = order.order[keys.start : keys.stop : keys.step]
             found[tokens] = found[tokens].clamp(max=i)
     found[found == len(pattern.branches)] = -1
@@ -122,7 +111,7 @@ def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: i
 def heat_figure(
     values: Mapping[str, Tensor], coords: Tensor, *, mark: int | None = None, plane: int | None = None
 ) -> Figure:
-    """Values over tokens, a picture for each name; tokens without a value (nan) stay grey.
+    """Values over tokens, one picture per name; tokens without a value (nan) stay grey.
 
     Args:
         values: float `(N,)` in original order, by title, each with its own scale; or `(N, 3)` colours in [0, 1].
@@ -138,8 +127,8 @@ def heat_figure(
     for name, x in values.items():
         if x.shape not in ((len(coords),), (len(coords), 3)):
             raise ValueError(f"expected values[{name!r}] of shape ({len(coords)},) or (..., 3), got {tuple(x.shape)}")
-    if mark is not None and not 0 <= check.check_int("mark", mark, 0) < len(coords):
-        raise ValueError(f"expected mark in [0, {len(coords)}), got {mark}")
+    if mark is not None:
+        check.check_index("mark", mark, len(coords))
     if plane is None and mark is not None and coords.shape[1] == 3:
         plane = int(coords[mark, 0])
     shown, cells = _plane(coords, plane)
@@ -164,7 +153,7 @@ def _check_orders(orders: Mapping[str, CurveOrder], coords: Tensor) -> None:
 
 
 def _plane(coords: Tensor, at: int | None) -> tuple[Tensor, Tensor]:
-    """Which tokens are drawn, and their rows and columns."""
+    """The indices of the tokens in a plane, and their rows and columns."""
     if coords.dim() != 2 or coords.shape[1] not in (2, 3) or coords.is_floating_point() or len(coords) == 0:
         raise ValueError(
             f"expected coords of integers, shape (N, 2) or (N, 3), N >= 1, got {coords.dtype} {tuple(coords.shape)}"
@@ -180,7 +169,7 @@ def _plane(coords: Tensor, at: int | None) -> tuple[Tensor, Tensor]:
 
 def _axes(count: int, cells: Tensor, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
     height, width = (cells.amax(0) - cells.amin(0) + 1).tolist()
-    # About as tall as pictures 2.5 inches wide need, with room for titles; long strips are drawn narrower.
+    # Pictures 2.5 inches wide, with room for titles; long strips are narrower.
     tall = min(6.0, 2.5 * height / width)
     figure = Figure(figsize=((tall * width / height + 0.15) * count, tall + 0.45 + 0.35 * legend), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, count)))
@@ -197,6 +186,6 @@ def _image(ax: Axes, cells: Tensor, values: NDArray[Any], **how: Any) -> None:
     at = (cells - low).numpy()
     picture[at[:, 0], at[:, 1]] = values
     extent = (int(low[1]) - 0.5, int(high[1]) + 0.5, int(high[0]) + 0.5, int(low[0]) - 0.5)
-    if picture.ndim == 3:  # colours have no nan: what is missing is white
+    if picture.ndim == 3:  # colours have no nan; missing tokens are white
         picture, how = np.nan_to_num(picture, nan=1.0), {}
     ax.imshow(picture, interpolation="nearest", extent=extent, **how)

@@ -1,4 +1,4 @@
-"""Who attends to whom, drawn from `DilatedPattern`."""
+"""Attention patterns, drawn from `DilatedPattern`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, style
+from dilated_attention_pytorch.viz.style import FAINT, INK, binned, branch_color, style
 
 _EXACT = 256  # a matrix of more positions would be drawn finer than pixels
-_BINS = 1024
 _TIMES = {1: "once", 2: "twice"}
 
 
 def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal: bool = False) -> NDArray[np.bool_]:
-    """Which keys each query sees in each branch.
+    """The keys of each query in each branch.
 
     Args:
         pattern: the branches.
@@ -32,11 +31,10 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
         is_causal: leave out later keys.
 
     Returns:
-        Bool `(num_branches, N, N)`, queries before keys; the sum over branches is how often a key counts.
+        Bool `(num_branches, N, N)`, queries before keys; summed over branches, the multiplicity of a key.
     """
     check.check_positive_int("seq_len", seq_len)
-    if not 0 <= check.check_int("head", head, 0) < pattern.num_heads:
-        raise ValueError(f"expected head in [0, {pattern.num_heads}), got {head}")
+    check.check_index("head", head, pattern.num_heads)
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)[:, head]
     segment = torch.stack([positions // length for length, _ in pattern.branches])
@@ -49,17 +47,10 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
 def shares(
     pattern: DilatedPattern, span: tuple[int, int], *, bins: int, head: int, is_causal: bool = False
 ) -> NDArray[np.float64]:
-    """The share of (query, key) pairs that attend, in each branch and each pair of bins of positions.
+    """The share of (query, key) pairs that attend, per branch and pair of bins: `(num_branches, bins, bins)`.
 
-    Args:
-        pattern: the branches.
-        span: positions `[start, stop)`, cut into bins.
-        bins: how many; none is empty.
-        head: key/value head.
-        is_causal: leave out later keys; in a bin with itself that is taken for half of the pairs.
-
-    Returns:
-        `(num_branches, bins, bins)`, queries before keys.
+    Positions `[start, stop)` of `span` are cut into bins, none of them empty. Causality halves the pairs of a bin with
+    itself.
     """
     start, stop = span
     positions = torch.arange(start, stop)
@@ -85,15 +76,15 @@ def pattern_figure(
     spans: Sequence[tuple[int, int]] | None = None,
     is_causal: bool = False,
 ) -> Figure:
-    """The attention matrix of each branch, and how often each key counts over all of them.
+    """The attention matrix of each branch, and the multiplicity of each key over all of them.
 
     A span of up to 256 positions is drawn pair by pair; a longer one as the share of pairs in bins of positions.
 
     Args:
         pattern: the branches.
         seq_len: N.
-        heads: key/value heads; a row of pictures for each.
-        spans: ranges of positions `[start, stop)`, a row for each as well; the whole sequence by default.
+        heads: key/value heads; one row of pictures per head and span.
+        spans: ranges of positions `[start, stop)`; the whole sequence by default.
         is_causal: leave out later keys.
 
     Raises:
@@ -105,11 +96,10 @@ def pattern_figure(
         if not 0 <= start < stop <= seq_len:
             raise ValueError(f"expected spans within [0, {seq_len}), got ({start}, {stop})")
     for head in heads:
-        if not 0 <= check.check_int("heads", head, 0) < pattern.num_heads:
-            raise ValueError(f"expected heads in [0, {pattern.num_heads}), got {head}")
+        check.check_index("heads", head, pattern.num_heads)
     rows = [(head, span) for head in heads for span in chosen]
     columns = len(pattern.branches) + 1
-    most, binned = 1, False
+    most, long = 1, False
     with style():
         figure = Figure(figsize=(2.4 * columns + 0.3, 2.85 * len(rows) + 0.6), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -117,7 +107,7 @@ def pattern_figure(
             if span[1] - span[0] <= _EXACT:
                 most = max(most, _exact_row(axes, pattern, span, head, is_causal))
             else:
-                binned = True
+                long = True
                 _binned_row(axes, pattern, span, head, is_causal)
             for i, (length, rate) in enumerate(pattern.branches):
                 axes[i].set_title(f"head {head}:  w = {length:,}, r = {rate}")
@@ -131,7 +121,7 @@ def pattern_figure(
         shades = _shades(len(pattern.branches))
         names = [_TIMES.get(n, f"{n} times") for n in range(1, most + 1)]
         handles = [Patch(facecolor=c, label=f"counts {n}") for c, n in zip(shades[:most], names, strict=True)]
-        title = "long spans: darker where a larger share of pairs attends" if binned else None
+        title = "long spans: darker where a larger share of pairs attends" if long else None
         figure.legend(handles=handles, title=title, frameon=False, ncols=len(handles), loc="outside lower right")
     return figure
 
@@ -139,27 +129,23 @@ def pattern_figure(
 def neighbours_figure(
     pattern: DilatedPattern, seq_len: int, *, query: int, head: int = 0, is_causal: bool = False
 ) -> Figure:
-    """The keys of one query, a row for each branch, and how often each counts in the one softmax.
+    """The keys of one query, one row per branch, and the multiplicity of each in the one softmax.
 
     Args:
         pattern: the branches.
-        seq_len: N, any length: long ones are drawn as shares of bins.
+        seq_len: N; long sequences are drawn as shares of bins.
         query: its position.
         head: key/value head.
         is_causal: leave out later keys.
     """
-    if not 0 <= check.check_int("query", query, 0) < check.check_positive_int("seq_len", seq_len):
-        raise ValueError(f"expected query in [0, {seq_len}), got {query}")
+    check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
     with style():
         count = len(pattern.branches)
         figure = Figure(figsize=(8.2, 0.42 * count + 1.9), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(count, 2.2))
-        bins = min(seq_len, _BINS)
-        edges = np.linspace(0, seq_len, bins + 1)
-        widths = np.diff(edges)
-        stacked = np.zeros(bins)
-        for i, keys in _keys_by_branch(pattern, query, head, seq_len, is_causal):
-            counts = np.histogram(np.asarray(keys), bins=edges)[0] / widths
+        stacked, edges = binned(np.zeros(0, dtype=np.int64), seq_len)
+        for i, keys in keys_by_branch(pattern, query, head, seq_len, is_causal=is_causal):
+            counts, _ = binned(np.asarray(keys), seq_len)
             top.stairs(i - 0.4 + counts * 0.8, edges, baseline=i - 0.4, fill=True, color=branch_color(i))
             bottom.stairs(stacked + counts, edges, baseline=stacked.copy(), fill=True, color=branch_color(i))
             stacked += counts
@@ -170,33 +156,29 @@ def neighbours_figure(
         causal = ", causal" if is_causal else ""
         top.set_title(f"keys of query {query:,}, head {head}, of {seq_len:,} positions{causal}", loc="left")
         top.tick_params(labelbottom=False, length=0)
-        bottom.set(
-            xlabel="key",
-            ylabel="times" if bins == seq_len else "times (mean)",
-            ylim=(0, max(1.0, float(stacked.max())) * 1.15),
-        )
+        times = "times" if len(stacked) == seq_len else "times (mean)"
+        bottom.set(xlabel="key", ylabel=times, ylim=(0, max(1.0, float(stacked.max())) * 1.15))
         for ax in (top, bottom):
             ax.axvline(query + 0.5, color=INK, linewidth=0.8, linestyle=":")
             ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _keys_by_branch(
-    pattern: DilatedPattern, query: int, head: int, seq_len: int, is_causal: bool
+def keys_by_branch(
+    pattern: DilatedPattern, query: int, head: int, seq_len: int, *, is_causal: bool = False
 ) -> list[tuple[int, range]]:
-    # keys_of lists only the branches that the query belongs to, in order.
-    member = pattern.membership(torch.tensor(query))[:, head]
-    branches = [i for i in range(len(pattern.branches)) if member[i]]
+    """The keys of a query in each branch it belongs to."""
+    branches = pattern.membership(torch.tensor(query))[:, head].nonzero().flatten().tolist()
     return list(zip(branches, pattern.keys_of(query, head, seq_len, is_causal=is_causal), strict=True))
 
 
 def _exact_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> int:
-    """Draws the pairs of a span; the most often that a key counts."""
+    """Draw the pairs of a span and return the largest multiplicity."""
     start, stop = span
     seen = multiplicity(pattern, stop, head=head, is_causal=is_causal)[:, start:, start:]
-    for i in range(len(pattern.branches)):
-        _matrix(axes[i], seen[i].astype(int), [branch_color(i)], span)
-    _matrix(axes[-1], seen.sum(0), _shades(len(pattern.branches)), span)
+    colors = [[branch_color(i)] for i in range(len(pattern.branches))]
+    for ax, counts, shades in zip(axes, [*seen, seen.sum(0)], [*colors, _shades(len(seen))], strict=True):
+        _image(ax, counts.astype(int), ListedColormap(["white", *shades]), (-0.5, len(shades) + 0.5), span)
     return max(1, int(seen.sum(0).max()))
 
 
@@ -206,22 +188,13 @@ def _binned_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, in
     for ax, share, color in zip(axes, [*found, found.sum(0)], [*colors, _shades(2)[-1]], strict=True):
         # Branches differ by orders of magnitude (1 / r^2): each picture has its own scale; roots keep the faint seen.
         share = np.sqrt(share / share.max()) if share.max() > 0 else share
-        cmap = LinearSegmentedColormap.from_list("share", ["white", color])
-        ax.imshow(share, cmap=cmap, vmin=0, vmax=1, interpolation="nearest", extent=_extent(span))
-        _ticks(ax)
+        _image(ax, share, LinearSegmentedColormap.from_list("share", ["white", color]), (0, 1), span)
 
 
-def _matrix(ax: Axes, counts: NDArray[Any], colors: Sequence[str], span: tuple[int, int]) -> None:
-    cmap = ListedColormap(["white", *colors])
-    ax.imshow(counts, cmap=cmap, vmin=-0.5, vmax=len(colors) + 0.5, interpolation="nearest", extent=_extent(span))
-    _ticks(ax)
-
-
-def _extent(span: tuple[int, int]) -> tuple[int, int, int, int]:
-    return span[0], span[1], span[1], span[0]
-
-
-def _ticks(ax: Axes) -> None:
+def _image(ax: Axes, values: NDArray[Any], cmap: Colormap, limits: tuple[float, float], span: tuple[int, int]) -> None:
+    start, stop = span
+    low, high = limits
+    ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", extent=(start, stop, stop, start))
     ax.tick_params(length=2)
     ax.locator_params(integer=True, nbins=4)
 
@@ -236,7 +209,7 @@ def _segment_lines(ax: Axes, length: int, span: tuple[int, int]) -> None:
 
 
 def _shades(count: int) -> list[str]:
-    """From light to dark: more of them for more branches."""
+    """Colours from light to dark, one per branch."""
     light, dark = np.array([0.78, 0.80, 0.92]), np.array([0.10, 0.14, 0.50])
     steps = np.linspace(0, 1, max(2, count))[:count]
     return ["#" + "".join(f"{round(255 * c):02x}" for c in light + (dark - light) * s) for s in steps]

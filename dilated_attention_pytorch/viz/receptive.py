@@ -1,54 +1,61 @@
-"""How far a LongNet looks back through its layers, followed exactly through `DilatedPattern`."""
+"""Receptive fields of a LongNet through its layers, followed exactly through `DilatedPattern`."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, style
-
-_MAX_BINS = 1024
+from dilated_attention_pytorch.viz.style import FAINT, INK, binned, branch_color, style
 
 
 def receptive_field(
     pattern: DilatedPattern, seq_len: int, *, query: int, num_layers: int, is_causal: bool = True
 ) -> NDArray[np.bool_]:
-    """Which inputs can change the output at one position, after each number of layers.
+    """The inputs that can change the output at one position, after each number of layers.
 
-    A layer passes on what its position holds (the residual) and what any head sees in any branch; feed-forward networks
-    mix heads, so a layer's heads all look from what any head brought before.
+    A layer passes on its own position (the residual) and the keys of every head and branch; feed-forward networks mix
+    heads, so each head of a layer sees what any head brought before.
 
     Args:
         pattern: of every layer.
         seq_len: N.
         query: the output's position.
         num_layers: L.
-        is_causal: whether layers hide later positions.
+        is_causal: hide later positions.
 
     Returns:
         Bool `(num_layers + 1, N)`; row 0 is the query alone.
     """
     check.check_positive_int("num_layers", num_layers)
-    if not 0 <= check.check_int("query", query, 0) < check.check_positive_int("seq_len", seq_len):
-        raise ValueError(f"expected query in [0, {seq_len}), got {query}")
+    check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)
     reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)
     reached[0, query] = True
-    for layer in range(num_layers):
-        reached[layer + 1] = _one_layer(pattern, member, positions, reached[layer], is_causal)
+    for before, after in pairwise(reached):
+        after |= before
+        for branch, (length, _) in enumerate(pattern.branches):
+            segment = positions // length
+            for _, heads in pattern.head_groups(branch):
+                rows = member[branch, heads.start]  # heads of one offset keep the same rows
+                # The last reached member of each segment: it sees the members up to it (causal), or all of them.
+                last = torch.full((int(segment[-1]) + 1,), -1)
+                queries = positions[rows & before]
+                last.scatter_reduce_(0, queries // length, queries, "amax")
+                after |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
     return np.asarray(reached.numpy())
 
 
 def receptive_figure(
     pattern: DilatedPattern, seq_len: int, *, query: int, num_layers: int, is_causal: bool = True
 ) -> Figure:
-    """The receptive field as a row for each number of layers, with the share of positions that it holds.
+    """The receptive field, one row per number of layers, with its share of the positions.
 
     Arguments are those of `receptive_field`; a long sequence is drawn as shares of bins.
     """
@@ -57,12 +64,9 @@ def receptive_figure(
     with style():
         figure = Figure(figsize=(8.2, 0.45 * (num_layers + 1) + 1.1), layout="constrained")
         ax = figure.subplots()
-        bins = min(seq_len, _MAX_BINS)
-        edges = np.linspace(0, seq_len, bins + 1)
-        widths = np.diff(edges)
         for layer, row in enumerate(field):
-            share = np.histogram(np.nonzero(row)[0], bins=edges)[0] / widths
-            ax.bar(0, 0.8, reachable, bottom=layer - 0.4, color=FAINT, align="edge", zorder=0)  # what could be reached
+            share, edges = binned(np.nonzero(row)[0], seq_len)
+            ax.bar(0, 0.8, reachable, bottom=layer - 0.4, color=FAINT, align="edge", zorder=0)  # the most it could hold
             ax.stairs(layer - 0.4 + share * 0.8, edges, baseline=layer - 0.4, fill=True, color=branch_color(0))
             text = f"{int(row.sum()):,} ({row.sum() / reachable:.1%})"
             ax.annotate(text, (1.01, layer), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
@@ -72,24 +76,6 @@ def receptive_figure(
         ax.axvline(query + 0.5, color=INK, linewidth=0.8, linestyle=":")
         ax.tick_params(axis="y", length=0)
         ax.spines[["top", "right", "left"]].set_visible(False)
-        branches = ", ".join(f"{w:,}/{r}" for w, r in pattern.branches)
-        ax.set_title(
-            f"inputs that reach position {query:,} (segment/rate: {branches}; {pattern.num_heads} heads)", loc="left"
-        )
+        shape = ", ".join(f"{w:,}/{r}" for w, r in pattern.branches) + f"; {pattern.num_heads} heads"
+        ax.set_title(f"inputs that reach position {query:,} (segment/rate: {shape})", loc="left")
     return figure
-
-
-def _one_layer(pattern: DilatedPattern, member: Tensor, positions: Tensor, reached: Tensor, is_causal: bool) -> Tensor:
-    """The positions that those reached look at: the members of every segment that holds a reached member."""
-    found = reached.clone()
-    for branch, (length, _) in enumerate(pattern.branches):
-        segment = positions // length
-        for offset, heads in pattern.head_groups(branch):
-            del offset  # heads that share it keep the same rows; one of them stands for all
-            rows = member[branch, heads.start]
-            # The last reached member of each segment: all members up to it (causal), or all (not), are seen.
-            last = torch.full((int(segment[-1]) + 1,), -1)
-            queries = positions[rows & reached]
-            last.scatter_reduce_(0, queries // length, queries, "amax")
-            found |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
-    return found

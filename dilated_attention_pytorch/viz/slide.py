@@ -1,4 +1,4 @@
-"""A number for each tile of a slide, drawn where the tile lies."""
+"""One number per tile of a slide, drawn where the tile lies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def slide_figure(
     label: str = "",
     marks: Tensor | None = None,
 ) -> Figure:
-    """A heat map over a slide: each tile a square, white where there is none.
+    """A heat map over a slide: each tile a square, white without a tile.
 
     Args:
         coords: `(L, 2)`, x and y of each tile in pixels.
@@ -29,10 +29,10 @@ def slide_figure(
         tile_size: pixels between neighbouring tiles.
         title: above the picture.
         label: of the colour bar.
-        marks: numbers of tiles to ring, such as the query.
+        marks: indices of tiles to ring, such as the query.
 
     Raises:
-        ValueError: shapes that do not fit, no tiles, a value that is not finite, tiles too far apart for a picture.
+        ValueError: shapes that do not fit, no tiles, a value that is not finite, tiles too far apart.
 
     Example:
         >>> from dilated_attention_pytorch.viz import save, slide_figure

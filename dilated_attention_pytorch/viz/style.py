@@ -1,14 +1,17 @@
-"""How the pictures look. Figures are made without pyplot, so they need no display and leave no global state."""
+"""Colours and style of the pictures. Figures are made without pyplot: no display, no global state."""
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dilated_attention_pytorch.core.files import replace_file
 
 INK = "#263238"
 GRID = "#cfd8dc"
@@ -29,18 +32,24 @@ _STYLE: Any = {  # mypy knows no plain dict as rc parameters
 }
 
 
+def binned(positions: NDArray[np.int64], seq_len: int, most: int = 1024) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The share of each bin of a sequence that some positions fill, and the edges of the bins."""
+    edges = np.linspace(0, seq_len, min(seq_len, most) + 1)
+    return np.histogram(positions, bins=edges)[0] / np.diff(edges), edges
+
+
 def branch_color(branch: int) -> str:
     """The colour of a branch, the same in every picture."""
     return BRANCHES[branch % len(BRANCHES)]
 
 
 def style() -> AbstractContextManager[None]:
-    """A context in which figures are made."""
+    """A context for making figures."""
     return matplotlib.rc_context(_STYLE)
 
 
 def save(figure: Figure, path: Path | str, *, dpi: int = 150) -> Path:
-    """Writes a figure, whole or not at all; the same figure gives the same bytes.
+    """Write a figure, whole or not at all; the same figure gives the same bytes.
 
     Args:
         figure: any of this package's.
@@ -51,12 +60,12 @@ def save(figure: Figure, path: Path | str, *, dpi: int = 150) -> Path:
         The path written.
     """
     path = Path(path)
-    if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"expected a file name that ends in a picture format such as .png, got {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     # SVG would carry the date and random ids.
+    metadata = {"Date": None} if kind == "svg" else None
     with style(), matplotlib.rc_context({"svg.hashsalt": "dilated-attention-pytorch"}):
-        figure.savefig(temporary, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
-    os.replace(temporary, path)
+        replace_file(path, lambda at: figure.savefig(at, format=kind, dpi=dpi, metadata=metadata))
     return path

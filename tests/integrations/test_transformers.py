@@ -43,11 +43,15 @@ from transformers import (  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
 
-from dilated_attention_pytorch import DilatedPattern, LongNetLM, legacy_mode  # noqa: E402
-from dilated_attention_pytorch import LongNetConfig as CoreConfig  # noqa: E402
-from dilated_attention_pytorch.integrations.transformers import (  # noqa: E402
+from dilated_attention_pytorch import (  # noqa: E402
+    DilatedPattern,
     LongNetConfig,
+    LongNetLM,
+    legacy_mode,
+)
+from dilated_attention_pytorch.integrations.transformers import (  # noqa: E402
     LongNetForCausalLM,
+    LongNetHFConfig,
     attention,
     mask,
     register,
@@ -93,7 +97,7 @@ def modernbert(**changes: Any) -> ModernBertModel:
 def longnet(**changes: Any) -> LongNetForCausalLM:
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "nhead": 4, "num_decoder_layers": 2, "dim_feedforward": 64}
-    config = LongNetConfig(**sizes, segment_lengths=LENGTHS, dilation_rates=RATES, pad_token_id=0, **changes)
+    config = LongNetHFConfig(**sizes, segment_lengths=LENGTHS, dilation_rates=RATES, pad_token_id=0, **changes)
     return LongNetForCausalLM(config).double().eval()
 
 
@@ -342,7 +346,7 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="inputs_embeds"):
             longnet()(tokens(1, 10), inputs_embeds=torch.zeros(1, 10, 32))
         with pytest.raises(ValueError, match="multiple of nhead"):
-            LongNetConfig(d_model=30, nhead=4)
+            LongNetHFConfig(d_model=30, nhead=4)
 
 
 class TestLongNet:
@@ -353,7 +357,7 @@ class TestLongNet:
         model.save_pretrained(tmp_path)
         assert (tmp_path / "model.safetensors").is_file()
         config = AutoConfig.from_pretrained(tmp_path)
-        assert isinstance(config, LongNetConfig) and config.core() == model.config.core()
+        assert isinstance(config, LongNetHFConfig) and config.core() == model.config.core()
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert isinstance(again, LongNetForCausalLM)
         assert torch.equal(again(x).logits, model(x).logits)
@@ -369,7 +373,7 @@ class TestLongNet:
     def test_it_is_the_librarys_model(self) -> None:
         """Same parameters, same logits, same greedy continuation; the start has MAGNETO's scale, not transformers'."""
         model, x = longnet(), tokens(2, 100)
-        plain = LongNetLM(CoreConfig(**model.config.core().to_dict())).double().eval()
+        plain = LongNetLM(LongNetConfig(**model.config.core().to_dict())).double().eval()
         deviations = {name: p.std() for name, p in plain.named_parameters() if p.dim() == 2}
         for name, p in model.model.named_parameters():
             if p.dim() == 2:

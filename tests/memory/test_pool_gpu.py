@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import UnifiedMemoryPool
-from dilated_attention_pytorch.core.memory.runtime import TorchRuntime
+from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,7 @@ def test_a_busy_block_never_shows_its_old_writer(strategy: str) -> None:
 
 def test_the_race_is_seen_without_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison that cannot go red proves nothing."""
-    monkeypatch.setattr(TorchRuntime, "wait", lambda *_: None)
+    monkeypatch.setattr(Runtime, "wait", lambda *_: None)
     assert race(UnifiedMemoryPool("simple"))[0] > 0
 
 

@@ -257,7 +257,7 @@ class TestCommandLine:
         refused = fails(capsys, monkeypatch, *everything, "--scale-embedding")
         assert "expected no --scale-embedding with weights of torchscale-encoder" in refused
         torch.save(fkodom(), tmp_path / "encoder.pt")
-        assert "as_initialisation=True" in fails(capsys, monkeypatch, *everything)
+        assert "expected --as-initialisation with weights" in fails(capsys, monkeypatch, *everything)
         (tmp_path / "encoder.pt").write_bytes(b"no weights")
         assert "to hold tensors as torch.save writes them" in fails(capsys, monkeypatch, *everything)
         assert "found none" in fails(capsys, monkeypatch, "convert", tmp_path / "absent.pt", tmp_path / "out")

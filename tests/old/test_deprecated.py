@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import os
 import pickle
+import pkgutil
+import shutil
 import subprocess
 import sys
 import types
@@ -20,10 +23,11 @@ from torch import Tensor, nn
 
 import dilated_attention_pytorch as package
 from dilated_attention_pytorch import _deprecated
+from dilated_attention_pytorch._old.names import BY_PLACE, OLD_MODULES
 
 NAME = package.__name__
 PATTERN: dict[str, Any] = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
-ROWS = [(place, name) for place, names in _deprecated.BY_PLACE.items() for name in names]
+ROWS = [(place, name) for place, names in BY_PLACE.items() for name in names]
 ALL = [pytest.param(place, name, id=f"{place}.{name}".strip(".")) for place, name in ROWS]
 
 
@@ -31,10 +35,11 @@ ALL = [pytest.param(place, name, id=f"{place}.{name}".strip(".")) for place, nam
 def _nothing_has_warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has used no old name yet."""
     monkeypatch.setattr(_deprecated, "_warned", set())
-    for place in _deprecated.OLD_MODULES:
+    for place in OLD_MODULES:
         if place != "dilated_attention":
             monkeypatch.delitem(sys.modules, f"{NAME}.{place}", raising=False)
-            monkeypatch.delitem(vars(package), place, raising=False)
+            owner, _, name = f"{NAME}.{place}".rpartition(".")
+            monkeypatch.delitem(vars(sys.modules.get(owner, package)), name, raising=False)
     yield
 
 
@@ -105,6 +110,8 @@ def build(place: str, name: str) -> tuple[nn.Module, list[Tensor], Tensor]:
         return module, [x], module(x, x, x, is_causal=True)[0]
     if name == "create_dilated_attention" and place != "dilated_attention":
         module = old("improved", **PATTERN)
+    elif name == "RingDilatedAttentionHilbert":
+        module = old(package.RingAttentionConfig(**PATTERN), grid=(4, 8))
     elif name == "RingDilatedAttentionProduction":
         module = old(package.RingAttentionConfig(**PATTERN))
     else:
@@ -114,7 +121,7 @@ def build(place: str, name: str) -> tuple[nn.Module, list[Tensor], Tensor]:
 
 def successor(place: str, name: str) -> Any:
     """The new object, found where the warning sends the user."""
-    module, _, attribute = f"{NAME}.{_deprecated.BY_PLACE[place][name].now}".rpartition(".")
+    module, _, attribute = f"{NAME}.{BY_PLACE[place][name].now}".rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
 
@@ -143,11 +150,12 @@ class TestEveryName:
             "create_production_ring_attention create_dilated_attention create_multihead_dilated_attention "
             "DilatedTransformerEncoderLayer DilatedTransformerDecoderLayer"
         )
-        assert set(promised.split()) <= set(_deprecated.BY_PLACE[""])
+        assert set(promised.split()) <= set(BY_PLACE[""])
         places = "dilated_attention multihead_dilated_attention long_net transformer ring_dilated_attention_production"
-        assert set(places.split()) <= set(_deprecated.OLD_MODULES)
-        files = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
-        assert set(_deprecated.OLD_MODULES) <= files
+        assert set(places.split()) <= set(OLD_MODULES)
+        folder = Path(package.__file__).parent / "_old" / "places"
+        files = {".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py")}
+        assert set(OLD_MODULES) == files
 
     @pytest.mark.parametrize(("place", "name"), ALL)
     def test_one_warning_at_the_users_line(self, place: str, name: str) -> None:
@@ -157,7 +165,7 @@ class TestEveryName:
         assert names["Old"] is names["Again"]
         assert [(w.category, w.filename, w.lineno) for w in caught] == [(DeprecationWarning, "user_script.py", 3)]
         message = str(caught[0].message)
-        now = f"{NAME}.{_deprecated.BY_PLACE[place][name].now}"
+        now = f"{NAME}.{BY_PLACE[place][name].now}"
         assert name in message and now in message and "0.4.0" in message
 
     @pytest.mark.parametrize(("place", "name"), ALL)
@@ -367,7 +375,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("name", ALL_OF_0_2.split())
     def test_public_names_of_0_2_are_here_or_say_why_not(self, name: str) -> None:
-        if name not in package.__all__ and name not in _deprecated.BY_PLACE[""]:
+        if name not in package.__all__ and name not in BY_PLACE[""]:
             with pytest.raises(AttributeError, match=f"0.2's {name} is not dilated attention and has no successor"):
                 getattr(package, name)
 
@@ -378,14 +386,56 @@ class TestArguments:
             as_user(f"from {NAME}.dilated_attention import Nonsense")
 
 
-@pytest.mark.parametrize("place", sorted({*_deprecated.OLD_MODULES} - {"dilated_attention"}))
+@pytest.mark.parametrize("place", [x for x in OLD_MODULES if x != "dilated_attention" and "." not in x])
 def test_old_modules_are_attributes_of_the_package(place: str) -> None:
     names, caught = as_user(f"import {NAME} as p\n\nmodule = p.{place}\n")
     assert names["module"] is sys.modules[f"{NAME}.{place}"]
     assert [(w.category, w.filename, w.lineno) for w in caught] == [(DeprecationWarning, "user_script.py", 3)]
 
 
-@pytest.mark.parametrize("name", _deprecated.BY_PLACE["dilated_attention"])
+class TestPlaces:
+    """Old module paths are files in a folder that the package's `__path__` names."""
+
+    @pytest.mark.parametrize("place", OLD_MODULES)
+    def test_find_spec_finds_the_file_and_does_not_warn(self, place: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            spec = importlib.util.find_spec(f"{NAME}.{place}")
+        assert spec is not None and spec.origin is not None
+        assert Path(spec.origin).relative_to(Path(package.__file__).parent / "_old" / "places")
+
+    def test_pkgutil_lists_them(self) -> None:
+        listed = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        ring = {f"ring_attention.{module.name}" for module in pkgutil.iter_modules(package.ring_attention.__path__)}
+        assert set(OLD_MODULES) <= listed | ring
+
+    @pytest.mark.parametrize(("place", "name"), ALL)
+    def test_a_pickle_finds_what_it_names(self, place: str, name: str) -> None:
+        module = f"{NAME}.{place}" if place else NAME
+        with warnings.catch_warnings(action="ignore"):
+            assert pickle.loads(f"c{module}\n{name}\n.".encode()) is take(place, name)
+
+    def test_an_archive_holds_them_too(self, tmp_path: Path) -> None:
+        shutil.make_archive(str(tmp_path / "package"), "zip", Path(package.__file__).parents[1], NAME)
+        code = (
+            f"import {NAME}.long_net as a, {NAME}.ring_attention.production_hilbert as b\n"
+            "print(a.__file__, b.__file__, a.LongNet.__name__, b.RingDilatedAttentionHilbert.__name__)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "package.zip")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("package.zip") == 2 and "LongNet RingDilatedAttentionHilbert" in done.stdout
+
+
+def test_the_warning_of_the_hilbert_ring_names_both_successors() -> None:
+    _, caught = as_user(f"from {NAME} import RingDilatedAttentionHilbertOptimized\n")
+    message = str(caught[0].message)
+    assert f"it is now {NAME}.RingDilatedAttentionHilbert (" in message and "HilbertRingAttention takes" in message
+
+
+@pytest.mark.parametrize("name", BY_PLACE["dilated_attention"])
 def test_the_function_has_the_names_of_the_old_module(name: str) -> None:
     names, caught = as_user(f"import {NAME}.dilated_attention as m\n\nmade = m.{name}(*{{}})\n".format(
         (32, 4, [1], [8]) if "Multihead" in name else ([8], [1])
@@ -461,7 +511,7 @@ def test_the_module_and_the_function_of_one_name() -> None:
         "assert pickle.loads(pickle.dumps(DilatedAttention)) is DilatedAttention\n"
         "print(pickle.loads(pickle.dumps(DilatedAttention([8], [1]))).segment_lengths)\n",
         # Each old module by itself, first thing in a process.
-        *(f"import {NAME}.{place}\n{HOLDS}" for place in _deprecated.OLD_MODULES),
+        *(f"import {NAME}.{place}\n{HOLDS}" for place in OLD_MODULES),
         # The package loads neither Triton nor the models, rings and factories behind its old names.
         f"import {NAME}, sys\nloaded = [m for m in sys.modules if m.startswith(('triton', '{NAME}.models', "
         f"'{NAME}.ring_attention', '{NAME}._old.ring', '{NAME}._old.models'))]\nassert not loaded, loaded\nprint('ok')",

@@ -13,6 +13,7 @@ import pytest
 from command import call, fails
 
 from dilated_attention_pytorch import DilatedPattern, cli
+from dilated_attention_pytorch.cli.app import in_options
 
 TINY = [
     f"--set={setting}"
@@ -50,7 +51,7 @@ def test_train_leaves_everything(trained: tuple[Path, str]) -> None:
     out, printed = trained
     assert {path.name for path in out.iterdir()} == {
         "model.safetensors", "config.json", "train.json", "state.pt", "metrics.jsonl",
-        "loss.png", "pattern.png", "sample.txt",
+        "loss.png", "pattern.png", "sample.txt", ".lock",
     }  # fmt: skip
     sample = (out / "sample.txt").read_text()
     assert sample.startswith("def ")
@@ -65,7 +66,8 @@ def test_train_again_finds_it_done_and_refuses_another_config(
     out, _ = trained
     same = ("train", "--data", text, "--out", out, "--val-fraction", "0.3", "--sample-bytes", "20", *TINY)
     assert "going on after step 4 of 4" in call(*same)
-    assert "which has seed 0 (now 1)" in fails(capsys, monkeypatch, *same, "--set", "seed=1")
+    message = fails(capsys, monkeypatch, *same, "--set", "seed=1")
+    assert "which has seed 0 (now 1)" in message and message.endswith("start over (--restart)")
     assert "expected --set NAME=VALUE, got 'seed'" in fails(capsys, monkeypatch, *same, "--set", "seed")
     assert "got 'sede'" in fails(capsys, monkeypatch, *same, "--set", "sede=1")
 
@@ -79,8 +81,31 @@ def test_generate(
     assert one != call("generate", out, "--prompt", "abc", "--bytes", "30", "--seed", "2")
     greedy = call("generate", out, "--bytes", "10", "--temperature", "0")
     assert greedy == call("generate", out, "--bytes", "10", "--top-k", "1")
-    assert "expected top_p in (0, 1], got 2.0" in fails(capsys, monkeypatch, "generate", out, "--top-p", "2")
+    assert "expected --top-p in (0, 1], got 2.0" in fails(capsys, monkeypatch, "generate", out, "--top-p", "2")
+    message = "expected no --top-k and no --top-p with --temperature 0, which takes the likeliest byte"
+    assert message in fails(capsys, monkeypatch, "generate", out, "--temperature", "0", "--top-k", "3")
+    message = "expected --temperature above 0, got -1.0; --temperature 0 takes the likeliest token"
+    assert message in fails(capsys, monkeypatch, "generate", out, "--temperature", "-1")
     assert "expected config.json in" in fails(capsys, monkeypatch, "generate", out.parent)
+
+
+def test_paths_may_hold_what_rich_takes_for_markup(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a[/b] :bug: [red]"
+    shown = call("train", "--data", text, "--out", out, "--val-fraction", "0.3", "--sample-bytes", "2", *TINY)
+    assert f"everything is in {out}" in shown
+    assert f"wrote {out / 'x.png'}" in call("show", "--out", out / "x.png").replace("\n", "")
+
+
+def test_messages_of_the_library_in_the_words_of_the_command() -> None:
+    for command, message, wanted in (
+        ("train", "expected val_fraction in (0, 1)", "expected --val-fraction in (0, 1)"),
+        ("train", "expected segment_lengths and /a/val_fraction/b", "expected segment_lengths and /a/val_fraction/b"),
+        ("plan", "expected segment_lengths[0] to be at least 1", "expected --segments[0] to be at least 1"),
+        ("plan", "expected num_heads to be at least 1, got heads", "expected --heads to be at least 1, got heads"),
+        ("generate", "expected greedy=True", "expected --temperature 0"),
+        ("", "expected val_fraction", "expected val_fraction"),
+    ):
+        assert in_options(message, command) == wanted
 
 
 def test_plan_counts_what_the_pattern_counts() -> None:
@@ -97,7 +122,7 @@ def test_plan_counts_what_the_pattern_counts() -> None:
         {"branch": 1, "count": 33, "first": 2, "last": 130, "step": 4},
     ]
     shown = call(*options, "--query", "130", "--full")
-    assert "branches at 1,000 positions, 3 heads, full" in shown and "keys of query 130, head 0" in shown
+    assert "branches at 1,000 positions, 3 heads, bidirectional" in shown and "keys of query 130, head 0" in shown
     no_branch = json.loads(call("plan", "-n", "16", "-w", "16", "-r", "4", "--heads", "2", "--query", "3", "--json"))
     assert no_branch["coverage"] == 0.25
     assert no_branch["neighbours"]["branches"][0] == {"branch": 0, "count": 0, "first": None, "last": None, "step": 1}
@@ -120,7 +145,7 @@ def test_plan_prints_the_bytes_of_a_ring() -> None:
     ring = json.loads(call(*options, "--ranks", "8", "--full", "--json"))["ring"]
     assert ring["bytes_closed_form"] == 640 * 2**20
     assert {(s["received"], s["sent"], s["dense"]) for s in ring["shares"]} == {(640 << 20, 640 << 20, 14336 << 20)}
-    assert "640.0 MiB a rank" in call(*options, "--ranks", "8", "--full")
+    assert "640.0 MiB per rank" in call(*options, "--ranks", "8", "--full")
     causal = ("plan", "-n", "1048576", "-w", "2048,32768,524288,1048576", "-r", "1,2,8,16", "--ranks", "4", "--json")
     equal, even = (json.loads(call(*causal, *more))["ring"]["shares"] for more in ((), ("--balanced",)))
     assert sum(s["pairs"] for s in equal) == sum(s["pairs"] for s in even)
@@ -162,23 +187,26 @@ def test_info() -> None:
     ("arguments", "message"),
     [
         (("plan", "-w", "1,x"), "expected --segments to be ints with commas between them, got '1,x'"),
-        (("plan", "-w", "8,16", "-r", "1"), "expected segment_lengths and dilation_rates of equal length"),
-        (("plan", "--offsets", "odd"), "expected offsets to be one of ['modulo', 'blocked'], got 'odd'"),
+        (("plan", "-w", "8,16", "-r", "1"), "expected --segments and --rates of equal length"),
+        (("plan", "--offsets", "odd"), "expected --offsets to be one of ['modulo', 'blocked'], got 'odd'"),
         (("plan", "--dtype", "int8"), "expected --dtype to be one of ['bf16', 'fp16', 'fp32'], got 'int8'"),
         (("plan", "-n", "8", "--query", "8"), "expected --query in [0, 8), got 8"),
-        (("plan", "--length", "0"), "expected --length of at least 1, got 0"),
+        (("plan", "--length", "0"), "expected --length to be at least 1, got 0"),
         (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive', "),
         (("show", "pattern", "--grid", "4,4"), "expected no --grid with 'show pattern', got 4,4"),
-        (("show", "orders", "--grid", "4"), "expected grid of 2 or 3 sizes, got 1"),
+        (("show", "orders", "--grid", "4"), "expected --grid of 2 or 3 sizes, got 1"),
         (("show", "orders", "--rates", "1,2"), "expected no --rates with 'show orders'"),
         (("show", "neighbourhood", "-n", "64"), "expected no --length with 'show neighbourhood'"),
-        (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected query in [0, 16), got 16"),
+        (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected --query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
         (("show", "pattern", "--out", "x.doc"), "expected a file name that ends in a picture format"),
         (("bench", "--dtype", "int8"), "expected --dtype to be one of"),
         (("bench", "--device", "tpu"), "expected --device to be cpu, cuda or cuda:N, got 'tpu'"),
         (("train", "--out", "nowhere", "--device", "cuda:99"), "expected a --device of this machine"),
-        (("train", "--out", "nowhere", "--preset", "huge"), "expected preset to be one of"),
+        (("train", "--out", "nowhere", "--preset", "huge"), "expected --preset to be one of"),
+        (("train", "--out", "nowhere", "--val-fraction", "1"), "expected --val-fraction in (0, 1), got 1.0"),
+        (("plan", "--heads", "0"), "expected --heads to be at least 1, got 0"),
+        (("plan", "--head", "12", "--query", "3"), "expected --head in [0, 12), got 12"),
         (("train", "--out", "nowhere", "--data", "nothing-here"), "expected a folder of text, found nothing at"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

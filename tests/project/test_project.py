@@ -27,8 +27,10 @@ def parameters(obj: Any) -> list[str]:
 
 
 def is_documented_callable(obj: Any) -> bool:
-    """Functions and classes whose constructor is ours; NamedTuples and plain values describe themselves otherwise."""
-    return inspect.isfunction(obj) or (inspect.isclass(obj) and not hasattr(obj, "_fields"))
+    """Functions and classes whose constructor is ours; NamedTuples, errors and plain values describe themselves."""
+    return inspect.isfunction(obj) or (
+        inspect.isclass(obj) and not hasattr(obj, "_fields") and not issubclass(obj, BaseException)
+    )
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -111,6 +111,15 @@ def test_a_cut_cache_is_not_taken(tmp_path: Path) -> None:
         build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": "a", "documents": {}, "bytes": {"train": []}}'])
+def test_a_damaged_description_is_named(text: str, tmp_path: Path) -> None:
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    (tmp_path / "cache" / corpus.fingerprint / "corpus.json").write_text(text)
+    with pytest.raises(ValueError, match=r"expected .*corpus\.json to describe a corpus, got .*; remove the folder"):
+        build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="found nothing at"):
         build_corpus(tmp_path / "none", cache=tmp_path)
@@ -179,5 +188,5 @@ def test_held_out_excerpts_cover_or_spread() -> None:
 def test_short_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least 129 bytes of training text for a context of 64, got 100"):
         training_excerpts(STREAM[:100], context=64, seed=0, step=0, batch_size=1)
-    with pytest.raises(ValueError, match="expected at least 2 bytes of held-out text, got 1"):
+    with pytest.raises(ValueError, match="expected at least 2 bytes of validation text, got 1"):
         held_out_excerpts(STREAM[:1], context=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from dilated_attention_pytorch.training import (
 from dilated_attention_pytorch.training.distributed import World, join
 from dilated_attention_pytorch.training.metrics import read_metrics
 from dilated_attention_pytorch.training.optimizer import adamw, learning_rate
+from dilated_attention_pytorch.training.state import load_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = TrainConfig(
@@ -134,6 +136,205 @@ def test_a_finished_run_is_not_trained_again(corpus: Corpus, tmp_path: Path) -> 
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(before.splitlines())
 
 
+class Killed(BaseException):
+    """What no handler of errors takes for one."""
+
+
+def test_killed_at_any_write_the_same_command_ends_as_if_never(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every moment at which a file is moved to its place, in turn; the files that a kill leaves are those of then."""
+    config = replace(TINY, steps=2, warmup_steps=0, checkpoint_every=1)
+    moved: list[Path] = []
+    move = os.replace
+
+    def count(source: Path, target: Path) -> None:
+        moved.append(target)
+        if len(moved) == at:
+            raise Killed
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", count)
+    at = 0
+    Trainer(config, corpus, tmp_path / "straight", world=ALONE).run()
+    for at in range(1, len(moved) + 1):
+        moved.clear()
+        folder = tmp_path / str(at)
+        with pytest.raises(Killed):
+            Trainer(config, corpus, folder, world=ALONE).run()
+        at = 0
+        Trainer(config, corpus, folder, world=ALONE).run()
+        assert curve(folder) == curve(tmp_path / "straight")
+        assert same(weights(folder), weights(tmp_path / "straight"))
+        assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
+    (folder / "model.safetensors").unlink()
+    Trainer(config, corpus, folder, world=ALONE).run()
+    assert same(weights(folder), weights(tmp_path / "straight"))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_state(corpus: Corpus, tmp_path: Path) -> None:
+    def poison() -> None:
+        next(trainer.model.parameters()).data.fill_(float("nan"))
+
+    trainer = Trainer(TINY, corpus, tmp_path, world=ALONE, reporter=Recorder(3, poison))
+    with pytest.raises(FloatingPointError, match="expected a finite gradient in step 4, got a norm of nan"):
+        trainer.run()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert all(math.isfinite(value) for _, _, value in curve(tmp_path))
+
+
+def test_two_runs_never_share_a_folder(corpus: Corpus, tmp_path: Path) -> None:
+    refused = []
+
+    def second() -> None:
+        with pytest.raises(ValueError, match="expected a folder that no other run is writing to, got") as raised:
+            Trainer(TINY, corpus, tmp_path, world=ALONE).run()
+        refused.append(raised.value)
+
+    Trainer(TINY, corpus, tmp_path, world=ALONE, reporter=Recorder(3, second)).run()
+    assert refused
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_links_at_guessed_names_are_not_followed(corpus: Corpus, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".state.pt.tmp", ".train.json.tmp", "metrics.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    Trainer(replace(TINY, steps=1, warmup_steps=0), corpus, tmp_path, world=ALONE).run()
+    assert victim.read_text() == "mine"
+
+
+def test_restart_is_from_the_first_step_on(corpus: Corpus, tmp_path: Path) -> None:
+    """Killed before its first save, it does not go on from the run that it replaces."""
+    Trainer(TINY, corpus, tmp_path, world=ALONE).run()
+
+    def crash() -> None:
+        raise RuntimeError("out of luck")
+
+    other = replace(TINY, seed=1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        Trainer(other, corpus, tmp_path, world=ALONE, restart=True, reporter=Recorder(1, crash)).run()
+    recorder = Recorder()
+    Trainer(other, corpus, tmp_path, world=ALONE, reporter=recorder).run()
+    assert recorder.started[0] == 0
+
+
+TWO_STEPS = replace(TINY, steps=2, warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    Trainer(TWO_STEPS, corpus, folder, world=ALONE).run()
+    return folder / "state.pt"
+
+
+class TestDamagedState:
+    """A state that is not what a run left is named in one line, and never taken."""
+
+    def load(self, content: bytes, corpus: Corpus, folder: Path) -> dict[str, Any] | None:
+        (folder / "state.pt").write_bytes(content)
+        model = LongNetLM(TWO_STEPS.model_config())
+        return load_state(folder, config=TWO_STEPS, fingerprint=corpus.fingerprint, model=model)
+
+    @pytest.mark.parametrize("what", ["truncated", "empty", "text", "code"])
+    def test_files_that_are_none(self, what: str, finished: Path, corpus: Corpus, tmp_path: Path) -> None:
+        whole = finished.read_bytes()
+        contents = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"text", "code": pickle.dumps(print)}
+        with pytest.raises(ValueError, match=r"expected .*state\.pt to hold the state of a run, got \w+: ") as raised:
+            self.load(contents[what], corpus, tmp_path)
+        assert "start over (restart=True)" in str(raised.value)
+        assert "weights_only" not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s.clear(), "got not version, step, config, fingerprint, model, optimizer"),
+            (lambda s: s.update(step=10**9), "got step 1000000000 of 2"),
+            (lambda s: s.update(step=-3), "got step -3 of 2"),
+            (lambda s: s.update(version=2), "expected a state of version 1 in .*, got 2"),
+            (lambda s: s["model"].popitem(), "got expected the weights of a LongNetLM, got: missing"),
+            (lambda s: s["model"].update(dict.fromkeys(s["model"], 1)), "to hold the state of a run, got "),
+            (lambda s: s["optimizer"].pop("state"), "to hold the state of a run, got 'state'"),
+            (lambda s: s["optimizer"]["state"].pop(0), "moments have other shapes"),
+            (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "moments have other shapes"),
+        ],
+    )
+    def test_contents_that_do_not_fit(
+        self, change: Any, message: str, finished: Path, corpus: Corpus, tmp_path: Path
+    ) -> None:
+        state = torch.load(finished, weights_only=True)
+        change(state)
+        torch.save(state, tmp_path / "made.pt")
+        with pytest.raises(ValueError, match=message):
+            self.load((tmp_path / "made.pt").read_bytes(), corpus, tmp_path)
+
+    def test_flipped_bits(self, finished: Path, corpus: Corpus, tmp_path: Path) -> None:
+        """In a tensor, in the pickle or in the directory: noticed, or of no effect."""
+        whole = bytearray(finished.read_bytes())
+        wanted = torch.load(finished, weights_only=True)
+        noticed = 0
+        for place in np.random.default_rng(0).integers(0, 8 * len(whole), 40).tolist():
+            whole[place // 8] ^= 1 << place % 8
+            try:
+                found = self.load(bytes(whole), corpus, tmp_path)
+            except ValueError as error:
+                assert "to hold the state of a run, got" in str(error)
+                noticed += 1
+            else:
+                assert found is not None and same(found["model"], wanted["model"])
+            whole[place // 8] ^= 1 << place % 8
+        assert noticed > 30
+
+
+def test_a_damaged_record_does_not_stop_a_run(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(TINY, steps=2, warmup_steps=0)
+    Trainer(config, corpus, tmp_path, world=ALONE).run()
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(b'null\n[1]\n{"step": "1"}\n\xff\xfe\n' + whole)
+    Trainer(config, corpus, tmp_path, world=ALONE).run()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_state(corpus: Corpus, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+
+    try:
+        with pytest.raises(OSError, match=r"expected room and permission to write .*model\.safetensors, got: "):
+            Trainer(TINY, corpus, tmp_path, world=ALONE, reporter=Recorder(3, fill)).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+    assert not list(tmp_path.glob(".*.part"))
+    left = tmp_path / f".model.safetensors.{'0' * 16}.part"
+    left.write_bytes(b"of a process that was killed")
+    Trainer(TINY, corpus, tmp_path, world=ALONE).run()
+    assert not left.exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
+def test_a_closed_terminal_saves_too(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang_up() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise OSError("Input/output error")  # what writing to a terminal that is gone gives
+
+    with pytest.raises(Interrupted) as raised:
+        Trainer(TINY, corpus, tmp_path / "a", world=ALONE, reporter=Recorder(3, hang_up)).run()
+    assert raised.value.signal_number == signal.SIGHUP
+    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == 3
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:  # as nohup has it
+        Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(3, hang_up)).run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_resume_refuses_another_run(corpus: Corpus, tmp_path: Path) -> None:
     config = replace(TINY, steps=2, warmup_steps=0)
     Trainer(config, corpus, tmp_path, world=ALONE).run()
@@ -149,7 +350,7 @@ def test_resume_refuses_another_run(corpus: Corpus, tmp_path: Path) -> None:
 def test_what_a_run_writes(corpus: Corpus, tmp_path: Path) -> None:
     result = Trainer(TINY, corpus, tmp_path, world=ALONE).run()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"state.pt", "model.safetensors", "config.json", "train.json", "metrics.jsonl"}
+    assert names == {"state.pt", "model.safetensors", "config.json", "train.json", "metrics.jsonl", ".lock"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]

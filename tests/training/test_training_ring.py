@@ -19,7 +19,7 @@ from dilated_attention_pytorch.cli.app import run
 from dilated_attention_pytorch.models import LongNetConfig, LongNetLM
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config
 from dilated_attention_pytorch.training import Corpus, Interrupted, TrainConfig, Trainer, build_corpus
-from dilated_attention_pytorch.training.parallel import Layout
+from dilated_attention_pytorch.training.parallel import RankLayout
 
 # Runs jobs one after another: [config, folder, step after which a signal comes, or 0].
 WORKER = """
@@ -178,12 +178,12 @@ def test_two_readers_of_two_shards_equal_one_process(corpus: Corpus, tmp_path: P
 def test_labels_are_shifted_before_the_cut() -> None:
     excerpt = torch.arange(12)[None]
     mesh: Any = object()
-    parts = [Layout(0, 1, rank, 3, mesh).shard(excerpt) for rank in range(3)]
+    parts = [RankLayout(0, 1, rank, 3, mesh).shard(excerpt) for rank in range(3)]
     assert [inputs.tolist()[0] for inputs, _, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert [labels.tolist()[0] for _, labels, _ in parts] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
     assert all(more == {"seq_len": 11} for *_, more in parts)
-    seeds = {Layout(data, 3, context, 2, mesh).seed for data in range(3) for context in range(2)}
-    assert len(seeds) == 6 and Layout(2, 3, 0, 2, mesh).seed == Layout(2, 3).seed == 2
+    seeds = {RankLayout(data, 3, context, 2, mesh).seed for data in range(3) for context in range(2)}
+    assert len(seeds) == 6 and RankLayout(2, 3, 0, 2, mesh).seed == RankLayout(2, 3).seed == 2
 
 
 def test_what_does_not_fit_is_refused(corpus: Corpus, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_command_line_takes_it(
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 2 and not out.exists()
-    assert "a multiple of context_parallel 2, got 1" in capsys.readouterr().err
+    assert "a multiple of --context-parallel 2, got 1" in capsys.readouterr().err
     out.touch()
     with pytest.raises(SystemExit):
         run()

@@ -1,19 +1,16 @@
-"""What a pool is made of: raw allocations, the blocks cut from them, and who used a block last."""
+"""What a pool is made of: raw memory, the blocks cut from it, and the work that may still touch a block."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.core.memory.strategies.base import Strategy
-
-# Offsets and sizes of blocks are multiples of it: what CUDA's own allocator rounds to, and more than any dtype needs.
+# Bytes; offsets and sizes of blocks are multiples of it. CUDA's own allocator rounds to it; no dtype needs more.
 ALIGNMENT = 512
 
 
@@ -23,7 +20,7 @@ def aligned(size: int) -> int:
 
 
 class Place(NamedTuple):
-    """Where memory lies."""
+    """Where memory lies: "cpu", "cpu pinned" or "cuda:0"."""
 
     device: torch.device
     pinned: bool = False
@@ -33,72 +30,50 @@ class Place(NamedTuple):
 
 
 class Use(NamedTuple):
-    """Work on a stream that may still touch a block.
+    """Work on one stream that may still touch a block."""
 
-    Attributes:
-        event: recorded behind that work.
-        number: counts events, so that the later of two on one stream is known.
-    """
-
-    event: Any
-    number: int
+    number: int  # counts a place's events, so of two uses the larger number is the later
+    event: Any  # recorded behind that work
 
 
 Uses = dict[Hashable, Use]  # by stream
 
 
-def merged(a: Mapping[Hashable, Use], b: Mapping[Hashable, Use]) -> Uses:
-    """The uses of two blocks that become one: of each stream the later."""
-    both = dict(a)
-    for stream, use in b.items():
-        if stream not in both or both[stream].number < use.number:
-            both[stream] = use
-    return both
+def merged(a: Uses, b: Uses) -> Uses:
+    """The uses of two blocks that become one: the later of each stream."""
+    later = {stream: use for stream, use in b.items() if stream not in a or a[stream].number < use.number}
+    return {**a, **later}
 
 
 @dataclass(eq=False, slots=True)
-class Allocation:
-    """Memory taken from the system.
+class RawMemory:
+    """Memory taken from the system."""
 
-    Attributes:
-        tensor: flat uint8; None in a simulation, which needs the arithmetic alone.
-        size: bytes.
-        node: the NUMA node asked for, None where nothing was.
-        uses: work queued on memory that torch handed out before it was done, as its allocator does on one stream.
-        number: allocations in the order they were made.
-    """
-
-    tensor: Tensor | None
-    size: int
-    node: int | None = None
-    uses: Uses = field(default_factory=dict)
-    number: int = field(default_factory=itertools.count().__next__)
+    tensor: Tensor | None  # uint8 (size,); None once it is given back
+    size: int  # bytes
+    node: int | None = None  # the NUMA node asked for
+    uses: Uses = field(default_factory=dict)  # events still pending when torch's allocator handed this memory out
+    number: int = field(default_factory=itertools.count().__next__)  # for a fixed order
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A part of an allocation, free or lent.
+    """A part of raw memory, free or lent."""
 
-    Attributes:
-        allocation: what it is cut from.
-        offset: bytes from the allocation's start.
-        size: bytes.
-        owner: the strategy that cut it, which alone takes it back.
-        uses: work that may still touch it.
-        free: whether the strategy holds it.
-        before, after: neighbours in the same allocation, where a strategy cuts several from one.
-    """
-
-    allocation: Allocation
-    offset: int
-    size: int
-    owner: Strategy
+    raw: RawMemory
+    offset: int  # bytes from the start of `raw`
+    size: int  # bytes
     uses: Uses
-    free: bool = False
-    before: Block | None = None
+    free: bool = False  # True while a strategy keeps it, False while it is lent
+    before: Block | None = None  # the neighbours in `raw`, if a strategy cut several blocks from it
     after: Block | None = None
 
+    @classmethod
+    def whole(cls, raw: RawMemory) -> Block:
+        """All of some raw memory that was just taken."""
+        return cls(raw, 0, raw.size, dict(raw.uses))
+
     def view(self, size: int) -> Tensor:
-        """Its first bytes, flat uint8."""
-        assert self.allocation.tensor is not None and size <= self.size
-        return self.allocation.tensor[self.offset : self.offset + size]
+        """The block's first bytes, uint8 `(size,)`."""
+        assert self.raw.tensor is not None and size <= self.size
+        return self.raw.tensor[self.offset : self.offset + size]

@@ -1,61 +1,52 @@
-"""What a borrower holds."""
+"""What a borrower holds, and what the pool notes of it."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.arena import Arena
 from dilated_attention_pytorch.core.memory.blocks import Block
-from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
+from dilated_attention_pytorch.core.torch_private import uncompiled
 
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
+Streams = Hashable | Iterable[Hashable] | None  # one, several, or whichever are current
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A pool's note of a handle. It knows nothing of the handle, which may be dropped at any moment.
+    """The pool's note of a handle, without a reference to the handle, which may be dropped at any moment."""
 
-    Attributes:
-        number: counts the pool's borrows.
-        arena: the place; None for memory that is not the pool's (under graph capture).
-        block: None for no bytes.
-        size: bytes asked for.
-        purpose: as given.
-        stream: the stream that the block was made ready for.
-    """
-
-    number: int
-    arena: Arena | None
-    block: Block | None
-    size: int
-    purpose: str
-    stream: Hashable
+    arena: Arena | None  # of the block's place; None for memory of a captured graph
+    block: Block | None  # None for a tensor of no bytes
+    size: int  # bytes asked for
+    given: int  # bytes of the block
+    purpose: str  # the name under which statistics count it
+    stream: Hashable  # the one that the block was made ready for
 
 
 class Handle:
     """A tensor lent by a pool: `with pool.borrow(...) as handle: use(handle.tensor)`.
 
     The tensor is ready for work on the stream that was current at the borrow; another stream waits for that one
-    first, as for any tensor made there. When it is released, the block may be lent again: whoever still holds the
-    tensor, or a view of it, then reads somebody else's data. So does who keeps the tensor of a handle that was
-    dropped.
+    first, as for any tensor made there. Once the handle is released or dropped, the block may be lent again: the
+    tensor and its views then show the next borrower's data.
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "_pool", "_tensor", "_ticket")
+    __slots__ = ("__weakref__", "_finalizer", "_give_back", "_tensor", "_ticket")
 
-    def __init__(self, pool: UnifiedMemoryPool, ticket: Ticket, tensor: Tensor) -> None:
-        self._pool = pool
+    def __init__(
+        self, ticket: Ticket, tensor: Tensor, give_back: Callable[[Handle, Streams], None], dropped: deque[Ticket]
+    ) -> None:
         self._ticket = ticket
+        self._give_back = give_back
         self._tensor: Tensor | None = tensor
         # A bare append: it may run in any thread, within any of the pool's own methods, so it takes no lock.
-        self._finalizer = weakref.finalize(self, pool.dropped.append, ticket.number)
+        self._finalizer = weakref.finalize(self, dropped.append, ticket)
         self._finalizer.atexit = False
 
     @property
@@ -67,28 +58,26 @@ class Handle:
 
     @property
     def released(self) -> bool:
-        """Whether it was."""
+        """True once the handle is released."""
         return self._tensor is None
 
     @uncompiled
-    def release(self, stream: Hashable | Iterable[Hashable] | None = None) -> None:
+    def release(self, stream: Streams = None) -> None:
         """Gives the block back, as soon as the last work on it is queued. A second call does nothing.
 
         Args:
-            stream: the stream or streams whose work uses the block, all of them; a later borrower's work comes after
+            stream: the stream, or all the streams, whose work uses the block; a later borrower's work comes after
                 theirs. None: the stream current at the borrow and the one current now.
 
         Raises:
-            TypeError: what is no stream; the block is still lent.
+            TypeError: an object that is not a stream; the block is still lent.
         """
-        self._pool._release(self, stream)
+        self._give_back(self, stream)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __repr__(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+MOST_PURPOSES = 256  # counted one by one
+OTHERS = "other purposes"
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Counts:
     waits: int = 0
 
     def lend(self, asked: int, given: int, *, hit: bool, waited: bool) -> None:
-        """Counts a borrow."""
+        """Counts a borrow of `asked` bytes, in a block of `given` bytes."""
         self.current += asked
         self.peak = max(self.peak, self.current)
         self.requested += asked
@@ -43,7 +45,7 @@ class Counts:
         self.waits += waited
 
     def take_back(self, asked: int, given: int) -> None:
-        """Counts a release."""
+        """Counts the release of such a borrow."""
         self.current -= asked
         self.waste -= given - asked
         self.live -= 1
@@ -61,12 +63,14 @@ class PoolStats(Counts):
         free: bytes held and not lent.
         fragmentation: the share of the free bytes that lie in blocks too small for a request like the latest ones
             (the mean of the last 256 sizes of a place, weighted by their bytes): if such requests kept coming, so
-            much of what is held would serve none of them. 0 where nothing is free.
+            much of what is held would serve none of them. 0 if nothing is free.
         trims: calls of `trim`, the pool's own included.
         dropped: handles that were dropped without a release.
         bypassed: borrows during the capture of a CUDA graph, which the graph's own memory serves.
-        by_purpose: the same counts for every purpose.
-        by_device: and for every place, "cpu pinned" and "cuda:0" among them.
+        by_purpose: the same counts for every purpose, the one borrowed for last at the end. From 256 purposes on, those
+            with no block lent and no borrow for the longest time are counted together, as "other purposes", whose peak
+            is the highest of theirs.
+        by_device: the same counts for every place, "cpu pinned" and "cuda:0" among them.
         strategies: what each place's strategy is doing.
     """
 
@@ -81,20 +85,31 @@ class PoolStats(Counts):
     by_device: dict[str, Counts] = field(default_factory=dict)
     strategies: dict[str, str] = field(default_factory=dict)
 
-    def tables(self, purpose: str, device: str) -> tuple[Counts, Counts, Counts]:
-        """The three counts that a block of a purpose and a device belongs to."""
-        return (
-            self,
-            self.by_purpose.setdefault(purpose, Counts()),
-            self.by_device.setdefault(device, Counts()),
-        )
+    def lend_to(self, purpose: str, device: str, asked: int, given: int, *, hit: bool, waited: bool) -> None:
+        """Counts a borrow in all, for its purpose and for its device."""
+        counts = self.by_purpose.pop(purpose, None)
+        if counts is None:
+            counts = Counts()
+            self._make_room()
+        self.by_purpose[purpose] = counts
+        for each in (self, counts, self.by_device.setdefault(device, Counts())):
+            each.lend(asked, given, hit=hit, waited=waited)
 
-    def copy(self) -> PoolStats:
-        """A snapshot that later borrows do not change."""
-        shallow = dataclasses.replace(self, strategies=dict(self.strategies))
-        shallow.by_purpose = {name: dataclasses.replace(counts) for name, counts in self.by_purpose.items()}
-        shallow.by_device = {name: dataclasses.replace(counts) for name, counts in self.by_device.items()}
-        return shallow
+    def take_back_from(self, purpose: str, device: str, asked: int, given: int) -> None:
+        """Counts a release in all, for its purpose and for its device."""
+        for each in (self, self.by_purpose[purpose], self.by_device[device]):
+            each.take_back(asked, given)
+
+    def _make_room(self) -> None:
+        """Counts the purposes that are longest unused among the others, if there are too many for one more."""
+        excess = len(self.by_purpose) + 1 - MOST_PURPOSES
+        if excess > 0:
+            idle = [name for name, counts in self.by_purpose.items() if not counts.live and name != OTHERS]
+            for old in map(self.by_purpose.pop, idle[:excess]):
+                others = self.by_purpose.setdefault(OTHERS, Counts())
+                for each in fields(Counts):
+                    both = getattr(old, each.name), getattr(others, each.name)
+                    setattr(others, each.name, max(both) if each.name == "peak" else sum(both))
 
 
 def fragmentation(free: Iterable[int], recent: Iterable[int]) -> tuple[int, int]:
@@ -102,7 +117,7 @@ def fragmentation(free: Iterable[int], recent: Iterable[int]) -> tuple[int, int]
 
     Args:
         free: sizes of the free blocks.
-        recent: sizes asked for of late.
+        recent: sizes of the latest requests.
     """
     asked, free = list(recent), list(free)
     total = sum(asked)
@@ -128,17 +143,16 @@ def owners(by_purpose: Mapping[str, Counts], most: int = 5) -> str:
 
 def table(stats: PoolStats, limit: int | None) -> str:
     """`UnifiedMemoryPool.report`."""
-    head = ("", "current", "peak", "requested", "waste", "live", "hits", "misses", "waits")
-    rows = [head]
-    named = {"all": stats, **{f"device {n}": c for n, c in stats.by_device.items()}}
+    named: dict[str, Counts] = {"all": stats, **{f"device {n}": c for n, c in stats.by_device.items()}}
     named |= {f"purpose {n}": c for n, c in stats.by_purpose.items()}
+    rows = [("", *(each.name for each in fields(Counts)))]
     for name, c in named.items():
-        sizes = (mib(c.current), mib(c.peak), mib(c.requested), mib(c.waste))
-        rows.append((name, *sizes, f"{c.live}", f"{c.hits}", f"{c.misses}", f"{c.waits}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        calls = (str(n) for n in (c.live, c.hits, c.misses, c.waits))
+        rows.append((name, mib(c.current), mib(c.peak), mib(c.requested), mib(c.waste), *calls))
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
-        " ".join([row[0].ljust(widths[0]), *(cell.rjust(w + 1) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+        " ".join([name.ljust(first), *(cell.rjust(w + 1) for cell, w in zip(cells, others, strict=True))])
+        for name, *cells in rows
     ]
     lines.append(
         f"reserved {mib(stats.reserved)} (peak {mib(stats.peak_reserved)}, "

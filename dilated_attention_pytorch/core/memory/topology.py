@@ -1,7 +1,7 @@
-"""NUMA: which node a device hangs on, memory first touched there, and the kernel's own word on where it lies.
+"""NUMA: the node of a device, memory first touched on a node, and the kernel's own word on where pages lie.
 
 Linux gives a page to the node of the thread that touches it first, so a thread bound to the node's processors touches
-all of them. `/proc/self/numa_maps` then says where they went.
+all of them. `/proc/self/numa_maps` then says where they went. Page-locked memory of any host comes from here too.
 """
 
 from __future__ import annotations
@@ -23,39 +23,31 @@ _PAGE = mmap.PAGESIZE
 _NO_ACCESS = 0  # PROT_NONE, which the mmap module does not name
 
 
-def parse_cpus(text: str) -> frozenset[int]:
-    """Processors from the kernel's notation: "0-3,8" is 0, 1, 2, 3, 8."""
-    found: set[int] = set()
-    for part in text.strip().split(","):
-        if part:
-            first, _, last = part.partition("-")
-            found.update(range(int(first), int(last or first) + 1))
-    return frozenset(found)
-
-
 @functools.cache
 def nodes(sys: Path = SYS) -> dict[int, frozenset[int]]:
-    """The processors of every node that has any; empty where the kernel does not say."""
+    """The processors of every node that has any; empty if the kernel does not say."""
     found = {}
     for folder in sys.glob("devices/system/node/node[0-9]*"):
-        cpus = parse_cpus((folder / "cpulist").read_text())
+        cpus: set[int] = set()
+        for part in filter(None, (folder / "cpulist").read_text().strip().split(",")):  # "0-3,8" is 0, 1, 2, 3, 8
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), int(last or first) + 1))
         if cpus:
-            found[int(folder.name.removeprefix("node"))] = cpus
+            found[int(folder.name.removeprefix("node"))] = frozenset(cpus)
     return dict(sorted(found.items()))
 
 
-def pci_address(cuda_device: int) -> str:
-    """A CUDA device's PCI address as the kernel writes it, "0000:3b:00.0"; "" where torch does not tell."""
-    properties: Any = torch.cuda.get_device_properties(cuda_device)  # the stub lacks the address
-    if not hasattr(properties, "pci_bus_id"):
-        return ""
-    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+@functools.cache
+def cuda_node(index: int) -> int | None:
+    """The node of a CUDA device; None if torch or the kernel does not say."""
+    device: Any = torch.cuda.get_device_properties(index)  # the stub lacks the address
+    if not hasattr(device, "pci_bus_id"):
+        return None
+    return device_node(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
 
 
 def device_node(pci: str, sys: Path = SYS) -> int | None:
-    """The node of a PCI device; None where nobody knows it (the kernel then writes -1)."""
-    if not pci:
-        return None
+    """The node of a PCI device such as "0000:3b:00.0"; None if nobody knows it (the kernel then writes -1)."""
     try:
         node = int((sys / "bus/pci/devices" / pci / "numa_node").read_text())
     except (OSError, ValueError):
@@ -63,11 +55,11 @@ def device_node(pci: str, sys: Path = SYS) -> int | None:
     return node if node in nodes(sys) else None
 
 
-def current_node(sys: Path = SYS) -> int | None:
+def current_node() -> int | None:
     """The node of the processor that the calling thread runs on."""
     getcpu = getattr(_libc(), "sched_getcpu", None)
     cpu = getcpu() if getcpu is not None else -1
-    return next((node for node, cpus in nodes(sys).items() if cpu in cpus), None)
+    return next((node for node, cpus in nodes().items() if cpu in cpus), None)
 
 
 class _Pages(mmap.mmap):
@@ -82,18 +74,17 @@ class _Pages(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
-def allocate_pages(size: int, node: int | None = None, *, lock: bool = False, sys: Path = SYS) -> Tensor:
-    """Flat uint8 memory in pages of its own.
+def allocate_pages(size: int, node: int | None = None, *, lock: bool = False) -> Tensor:
+    """Memory in pages of its own, uint8 `(size,)`.
 
-    Where the process may not run on the node's processors (a cgroup, a taskset), the pages are touched from where it
-    may: `pages_by_node` tells.
+    If the process may not run on the node's processors (a cgroup, a taskset), the pages are touched from where it
+    may; `pages_by_node` then shows it.
 
     Args:
         size: bytes.
-        node: every page is touched first by a thread bound to this node's processors; None: by whoever comes first.
+        node: whose processors touch every page first; None leaves that to whoever comes first.
         lock: page-lock it for CUDA where it lies. torch's own pinned memory asks for no node, comes in powers of two
             and is never given back.
-        sys: where the kernel shows its devices.
 
     Raises:
         MemoryError: the system has none left.
@@ -105,15 +96,13 @@ def allocate_pages(size: int, node: int | None = None, *, lock: bool = False, sy
         memory = _Pages(-1, length + 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"the system has no {length} bytes left ({error})") from error
-    # The storage begins at the first page that is lent, which is where torch asks CUDA whether it is page-locked.
+    # The storage begins at the first page that is lent: there torch asks CUDA whether it is page-locked.
     whole = torch.frombuffer(memory, dtype=torch.uint8, offset=_PAGE, count=length)
     first = whole.data_ptr()
     for guard in (first - _PAGE, first + length):
         _libc().mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(_PAGE), _NO_ACCESS)
     if node is not None:
-        thread = threading.Thread(
-            target=_touch, args=(first, length, nodes(sys)[node]), name=f"first touch, node {node}"
-        )
+        thread = threading.Thread(target=_touch, args=(first, length, nodes()[node]), name=f"first touch, node {node}")
         thread.start()
         thread.join()
     if lock:
@@ -132,14 +121,13 @@ def _touch(address: int, length: int, cpus: frozenset[int]) -> None:
 
 
 def pages_by_node(address: int, proc: Path = PROC) -> dict[int, int] | None:
-    """Where the pages of the mapping that starts at an address lie; None where the kernel does not say."""
+    """Pages per node of the mapping that starts at an address; None if the kernel does not say."""
     try:
         lines = (proc / "self/numa_maps").read_text().splitlines()
     except OSError:
         return None
-    for line in lines:
-        fields = line.split()
-        if int(fields[0], 16) == address:
+    for start, *fields in map(str.split, lines):
+        if int(start, 16) == address:
             pairs = (field[1:].split("=") for field in fields if field[0] == "N" and field[1:2].isdigit())
             return {int(node): int(pages) for node, pages in pairs}
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from typing import cast
 
 import torch
@@ -16,15 +17,14 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.memory import stats as figures
-from dilated_attention_pytorch.core.memory.arena import Arena, Budget
+from dilated_attention_pytorch.core.memory.arena import Arena
 from dilated_attention_pytorch.core.memory.blocks import ALIGNMENT, Block, Place, aligned
-from dilated_attention_pytorch.core.memory.events import EventLog
-from dilated_attention_pytorch.core.memory.handle import Handle, Ticket
-from dilated_attention_pytorch.core.memory.runtime import Runtime, TorchRuntime
+from dilated_attention_pytorch.core.memory.handle import Handle, Streams, Ticket
+from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.stats import PoolStats
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
 from dilated_attention_pytorch.core.memory.strategies.base import Exhausted
-from dilated_attention_pytorch.core.memory.uncompiled import uncompiled
+from dilated_attention_pytorch.core.torch_private import uncompiled
 
 
 class PoolExhausted(MemoryError):
@@ -35,22 +35,21 @@ class UnifiedMemoryPool:
     """Lends buffers that keep their address and their place: exchange buffers, workspaces of graphs, pinned staging.
 
     PyTorch pools device memory already. Activations, small tensors and anything that autograd saves do better there:
-    this pool may lend a block again as soon as its handle is released. Blocks are never filled unless asked, never
-    lent twice at
-    a time, and reused in the order of streams: at once on the stream that used them last, after a wait on another.
-    Any thread may borrow and release; a forked child begins with an empty pool. During the capture of a CUDA graph
-    the graph's own memory serves, so a workspace that must keep its address is borrowed before and held as long as
-    the graph is.
+    this pool may lend a block again as soon as its handle is released. Blocks are not filled unless asked, are lent to
+    one borrower at a time, and are reused in the order of streams: at once on the stream that used them last, after a
+    wait on another. Any thread may borrow and release; a forked child begins with an empty pool. During the capture of
+    a CUDA graph the graph's own memory serves, so a workspace that must keep its address is borrowed before and held
+    as long as the graph is.
 
     Args:
         strategy: `"simple"` keeps exact sizes, `"bucketed"` size classes, `"fragment_aware"` slabs with best fit and
-            coalescing, `"numa"` an arena a NUMA node, `"adaptive"` chooses among them from what it sees.
+            coalescing, `"numa"` size classes per NUMA node, `"adaptive"` chooses among them by the sizes it sees.
         limit: bytes the pool may hold over all devices; None for no limit.
         runtime: what stands between the pool and the devices; for tests.
 
     Raises:
         ValueError: an unknown strategy, a limit that is not positive.
-        TypeError: a limit that is no int.
+        TypeError: a limit that is not an int.
 
     Example:
         >>> pool = UnifiedMemoryPool("bucketed", limit=2**20)
@@ -74,17 +73,13 @@ class UnifiedMemoryPool:
         _pools.add(self)
 
     def _begin(self) -> None:
-        """Empty: at the start, and in a forked child."""
+        """Empties the pool: at the start, and in a forked child."""
         self._lock = threading.Lock()
-        self._runtime: Runtime = TorchRuntime() if self._given_runtime is None else self._given_runtime
-        self._budget = Budget(self.limit)
+        self._runtime = Runtime() if self._given_runtime is None else self._given_runtime
         self._arenas: dict[Place, Arena] = {}
-        self._live: dict[int, Ticket] = {}
         self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()  # by id of the tensor
-        self._borrows = 0
         self._ledger = PoolStats()
-        self._log: EventLog | None = None
-        self.dropped: deque[int] = deque()  # numbers of handles that went without a release; no lock guards it
+        self._dropped: deque[Ticket] = deque()  # of handles dropped without a release; no lock guards it
 
     @uncompiled
     def borrow(
@@ -103,8 +98,8 @@ class UnifiedMemoryPool:
             shape: of the tensor.
             dtype: of its elements.
             device: `"cpu"` or a CUDA device.
-            purpose: what statistics and errors call it.
-            pinned: page-locked host memory (`device="cpu"`); ordinary memory where there is no CUDA.
+            purpose: the name under which statistics and errors count the block.
+            pinned: page-locked host memory (`device="cpu"`); ordinary memory if there is no CUDA.
             zero: fill it with zeros.
 
         Returns:
@@ -127,23 +122,28 @@ class UnifiedMemoryPool:
         size = math.prod(sizes) * dtype.itemsize
         if size == 0 and math.prod(max(1, n) for n in sizes) >= 1 << 63:
             raise ValueError(f"expected shape to have strides of 64 bits, got {sizes}")
-        # Inference tensors may not be written to once inference mode is over.
+        # An inference tensor may not be written to once inference mode is over.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if self._runtime.capturing(place):
                 tensor = torch.empty(sizes, dtype=dtype, device=place.device, pin_memory=pinned)
                 with self._lock:
                     self._ledger.bypassed += 1
-                handle = Handle(self, Ticket(-1, None, None, size, purpose, None), tensor)
+                handle = self._handle(Ticket(None, None, size, 0, purpose, None), tensor)
             else:
                 with self._lock:
                     self._take_dropped()
-                    handle = self._lend(place, sizes, dtype, size, purpose)
+                    ticket = self._lend(place, size, purpose)
+                    if ticket.block is None:
+                        tensor = torch.empty(sizes, dtype=dtype, device=self._runtime.empty_device(place))
+                    else:
+                        tensor = ticket.block.view(size).view(dtype).view(sizes)
+                    handle = self._handles[id(tensor)] = self._handle(ticket, tensor)
         if zero:
             handle.tensor.zero_()
         return handle
 
     @uncompiled
-    def release(self, tensor: Tensor, stream: Hashable | Iterable[Hashable] | None = None) -> None:
+    def release(self, tensor: Tensor, stream: Streams = None) -> None:
         """Releases the handle whose tensor this is.
 
         Args:
@@ -151,8 +151,8 @@ class UnifiedMemoryPool:
             stream: as in `Handle.release`.
 
         Raises:
-            ValueError: a tensor that is not lent by this pool, or not any more.
-            TypeError: no tensor, or no stream.
+            ValueError: a tensor that this pool does not lend, or no longer does.
+            TypeError: an object that is not a tensor, or not a stream.
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected tensor to be a Tensor, got {type(tensor).__name__} {tensor!r}")
@@ -168,8 +168,7 @@ class UnifiedMemoryPool:
         """A snapshot of everything counted."""
         with self._lock:
             self._take_dropped()
-            result = self._ledger.copy()
-            result.reserved, result.peak_reserved = self._budget.reserved, self._budget.peak
+            result = copy.deepcopy(self._ledger)
             unusable = 0
             for place, arena in self._arenas.items():
                 some, free = figures.fragmentation((b.size for b in arena.strategy.free_blocks()), arena.recent)
@@ -184,86 +183,25 @@ class UnifiedMemoryPool:
         return figures.table(self.stats(), self.limit)
 
     def trim(self) -> int:
-        """Gives the memory back that no handle needs, after the work that still uses it; returns the bytes."""
+        """Gives back the memory in which no block is lent, after the work that still uses it; returns the bytes."""
         with self._lock:
             self._take_dropped()
             return self._trim()
 
-    @contextmanager
-    def record(self, path: str | os.PathLike[str]) -> Iterator[None]:
-        """Writes every event inside the `with` to a file of JSON lines, which `core.memory.replay` plays again.
-
-        Args:
-            path: of the file, which is written anew.
-
-        Raises:
-            ValueError: a recording is under way.
-        """
-        with self._lock:
-            if self._log is not None:
-                raise ValueError(f"expected no recording under way, got one into {str(self._log.path)!r}")
-            log = self._log = EventLog(path, self.strategy, self.limit)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._log = None
-            log.close()
-
     def __repr__(self) -> str:
         return f"UnifiedMemoryPool(strategy={self.strategy!r}, limit={self.limit})"
 
-    # With the lock held.
+    def _handle(self, ticket: Ticket, tensor: Tensor) -> Handle:
+        return Handle(ticket, tensor, self._release, self._dropped)
 
-    def _lend(self, place: Place, sizes: tuple[int, ...], dtype: torch.dtype, size: int, purpose: str) -> Handle:
-        arena = self._arenas.get(place)
-        if arena is None:
-            arena = self._arenas[place] = Arena(place, self._runtime, STRATEGIES[self.strategy], self._budget)
-        stream = arena.stream()
-        block, hit, waited = (None, True, False) if size == 0 else self._take(arena, size, stream, purpose)
-        if block is None:
-            tensor, given = torch.empty(sizes, dtype=dtype, device=self._runtime.empty_device(place)), 0
-        else:
-            tensor, given = block.view(size).view(dtype).view(sizes), block.size
-            arena.recent.append(size)
-        self._borrows += 1
-        ticket = Ticket(self._borrows, arena, block, size, purpose, stream)
-        self._live[ticket.number] = ticket
-        for counts in self._ledger.tables(purpose, str(place)):
-            counts.lend(size, given, hit=hit, waited=waited)
-        if self._log is not None:
-            self._log.borrow(ticket, place, hit=hit, waited=waited)
-        handle = Handle(self, ticket, tensor)
-        self._handles[id(tensor)] = handle
-        return handle
-
-    def _take(self, arena: Arena, size: int, stream: Hashable, purpose: str) -> tuple[Block, bool, bool]:
-        try:
-            return arena.take(size, stream)
-        except Exhausted:
-            block = arena.take_waiting(size)
-        if block is not None:
-            return block, True, True
-        self._trim()
-        try:
-            return arena.take(size, stream)
-        except Exhausted as error:
-            limit = "no limit" if self.limit is None else f"a limit of {self.limit} bytes"
-            units = "" if aligned(size) == size else f" ({aligned(size)} in whole units of {ALIGNMENT})"
-            raise PoolExhausted(
-                f"expected {size} bytes{units} for {purpose!r} on {arena.place} to fit into {limit} beside the "
-                f"{self._budget.reserved} bytes held; refused by {error}. Largest owners: "
-                f"{figures.owners(self._ledger.by_purpose)}"
-            ) from error
-
-    def _release(self, handle: Handle, stream: Hashable | Iterable[Hashable] | None) -> None:
-        """`Handle.release`, which takes the lock here."""
+    def _release(self, handle: Handle, stream: Streams) -> None:
+        """`Handle.release`, under the pool's lock."""
         with self._lock:
             ticket, arena = handle._ticket, handle._ticket.arena
             if handle._tensor is None:
                 return
             # Handles that came over a fork, or that serve a graph, have nothing to give back.
-            if arena is not None and self._live.get(ticket.number) is ticket:
+            if arena is not None and self._arenas.get(arena.place) is arena:
                 if ticket.block is not None and self._runtime.capturing(arena.place):
                     raise RuntimeError(
                         f"expected {ticket.purpose!r}, borrowed before the capture of a graph, to be held as long as "
@@ -276,40 +214,62 @@ class UnifiedMemoryPool:
                 else:
                     streams = [cast(Hashable, stream)]
                 self._take_back(ticket, arena, streams)
-            handle._finalizer.detach()
+                handle._finalizer.detach()
             self._handles.pop(id(handle._tensor), None)
             handle._tensor = None
 
+    # With the lock held.
+
+    def _lend(self, place: Place, size: int, purpose: str) -> Ticket:
+        arena = self._arenas.get(place)
+        if arena is None:
+            arena = Arena(place, self._runtime, STRATEGIES[self.strategy], self._ledger, self.limit)
+            self._arenas[place] = arena
+        stream = arena.stream()
+        block, hit, waited = (None, True, False) if size == 0 else self._take(arena, size, stream, purpose)
+        if block is not None:
+            arena.recent.append(size)
+        given = 0 if block is None else block.size
+        self._ledger.lend_to(purpose, str(place), size, given, hit=hit, waited=waited)
+        return Ticket(arena, block, size, given, purpose, stream)
+
+    def _take(self, arena: Arena, size: int, stream: Hashable, purpose: str) -> tuple[Block, bool, bool]:
+        with suppress(Exhausted):
+            return arena.take(size, stream)
+        self._trim()
+        try:
+            return arena.take(size, stream)
+        except Exhausted as error:
+            limit = "no limit" if self.limit is None else f"a limit of {self.limit} bytes"
+            units = "" if aligned(size) == size else f" ({aligned(size)} in whole units of {ALIGNMENT})"
+            raise PoolExhausted(
+                f"expected {size} bytes{units} for {purpose!r} on {arena.place} to fit into {limit} beside the "
+                f"{self._ledger.reserved} bytes held; refused by {error}. Largest owners: "
+                f"{figures.owners(self._ledger.by_purpose)}"
+            ) from error
+
     def _take_back(self, ticket: Ticket, arena: Arena, streams: Iterable[Hashable] | None) -> None:
-        given = 0
         if ticket.block is not None:
-            given = ticket.block.size
-            arena.give(ticket.block, ticket.stream, streams)  # first: it refuses what is no stream
-        del self._live[ticket.number]
-        for counts in self._ledger.tables(ticket.purpose, str(arena.place)):
-            counts.take_back(ticket.size, given)
-        if self._log is not None:
-            self._log.release(ticket, streams)
+            arena.give(ticket.block, ticket.stream, streams)  # first: it refuses objects that are not streams
+        self._ledger.take_back_from(ticket.purpose, str(arena.place), ticket.size, ticket.given)
 
     def _take_dropped(self) -> None:
         """Takes back the blocks of handles that were dropped, unless a graph is being captured."""
-        while self.dropped:
-            ticket = self._live.get(self.dropped[0])
-            if ticket is not None and ticket.arena is not None:
+        while self._dropped:
+            ticket = self._dropped[0]
+            if ticket.arena is not None:
                 if self._runtime.capturing(ticket.arena.place):
                     return
                 self._take_back(ticket, ticket.arena, None)
                 self._ledger.dropped += 1
-            self.dropped.popleft()
+            self._dropped.popleft()
 
     def _trim(self) -> int:
-        before = self._budget.reserved
+        before = self._ledger.reserved
         for arena in self._arenas.values():
-            arena.trim()
+            arena.strategy.trim()
         self._ledger.trims += 1
-        if self._log is not None:
-            self._log.trim()
-        return before - self._budget.reserved
+        return before - self._ledger.reserved
 
 
 def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -327,13 +287,14 @@ def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 _pools: weakref.WeakSet[UnifiedMemoryPool] = weakref.WeakSet()
-# A child's copies of its parent's raw memory. Freeing them would call a CUDA that a child may not touch.
+# A child's copies of its parent's raw memory: freeing them would call a CUDA that a child may not touch. What is lent
+# at the fork comes in with the parent's `_dropped`, where the finalizers of inherited handles put their tickets.
 _inherited: list[object] = []
 
 
 def _after_fork() -> None:
     for pool in list(_pools):
-        _inherited.append((pool._arenas, pool._live, pool._runtime, pool._log))
+        _inherited.append((pool._arenas, pool._dropped, pool._runtime))
         pool._begin()
 
 

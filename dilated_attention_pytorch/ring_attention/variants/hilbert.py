@@ -218,6 +218,9 @@ class HilbertMixin(_Ring):
 class RingDilatedAttentionHilbert(HilbertMixin, RingDilatedAttention):
     """`RingDilatedAttention` over a sequence that is already along the curve: the model orders once, at its input.
 
+    It differs from `HilbertRingAttention` in one thing: it takes and gives rows along the curve, the other in their
+    original order. Arguments are those of `HilbertMixin`.
+
     What is sharded is the ordered sequence: `own_rows(apply_hilbert_ordering(x))` is a rank's part, a compact region,
     and masks take the same way. Results stay along the curve. Without causality, and with `causal_along="curve"`, this
     is `RingDilatedAttention` to the bit. With causality by original position each branch is a call of its own: rows of
@@ -237,6 +240,9 @@ class RingDilatedAttentionHilbert(HilbertMixin, RingDilatedAttention):
 
 class HilbertRingAttention(HilbertMixin, RingDilatedAttention):
     """`RingDilatedAttention` that orders around each call: it takes and gives rows in their original order.
+
+    It differs from `RingDilatedAttentionHilbert` in one thing: it takes and gives rows in their original order, the
+    other along the curve. Arguments are those of `HilbertMixin`.
 
     A drop-in for models that know of no curve. A rank holds a contiguous shard of the original sequence, or all of it
     where there is no group; each call moves rows to the curve's shards and results back, which costs one exchange of

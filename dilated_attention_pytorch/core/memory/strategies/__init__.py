@@ -9,11 +9,7 @@ from dilated_attention_pytorch.core.memory.strategies.fragment_aware import Frag
 from dilated_attention_pytorch.core.memory.strategies.numa import NumaStrategy
 from dilated_attention_pytorch.core.memory.strategies.simple import SimpleStrategy
 
-_ALL: tuple[type[Strategy], ...] = (
-    SimpleStrategy,
-    BucketedStrategy,
-    FragmentAwareStrategy,
-    NumaStrategy,
-    AdaptiveStrategy,
-)
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _ALL}
+STRATEGIES: dict[str, type[Strategy]] = {
+    kind.name: kind
+    for kind in (SimpleStrategy, BucketedStrategy, FragmentAwareStrategy, NumaStrategy, AdaptiveStrategy)
+}

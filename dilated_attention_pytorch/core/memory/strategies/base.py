@@ -1,4 +1,4 @@
-"""What a strategy is asked for, and what it may ask for itself. Called with the pool's lock held."""
+"""What a pool asks of a strategy, and what a strategy may ask of its arena. The pool's lock is held throughout."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Protocol
 
-from dilated_attention_pytorch.core.memory.blocks import Allocation, Block, Place, Uses, aligned
+from typing_extensions import override
+
+from dilated_attention_pytorch.core.memory.blocks import Block, RawMemory, Uses, aligned
 
 Ready = Callable[[Block], bool]
 
 
 class Exhausted(Exception):
-    """No raw memory: the pool's limit or the system's. The pool makes an error for users of it."""
+    """The pool's limit or the system leaves no raw memory; the pool raises `PoolExhausted` for its users."""
 
 
 class Source(Protocol):
     """Where a strategy gets raw memory."""
 
-    place: Place
-
     def node(self) -> int | None:
-        """The NUMA node for the caller's memory; None where there is no choice."""
+        """The NUMA node for the caller's memory; None if there is no choice."""
 
-    def allocate(self, size: int, node: int | None = None) -> Allocation:
-        """Raw memory; raises `Exhausted`."""
+    def allocate(self, size: int, node: int | None = None) -> RawMemory:
+        """Raw memory of `size` bytes; raises `Exhausted`."""
 
-    def free(self, allocation: Allocation, uses: Uses) -> None:
+    def free(self, raw: RawMemory, uses: Uses) -> None:
         """Gives raw memory back once its uses are over."""
 
     def settle(self, block: Block) -> None:
-        """Forgets uses that are over."""
+        """Forgets the block's uses that are over."""
 
 
 class Strategy(ABC):
@@ -59,74 +59,73 @@ class Strategy(ABC):
 
     @abstractmethod
     def trim(self) -> None:
-        """Gives all raw memory back that no lent block lies in."""
+        """Gives back all raw memory in which no block is lent."""
 
     @abstractmethod
     def free_blocks(self) -> Iterator[Block]:
         """Every free block."""
 
     def describe(self) -> str:
-        """What it is doing, in a line."""
+        """One line on what the strategy is doing."""
         return self.name
 
-    def allocate(self, wanted: int, least: int) -> Allocation:
-        """Raw memory of the wanted size, or of the least where there is no room for it."""
+    def allocate(self, wanted: int, least: int, node: int | None = None) -> RawMemory:
+        """Raw memory of the wanted size, or of the least if there is no room for that."""
         try:
-            return self.source.allocate(wanted)
+            return self.source.allocate(wanted, node)
         except Exhausted:
             if wanted == least:
                 raise
-            return self.source.allocate(least)
+            return self.source.allocate(least, node)
 
 
 class SizedStrategy(Strategy):
-    """One allocation a block, and a list of free blocks for every size class.
+    """One block per allocation, and a list of free blocks for each size class.
 
-    Where there is no room for a block of its class's size, a request gets one of its own size, which then serves those
+    If there is no room for a block of its class's size, a request gets one of its own size, which then serves those
     requests of the class that fit.
     """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
-        self._free: dict[int, list[Block]] = {}
+        self._free: dict[tuple[int | None, int], list[Block]] = {}  # by node and size class
 
     @abstractmethod
     def rounded(self, size: int) -> int:
-        """The size of the block that serves a request."""
+        """The size, in bytes, of the class that serves a request."""
 
+    def node(self) -> int | None:
+        """The NUMA node whose blocks serve the caller; None if any do."""
+        return None
+
+    @override
     def find(self, size: int, ready: Ready | None) -> Block | None:
-        """See `Strategy`."""
-        key = self.rounded(size)
-        blocks = self._free.get(key, [])
-        # Of those to wait for the one released first, whose uses end first; else the last, which caches may still hold.
+        blocks = self._free.get((self.node(), self.rounded(size)), [])
+        # With `ready` the block released last, which caches may still hold; else the first, whose uses end first.
         order = range(len(blocks)) if ready is None else reversed(range(len(blocks)))
-        chosen = next((i for i in order if blocks[i].size >= size and (ready is None or ready(blocks[i]))), None)
-        if chosen is None:
-            return None
-        block = blocks.pop(chosen)
-        if not blocks:
-            del self._free[key]
-        block.free = False
-        return block
+        for i in order:
+            if blocks[i].size >= size and (ready is None or ready(blocks[i])):
+                blocks[i].free = False
+                return blocks.pop(i)
+        return None
 
+    @override
     def grow(self, size: int) -> Block:
-        """See `Strategy`."""
-        allocation = self.allocate(self.rounded(size), aligned(size))
-        return Block(allocation, 0, allocation.size, self, dict(allocation.uses))
+        return Block.whole(self.allocate(self.rounded(size), aligned(size), self.node()))
 
+    @override
     def give(self, block: Block) -> None:
-        """See `Strategy`."""
-        assert block.owner is self and not block.free
+        assert not block.free
         block.free = True
-        self._free.setdefault(self.rounded(block.size), []).append(block)
+        self._free.setdefault((block.raw.node, self.rounded(block.size)), []).append(block)
 
+    @override
     def trim(self) -> None:
-        """See `Strategy`."""
         for block in self.free_blocks():
-            self.source.free(block.allocation, block.uses)
+            self.source.free(block.raw, block.uses)
         self._free.clear()
 
+    @override
     def free_blocks(self) -> Iterator[Block]:
-        """See `Strategy`."""
         for blocks in self._free.values():
             yield from blocks

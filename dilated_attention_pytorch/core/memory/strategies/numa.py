@@ -1,101 +1,55 @@
-"""One arena a NUMA node."""
+"""Memory on the caller's NUMA node."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import ClassVar
 
+from typing_extensions import override
+
 from dilated_attention_pytorch.core.memory import topology
-from dilated_attention_pytorch.core.memory.blocks import Allocation, Block, Place, Uses
-from dilated_attention_pytorch.core.memory.strategies.base import Ready, Source, Strategy
+from dilated_attention_pytorch.core.memory.blocks import Block
+from dilated_attention_pytorch.core.memory.strategies.base import Source
 from dilated_attention_pytorch.core.memory.strategies.bucketed import BucketedStrategy
 
 
-class NumaStrategy(Strategy):
-    """Host memory on the node that the CUDA device hangs on, or that the caller runs on; `bucketed` within each node.
+class NumaStrategy(BucketedStrategy):
+    """`bucketed`, with host memory on the node that the CUDA device hangs on, or else that the caller runs on.
 
-    For page-locked staging on hosts with several nodes: pages are first touched by a thread bound to the node, and
-    the kernel's map is read to see where they went. With one node, and for device memory, it places nothing and is
-    `bucketed`.
+    For page-locked staging on hosts with several nodes. A thread bound to the node touches the pages first, and the
+    kernel's map is read to see where they went. With one node, and for device memory, there is nothing to place.
 
-    Its load needs several nodes, and no such host has measured it: it has won nothing yet. On one node it is `bucketed`
-    with a little more work.
+    Not measured yet: its load needs a host with several nodes. On one node it is `bucketed` with a little more work.
     """
 
     name: ClassVar[str] = "numa"
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
-        self._nodes: dict[int | None, BucketedStrategy] = {}
-        self._pages: Counter[tuple[int, int | None]] = Counter()  # (asked for, found): pages; None: not known
+        # Pages by the node asked for and the node found; None: an allocation that the kernel's map does not show.
+        self._pages: Counter[tuple[int, int | None]] = Counter()
 
-    def find(self, size: int, ready: Ready | None) -> Block | None:
-        """See `Strategy`."""
-        return self._here().find(size, ready)
+    @override
+    def node(self) -> int | None:
+        return self.source.node()
 
+    @override
     def grow(self, size: int) -> Block:
-        """See `Strategy`."""
-        block = self._here().grow(size)
-        node, tensor = block.allocation.node, block.allocation.tensor
+        block = super().grow(size)
+        node, tensor = block.raw.node, block.raw.tensor
         if node is not None and tensor is not None:
             found = topology.pages_by_node(tensor.data_ptr())
-            if found is None:
-                self._pages[node, None] += 1
-            else:
-                for where, pages in found.items():
-                    self._pages[node, where] += pages
+            self._pages.update({(node, where): pages for where, pages in found.items()} if found else {(node, None): 1})
         return block
 
-    def give(self, block: Block) -> None:
-        """See `Strategy`."""
-        block.owner.give(block)
-
-    def trim(self) -> None:
-        """See `Strategy`."""
-        for inner in self._nodes.values():
-            inner.trim()
-
-    def free_blocks(self) -> Iterator[Block]:
-        """See `Strategy`."""
-        for inner in self._nodes.values():
-            yield from inner.free_blocks()
-
+    @override
     def describe(self) -> str:
-        """See `Strategy`."""
-        if not set(self._nodes) - {None}:
+        if not self._pages:
             return f"{self.name}: nothing to place (one node, or not host memory), so as bucketed"
-        checked = sum(n for (_, where), n in self._pages.items() if where is not None)
-        right = sum(n for (node, where), n in self._pages.items() if node == where)
-        unknown = sum(n for (_, where), n in self._pages.items() if where is None)
+        nodes = sorted({asked for asked, _ in self._pages})
+        right = sum(self._pages[node, node] for node in nodes)
+        unknown = sum(self._pages[node, None] for node in nodes)
         return (
-            f"{self.name}: nodes {sorted(n for n in self._nodes if n is not None)}; of {checked} pages that the kernel "
-            f"reports, {right} lie where asked; {unknown} allocations it does not report"
+            f"{self.name}: nodes {nodes}; of {self._pages.total() - unknown} pages that the kernel reports, "
+            f"{right} lie where asked; {unknown} allocations it does not report"
         )
-
-    def _here(self) -> BucketedStrategy:
-        node = self.source.node()
-        if node not in self._nodes:
-            self._nodes[node] = BucketedStrategy(_OnNode(self.source, node))
-        return self._nodes[node]
-
-
-class _OnNode:
-    """A source whose memory lies on one node."""
-
-    def __init__(self, source: Source, node: int | None) -> None:
-        self._source = source
-        self._node = node
-        self.place: Place = source.place
-
-    def node(self) -> int | None:
-        return self._node
-
-    def allocate(self, size: int, node: int | None = None) -> Allocation:
-        return self._source.allocate(size, self._node)
-
-    def free(self, allocation: Allocation, uses: Uses) -> None:
-        self._source.free(allocation, uses)
-
-    def settle(self, block: Block) -> None:
-        self._source.settle(block)

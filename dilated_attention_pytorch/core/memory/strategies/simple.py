@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from typing_extensions import override
+
 from dilated_attention_pytorch.core.memory.blocks import aligned
 from dilated_attention_pytorch.core.memory.strategies.base import SizedStrategy
 
@@ -20,6 +22,6 @@ class SimpleStrategy(SizedStrategy):
 
     name: ClassVar[str] = "simple"
 
+    @override
     def rounded(self, size: int) -> int:
-        """See `SizedStrategy`."""
         return aligned(size)

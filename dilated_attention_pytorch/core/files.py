@@ -1,0 +1,71 @@
+"""Files that are written whole, beside their place and then moved there; folders that one process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file at once: a reader, or a crash, finds the old file or the new one, whole.
+
+    Args:
+        path: the file.
+        write: writes the new content to the path it is given, in the same folder.
+
+    Raises:
+        OSError: the new content could not be written; the old file stays, and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    # O_EXCL follows no link that waits under the name; the system takes the umask off the mode.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode
+    try:
+        write(temporary)
+        temporary.chmod(mode)  # safetensors puts a file of its own there, which only the owner may read
+        with temporary.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except Exception as error:  # on a full disk torch and safetensors raise errors of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"expected room and permission to write {path}, got: {reason}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that is never seen half-written."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed within `replace_file` left in a folder."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run, by `.lock` in it, until the process ends at the latest.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    with (folder / ".lock").open("a") as stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"expected a folder that no other run is writing to, got {folder}") from None
+        except (ImportError, OSError):  # Windows, and file systems without locks
+            pass
+        yield
