@@ -99,6 +99,7 @@ def sample(
     eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
     if (seed := sampling.get("seed")) is not None:
         generator = torch.Generator(prompt.device).manual_seed(operator.index(seed))
+    eos_token = None if eos_token is None else operator.index(eos_token)
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = prompt
     try:
