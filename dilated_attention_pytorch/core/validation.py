@@ -26,13 +26,16 @@ _LONGEST = 200  # characters of a value in a message
 def shown(value: object) -> str:
     """What a message says of a value: its type and, where there is no more to it than a line, itself."""
     kind = type(value).__name__
-    if isinstance(value, Tensor):
-        return f"{kind} of {value.dtype}"
+    return f"{kind} of {value.dtype}" if isinstance(value, Tensor) else f"{kind} {quoted(value)}".rstrip()
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, cut where it is long; "" where it cannot be written."""
     try:
         text = repr(value)
     except Exception:  # an int of more digits than Python prints, or a repr that is broken
-        return kind
-    return f"{kind} {text}" if len(text) <= _LONGEST else f"{kind} {text[:_LONGEST]}..."
+        return ""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _number(value: object) -> str:
@@ -44,7 +47,8 @@ def check_choice(name: str, value: Any, options: Any) -> Any:
     """One of the strings of the Literal `options`."""
     allowed = get_args(options)
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {shown(value).removeprefix('str ')}")
+        got = quoted(value) if isinstance(value, str) else shown(value)
+        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {got}")
     return value if type(value) is str else allowed[allowed.index(value)]
 
 
@@ -199,6 +203,13 @@ def check_dense(name: str, x: Any) -> None:
     if x.layout != torch.strided or is_nested:
         kind = "a nested one" if is_nested else str(x.layout)
         raise TypeError(f"expected {name} to be a dense tensor (torch.strided), got {kind}")
+
+
+def check_values(name: str, x: Any) -> None:
+    """A dense tensor whose values can be looked at: no meta and no fake one."""
+    check_dense(name, x)
+    if x.is_meta or (not torch.compiler.is_compiling() and torch_private.is_fake(x)):
+        raise TypeError(f"expected {name} with values to look at, got a {'meta' if x.is_meta else 'fake'} tensor")
 
 
 def check_readable(name: str, x: Tensor, device: torch.device) -> None:

@@ -22,6 +22,7 @@ Curve = Literal["raster", "snake", "morton", "hilbert"]
 
 CURVES: tuple[Curve, ...] = get_args(Curve)
 _MAX_BITS = {2: 31, 3: 20}  # of one coordinate, so that an index fits an int64
+_INTEGERS = (*check.INT_DTYPES, torch.uint16, torch.uint32, torch.uint64)
 _FLOAT_BITS = {2: 26, 3: 20}  # finer than any scanner's coordinates
 
 
@@ -75,7 +76,7 @@ def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
     coords = coords.to(torch.int64)
     if coords.numel() and not 0 <= int(coords.min()) <= int(coords.max()) < 1 << num_bits:
         raise ValueError(
-            f"expected coordinates in [0, 2 ** {num_bits}), got {int(coords.min())} to {int(coords.max())}"
+            f"expected coords in [0, 2 ** {num_bits}), got {int(coords.min())} to {int(coords.max())}"
         )
     axes = coords.unbind(-1)
     if num_dims == 2:
@@ -107,9 +108,8 @@ def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
     if check.check_positive_int("num_dims", num_dims) not in _MAX_BITS:
         raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims!r}")
     _check_bits(num_bits, num_dims)
-    if not isinstance(index, Tensor):
-        raise TypeError(f"expected index to be a Tensor, got {type(index).__name__}")
-    if index.is_floating_point() or index.dtype == torch.bool or index.is_complex():
+    check.check_values("index", index)
+    if index.dtype not in _INTEGERS:
         raise TypeError(f"expected index to be of integers, got {index.dtype}")
     index = index.to(torch.int64)
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < 1 << (num_dims * num_bits):
@@ -164,7 +164,7 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
     if coords is not None:
         return _order(name, _cells(coords))
     if isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Sequence):
-        raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {type(grid).__name__} {grid!r}")
+        raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {check.shown(grid)}")
     if len(grid) not in _MAX_BITS:
         raise ValueError(f"expected grid of 2 or 3 sizes, got {len(grid)}: {tuple(grid)}")
     return _grid_order(name, tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid)))
@@ -184,11 +184,10 @@ def grid_coords(grid: Sequence[int]) -> Tensor:
 
 def _cells(coords: Tensor) -> Tensor:
     """Non-negative int64 cells, as coarse as tells the tokens apart."""
-    if not isinstance(coords, Tensor):
-        raise TypeError(f"expected coords to be a Tensor, got {type(coords).__name__}")
+    check.check_values("coords", coords)
     if coords.dim() != 2 or coords.shape[1] not in _MAX_BITS:
         raise ValueError(f"expected coords of shape (N, 2) or (N, 3), got {tuple(coords.shape)}")
-    if coords.dtype == torch.bool or coords.is_complex():
+    if coords.dtype not in (*_INTEGERS, *check.FLOAT_DTYPES):
         raise TypeError(f"expected coords of integers or floats, got {coords.dtype}")
     if coords.shape[0] == 0:
         return coords.to(torch.int64)
@@ -261,9 +260,8 @@ def _along_bits(name: Curve, cells: Tensor) -> Tensor:
 
 
 def _check_points(coords: Tensor) -> int:
-    if not isinstance(coords, Tensor):
-        raise TypeError(f"expected coords to be a Tensor, got {type(coords).__name__}")
-    if coords.is_floating_point() or coords.dtype == torch.bool or coords.is_complex():
+    check.check_values("coords", coords)
+    if coords.dtype not in _INTEGERS:
         raise TypeError(f"expected coords to be of integers, got {coords.dtype}")
     if coords.dim() == 0 or coords.shape[-1] not in _MAX_BITS:
         raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")

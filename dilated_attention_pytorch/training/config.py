@@ -120,7 +120,7 @@ class TrainConfig:
             for name in names:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
+                    raise TypeError(f"expected {name} to be a float, got {check.shown(value)}")
                 if not fits(value):
                     raise ValueError(f"expected {name} {words}, got {value}")
         check.check_choice("precision", self.precision, Precision)

@@ -115,7 +115,7 @@ class UnifiedMemoryPool:
             raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
         where = check.check_device("device", device)
         if not isinstance(purpose, str):
-            raise TypeError(f"expected purpose to be a str, got {type(purpose).__name__} {purpose!r}")
+            raise TypeError(f"expected purpose to be a str, got {check.shown(purpose)}")
         check.check_bool("pinned", pinned)
         check.check_bool("zero", zero)
         place = self._runtime.place(where, pinned)
@@ -155,7 +155,7 @@ class UnifiedMemoryPool:
             TypeError: an object that is not a tensor, or not a stream.
         """
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected tensor to be a Tensor, got {type(tensor).__name__} {tensor!r}")
+            raise TypeError(f"expected tensor to be a Tensor, got {check.shown(tensor)}")
         handle = self._handles.get(id(tensor))
         if handle is None or handle.released or handle.tensor is not tensor:
             raise ValueError(
@@ -281,9 +281,7 @@ def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
     try:
         return (check.check_int("shape", shape, 0),)
     except TypeError as error:
-        raise TypeError(
-            f"expected shape to be an int or a sequence of ints, got {type(shape).__name__} {shape!r}"
-        ) from error
+        raise TypeError(f"expected shape to be an int or a sequence of ints, got {check.shown(shape)}") from error
 
 
 _pools: weakref.WeakSet[UnifiedMemoryPool] = weakref.WeakSet()

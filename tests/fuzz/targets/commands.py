@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -38,6 +37,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 }  # fmt: skip
 # What is not there in an empty folder, so that right options are refused all the same.
 _REFUSED_ANYWAY = ("convert", "generate", "train")
+_ALSO_NAMED = "num_heads segment_lengths dilation_rates seq_len position positions steps"
 _HUGE = {"--length", "--heads", "--head-dim", "--repeats", "--ranks", "--query", "--bytes"}
 
 
@@ -65,22 +65,8 @@ def _commands(draw: st.DrawFn) -> Call:
     arguments = [command, *positional]
     for name, value in chosen.items():
         arguments += [name, value]
-    allowed = {name.strip("-").replace("-", "_") for name in options} | {part for n in options for part in n.split("-")}
-    allowed |= {
-        "folder",
-        "data",
-        "file",
-        "directory",
-        "num_heads",
-        "src",
-        "config",
-        "segment_lengths",
-        "grid",
-        "device",
-        *(["steps", "position", "seq_len", "positions", "lengths", "rates"]),
-    }
-    if command in _REFUSED_ANYWAY:
-        allowed |= set(Path("model.safetensors config.json state.pt text").name.split())
-    return Call(
-        invoke, tuple(arguments), {}, sorted(allowed - {""}), right=not names and command not in _REFUSED_ANYWAY
-    )
+    # An option is named by its own words, or by the argument of the library that it stands for.
+    words = {word for name in options for word in (*name.strip("-").split("-"), name.strip("-").replace("-", "_"))}
+    named = words | set(_ALSO_NAMED.split())
+    right = not names and command not in _REFUSED_ANYWAY
+    return Call(invoke, tuple(arguments), {}, sorted(named), right=right, also=(FileNotFoundError,))
