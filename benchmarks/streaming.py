@@ -45,7 +45,7 @@ from dilated_attention_pytorch import (
     dilated_attention_with_lse,
 )
 from dilated_attention_pytorch.streaming import pipeline, streamed_backward, streamed_forward
-from dilated_attention_pytorch.streaming.call import Call, Settings, prepare
+from dilated_attention_pytorch.streaming.call import Inputs, Settings, StreamedCall, Upstream, prepare
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Loaded
 from dilated_attention_pytorch.streaming.sources import writer
 from dilated_attention_pytorch.testing import relative_norm
@@ -79,9 +79,7 @@ class Bench:
 
     def settings(self) -> Settings:
         lengths, rates = self.pattern["segment_lengths"], self.pattern["dilation_rates"]
-        return Settings(
-            lengths, rates, False, None, "modulo", "auto", self.device, self.limit, None, self.pool, False
-        )  # fmt: skip
+        return Settings(lengths, rates, device=self.device, device_limit=self.limit, pool=self.pool)
 
     def fill(self, x: Tensor, salt: int = 0) -> Tensor:
         """Random rows at the speed of copying: every run of rows starts elsewhere in the tile."""
@@ -131,14 +129,15 @@ class CopiesBackward(BackwardPass):
         return {f"d{name}": torch.empty_like(loaded[name, None]) for name in "qkv"}
 
 
-def copies(bench: Bench, call: Call, targets: dict[str, Any]) -> None:
+def copies(bench: Bench, call: StreamedCall, targets: dict[str, Any]) -> None:
     """Everything but the computation."""
-    work = (CopiesBackward if call.sizes.is_backward else CopiesForward)(call.plan(), call.readers, call.engine)
-    writers = {name: writer(x, 2 if name == "lse" else 1) for name, x in targets.items()}
+    plain = call.work()
+    work = (CopiesBackward if call.sizes.is_backward else CopiesForward)(plain.plan, plain.readers, plain.engine)
+    writers = {name: writer(name, x) for name, x in targets.items()}
     pipeline.run(work, writers, bench.device, bench.pool, lambda: None)
 
 
-def computing(bench: Bench, call: Call) -> Callable[[], None]:
+def computing(bench: Bench, call: StreamedCall) -> Callable[[], None]:
     """Everything but the copies: each range is computed from data of its shape that is on the device."""
     work, kept = call.work(), {}
 
@@ -170,7 +169,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def moved(call: Call, wants_lse: bool = False) -> int:
+def moved(call: StreamedCall, wants_lse: bool = False) -> int:
     """Bytes that a pass copies in and out."""
     work, n = call.work(), call.problem.seq_len
     results = n * call.sizes.results(DTYPE.itemsize)
@@ -290,8 +289,8 @@ def sixty_four_million(bench: Bench) -> None:
             )
         bench.pool.trim()
         settings = bench.settings()
-        forward = prepare(settings, q, k, v, None)
-        backward = prepare(settings, q, k, v, None, {"grad_out": grad, "out": out, "lse": lse})
+        forward = prepare(settings, Inputs(q, k, v))
+        backward = prepare(settings, Inputs(q, k, v, upstream=Upstream(grad, out, lse)))
         grads = {"dq": dq, "dk": dk, "dv": dv}
         # A pass as it is used, with its lse where a backward follows.
         passes = {
@@ -335,10 +334,10 @@ def from_host(bench: Bench) -> None:
     q, k, v = (bench.host(tokens, salt) for salt in range(3))
     out = bench.host(tokens)
     print(f"  {available / GIB:.0f} GiB of memory available: {tokens:,} tokens, {4 * tokens * ROW / GIB:.1f} GiB")
-    call = prepare(bench.settings(), q, k, v, None)
+    call = prepare(bench.settings(), Inputs(q, k, v))
     warm = min(tokens, 4 * call.plan().length)  # compiles kernels and pins staging memory
     settings = replace(bench.settings(), range_length=call.plan().length)
-    short = prepare(settings, *(x[:, :warm] for x in (q, k, v)), None)
+    short = prepare(settings, Inputs(*(x[:, :warm] for x in (q, k, v))))
     short.run(short.work(), {"out": out[:, :warm]})
     with peak_device(bench) as peak:
         start = time.perf_counter()
@@ -403,12 +402,12 @@ def billion(bench: Bench) -> None:
     tokens = bench.options.tokens or 1 << 30
     sources = {name: TileSource(bench, tokens, salt) for salt, name in enumerate("qkv")}
     # Kernels are compiled and staging memory is pinned by a short sequence of the same ranges.
-    length = prepare(bench.settings(), *sources.values(), None).plan().length
+    length = prepare(bench.settings(), Inputs(*sources.values())).plan().length
     short = [TileSource(bench, min(tokens, 4 * length), salt) for salt in range(3)]
-    warm = prepare(replace(bench.settings(), range_length=length), *short, None)
+    warm = prepare(replace(bench.settings(), range_length=length), Inputs(*short))
     warm.run(warm.work(), {"out": SampleSink(torch.arange(1))})
     sink = SampleSink(torch.cat([x.positions for x in samples(bench, tokens)]).unique())
-    call = prepare(bench.settings(), *sources.values(), None)
+    call = prepare(bench.settings(), Inputs(*sources.values()))
     with peak_device(bench) as peak:
         start = time.perf_counter()
         call.run(call.work(), {"out": sink})
@@ -439,7 +438,7 @@ def from_files(bench: Bench) -> None:
                     rows = bench.tile_at(number, salt)[:, : tokens - number * bench.tile_rows]
                     file.write(rows.contiguous().view(torch.uint8).numpy().data)
         x = {name: mapped(name) for name in ("q", "k", "v", "out")}
-        call = prepare(bench.settings(), x["q"], x["k"], x["v"], None)
+        call = prepare(bench.settings(), Inputs(x["q"], x["k"], x["v"]))
         with resident() as memory:
             start = time.perf_counter()
             call.run(call.work(), {"out": x["out"]})

@@ -22,10 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = [train, generate, convert, plan, show, bench, info]
-COMMANDS += [migrate]  # 0.4.0: goes with _old
-for command in COMMANDS:
+for command in (train, generate, convert, plan, show, bench, info):
     app.command()(command)
+app.command()(migrate)  # 0.4.0: goes with _old
 
 # Errors of the library for a user's mistake, a missing package or a missing file.
 USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError, FloatingPointError)

@@ -42,9 +42,7 @@ def ints(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
-            f"expected {name} to be ints with commas between them, got {check.quoted(text)}"
-        ) from None
+        raise ValueError(f"expected {name} to be ints with commas between them, got {check.quoted(text)}") from None
 
 
 def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> DilatedPattern:
@@ -56,9 +54,7 @@ def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> Dilated
 def check_dtype(text: str) -> torch.dtype:
     """The dtype that `--dtype` names."""
     if text not in _DTYPES:
-        raise ValueError(
-            f"expected --dtype to be one of {sorted(_DTYPES)}, got {check.quoted(text)}"
-        )
+        raise ValueError(f"expected --dtype to be one of {sorted(_DTYPES)}, got {check.quoted(text)}")
     return _DTYPES[text]
 
 

@@ -27,7 +27,9 @@ def plan(
     dtype: options.Dtype = "bf16",
     query: Annotated[int | None, typer.Option(help="Also list the keys of this query.")] = None,
     head: Annotated[int, typer.Option(help="The head of --query.")] = 0,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Also the bytes of a ring of this many ranks.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=1 << 16, help="Also the bytes of a ring of this many ranks.")
+    ] = None,
     balanced: Annotated[bool, typer.Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:

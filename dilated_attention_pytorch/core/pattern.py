@@ -111,7 +111,8 @@ class DilatedPattern:
         """The heads of a branch by the offset they share, as (offset, slice of heads)."""
         rate = self.dilation_rates[self._checked(branch)]
         if self.offsets == "modulo":
-            return [(o, slice(o, self.num_heads, rate)) for o in range(min(rate, self.num_heads))]
+            step = min(rate, self.num_heads)  # a step beyond the heads may be near 2**63, and strides multiply it
+            return [(o, slice(o, self.num_heads, step)) for o in range(step)]
         size = ceil_div(self.num_heads, rate)
         starts = range(0, self.num_heads, size)
         return [(start // size, slice(start, min(start + size, self.num_heads), 1)) for start in starts]

@@ -201,8 +201,7 @@ def check_dense(name: str, x: Any) -> None:
         raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
     is_nested = not torch.compiler.is_compiling() and x.is_nested  # a traced one says so by its layout
     if x.layout != torch.strided or is_nested:
-        kind = "a nested one" if is_nested else str(x.layout)
-        raise TypeError(f"expected {name} to be a dense tensor (torch.strided), got {kind}")
+        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if is_nested else x.layout}")
 
 
 def check_values(name: str, x: Any) -> None:

@@ -1,9 +1,8 @@
 """The Hilbert curve in 2-D and 3-D, and orders of tokens along it and along simpler curves.
 
-A segment of dilated attention is a stretch of the sequence. Along raster order a stretch is a thin strip of the image;
-along a Hilbert curve it is a compact region (DESIGN: a curve whose every step goes to a neighbour and that fills each
-quadrant before it leaves it). The curve is Skilling's (AIP Conf. Proc. 707, 381, 2004), read off tables that take
-several bits a step.
+A segment of dilated attention is a stretch of the sequence: a thin strip of the image in raster order, a compact region
+along a Hilbert curve, whose every step goes to a neighbour and which fills each quadrant before it leaves it. The curve
+is Skilling's (AIP Conf. Proc. 707, 381, 2004), read off tables that take several bits per step.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class CurveOrder(NamedTuple):
 
 
 def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
-    """The place of each point along the Hilbert curve through a square or cube of `2 ** num_bits` points a side.
+    """The place of each point along the Hilbert curve through a square or cube of `2 ** num_bits` points per side.
 
     Args:
         coords: int `(..., 2)` or `(..., 3)`, each coordinate in `[0, 2 ** num_bits)`.
@@ -71,19 +70,13 @@ def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
         >>> hilbert_encode(torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]]), 1).tolist()
         [0, 1, 2, 3]
     """
-    num_dims = _check_points(coords)
-    _check_bits(num_bits, num_dims)
-    coords = coords.to(torch.int64)
-    if coords.numel() and not 0 <= int(coords.min()) <= int(coords.max()) < 1 << num_bits:
-        raise ValueError(
-            f"expected coords in [0, 2 ** {num_bits}), got {int(coords.min())} to {int(coords.max())}"
-        )
-    axes = coords.unbind(-1)
-    if num_dims == 2:
-        index = hilbert_tables.encode_with_hilbertsfc(axes[0], axes[1], num_bits)
-        if index is not None:
-            return index
-    return hilbert_tables.encode(axes, num_bits)
+    _check_numbers("coords", coords, "to be of integers")
+    if coords.dim() == 0 or coords.shape[-1] not in _MAX_BITS:
+        raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
+    _check_bits(num_bits, coords.shape[-1])
+    axes = _within("coords", coords, num_bits).unbind(-1)  # D tensors (...)
+    index = hilbert_tables.encode_with_hilbertsfc(*axes, num_bits=num_bits) if len(axes) == 2 else None
+    return hilbert_tables.encode(axes, num_bits) if index is None else index
 
 
 def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
@@ -108,15 +101,9 @@ def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
     if check.check_positive_int("num_dims", num_dims) not in _MAX_BITS:
         raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims!r}")
     _check_bits(num_bits, num_dims)
-    check.check_values("index", index)
-    if index.dtype not in _INTEGERS:
-        raise TypeError(f"expected index to be of integers, got {index.dtype}")
-    index = index.to(torch.int64)
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < 1 << (num_dims * num_bits):
-        raise ValueError(
-            f"expected index in [0, 2 ** {num_dims * num_bits}), got {int(index.min())} to {int(index.max())}"
-        )
-    return torch.stack(hilbert_tables.decode(index, num_dims, num_bits), -1)
+    _check_numbers("index", index, "to be of integers")
+    index = _within("index", index, num_dims * num_bits)
+    return torch.stack(hilbert_tables.decode(index, num_dims, num_bits), -1)  # (..., D)
 
 
 def hilbert_order(coords: Tensor | None = None, *, grid: Sequence[int] | None = None) -> CurveOrder:
@@ -136,9 +123,9 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
 
     `raster` goes row by row, `snake` too but every other row backwards, `morton` interleaves the coordinates' bits,
     `hilbert` steps from neighbour to neighbour. Hilbert and Morton walk the smallest square or cube of a power of two
-    around the tokens, the shortest axis turning slowest, and leave out what holds no token: in a grid of powers of two
-    where no side is more than twice another the Hilbert walk has unit steps; in any other it jumps where it leaves
-    the grid and comes back. Tokens at one place keep their order.
+    around the tokens, the shortest axis turning slowest, and leave out cells without a token. The Hilbert walk has unit
+    steps in a grid of powers of two if no side is more than twice another; in any other it jumps where it leaves the
+    grid and comes back. Tokens at one place keep their order.
 
     Args:
         name: `"raster"`, `"snake"`, `"morton"` or `"hilbert"`.
@@ -172,7 +159,7 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
 
 @lru_cache(maxsize=32)
 def _grid_order(name: Curve, grid: tuple[int, ...]) -> CurveOrder:
-    with torch.inference_mode(False):  # what is kept serves training too
+    with torch.inference_mode(False):  # the cached order serves training too
         return _order(name, grid_coords(grid))
 
 
@@ -183,12 +170,10 @@ def grid_coords(grid: Sequence[int]) -> Tensor:
 
 
 def _cells(coords: Tensor) -> Tensor:
-    """Non-negative int64 cells, as coarse as tells the tokens apart."""
-    check.check_values("coords", coords)
+    """Non-negative int64 cells `(N, D)`, no finer than it takes to tell the tokens apart."""
+    _check_numbers("coords", coords, "of integers or floats", floats=True)
     if coords.dim() != 2 or coords.shape[1] not in _MAX_BITS:
         raise ValueError(f"expected coords of shape (N, 2) or (N, 3), got {tuple(coords.shape)}")
-    if coords.dtype not in (*_INTEGERS, *check.FLOAT_DTYPES):
-        raise TypeError(f"expected coords of integers or floats, got {coords.dtype}")
     if coords.shape[0] == 0:
         return coords.to(torch.int64)
     if coords.is_floating_point():
@@ -199,6 +184,7 @@ def _cells(coords: Tensor) -> Tensor:
         extent = float(points.max())
         if extent == float("inf"):
             raise ValueError("expected coords whose extent is a finite float64, got a larger one")
+        # One scale for all axes keeps the picture's proportions.
         last = (1 << _FLOAT_BITS[coords.shape[1]]) - 1
         return (points / extent * last).to(torch.int64) if extent > 0 else points.to(torch.int64)
     whole = coords.to(torch.int64)  # torch has no minima of wider unsigned integers
@@ -212,7 +198,8 @@ def _cells(coords: Tensor) -> Tensor:
 
 
 def _common_step(cells: Tensor) -> Tensor:
-    """The greatest common divisor of each column."""
+    """The greatest common divisor of each column, `(N, D) -> (D,)`."""
+    # Halves the rows each time: gcd(first half, second half), and a row left over.
     while cells.shape[0] > 1:
         half = cells.shape[0] // 2
         cells = torch.cat((torch.gcd(cells[:half], cells[half : 2 * half]), cells[2 * half :]))
@@ -220,26 +207,25 @@ def _common_step(cells: Tensor) -> Tensor:
 
 
 def _order(name: Curve, cells: Tensor) -> CurveOrder:
-    if cells.shape[0] == 0:
-        empty = torch.empty(0, dtype=torch.int64, device=cells.device)
-        return CurveOrder(empty, empty.clone())
+    positions = torch.arange(len(cells), device=cells.device)  # (N,)
+    if len(cells) == 0:
+        return CurveOrder(positions, positions.clone())
     order = _raster(cells, snake=name == "snake") if name in ("raster", "snake") else _along_bits(name, cells)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return CurveOrder(order, inverse)
+    return CurveOrder(order, torch.empty_like(order).scatter_(0, order, positions))
 
 
 def _raster(cells: Tensor, *, snake: bool) -> Tensor:
     """Sorted by the first axis, then the next; a snake goes every other row backwards."""
-    columns = list(cells.unbind(-1))
+    columns = list(cells.unbind(-1))  # D tensors (N,)
     if snake:
-        # Rows that hold no token are no part of the walk, so each axis counts those that do.
+        # The walk skips rows without a token, so each axis counts the others.
         columns = [torch.unique(c, return_inverse=True)[1] for c in columns]
         rows = columns[0]
         for i in range(1, len(columns)):
             last = columns[i].max()
             columns[i] = torch.where(rows % 2 == 1, last - columns[i], columns[i])
             rows = rows * (last + 1) + columns[i]
+    # Stable sorts from the last axis to the first.
     order = torch.arange(cells.shape[0], device=cells.device)
     for column in reversed(columns):
         order = order[torch.argsort(column[order], stable=True)]
@@ -247,6 +233,7 @@ def _raster(cells: Tensor, *, snake: bool) -> Tensor:
 
 
 def _along_bits(name: Curve, cells: Tensor) -> Tensor:
+    """Sorted by the place along a Hilbert or Morton curve."""
     extents = cells.amax(0).tolist()
     num_bits = max(1, max(extents).bit_length())
     if num_bits > _MAX_BITS[cells.shape[1]]:
@@ -259,13 +246,19 @@ def _along_bits(name: Curve, cells: Tensor) -> Tensor:
     return torch.argsort(index, stable=True)
 
 
-def _check_points(coords: Tensor) -> int:
-    check.check_values("coords", coords)
-    if coords.dtype not in _INTEGERS:
-        raise TypeError(f"expected coords to be of integers, got {coords.dtype}")
-    if coords.dim() == 0 or coords.shape[-1] not in _MAX_BITS:
-        raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
-    return int(coords.shape[-1])
+def _check_numbers(name: str, x: Tensor, kind: str, *, floats: bool = False) -> None:
+    check.check_values(name, x)
+    if x.dtype not in _INTEGERS and not (floats and x.dtype in check.FLOAT_DTYPES):
+        raise TypeError(f"expected {name} {kind}, got {x.dtype}")
+
+
+def _within(name: str, x: Tensor, num_bits: int) -> Tensor:
+    """Integers as int64, all of them in `[0, 2 ** num_bits)`."""
+    x = x.to(torch.int64)
+    low, high = (int(bound) for bound in x.aminmax()) if x.numel() else (0, 0)
+    if not 0 <= low <= high < 1 << num_bits:
+        raise ValueError(f"expected {name} in [0, 2 ** {num_bits}), got {low} to {high}")
+    return x
 
 
 def _check_bits(num_bits: int, num_dims: int) -> None:

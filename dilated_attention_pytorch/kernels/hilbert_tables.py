@@ -1,8 +1,8 @@
 """Skilling's Hilbert curve (AIP Conf. Proc. 707, 381, 2004) as a state machine over digits, in tables.
 
-At each bit, from the highest down, his algorithm flips or exchanges the lower bits of some coordinates; what it has
-done so far is the state, of which few are ever reached. A table holds, for each state and each few bits of every
-coordinate, those digits of the index and the next state.
+At each bit, from the highest down, his algorithm flips or exchanges the lower bits of some coordinates. The state is
+what it has done so far; few are ever reached. A table holds, for each state and each few bits of every coordinate, the
+digits of the index and the next state.
 """
 
 from __future__ import annotations
@@ -16,45 +16,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BITS = {2: 4, 3: 3}  # of a coordinate that one step takes
+from dilated_attention_pytorch.core.members import ceil_div
+
+_BITS = {2: 4, 3: 3}  # of each coordinate per step
 
 
-class State(NamedTuple):
-    """How the lower bits of the coordinates have been changed so far.
+class CurveState(NamedTuple):
+    """How the lower bits of the coordinates have been changed so far."""
 
-    Attributes:
-        source: which axis each transformed one is taken from.
-        flipped: whether its bits are inverted.
-        inverted: whether the digits themselves are.
-    """
-
-    source: tuple[int, ...]
-    flipped: tuple[int, ...]
-    inverted: int
+    source: tuple[int, ...]  # which axis each transformed one is taken from
+    flipped: tuple[int, ...]  # 1 if its bits are inverted
+    inverted: int  # 1 if the digits themselves are
 
 
 class Tables(NamedTuple):
-    """The machine for one number of dimensions, k bits a step.
+    """The machine for D dimensions, k bits of each coordinate per step; entries are `state << D * k | rest`, int64."""
 
-    Attributes:
-        encode: int64, at `state, bits of axis 0, bits of axis 1, ...` the next state and the digits.
-        decode: int64, at `state, digits` the next state and the bits.
-        starts: the state to begin in, by how many leading zeros (modulo the dimensions) are read before the first bit.
-    """
-
-    encode: Tensor
-    decode: Tensor
-    starts: tuple[int, ...]
+    encode: Tensor  # (states * 2 ** (D * k),): at a state and bits of axis 0, axis 1, ... the next state and the digits
+    decode: Tensor  # likewise: at a state and digits the next state and the bits
+    starts: tuple[int, ...]  # the first state, by the number of leading zeros modulo D
 
 
 def encode(axes: Sequence[Tensor], num_bits: int) -> Tensor:
-    """The index of int64 coordinates."""
+    """The index of int64 coordinates, D tensors of one shape."""
     num_dims, width = len(axes), _BITS[len(axes)]
-    steps = -(-num_bits // width)
+    steps = ceil_div(num_bits, width)
     tables = _tables(num_dims, str(axes[0].device))
-    state = tables.starts[(steps * width - num_bits) % num_dims]
     digits, low, mask = num_dims * width, (1 << width) - 1, (1 << num_dims * width) - 1
-    entry = torch.full_like(axes[0], state << digits)
+    entry = torch.full_like(axes[0], tables.starts[(steps * width - num_bits) % num_dims] << digits)
     index = torch.zeros_like(axes[0])
     for shift in range((steps - 1) * width, -1, -width):
         key = entry >> digits
@@ -68,7 +57,7 @@ def encode(axes: Sequence[Tensor], num_bits: int) -> Tensor:
 def decode(index: Tensor, num_dims: int, num_bits: int) -> list[Tensor]:
     """The coordinates of int64 indices."""
     width = _BITS[num_dims]
-    steps = -(-num_bits // width)
+    steps = ceil_div(num_bits, width)
     tables = _tables(num_dims, str(index.device))
     digits, low, mask = num_dims * width, (1 << width) - 1, (1 << num_dims * width) - 1
     entry = torch.full_like(index, tables.starts[(steps * width - num_bits) % num_dims] << digits)
@@ -92,13 +81,11 @@ def interleave(axes: Sequence[Tensor]) -> Tensor:
 
 
 def encode_with_hilbertsfc(first: Tensor, second: Tensor, num_bits: int) -> Tensor | None:
-    """`encode` by the hilbertsfc package; None where it is absent or another curve, and off the CPU.
-
-    Its 2-D curve is this one with the axes exchanged for odd numbers of bits (0.5.1). In 3-D it is another curve.
-    """
+    """`encode` by the hilbertsfc package; None if it is absent or another curve, and off the CPU."""
     if first.device.type != "cpu" or not _hilbertsfc_agrees():
         return None
     sfc = importlib.import_module("hilbertsfc.torch")
+    # Its 2-D curve (0.5.1) is this one with the axes exchanged for odd numbers of bits; its 3-D curve is another.
     if num_bits % 2:
         first, second = second, first
     index: Tensor = sfc.hilbert_encode_2d(first.contiguous(), second.contiguous(), nbits=num_bits)
@@ -107,7 +94,7 @@ def encode_with_hilbertsfc(first: Tensor, second: Tensor, num_bits: int) -> Tens
 
 @lru_cache(maxsize=1)
 def _hilbertsfc_agrees() -> bool:
-    """Whether the package is there and gives this curve: what it computes may not depend on what is installed."""
+    """True if the package is there and gives this curve: results may not depend on what is installed."""
     try:
         sfc = importlib.import_module("hilbertsfc.torch")
         for num_bits in (1, 2, 3, 5, 6):
@@ -138,18 +125,18 @@ def _tables(num_dims: int, device: str) -> Tables:
             index = (index << num_dims) | digit
         encoding[state << digits | bits] = now << digits | index
         decoding[state << digits | index] = now << digits | bits
-    # Leading zeros turn the axes round and come back to the start after as many as there are axes.
+    # Leading zeros turn the axes round; D of them come back to the start.
     turn = [0]
     while len(turn) < num_dims:
         turn.append(moves[turn[-1]][0][1])
     starts = tuple(turn[-n % num_dims] for n in range(num_dims))
-    with torch.inference_mode(False):  # what is kept serves training too
+    with torch.inference_mode(False):  # cached tables serve training too
         return Tables(torch.tensor(encoding, device=device), torch.tensor(decoding, device=device), starts)
 
 
-def _machine(num_dims: int) -> tuple[dict[State, int], list[list[tuple[int, int]]]]:
-    """Every state that is reached, numbered; for each and every corner, the (digit, next state) read there."""
-    start = State(tuple(range(num_dims)), (0,) * num_dims, 0)
+def _machine(num_dims: int) -> tuple[dict[CurveState, int], list[list[tuple[int, int]]]]:
+    """Numbers every state that is reached; per state and corner of the cube, the (digit, next state) read there."""
+    start = CurveState(tuple(range(num_dims)), (0,) * num_dims, 0)
     numbers, moves, waiting = {start: 0}, [], [start]
     while waiting:
         state = waiting.pop(0)
@@ -164,7 +151,7 @@ def _machine(num_dims: int) -> tuple[dict[State, int], list[list[tuple[int, int]
     return numbers, moves
 
 
-def _move(state: State, corner: int) -> tuple[int, State]:
+def _move(state: CurveState, corner: int) -> tuple[int, CurveState]:
     """One bit of every coordinate, axis 0 highest in `corner`: its digit of the index, and the state after it."""
     num_dims = len(state.source)
     source, flipped = list(state.source), list(state.flipped)
@@ -179,4 +166,4 @@ def _move(state: State, corner: int) -> tuple[int, State]:
     for bit in bits:  # Gray code, undone
         running ^= bit
         digit = (digit << 1) | (running ^ state.inverted)
-    return digit, State(tuple(source), tuple(flipped), state.inverted ^ running)
+    return digit, CurveState(tuple(source), tuple(flipped), state.inverted ^ running)

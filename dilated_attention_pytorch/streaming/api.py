@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, overload
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.torch_private import uncompiled
-from dilated_attention_pytorch.streaming.call import Settings, check_target, prepare, refuse
+from dilated_attention_pytorch.streaming.call import Inputs, Settings, Upstream, prepare
+from dilated_attention_pytorch.streaming.checks import REFUSED, refuse
 from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
-from dilated_attention_pytorch.types import AttentionOutput, BackendName, Offsets
+from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Offsets
 
 Sink = TypeVar("Sink", bound=RangeSink)
-
-# What `dilated_attention` has and streaming has not.
-_REFUSED = ("dropout_p", "row_start", "cu_seqlens", "mixing_gradient", "padding")
 
 
 @overload
@@ -62,8 +59,8 @@ def dilated_attention_streamed(
     that the whole takes about as long as the slower of copying and computing. Host tensors that require a gradient get
     it, streamed likewise; range sources are differentiated with `streamed_backward`.
 
-    Every row is read and written once, but for branches whose segments are not cut evenly by the ranges: of those, 1
-    row in r is brought in twice at most. A segment's rows, w / r of them, must fit the device.
+    Every row is read and written once. Where ranges cut a branch's segments, 1 row in r is brought in twice at most.
+    A segment's rows, w / r of them, must fit the device.
 
     Args:
         q: queries `(B, N, H, D)`, fp16, bf16, fp32 or fp64: a host tensor (pinned ones are copied from directly,
@@ -71,8 +68,8 @@ def dilated_attention_streamed(
             `read(start, stop) -> (B, stop - start, H, D)`.
         k: keys `(B, N, H_kv, D)`, H a multiple of H_kv; likewise.
         v: values, like k.
-        segment_lengths: w_i, in positions, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in positions, one per branch.
+        dilation_rates: r_i, one per branch.
         is_causal: hide keys later than the query.
         scale: factor on q . k; `D ** -0.5` by default.
         offsets: `"modulo"` or `"blocked"`, as in `dilated_attention`.
@@ -107,25 +104,29 @@ def dilated_attention_streamed(
         >>> torch.testing.assert_close(out, dilated_attention(q, k, v, **pattern))
     """
     refuse(
-        dropout_p=(dropout_p, 0.0), row_start=(row_start, None), cu_seqlens=(cu_seqlens, None),
-        mixing_gradient=(mixing_gradient, "exact"), padding=(padding, "none"),
-    )  # fmt: skip
+        dropout_p=dropout_p,
+        row_start=row_start,
+        cu_seqlens=cu_seqlens,
+        mixing_gradient=mixing_gradient,
+        padding=padding,
+    )
     settings = Settings(
         segment_lengths, dilation_rates, is_causal, scale, offsets, backend, device, device_limit, range_length, pool,
         progress,
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v)):
-        if out is not None:
-            raise ValueError("expected out=None where a gradient is wanted, as autograd keeps the result it makes")
-        others = [name for name, x in zip("qkv", (q, k, v), strict=True) if not isinstance(x, Tensor)]
-        if others:
-            raise NotImplementedError(
-                f"autograd takes tensors alone, got a source as {', '.join(others)}: streamed_forward and "
-                "streamed_backward take sources"
-            )
-        result: Tensor = _Streamed.apply(q, k, v, key_padding_mask, settings)  # type: ignore[no-untyped-call]
+    inputs = Inputs(q, k, v, key_padding_mask)
+    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v)):
+        result: Tensor | RangeSink = prepare(settings, inputs).into({"out": out})["out"]
         return result
-    return _forward(settings, q, k, v, key_padding_mask, out, None, wants_lse=False)[0]
+    if out is not None:
+        raise ValueError("expected out=None where a gradient is wanted, as autograd keeps the result it makes")
+    if others := [name for name, x in inputs.named().items() if not isinstance(x, Tensor)]:
+        raise NotImplementedError(
+            f"autograd takes tensors alone, got a source as {', '.join(others)}: streamed_forward and "
+            "streamed_backward take sources"
+        )
+    watched: Tensor = _Streamed.apply(q, k, v, key_padding_mask, settings)  # type: ignore[no-untyped-call]
+    return watched
 
 
 @uncompiled
@@ -139,12 +140,10 @@ def streamed_forward(
     key_padding_mask: Tensor | None = None,
     **settings: Any,
 ) -> AttentionOutput:
-    """`dilated_attention_streamed` together with its lse, for a `streamed_backward` later; not watched by autograd.
+    """`dilated_attention_streamed` together with its lse, for a later `streamed_backward`; autograd does not watch it.
 
     Args:
-        q: as in `dilated_attention_streamed`.
-        k: likewise.
-        v: likewise.
+        q, k, v: as in `dilated_attention_streamed`.
         out: likewise.
         lse: a host tensor `(B, H, N)`, fp32 (fp64 for fp64 inputs), or a sink of such rows; a new tensor by default.
         key_padding_mask: as in `dilated_attention_streamed`.
@@ -153,8 +152,8 @@ def streamed_forward(
     Returns:
         `AttentionOutput(out, lse)`, each as it was given.
     """
-    checked = _settings("streamed_forward", settings)
-    return AttentionOutput(*_forward(checked, q, k, v, key_padding_mask, out, lse, wants_lse=True))  # type: ignore[arg-type]
+    call = prepare(_settings("streamed_forward", settings), Inputs(q, k, v, key_padding_mask))
+    return AttentionOutput(**call.into({"out": out, "lse": lse}))
 
 
 @uncompiled
@@ -171,80 +170,38 @@ def streamed_backward(
     dv: Tensor | RangeSink | None = None,
     key_padding_mask: Tensor | None = None,
     **settings: Any,
-) -> tuple[Any, Any, Any]:
+) -> QKV:
     """The gradients of q, k and v, from what `streamed_forward` gave.
 
     Each is written once: contributions of several branches are summed on the device in fp32 (fp64 for fp64 inputs).
 
     Args:
         grad_out: `(B, N, H, D)`, a host tensor or source, like the next ones.
-        q: as in the forward.
-        k: likewise.
-        v: likewise.
+        q, k, v: as in the forward.
         out: what the forward gave.
         lse: likewise, `(B, H, N)`; a source's `read` gives `(B, H, stop - start)`.
-        dq: where the gradient of q goes: a host tensor or a sink; a new tensor by default. What an interruption leaves
+        dq, dk, dv: where the gradients go: host tensors or sinks; new tensors by default. What an interruption leaves
             is marked as in `dilated_attention_streamed`.
-        dk: of k.
-        dv: of v.
         key_padding_mask: as in the forward.
         settings: the pattern, device and other options of `dilated_attention_streamed`, as in the forward.
 
     Returns:
-        `(dq, dk, dv)`, each as it was given.
+        `QKV(dq, dk, dv)`, each as it was given.
     """
-    upstream = {"grad_out": grad_out, "out": out, "lse": lse}
-    call = prepare(_settings("streamed_backward", settings), q, k, v, key_padding_mask, upstream)
-    taken: list[object] = [grad_out, q, k, v, out, lse, key_padding_mask]
-    targets: dict[str, Tensor | RangeSink] = {}
-    for name, given, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        check_target(name, given, like, taken)
-        taken.append(given)
-    work = call.work()
-    for name, given, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        targets[name] = torch.empty(tuple(like.shape), dtype=like.dtype, device="cpu") if given is None else given
-    call.run(work, targets)
-    return targets["dq"], targets["dk"], targets["dv"]
+    inputs = Inputs(q, k, v, key_padding_mask, Upstream(grad_out, out, lse))
+    call = prepare(_settings("streamed_backward", settings), inputs)
+    return QKV(*call.into({"dq": dq, "dk": dk, "dv": dv}).values())
 
 
 def _settings(function: str, given: dict[str, Any]) -> Settings:
-    """From keyword arguments, with the defaults of `dilated_attention_streamed`."""
-    parameters = inspect.signature(dilated_attention_streamed).parameters
+    """The keyword arguments that the pair shares with `dilated_attention_streamed`."""
+    refuse(**{name: value for name, value in given.items() if name in REFUSED})
     names = [field.name for field in fields(Settings)]
-    refused = {name: (given[name], parameters[name].default) for name in _REFUSED if name in given}
-    refuse(**refused)
-    if unknown := [name for name in given if name not in names and name not in refused]:
+    if unknown := [name for name in given if name not in names and name not in REFUSED]:
         raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
     if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
         raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
-    return Settings(**{name: given.get(name, parameters[name].default) for name in names})
-
-
-def _forward(
-    settings: Settings,
-    q: Tensor | RangeSource,
-    k: Tensor | RangeSource,
-    v: Tensor | RangeSource,
-    key_padding_mask: Tensor | None,
-    out: Tensor | RangeSink | None,
-    lse: Tensor | RangeSink | None,
-    *,
-    wants_lse: bool,
-) -> tuple[Tensor | RangeSink, Tensor | RangeSink | None]:
-    call = prepare(settings, q, k, v, key_padding_mask)
-    batch, n, heads, _ = tuple(q.shape)
-    like = torch.empty((batch, heads, n), dtype=torch.promote_types(q.dtype, torch.float32), device="meta")
-    check_target("out", out, q, (q, k, v, key_padding_mask))
-    check_target("lse", lse, like, (q, k, v, key_padding_mask, out))
-    work = call.work()
-    if out is None:
-        out = torch.empty(tuple(q.shape), dtype=q.dtype, device="cpu")
-    targets: dict[str, Tensor | RangeSink] = {"out": out}
-    if wants_lse:
-        lse = torch.empty_like(like, device="cpu") if lse is None else lse
-        targets["lse"] = lse
-    call.run(work, targets)
-    return out, lse
+    return Settings(**{name: value for name, value in given.items() if name in names})
 
 
 class _Streamed(torch.autograd.Function):
@@ -254,8 +211,7 @@ class _Streamed(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, settings: Settings
     ) -> Tensor:
-        out, lse = _forward(settings, q, k, v, key_padding_mask, None, None, wants_lse=True)
-        assert isinstance(out, Tensor) and isinstance(lse, Tensor)
+        out, lse = streamed_forward(q, k, v, key_padding_mask=key_padding_mask, **vars(settings))
         ctx.save_for_backward(q, k, v, out, lse, key_padding_mask)
         ctx.settings = settings
         return out
@@ -263,6 +219,5 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask = ctx.saved_tensors
-        grads = streamed_backward(grad_out, q, k, v, out, lse, key_padding_mask=mask, **vars(ctx.settings))
-        return *grads, None, None
+        *saved, mask = ctx.saved_tensors
+        return *streamed_backward(grad_out, *saved, key_padding_mask=mask, **vars(ctx.settings)), None, None

@@ -1,8 +1,8 @@
 """Pages of memory-mapped files, given back to the kernel once they were read or written.
 
-What a process touches of a mapped file counts as its resident memory until the kernel wants it back. Where a tensor
-lies in a *shared* mapping of a file, dropping the pages loses nothing: the next touch finds them in the page cache or
-in the file. Any other memory (anonymous, private copies) would lose its contents, so it is left alone.
+Pages that a process touches count as its resident memory until the kernel wants them back. Dropping pages of a *shared*
+mapping of a file loses nothing: the next touch finds them in the page cache or in the file. Any other memory
+(anonymous, private copies) would lose its contents, so it is left alone.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ _MADV_DONTNEED = 4  # Linux
 
 
 def extent(x: Tensor) -> tuple[int, int]:
-    """The addresses `[first, last)` that the elements of a tensor span, which has some."""
+    """The addresses `[first, last)` that the elements of a tensor span; it holds at least one."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + span * x.element_size()
 
 
 def in_shared_file(x: Tensor) -> bool:
-    """Whether all of the tensor's memory lies in one shared mapping of a file. False where there is no /proc."""
+    """True if all of the tensor's memory lies in one shared mapping of a file; False where there is no /proc."""
     if x.numel() == 0 or x.device.type != "cpu" or not _MAPS.is_file():
         return False
     first, last = extent(x)
     for line in _MAPS.read_text().splitlines():
+        # low-high permissions offset device inode path; an inode of 0 is no file.
         bounds, permissions, _, _, inode = line.split()[:5]
         low, high = (int(bound, 16) for bound in bounds.split("-"))
         if low <= first < high:
@@ -42,17 +43,15 @@ def drop(x: Tensor) -> None:
     """Drops the pages of a view of a tensor that is `in_shared_file`, batch row by batch row."""
     for row in x:
         first, last = extent(row)
+        # madvise wants the start of a page. A neighbour's rows on it come back from the page cache.
         low = first // mmap.PAGESIZE * mmap.PAGESIZE
         _libc().madvise(ctypes.c_void_p(low), ctypes.c_size_t(last - low), _MADV_DONTNEED)
 
 
 def trim() -> None:
-    """Gives the kernel what the allocator keeps of freed memory, where the C library has a call for it (glibc).
-
-    Tensors below 32 MiB come from a heap that grows by fragmentation to several times what is in use.
-    """
-    give_back = getattr(_libc(), "malloc_trim", None)
-    if give_back is not None:
+    """Gives freed memory that the C library's allocator keeps back to the kernel; only glibc has a call for it."""
+    # Tensors below 32 MiB come from a heap that grows by fragmentation to several times what is in use.
+    if give_back := getattr(_libc(), "malloc_trim", None):
         give_back(ctypes.c_size_t(0))
 
 

@@ -9,12 +9,15 @@ written out once, but for the compact rows that lie ahead of a range: 1 in r.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from dilated_attention_pytorch.core.merge import merge_into
+from dilated_attention_pytorch.core.merge import merge_into, rows_last
+from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.streaming.compact import CompactBranch
 from dilated_attention_pytorch.streaming.ranges import RangePlan
@@ -23,12 +26,7 @@ from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputG
 
 
 class Load(NamedTuple):
-    """One tensor that a range needs: rows in `[start, stop)`, all of them or those that a branch keeps.
-
-    Attributes:
-        name: which input.
-        branch: None for all rows.
-    """
+    """One tensor that a range needs: its rows in `[start, stop)`, or those of them that a branch keeps."""
 
     name: str
     branch: CompactBranch | None
@@ -49,24 +47,26 @@ class Load(NamedTuple):
 
 
 Loaded = dict[tuple[str, CompactBranch | None], Tensor]
+Named = dict[str, Tensor]  # inputs by argument name, (B, n, ...)
+Results = tuple[Tensor, ...]  # out and lse, or dq, dk and dv; (B, n, H, D), lse (B, n, H, 1)
 
 
-class Part(NamedTuple):
-    """Results of a branch's segments in `[start, stop)`, each `(B, L, h, G, ...)`, until the ranges have passed."""
+class Carried(NamedTuple):
+    """Results of a branch's segments in `[start, stop)`, `(B, L, h, G, ...)`, kept until the ranges have passed."""
 
     start: int
     stop: int
-    results: tuple[Tensor, ...]
+    results: Results
 
-    def after(self, branch: CompactBranch, position: int) -> Part | None:
-        """What is left of it for ranges from `position` on: the segment that position lies in."""
-        start = max(self.start, position // branch.length * branch.length)
+    def after(self, branch: CompactBranch, position: int) -> Carried | None:
+        """What ranges from `position` on still need: the segment in which it lies."""
+        start = max(self.start, position // branch.members.length * branch.members.length)
         if position >= self.stop:
             return None
         if start == self.start:
             return self
         rows = slice(branch.count(self.start, start), None)
-        return Part(start, self.stop, tuple(x[:, rows].clone() for x in self.results))  # frees the rest
+        return Carried(start, self.stop, tuple(x[:, rows].clone() for x in self.results))  # frees the rest
 
 
 class Pass(ABC):
@@ -75,12 +75,14 @@ class Pass(ABC):
     Args:
         plan: the ranges.
         readers: the inputs by name.
-        engine: the backend's module, `core.sdpa` or the Triton launcher.
+        engine: the backend that computes.
     """
+
+    names: tuple[str, ...]  # of the results
 
     def __init__(self, plan: RangePlan, readers: dict[str, Reader], engine: Backend) -> None:
         self.plan, self.readers, self.engine = plan, readers, engine
-        self._parts: dict[CompactBranch, list[Part]] = {branch: [] for branch in plan.compact}
+        self._carried: dict[CompactBranch, list[Carried]] = {branch: [] for branch in plan.compact}
 
     def loads(self, start: int, stop: int) -> list[Load]:
         """Everything to bring in for a range."""
@@ -89,121 +91,113 @@ class Pass(ABC):
             for name, x in self.readers.items()
         ]
         for branch in self.plan.compact:
+            # Rows of the segments that begin here, as far as they lie behind the range.
             first, last = branch.beginning_in(start, stop)
-            if first == last or branch.count(stop, last) == 0:
-                continue
-            for name, x in self.readers.items():
-                shape = branch.shape(x.shape, branch.count(stop, last))
-                found.append(Load(name, branch, stop, last, shape, x.dtype))
+            if ahead := branch.count(max(first, stop), last):
+                for name, x in self.readers.items():
+                    found.append(Load(name, branch, stop, last, branch.shape(x.shape, ahead), x.dtype))
         return found
 
     def compute(self, start: int, stop: int, loaded: Loaded) -> dict[str, Tensor]:
-        """The results of a range, by output; ranges come in order."""
-        for branch, parts in self._parts.items():
+        """The results of a range, by name; ranges come in order."""
+        own = {name: x for (name, branch), x in loaded.items() if branch is None}
+        dtype = own["q"].dtype
+        # 1. Branches that ranges cut: the segments that begin here, whole.
+        for branch, carried in self._carried.items():
             first, last = branch.beginning_in(start, stop)
             if branch.count(first, last):
-                parts.append(Part(first, last, self._attend(branch, start, stop, loaded)))
-        own = {name: x for (name, branch), x in loaded.items() if branch is None}
-        results = self._range(start, stop, own)
-        for branch, parts in self._parts.items():
-            left = [part.after(branch, stop) for part in parts]
-            parts[:] = [part for part in left if part is not None]
-        return results
+                carried.append(Carried(first, last, self._begin(branch, start, stop, loaded)))
+        # 2. The other branches, in one call on the range's own rows.
+        aligned = self.plan.aligned
+        totals = self._attend(aligned and aligned.at(0, 0, stop - start), own)
+        # 3. What is carried is added where it reaches into the range, in fp32 at least.
+        if any(self._carried.values()):
+            totals = tuple(x.to(accumulator(dtype)) for x in totals)
+        for branch, carried in self._carried.items():
+            for part in carried:
+                bounds = max(start, part.start), min(stop, part.stop)
+                views = [
+                    branch.pairs(total, start, new, part.start, *bounds)
+                    for total, new in zip(totals, part.results, strict=True)
+                ]
+                for pairs in zip(*views, strict=True):  # all walk the same spans in the same order
+                    self._add(pairs)
+            carried[:] = [left for part in carried if (left := part.after(branch, stop)) is not None]
+        # lse (B, n, H, 1) -> (B, n, H) keeps its dtype; values are rounded to the inputs'.
+        return {
+            name: x.squeeze(-1) if name == "lse" else x.to(dtype) for name, x in zip(self.names, totals, strict=True)
+        }
 
     def reset(self) -> None:
         """Forgets what earlier ranges left behind."""
-        for parts in self._parts.values():
-            parts.clear()
+        for carried in self._carried.values():
+            carried.clear()
 
-    @abstractmethod
-    def _range(self, start: int, stop: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The range's results from its own rows and the parts."""
-
-    @abstractmethod
-    def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The results of so many compact rows, `(B, L, heads, ...)` each."""
-
-    def _attend(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> tuple[Tensor, ...]:
-        """The results of the segments that begin in the range: its own rows, then those that lie ahead of it."""
+    def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Results:
+        """The results of the segments that begin in the range: from its own rows, then those that lie ahead of it."""
         first, last = branch.beginning_in(start, stop)
-        here, rows = branch.count(first, min(stop, last)), branch.count(first, last)
+        here, rows = branch.count(first, min(stop, last)), branch.count(first, last)  # in the range, and in all
         gathered = {}
         for name in self.readers:
             own = loaded[name, None]
-            beside = branch.empty(own, rows)
+            beside = own.new_empty(branch.shape(tuple(own.shape), rows))  # (B, L, h, G, ...)
             branch.gather(own, start, first, min(stop, last), beside[:, :here])
             if here < rows:
                 beside[:, here:].copy_(loaded[name, branch])
-            gathered[name] = beside if beside.dim() == 2 else beside.flatten(2, 3)
-        results = self._compact(branch, rows, gathered)
+            gathered[name] = beside if beside.dim() == 2 else beside.flatten(2, 3)  # (B, L, h * G, ...)
+        results = self._attend(branch.problem(self.plan.problem, rows), gathered)
         return tuple(x.unflatten(2, (branch.num_heads, -1)) for x in results)
 
-    def _meeting(self, start: int, stop: int) -> list[tuple[CompactBranch, Part, int, int]]:
-        """The parts that reach into a range, and where."""
-        return [
-            (branch, part, max(start, part.start), min(stop, part.stop))
-            for branch, parts in self._parts.items()
-            for part in parts
-            if max(start, part.start) < min(stop, part.stop)
-        ]
+    @abstractmethod
+    def _attend(self, problem: Problem | None, x: Named) -> Results:
+        """The results of one call; without a problem those of no keys, in the accumulator's dtype."""
+
+    @abstractmethod
+    def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        """Adds to each total, in place, what a branch contributes; both `(B, segments, slots, ...)`."""
 
 
 class ForwardPass(Pass):
     """out and lse."""
 
-    def _range(self, start: int, stop: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        q = x["q"]
-        problem = self.plan.aligned
-        accumulator = torch.promote_types(q.dtype, torch.float32)
-        if problem is None:
-            out = torch.zeros_like(q, dtype=accumulator)
-            lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=accumulator)
-        else:
-            whole = problem.at(0, 0, stop - start)
-            out, lse = self.engine.forward(QKV(q, x["k"], x["v"]), whole, Masks(x.get("mask")))
-        meeting = self._meeting(start, stop)
-        if meeting:
-            out = out.to(accumulator)
-        rows_lse = lse.transpose(1, 2).unsqueeze(-1)
-        for branch, part, first, last in meeting:
-            part_out, part_lse = part.results
-            # Both walk the same spans in the same order.
-            outs = branch.pairs(out, start, part_out, part.start, first, last)
-            lses = branch.pairs(rows_lse, start, part_lse, part.start, first, last)
-            for (into, new), (into_lse, new_lse) in zip(outs, lses, strict=True):
-                merge_into(into, into_lse, new, new_lse)
-        return {"out": out.to(q.dtype), "lse": lse.transpose(1, 2)}
+    names = ("out", "lse")
 
-    def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        problem = branch.problem(rows, self.plan.problem.is_causal, self.plan.problem.scale)
-        out, lse = self.engine.forward(QKV(x["q"], x["k"], x["v"]), problem, Masks(x.get("mask")))
-        return out, lse.transpose(1, 2).unsqueeze(-1)
+    @override
+    def _attend(self, problem: Problem | None, x: Named) -> Results:
+        if problem is None:
+            out = torch.zeros_like(x["q"], dtype=accumulator(x["q"].dtype))
+            return out, out.new_full((*out.shape[:3], 1), -torch.inf)
+        out, lse = self.engine.forward(_qkv(x), problem, _masks(x))
+        return out, rows_last(lse)  # lse (B, H, n) -> (B, n, H, 1)
+
+    @override
+    def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        (out, new_out), (lse, new_lse) = pairs
+        merge_into(out, lse, new_out, new_lse)
 
 
 class BackwardPass(Pass):
-    """dq, dk and dv, given the out and lse of all keys: with them every part's gradients are exact by themselves."""
+    """dq, dk and dv; given the out and lse of all keys, every part's gradients are exact by themselves."""
 
-    def _range(self, start: int, stop: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        q, k, v = x["q"], x["k"], x["v"]
-        accumulator = torch.promote_types(q.dtype, torch.float32)
-        grads: tuple[Tensor, ...]
-        if self.plan.aligned is None:
-            grads = tuple(torch.zeros_like(t, dtype=accumulator) for t in (q, k, v))
-        else:
-            grads = self._engine(self.plan.aligned.at(0, 0, stop - start), x)
-        meeting = self._meeting(start, stop)
-        if meeting:
-            grads = tuple(grad.to(accumulator) for grad in grads)
-        for branch, part, first, last in meeting:
-            for grad, results in zip(grads, part.results, strict=True):
-                for into, new in branch.pairs(grad, start, results, part.start, first, last):
-                    into.add_(new)
-        return {name: grad.to(q.dtype) for name, grad in zip(("dq", "dk", "dv"), grads, strict=True)}
+    names = ("dq", "dk", "dv")
 
-    def _compact(self, branch: CompactBranch, rows: int, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return self._engine(branch.problem(rows, self.plan.problem.is_causal, self.plan.problem.scale), x)
+    @override
+    def _attend(self, problem: Problem | None, x: Named) -> Results:
+        if problem is None:
+            return tuple(torch.zeros_like(rows, dtype=accumulator(rows.dtype)) for rows in _qkv(x))
+        grad, saved = OutputGradient(x["grad_out"], None), AttentionOutput(x["out"], x["lse"].transpose(1, 2))
+        return self.engine.backward(grad, _qkv(x), saved, problem, _masks(x))
 
-    def _engine(self, problem: Any, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        saved = AttentionOutput(x["out"], x["lse"].transpose(1, 2))
-        inputs = QKV(x["q"], x["k"], x["v"])
-        return self.engine.backward(OutputGradient(x["grad_out"], None), inputs, saved, problem, Masks(x.get("mask")))
+    @override
+    def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
+        # The global lse is in every part's weights, so parts need no rescaling.
+        for grad, new in pairs:
+            grad.add_(new)
+
+
+def _qkv(x: Named) -> QKV:
+    return QKV(x["q"], x["k"], x["v"])
+
+
+def _masks(x: Named) -> Masks:
+    return Masks(x.get("key_padding_mask"))

@@ -7,35 +7,51 @@ until their copy has ended, so no allocator needs to be told about streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.streaming import pages
 from dilated_attention_pytorch.streaming.passes import Load, Loaded, Pass
 from dilated_attention_pytorch.streaming.ranges import BUFFERS
-from dilated_attention_pytorch.streaming.sources import Writer
+from dilated_attention_pytorch.streaming.sources import HostTensor, Writer, pinned
 
 _ALIGNMENT = 512  # bytes, as torch's own allocator aligns on CUDA
 
+Writers = dict[str, Writer]
 Results = dict[str, Tensor]
 # Each result where the device left it, and the staging memory it travels through; None where it needs none.
 Leaving = dict[str, tuple[Tensor, Tensor | None]]
 
 
-def run(
-    work: Pass, writers: dict[str, Writer], device: torch.device, pool: UnifiedMemoryPool, tick: Callable[[], None]
-) -> None:
-    """Walks a pass over all its ranges.
+class RangeStep(NamedTuple):
+    """One range of the walk: which it is, its positions, and what to bring in for it."""
+
+    number: int
+    start: int
+    stop: int
+    loads: list[Load]
+
+    @property
+    def slot(self) -> int:
+        """Which of the buffers of each kind it uses."""
+        return self.number % BUFFERS
+
+
+def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, tick: Callable[[], None]) -> None:
+    """Walks a pass over all its ranges; results without a writer are dropped.
 
     Args:
         work: what is computed.
-        writers: where results go; those without a writer are dropped.
+        writers: where results go, by name.
         device: where it is computed.
         pool: lends the staging and device buffers.
         tick: called when a range is written.
@@ -43,112 +59,123 @@ def run(
     Raises:
         Exception: whatever a source, a sink or the computation raises; by then no thread runs and no copy flies.
     """
-    ranges = work.plan.ranges
-    loads = [work.loads(*bounds) for bounds in ranges]
-    transport = (
-        _Cuda(work, writers, device, pool, loads) if device.type == "cuda" else _Host(work, writers, pool, loads)
-    )
+    steps = [RangeStep(i, *bounds, work.loads(*bounds)) for i, bounds in enumerate(work.plan.ranges)]
+    transport = (_Cuda if device.type == "cuda" else _Host)(work, writers, device, pool, steps)
     for writer in writers.values():  # now that all memory is there
-        writer.begin()
-    reads: list[Future[None]] = []
-    writes: list[Future[None]] = []
-    reading = ThreadPoolExecutor(1, "streaming-read")
-    writing = ThreadPoolExecutor(1, "streaming-write")
-
-    inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
-
-    def as_here(task: Callable[..., None], *args: Any) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            task(*args)
+        if isinstance(writer, HostTensor):
+            writer.begin()
+    reading, writing = _Lane("streaming-read"), _Lane("streaming-write")
 
     def read_ahead() -> None:
-        number = len(reads)
-        if number < len(ranges):
-            reads.append(reading.submit(as_here, transport.fill, number, loads[number]))
+        if len(reading.tasks) < len(steps):
+            reading.submit(transport.fill, steps[len(reading.tasks)])
 
     try:
         for _ in range(BUFFERS):
             read_ahead()
-        for number, (start, stop) in enumerate(ranges):
-            reads[number].result()
-            loaded = transport.bring(number, loads[number])
+        for step in steps:
+            reading.tasks[step.number].result()
+            loaded = transport.bring(step)
             if transport.copies_inputs:
                 read_ahead()  # staging is free once the copy has ended, which `fill` waits for
-            if number >= BUFFERS:
-                writes[number - BUFFERS].result()
-            results = transport.compute(number, start, stop, loaded)
+            # The staging memory of results is free once the last range that used it is written.
+            if step.number >= BUFFERS:
+                writing.tasks[step.number - BUFFERS].result()
+            results = transport.compute(step, loaded)
             if not transport.copies_inputs:
-                read_ahead()
-            leaving = transport.take(number, start, stop, results)
-            writes.append(writing.submit(as_here, transport.write, number, start, stop, leaving, tick))
-        for future in writes[-BUFFERS:]:
-            future.result()
+                read_ahead()  # staging was computed on
+            writing.submit(transport.write, step, transport.take(step, results), tick)
+        for task in writing.tasks[-BUFFERS:]:
+            task.result()
     finally:
-        for executor in (reading, writing):
-            executor.shutdown(wait=True, cancel_futures=True)
+        reading.close()
+        writing.close()
         transport.close()
         work.reset()
     for writer in writers.values():
         writer.commit()
 
 
+class _Lane:
+    """A thread that does tasks in order."""
+
+    def __init__(self, name: str) -> None:
+        self.tasks: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1, name)
+        self._failed = False
+        self._inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+
+    def submit(self, task: Callable[..., None], *args: Any) -> None:
+        self.tasks.append(self._thread.submit(self._do, task, *args))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _do(self, task: Callable[..., None], *args: Any) -> None:
+        # After a failure nothing is done any more: a write would leave a gap that its sink cannot know of.
+        if self._failed:
+            return
+        self._failed = True
+        with torch.inference_mode(self._inference), torch.no_grad():
+            task(*args)
+        self._failed = False
+
+
 class _Host:
     """The CPU computes on the staging memory itself."""
 
     copies_inputs = False
+    pins_staging = False
 
     def __init__(
-        self, work: Pass, writers: dict[str, Writer], pool: UnifiedMemoryPool, loads: list[list[Load]]
+        self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, steps: list[RangeStep]
     ) -> None:
-        self.work, self.writers = work, writers
+        self.work, self.writers, self.pool = work, writers, pool
         self.lent = ExitStack()
         # Nothing needs giving back if borrowing fails half-way: a dropped handle returns its block.
-        self.staging = self.borrow(pool, max(_size(self.staged(x)) for x in loads), "cpu", "staging of inputs")
+        self.staging = self.borrow(max(_size(self.staged(step)) for step in steps), "staging of inputs")
 
-    def borrow(
-        self, pool: UnifiedMemoryPool, size: int, device: torch.device | str, purpose: str, *, pinned: bool = False
-    ) -> list[Tensor]:
-        """Buffers until `close`."""
-        handles = [
-            pool.borrow((size,), torch.uint8, torch.device(device), purpose=f"streaming: {purpose}", pinned=pinned)
-            for _ in range(BUFFERS)
-        ]
-        return [self.lent.enter_context(handle).tensor for handle in handles]
+    def borrow(self, size: int, purpose: str, device: torch.device | None = None) -> list[Tensor]:
+        """Buffers until `close`, in host memory if no device is named."""
+        where, is_pinned = device or torch.device("cpu"), self.pins_staging and device is None
+        lend = partial(self.pool.borrow, purpose=f"streaming: {purpose}", pinned=is_pinned)
+        return [self.lent.enter_context(lend((size,), torch.uint8, where)).tensor for _ in range(BUFFERS)]
 
-    def staged(self, loads: list[Load]) -> list[Load]:
-        """Those that go through staging memory."""
-        return loads
+    def staged(self, step: RangeStep) -> list[Load]:
+        """The inputs that go through staging memory."""
+        return step.loads
 
-    def fill(self, number: int, loads: list[Load]) -> None:
+    def fill(self, step: RangeStep) -> None:
         """Reads a range into staging memory, in the reader's thread."""
-        for load, out in _views(self.staging[number % BUFFERS], self.staged(loads)):
+        for load, out in _views(self.staging[step.slot], self.staged(step)):
             reader = self.work.readers[load.name]
             if load.branch is None:
                 reader.read_into(load.start, load.stop, out)
             else:
                 reader.gather_into(load.branch, load.start, load.stop, out)
 
-    def bring(self, number: int, loads: list[Load]) -> Loaded:
+    def bring(self, step: RangeStep) -> Loaded:
         """The tensors that the range is computed from."""
         pages.trim()  # on a CPU the limit is one on resident memory
-        return {load.key: x for load, x in _views(self.staging[number % BUFFERS], loads)}
+        return {load.key: x for load, x in _views(self.staging[step.slot], step.loads)}
 
-    def compute(self, number: int, start: int, stop: int, loaded: Loaded) -> Results:
+    def compute(self, step: RangeStep, loaded: Loaded) -> Results:
         """The results that somebody wants."""
-        results = self.work.compute(start, stop, loaded)
+        results = self.work.compute(step.start, step.stop, loaded)
         return {name: x for name, x in results.items() if name in self.writers}
 
-    def take(self, number: int, start: int, stop: int, results: Results) -> Leaving:
+    def take(self, step: RangeStep, results: Results) -> Leaving:
         """Sends the results on their way to the host."""
         return {name: (x, x) for name, x in results.items()}
 
-    def write(self, number: int, start: int, stop: int, leaving: Leaving, tick: Callable[[], None]) -> None:
+    def write(self, step: RangeStep, leaving: Leaving, tick: Callable[[], None]) -> None:
         """Writes a range, in the writer's thread."""
         for name, (_, host) in leaving.items():
-            if host is None:
-                self.writers[name].landed(start, stop)
-            else:
-                self.writers[name].write(start, host)
+            writer = self.writers[name]
+            if host is not None:
+                writer.write(step.start, host)
+            elif isinstance(writer, HostTensor):
+                writer.landed(step.start, step.stop)
         tick()
 
     def close(self) -> None:
@@ -160,99 +187,87 @@ class _Cuda(_Host):
     """Copies through pinned staging memory; from and to pinned tensors without."""
 
     copies_inputs = True
+    pins_staging = True
 
     def __init__(
-        self,
-        work: Pass,
-        writers: dict[str, Writer],
-        device: torch.device,
-        pool: UnifiedMemoryPool,
-        loads: list[list[Load]],
+        self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, steps: list[RangeStep]
     ) -> None:
-        self.pool = pool
-        super().__init__(work, writers, pool, loads)
-        self.inputs = self.borrow(pool, max(map(_size, loads)), device, "inputs")
+        super().__init__(work, writers, device, pool, steps)
+        self.inputs = self.borrow(max(_size(step.loads) for step in steps), "inputs", device)
         plan = work.plan
-        staged = [name for name, writer in writers.items() if writer.pinned(0, 1) is None]
+        staged = [name for name, writer in writers.items() if pinned(writer, 0, 1) is None]
         results = min(plan.length, plan.problem.seq_len) * plan.sizes.results(plan.sizes.dtype.itemsize)
         room = results + len(staged) * _ALIGNMENT if staged else 0
-        self.outgoing = self.borrow(pool, room, "cpu", "staging of results", pinned=True)
+        self.outgoing = self.borrow(room, "staging of results")
         self.copy_in, self.computing, self.copy_out = (torch.cuda.Stream(device) for _ in range(3))
         for stream in (self.copy_in, self.computing, self.copy_out):
             stream.wait_stream(torch.cuda.current_stream(device))  # what was lent may still be in use there
+        # Per buffer: its inputs are on the device, its range is computed, its results are on the host.
         self.arrived, self.computed, self.left = ([torch.cuda.Event() for _ in range(BUFFERS)] for _ in range(3))
 
-    def borrow(
-        self, pool: UnifiedMemoryPool, size: int, device: torch.device | str, purpose: str, *, pinned: bool = False
-    ) -> list[Tensor]:
-        """See `_Host`; host memory is pinned."""
-        return super().borrow(pool, size, device, purpose, pinned=torch.device(device).type == "cpu")
+    @override
+    def staged(self, step: RangeStep) -> list[Load]:
+        return [load for load in step.loads if self._pinned(load) is None]
 
-    def staged(self, loads: list[Load]) -> list[Load]:
-        """See `_Host`."""
-        return [x for x in loads if x.branch is not None or self.work.readers[x.name].pinned(x.start, x.stop) is None]
+    @override
+    def fill(self, step: RangeStep) -> None:
+        self.arrived[step.slot].synchronize()  # the staging memory's last range is on the device
+        super().fill(step)
 
-    def fill(self, number: int, loads: list[Load]) -> None:
-        """See `_Host`."""
-        self.arrived[number % BUFFERS].synchronize()  # the staging memory's last range is on the device
-        super().fill(number, loads)
-
-    def bring(self, number: int, loads: list[Load]) -> Loaded:
-        """See `_Host`."""
-        slot = number % BUFFERS
-        staged = {load.key: x for load, x in _views(self.staging[slot], self.staged(loads))}
-        self.copy_in.wait_event(self.computed[slot])  # the device memory's last range is computed
+    @override
+    def bring(self, step: RangeStep) -> Loaded:
+        staged = {load.key: x for load, x in _views(self.staging[step.slot], self.staged(step))}
+        self.copy_in.wait_event(self.computed[step.slot])  # the device memory's last range is computed
         loaded = {}
         with torch.cuda.stream(self.copy_in):
-            for load, x in _views(self.inputs[slot], loads):
-                host = staged.get(load.key)
-                if host is None:
-                    host = self.work.readers[load.name].pinned(load.start, load.stop)
+            for load, x in _views(self.inputs[step.slot], step.loads):
+                host = staged[load.key] if load.key in staged else self._pinned(load)
                 assert host is not None
                 _copy(x, host)
                 loaded[load.key] = x
-            self.arrived[slot].record()
+            self.arrived[step.slot].record()
         return loaded
 
-    def compute(self, number: int, start: int, stop: int, loaded: Loaded) -> Results:
-        """See `_Host`."""
-        slot = number % BUFFERS
+    @override
+    def compute(self, step: RangeStep, loaded: Loaded) -> Results:
         with torch.cuda.stream(self.computing):
-            self.arrived[slot].wait()
-            results = super().compute(number, start, stop, loaded)
-            results = {name: x.contiguous() for name, x in results.items()}
-            self.computed[slot].record()
+            self.arrived[step.slot].wait()
+            # Copies of batch rows need each of them in one piece.
+            results = {name: x.contiguous() for name, x in super().compute(step, loaded).items()}
+            self.computed[step.slot].record()
         return results
 
-    def take(self, number: int, start: int, stop: int, results: Results) -> Leaving:
-        """See `_Host`."""
-        slot, at = number % BUFFERS, 0
-        leaving: Leaving = {}
+    @override
+    def take(self, step: RangeStep, results: Results) -> Leaving:
+        at, leaving = 0, Leaving()
         with torch.cuda.stream(self.copy_out):
-            self.computed[slot].wait()
+            self.computed[step.slot].wait()
             for name, x in results.items():
-                host = self.writers[name].pinned(start, stop)
-                staged = None
+                host, staged = pinned(self.writers[name], step.start, step.stop), None
                 if host is None:
-                    host, at = _view(self.outgoing[slot], at, tuple(x.shape), x.dtype)
+                    host, at = _view(self.outgoing[step.slot], at, tuple(x.shape), x.dtype)
                     staged = host
                 leaving[name] = x, staged
                 _copy(host, x)
-            self.left[slot].record()
+            self.left[step.slot].record()
         return leaving
 
-    def write(self, number: int, start: int, stop: int, leaving: Leaving, tick: Callable[[], None]) -> None:
-        """See `_Host`."""
-        self.left[number % BUFFERS].synchronize()
-        super().write(number, start, stop, leaving, tick)
+    @override
+    def write(self, step: RangeStep, leaving: Leaving, tick: Callable[[], None]) -> None:
+        self.left[step.slot].synchronize()
+        super().write(step, leaving, tick)
 
+    @override
     def close(self) -> None:
-        """See `_Host`; waits for what still flies."""
         try:
             for stream in (self.copy_in, self.computing, self.copy_out):
-                stream.synchronize()
+                stream.synchronize()  # no copy may fly when its memory is lent to others
         finally:
             super().close()
+
+    def _pinned(self, load: Load) -> Tensor | None:
+        """Host memory to copy an input from without staging, which has whole ranges only."""
+        return pinned(self.work.readers[load.name], load.start, load.stop) if load.branch is None else None
 
 
 def _copy(to: Tensor, x: Tensor) -> None:
@@ -263,19 +278,18 @@ def _copy(to: Tensor, x: Tensor) -> None:
 
 def _size(loads: list[Load]) -> int:
     """Bytes of a buffer for all of them."""
-    return sum(-(-load.nbytes // _ALIGNMENT) * _ALIGNMENT for load in loads)
+    return sum(ceil_div(load.nbytes, _ALIGNMENT) * _ALIGNMENT for load in loads)
 
 
-def _views(buffer: Tensor, loads: list[Load]) -> list[tuple[Load, Tensor]]:
+def _views(buffer: Tensor, loads: list[Load]) -> Iterator[tuple[Load, Tensor]]:
     """Where each of them lies in a buffer."""
-    found, at = [], 0
+    at = 0
     for load in loads:
         x, at = _view(buffer, at, load.shape, load.dtype)
-        found.append((load, x))
-    return found
+        yield load, x
 
 
 def _view(buffer: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
     """A tensor in a buffer from byte `at` on, and where the next one may start."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    return buffer[at : at + size].view(dtype).view(shape), -(-(at + size) // _ALIGNMENT) * _ALIGNMENT
+    return buffer[at : at + size].view(dtype).view(shape), ceil_div(at + size, _ALIGNMENT) * _ALIGNMENT

@@ -1,4 +1,4 @@
-"""How long a range is, which branches lie within one, and how many bytes of the device that takes."""
+"""Plans ranges: how long they are, which branches they cut, and how many bytes of the device that takes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from functools import cached_property
 import torch
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.streaming.compact import CompactBranch, compact_branches
 
 BUFFERS = 2  # of each kind: one is filled while the other is used
-_RANGES = 32  # the first range's copy and the last one's are not overlapped: a 32nd of the time each
+_RANGES = 32  # per sequence: the first range's copy and the last one's are not overlapped, a 32nd of the time each
 _WORTHWHILE = 64 << 20  # bytes of a range below which launches cost more than they overlap
 _ENOUGH = 1 << 30  # and above which nothing more is gained
-_EAGER_TILES = 6 << 23  # elements that the eager engine holds at a time beside its inputs
+_EAGER_TILES = 6 << 23  # elements that sdpa's eager tiles hold at a time beside the inputs
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a pass costs a row.
+    """What a pass costs per row of the sequence.
 
     Attributes:
         batch: B.
@@ -49,23 +50,23 @@ class Sizes:
     @property
     def accumulator(self) -> int:
         """Bytes of an element of an accumulator."""
-        return torch.promote_types(self.dtype, torch.float32).itemsize
+        return accumulator(self.dtype).itemsize
 
     def inputs(self, share: float = 1.0) -> int:
-        """Bytes a row that are brought in, for a share of the heads."""
+        """Bytes per row that are brought in, for a share of the heads."""
         queries = 3 if self.is_backward else 1
         values = (queries * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.dtype.itemsize
         lse = self.num_heads * self.accumulator if self.is_backward else 0
         return math.ceil(self.batch * ((values + lse) * share + self.is_masked))
 
     def results(self, element: int, share: float = 1.0) -> int:
-        """Bytes a row that a pass computes, values in elements of so many bytes."""
+        """Bytes per row of what a pass computes, values in elements of so many bytes."""
         rows = self.num_heads + 2 * self.num_kv_heads if self.is_backward else self.num_heads
         lse = 0 if self.is_backward else self.num_heads * self.accumulator
         return math.ceil(self.batch * (rows * self.head_dim * element + lse) * share)
 
     def work(self, share: float = 1.0) -> int:
-        """Bytes a row that an attention call holds beside its inputs, its results among them."""
+        """Bytes per row that an attention call holds beside its inputs, its results among them."""
         if self.is_fused:
             # dO . out, the two terms that dK/dV reads, and a copy of lse head by head; fp32 each.
             terms = 4 * 4 * self.num_heads if self.is_backward else 0
@@ -99,68 +100,69 @@ class RangePlan:
     def aligned(self) -> Problem | None:
         """The branches whose segments no range cuts, as the problem of a sequence that starts anew with each range."""
         pattern = self.problem.pattern
-        kept = [i for i in range(len(pattern.branches)) if self._is_aligned(i)]
+        kept = [branch for branch in pattern.branches if self._is_aligned(branch[0])]
         if not kept:
             return None
-        lengths, rates = zip(*(pattern.branches[i] for i in kept), strict=True)
+        lengths, rates = zip(*kept, strict=True)
         part = DilatedPattern(lengths, rates, pattern.num_heads, pattern.offsets)
-        return Problem(part, self.problem.is_causal, self.problem.scale, 0.0, 0, 0, self.length, "exact", "none")
+        return Problem(part, self.problem.is_causal, self.problem.scale, seq_len=self.length)
 
     @cached_property
     def compact(self) -> tuple[CompactBranch, ...]:
         """The other branches, as rows side by side."""
         pattern = self.problem.pattern
-        cut = [i for i in range(len(pattern.branches)) if not self._is_aligned(i)]
+        cut = [i for i, w in enumerate(pattern.segment_lengths) if not self._is_aligned(w)]
         return tuple(x for i in cut for x in compact_branches(pattern, i, self.problem.seq_len))
 
     @cached_property
     def device_bytes(self) -> int:
-        """The most bytes that the pass holds on the device; on a CPU, beside what the caller holds."""
+        """Most bytes that the pass holds on the device; on a CPU, beside what the caller holds."""
         sizes, rows = self.sizes, min(self.length, self.problem.seq_len)
+        # Each range's own rows, and per branch that is cut the rows ahead of it and the results that are carried.
         buffered = rows * sizes.inputs()
         carried = compacting = 0
         for branch in self.compact:
             share = branch.num_heads / sizes.num_kv_heads
-            total = branch.index(self.problem.seq_len)
-            tail = min(branch.slots, total)
-            fresh = min((rows // branch.length + 1) * branch.slots, total)
+            total, slots = branch.count(0, self.problem.seq_len), branch.members.slots
+            tail = min(slots, total)  # rows ahead of a range
+            fresh = min((rows // branch.members.length + 1) * slots, total)  # of segments that begin in one
             buffered += tail * sizes.inputs(share)
             carried += (tail + fresh) * sizes.results(sizes.accumulator, share)
             compacting = max(compacting, fresh * (sizes.inputs(share) + sizes.work(share)))
-        # One range's results leave while the next one's are computed; merging takes them to fp32 and a copy of some.
+        # Merging takes the results to fp32 and a copy of some; one range's leave while the next one's are computed.
         merging = rows * 2 * sizes.results(sizes.accumulator) if self.compact else 0
         leaving = 2 * rows * sizes.results(sizes.dtype.itemsize)
         computing = max(rows * sizes.work() + merging, compacting)
         return BUFFERS * buffered + leaving + carried + computing + self._constant()
 
     def _constant(self) -> int:
-        """Bytes that do not grow with the range: room between tensors, padding of a residue's rows, eager tiles."""
+        """Bytes that do not grow with the range."""
         sizes = self.sizes
-        fixed = 1 << 16
+        fixed = 1 << 16  # room between tensors in a buffer
         if sizes.is_fused and sizes.is_backward:
+            # Two fp32 terms per row and head; each residue's rows are padded to a tile of 128.
             longest = max(self.problem.pattern.dilation_rates)
             fixed += 2 * 4 * sizes.batch * sizes.num_heads * 128 * longest
         if sizes.device_type == "cuda" and not sizes.is_fused:
             fixed += _EAGER_TILES * sizes.accumulator
         return fixed
 
-    def _is_aligned(self, branch: int) -> bool:
-        n = self.problem.seq_len
-        return self.length >= n or self.length % self.problem.pattern.segment_lengths[branch] == 0
+    def _is_aligned(self, segment_length: int) -> bool:
+        return self.length >= self.problem.seq_len or self.length % segment_length == 0
 
 
 def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None = None) -> RangePlan:
-    """The longest useful ranges within a limit.
+    """Chooses the longest useful ranges within a limit.
 
-    Where a range is a whole number of a branch's segments, the branch costs no byte beside the range itself; another
-    branch's rows are brought in as well, 1 in r. So lengths are multiples of segments, the densest branches first,
-    unless that leaves too few ranges to overlap copies with computing.
+    A branch costs no byte beside the range itself if the range is a whole number of its segments; of any other branch 1
+    row in r is brought in as well. So lengths are multiples of segments, the densest branches first, unless that leaves
+    too few ranges to overlap copies with computing.
 
     Args:
         problem: the settings of the whole sequence.
         sizes: what a row costs.
         limit: bytes of the device.
-        length: positions of a range, where the caller decides.
+        length: positions of a range, if the caller decides.
 
     Raises:
         ValueError: even the shortest range, or the one asked for, takes more than the limit.
@@ -178,18 +180,20 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
                 f"positions, got {limit:,}"
             )
         return plan
+    # 1. The shortest length to have multiples of: as many branches as possible are not cut.
     base = 1
     for width, rate in sorted(problem.pattern.branches, key=lambda branch: (branch[1], branch[0])):
         wider = min(math.lcm(base, width), n)
         if wider * min(16, rate) <= n and cost(wider) <= limit:
             base = wider
+    # 2. The length worth having, and the longest multiple up to it that fits.
     row = max(1, sizes.inputs())
     target = max(base, _WORTHWHILE // row, min(n // _RANGES, _ENOUGH // row))
     if target >= n and cost(n) <= limit:
         return RangePlan(problem, sizes, n)
     length = base * _most(lambda m: cost(min(base * m, n)) <= limit, max(1, min(target, n) // base))
     if length == 0:
-        # Segments alone take too much: the shortest range there is says what would do.
+        # 3. Whole segments take too much: any length will do that fits.
         length = _most(lambda m: cost(m) <= limit, min(base, n))
     if length == 0:
         raise ValueError(
@@ -200,7 +204,7 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
 
 
 def _most(fits: Callable[[int], bool], highest: int) -> int:
-    """The largest number up to `highest` that fits; 0 where 1 does not."""
+    """The largest number up to `highest` that fits; 0 if 1 does not."""
     low, high = 0, highest
     while low < high:
         middle = (low + high + 1) // 2

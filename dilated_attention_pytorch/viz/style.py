@@ -62,7 +62,7 @@ def save(figure: Figure, path: Path | str, *, dpi: int = 150) -> Path:
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"expected a file name that ends in a picture format such as .png, got {path.name!r}")
+        raise ValueError(f"expected path to end in a picture format such as .png, got {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     # SVG would carry the date and random ids.
     metadata = {"Date": None} if kind == "svg" else None

@@ -49,10 +49,11 @@ def test_scales_that_are_not_above_zero(scale, causal, engine):
     assert max(errors.values()) <= 1e-10, errors
 
 
+@pytest.mark.parametrize("rate", [2**61, 2**62])  # times a stride of 4: beyond an int, and beyond all of its bits
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"padding": "zero_keys"}], ids=str)
-def test_lengths_and_rates_as_long_as_an_int(options):
+def test_lengths_and_rates_as_long_as_an_int(options, rate):
     """No segment and no slot comes after the first, so the step to it is never taken."""
-    options = options | {"segment_lengths": [8, sys.maxsize, 40], "dilation_rates": [1, 2, 2**62]}
+    options = options | {"segment_lengths": [8, sys.maxsize, 40], "dilation_rates": [1, 2, rate]}
     case = Case((2, 40, 2, 4), (2, 40, 2, 4), options)
     want = case.run("reference")
     errors = case.errors(case.run("sdpa"), want)

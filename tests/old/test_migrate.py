@@ -20,10 +20,18 @@ from dilated_attention_pytorch._deprecated import load
 from dilated_attention_pytorch._old import names
 from dilated_attention_pytorch._old.migrate.clues import OLD
 from dilated_attention_pytorch._old.migrate.files import python_files, write_atomically
-from dilated_attention_pytorch._old.migrate.program import migrate_source
+from dilated_attention_pytorch._old.migrate.program import Migrated, migrate
 from dilated_attention_pytorch.cli.app import app
 
 P = "dilated_attention_pytorch"
+
+
+def migrate_source(source: bytes) -> Migrated:
+    """A program that is one file."""
+    (result,) = migrate([("", source)]).values()
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def rewritten(source: str) -> str:

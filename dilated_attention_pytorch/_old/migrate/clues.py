@@ -66,9 +66,8 @@ class Clues:
         imports = dict(_imports(nodes))
         self.present |= set(imports.values())
         bound = {name.id for name in nodes if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load)}
-        bound |= {
-            node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        }
+        definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        bound |= {node.name for node in nodes if isinstance(node, definitions)}
         bound |= {node.arg for node in nodes if isinstance(node, ast.arg)} | set(imports)
         used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 

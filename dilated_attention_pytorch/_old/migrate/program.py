@@ -63,15 +63,3 @@ def migrate(sources: Iterable[tuple[str, bytes]]) -> dict[str, Migrated | ValueE
         findings = sorted({*survey.by_hand(), *rewrite.done}, key=lambda finding: (finding.line, finding.old))
         done[path] = Migrated(findings, source, after.bytes if rewrite.done else source)
     return done
-
-
-def migrate_source(source: bytes) -> Migrated:
-    """`migrate` of a program that is one file.
-
-    Raises:
-        ValueError: the source cannot be parsed.
-    """
-    (result,) = migrate([("", source)]).values()
-    if isinstance(result, ValueError):
-        raise result
-    return result

@@ -37,7 +37,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 }  # fmt: skip
 # What is not there in an empty folder, so that right options are refused all the same.
 _REFUSED_ANYWAY = ("convert", "generate", "train")
-_ALSO_NAMED = "num_heads segment_lengths dilation_rates seq_len position positions steps"
+_ALSO_NAMED = "num_heads segment_lengths dilation_rates seq_len position positions steps path"
 _HUGE = {"--length", "--heads", "--head-dim", "--repeats", "--ranks", "--query", "--bytes"}
 
 
