@@ -22,16 +22,18 @@ from pathlib import Path
 
 import torch
 from common import announce, refuse, write
-from dilated_attention_pytorch.ring_attention.variants.triton import OpStep
 from torch import Tensor
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
 from dilated_attention_pytorch.core.memory.unified_pool import Handle
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.ring_attention import schedule
+from dilated_attention_pytorch.kernels.choice import backend_for
+from dilated_attention_pytorch.ring_attention import exchange
+from dilated_attention_pytorch.ring_attention.call import RingCall
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, equal_bounds
 from dilated_attention_pytorch.testing import relative_norm
+from dilated_attention_pytorch.types import NO_MASKS, QKV, OutputGradient
 
 LENGTHS, RATES = (2048, 32768, 524288, 1048576), (1, 2, 8, 16)
 CHECKED = 2048  # positions of the check
@@ -113,18 +115,18 @@ class Share:
         start, stop = bounds[rank], bounds[rank + 1]
         plan = RingPlan(pattern, bounds, rank, causal, tensors[0].device)
         scale = tensors[0].shape[-1] ** -0.5
-        problem = Problem(pattern, causal, scale, 0.0, start, start, bounds[-1], "exact", "none")
-        self.call = schedule.Call(
-            plan, problem, "sparse", OpStep(backend), channel, torch.float32, keep=True, zero_keys=False
-        )
+        problem = Problem(pattern, causal, scale, q_start=start, k_start=start, seq_len=bounds[-1])
+        computing = backend_for(QKV(*tensors[:3]), problem, backend)
+        self.call = RingCall(plan, problem, "sparse", computing, channel, torch.float32, keep=True, zero_keys=False)
         self.own = [x[:, start:stop].contiguous() for x in tensors]
 
     def __call__(self) -> list[Tensor]:
         """This rank's rows of out and gradients."""
-        q, k, v, grad = self.own
-        (out, lse), kept = schedule.forward(self.call, q, k, v, None, None)
-        grads = schedule.backward(self.call, grad, None, q, k, v, out, lse, kept, None, None)
-        return [out, *(x.to(out.dtype) for x in grads)]
+        *qkv, grad = self.own
+        x = QKV(*qkv)
+        saved, kept = exchange.forward(self.call, x, NO_MASKS)
+        grads = exchange.backward(self.call, OutputGradient(grad, None), x, saved, kept, NO_MASKS)
+        return [saved.out, *(y.to(grad.dtype) for y in grads)]
 
 
 def shardings(pattern: DilatedPattern, n: int, ranks: Sequence[int], causal: bool) -> list[tuple[str, tuple[int, ...]]]:

@@ -6,8 +6,9 @@ Nothing here changes what a public function of torch would do; there is no publi
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ except ImportError:  # another torch names them otherwise: tests/memory/test_poo
     set_code_exec_strategy = None  # type: ignore[assignment]
 
 F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+    from torch.distributed import ProcessGroup, Work
 
 
 def below_autograd() -> AbstractContextManager[None]:
@@ -68,3 +72,66 @@ def uncompiled(function: F) -> F:
     if set_code_exec_strategy is not None:  # neither its frame nor those below are traced
         set_code_exec_strategy(marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return function
+
+
+# torch.distributed is imported when one of these is called: the package works without it.
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The process group of a name: an op cannot take the group itself."""
+    from torch._C import _distributed_c10d
+
+    known: Any = name  # newer stubs have a type of its own for it
+    group: ProcessGroup = _distributed_c10d._resolve_process_group(known)
+    return group
+
+
+def group_timeout(group: ProcessGroup) -> timedelta:
+    """How long a group's collectives wait: what `init_process_group` or `new_group` was given, or torch's default."""
+    from torch.distributed.distributed_c10d import default_pg_timeout
+
+    options = (getattr(group._get_backend(device), "options", None) for device in group._device_types)
+    return min((x._timeout for x in options if x is not None), default=default_pg_timeout)
+
+
+def group_store(group: ProcessGroup) -> Store:
+    """The store that a group met in, on a connection of its own where the store allows it."""
+    from torch.distributed import distributed_c10d
+
+    store: Any = distributed_c10d._world.pg_map[group][1]
+    # A wait holds the connection, which others (NCCL's watchdog) share.
+    with suppress(Exception):
+        store = store.clone()
+    return store  # type: ignore[no-any-return]
+
+
+# The group's own methods, which are what torch.distributed's functions call: only they take a timeout.
+
+
+def all_to_all(
+    group: ProcessGroup, result: Tensor, send: Tensor, incoming: list[int], outgoing: list[int], timeout: timedelta
+) -> Work:
+    """Starts an all-to-all of uneven parts of the first dimension."""
+    from torch._C._distributed_c10d import AllToAllOptions
+
+    options = AllToAllOptions()
+    options.timeout, options.asyncOp = timeout, True
+    return group.alltoall_base(result, send, incoming, outgoing, options)
+
+
+def all_gather(group: ProcessGroup, result: Tensor, send: Tensor, timeout: timedelta) -> Work:
+    """Starts an all-gather of equally many elements per rank."""
+    from torch._C._distributed_c10d import AllgatherOptions
+
+    options = AllgatherOptions()
+    options.timeout, options.asyncOp = timeout, True
+    return group._allgather_base(result, send, options)
+
+
+def broadcast(group: ProcessGroup, x: Tensor, timeout: timedelta) -> Work:
+    """Starts a broadcast of the first rank's tensor into everybody's."""
+    from torch._C._distributed_c10d import BroadcastOptions
+
+    options = BroadcastOptions()
+    options.rootRank, options.rootTensor, options.timeout, options.asyncOp = 0, 0, timeout, True
+    return group.broadcast([x], options)

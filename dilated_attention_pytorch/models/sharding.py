@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import Layer
 
@@ -83,11 +84,7 @@ class ContextShards:
 
     def group(self) -> ProcessGroup:
         """The group itself."""
-        from torch._C._distributed_c10d import _resolve_process_group
-
-        name: Any = self.group_name  # torch's type for names of groups is younger than torch 2.11
-        group: ProcessGroup = _resolve_process_group(name)
-        return group
+        return torch_private.process_group(self.group_name)
 
 
 def sum_over_ranks(x: Tensor, shards: ContextShards) -> Tensor:

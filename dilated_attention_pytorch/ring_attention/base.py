@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
@@ -117,8 +118,8 @@ class BaseRingAttention(nn.Module, ABC):
         """The probability in force: the configuration's in training mode, else 0."""
         return self.config.dropout if self.training else 0.0
 
+    @override
     def extra_repr(self) -> str:
-        """What `print` shows."""
         config = self.config
         return (
             f"segment_lengths={list(config.segment_lengths)}, dilation_rates={list(config.dilation_rates)}, "

@@ -24,8 +24,8 @@ class RingAttentionConfig:
     """What a ring of ranks computes, and how rows travel between them.
 
     Args:
-        segment_lengths: w_i, in positions of the whole sequence, one a branch.
-        dilation_rates: r_i, one a branch.
+        segment_lengths: w_i, in positions of the whole sequence, one per branch.
+        dilation_rates: r_i, one per branch.
         offsets: `"modulo"` (the paper) or `"blocked"` (the official code and every published checkpoint).
         scale: factor on q . k; `D ** -0.5` by default.
         dropout: probability of dropping an attention weight, in training mode only. The mask is a function of global
@@ -39,13 +39,12 @@ class RingAttentionConfig:
             for fp64 inputs. They are summed in fp32 (fp64) always.
         remote_rows: `"keep"` saves fetched rows for the backward, `"refetch"` saves memory and fetches them again, as
             mode `"ring"` always does.
-        check: when ranks compare what they are about to do. `"first"`: at a group's first call and whenever a rank's
-            call differs from its previous one on that group. Something has to change on some rank for a disagreement
-            to appear, so none passes unseen: where the others saw no change, that rank's call ends in an error when
-            they next compare, or in a timeout, but theirs may have returned by then. `"always"`: at every exchange,
-            so that every disagreement is named before data moves, and shards may change length on one rank alone.
-            `"never"`: not at all; shards are then taken to be equally long.
-        timeout: seconds a rank waits for the others before it raises.
+        check: when ranks compare what they are about to do. `"first"`: a rank compares at the group's first call and
+            when its own call differs from its last. If only some ranks changed, those fail with RingError, possibly
+            after the others have returned. `"always"`: at every exchange, so that every disagreement is named before
+            data moves, and shards may change length on one rank alone. `"never"`: not at all; shards are then taken
+            to be equally long.
+        timeout: seconds a rank waits for the others before it raises; None for the process group's own timeout.
         backend: `"auto"`, `"sdpa"` or `"triton"`.
 
     Raises:
@@ -67,7 +66,7 @@ class RingAttentionConfig:
     gradient_dtype: torch.dtype | None = None
     remote_rows: RemoteRows = "keep"
     check: Check = "first"
-    timeout: float = 600.0
+    timeout: float | None = None
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
@@ -87,7 +86,9 @@ class RingAttentionConfig:
             raise TypeError(
                 f"expected gradient_dtype to be a floating torch.dtype or None, got {self.gradient_dtype!r}"
             )
+        if self.timeout is None:
+            return
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float):
-            raise TypeError(f"expected timeout to be a number of seconds, got {self.timeout!r}")
+            raise TypeError(f"expected timeout to be a number of seconds or None, got {self.timeout!r}")
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"expected timeout to be positive and finite, got {self.timeout}")

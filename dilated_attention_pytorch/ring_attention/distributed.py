@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.positions import Rotation, rotate
@@ -120,17 +121,18 @@ class RingDistributedDilatedAttention(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"expected x of shape (B, n, {self.embed_dim}), got {tuple(x.shape)}")
+        # (B, n, H, D) and (B, n, H_kv, D)
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if rotation is not None:
             q, k = rotate(q, rotation.q_cos, rotation.q_sin), rotate(k, rotation.k_cos, rotation.k_sin)
-        out = self.attention(q, k, v, is_causal, key_padding_mask, seed=seed).flatten(-2)
+        out = self.attention(q, k, v, is_causal, key_padding_mask, seed=seed).flatten(-2)  # (B, n, embed_dim)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
         projected: Tensor = self.out_proj(out)
         return projected
 
+    @override
     def extra_repr(self) -> str:
-        """What `print` shows."""
         return f"{self.embed_dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -63,8 +63,8 @@ def balanced_bounds(
 ) -> tuple[int, ...]:
     """Bounds of contiguous shards whose ranks have as equal work as such bounds allow.
 
-    Under causality a later query sees more keys, so that equal shards leave the last rank with most of the work and
-    the others waiting for it. A shard that does not repeat the pattern from its start (`DilatedPattern.repeats_from`)
+    Under causality a later query sees more keys: over equal shards the last rank has most of the work, and the others
+    wait for it. A shard that does not repeat the pattern from its start (`DilatedPattern.repeats_from`)
     takes the slower kernels and is counted with half its work again.
 
     Args:
@@ -100,7 +100,7 @@ def balanced_bounds(
     def work(i: int, j: int) -> float:
         return (before[j] - before[i]) * (1.0 if pattern.repeats_from(ends[i], ends[j]) else 1.5)
 
-    # best[j]: the least that the busiest of the ranks so far can have to do, if they share everything before ends[j].
+    # best[j]: minimal maximum work per rank when the ranks so far share [0, ends[j]).
     best, choices = [0.0] + [float("inf")] * (len(ends) - 1), []
     for _ in range(world_size):
         found = [min((max(best[i], work(i, j) if i < j else 0.0), -i) for i in range(j + 1)) for j in range(len(ends))]

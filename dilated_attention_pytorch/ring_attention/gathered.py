@@ -1,97 +1,85 @@
-"""Mode "gather": every rank fetches all of K and V. No plan of rows, no pieces: what the other modes are held to."""
+"""Mode "gather": every rank fetches all of K and V. Without a plan of rows, it is what the other modes are held to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.ring_attention.plan import RingPlan
-from dilated_attention_pytorch.ring_attention.step import Gradients, Step
+from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.ring_attention.call import RingCall
 from dilated_attention_pytorch.ring_attention.utils import buffers
-from dilated_attention_pytorch.ring_attention.utils.communication import Channel, Pending
-from dilated_attention_pytorch.types import AttentionOutput
+from dilated_attention_pytorch.ring_attention.utils.communication import Pending
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
 
-def forward(
-    plan: RingPlan, problem: Problem, step: Step, channel: Channel, q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None, seed: Tensor | None, *, keep: bool,
-) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
-    """The part of all keys as the step gives it, and what arrived (empty unless it is kept)."""
-    arriving = _gather(plan, channel, k, v, keep=keep)
-    gathered = arriving.wait()
-    keys, values = _whole(plan, gathered)
+def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tensor]:
+    """The part of all keys as the backend gives it, and what arrived (empty unless it is kept)."""
+    arriving = _gather(call, x, keep=call.keep)
+    shards = arriving.wait()
+    whole = _whole(call, x, shards)
     arriving.release()
-    whole = problem.at(problem.q_start, 0, plan.seq_len)
-    out, lse = step.forward(q, keys, values, whole, key_padding_mask=_gather_mask(plan, channel, mask), seed=seed)
-    return AttentionOutput(out, lse.contiguous()), gathered.flatten() if keep else k.new_empty(0)
+    # The rank's own queries over the keys of the whole sequence: a partial range (docs/spec.md, 4).
+    problem = call.problem.at(call.problem.q_start, 0, call.plan.seq_len)
+    out, lse = call.backend.forward(whole, problem, whole_masks(call, masks, start_masks(call, masks)))
+    return AttentionOutput(out, lse.contiguous()), shards.flatten() if call.keep else x.k.new_empty(0)
 
 
-def backward(
-    plan: RingPlan, problem: Problem, step: Step, channel: Channel, wire_dtype: torch.dtype, grad_out: Tensor,
-    grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
-    mask: Tensor | None, seed: Tensor | None, *, keep: bool,
-) -> Gradients:  # fmt: skip
-    """As `schedule.backward`: each rank's share of dK and dV goes to the owners, who sum in rank order."""
-    batch, _, heads, width = k.shape
-    longest = max(plan.lengths)
-    shape = (plan.world_size, 2, batch, longest, heads, width)
-    arriving = None if keep else _gather(plan, channel, k, v, keep=False)
-    keys, values = _whole(plan, kept.view(shape) if arriving is None else arriving.wait())
+def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutput, kept: Tensor, masks: Masks) -> QKV:
+    """As `exchange.backward`: each rank's share of dK and dV goes to the owners, who sum in rank order."""
+    plan, (batch, _, heads, width) = call.plan, x.k.shape
+    arriving = None if call.keep else _gather(call, x, keep=False)
+    shards = kept if arriving is None else arriving.wait()
+    whole = _whole(call, x, shards.view(plan.world_size, 2, batch, max(plan.lengths), heads, width))
     if arriving is not None:
         arriving.release()
-    dq, dk, dv = step.backward(
-        grad_out,
-        grad_lse,
-        q,
-        keys,
-        values,
-        out,
-        lse,
-        problem.at(problem.q_start, 0, plan.seq_len),
-        key_padding_mask=_gather_mask(plan, channel, mask),
-        seed=seed,
-    )
-    accumulator = torch.promote_types(k.dtype, torch.float32)
-    shares = torch.stack((dk, dv), 2).transpose(0, 1).to(accumulator)  # (N, B, 2, H_kv, D)
+    problem = call.problem.at(call.problem.q_start, 0, plan.seq_len)
+    dq, dk, dv = call.backend.backward(grad, whole, saved, problem, whole_masks(call, masks, start_masks(call, masks)))
+    exact = accumulator(x.k.dtype)
+    shares = torch.stack((dk, dv), 2).transpose(0, 1).to(exact)  # (N, B, 2, H_kv, D)
     start, stop = plan.shard
+    # A rank's own share stays at home, unrounded; the others' go to their owners.
     own = shares[start:stop]
-    lengths = list(plan.lengths)
-    lengths[plan.rank] = 0  # a rank's own share stays at home, unrounded
-    away = buffers.borrow((shares.shape[0] - stop + start, *shares.shape[1:]), wire_dtype, k.device, "gradients sent")
+    sent, received = list(plan.lengths), [stop - start] * plan.world_size
+    sent[plan.rank] = received[plan.rank] = 0
+    away = buffers.borrow((sum(sent), *shares.shape[1:]), call.wire_dtype, x.k.device, "gradients sent")
     away.tensor[:start], away.tensor[start:] = shares[:start], shares[stop:]
-    others = [0 if p == plan.rank else stop - start for p in range(plan.world_size)]
-    homecoming = channel.exchange(away, lengths, others, "gradients")
-    arrived = homecoming.wait().to(accumulator)
-    parts = list(arrived.split([n for p, n in enumerate(others) if p != plan.rank]))
+    homecoming = call.channel.exchange(away, sent, received, "gradients")
+    parts = list(homecoming.wait().to(exact).split([n for p, n in enumerate(received) if p != plan.rank]))
     parts.insert(plan.rank, own)
-    total = parts[0].clone()
+    total = parts[0].clone()  # in rank order, so that the sum does not depend on who was first
     for part in parts[1:]:
         total += part
     homecoming.release()
     # Of their own each: an op may not return two views of one tensor.
     dk, dv = (total[:, :, i].transpose(0, 1).clone(memory_format=torch.contiguous_format) for i in (0, 1))
-    return dq, dk, dv
+    return QKV(dq, dk, dv)
 
 
-def _gather(plan: RingPlan, channel: Channel, k: Tensor, v: Tensor, *, keep: bool) -> Pending:
-    """All shards, padded to the longest: `(P, 2, B, n, H_kv, D)`."""
-    longest = max(plan.lengths)
-    padded = buffers.borrow((2, k.shape[0], longest, *k.shape[2:]), k.dtype, k.device, "rows sent", zero=True)
-    padded.tensor[0, :, : k.shape[1]], padded.tensor[1, :, : k.shape[1]] = k, v
-    return channel.gather(padded, "rows", keep=keep)
-
-
-def _whole(plan: RingPlan, gathered: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of the whole sequence."""
-    rows = torch.cat([shard[:, :, :n] for shard, n in zip(gathered, plan.lengths, strict=True)], 2)
-    return rows[0], rows[1]
-
-
-def _gather_mask(plan: RingPlan, channel: Channel, mask: Tensor | None) -> Tensor | None:
-    if mask is None:
+def start_masks(call: RingCall, masks: Masks) -> Pending | None:
+    """Starts to gather every rank's mask bits, one byte per position, padded to the longest shard."""
+    if masks.key_padding is None:
         return None
-    arriving = channel.gather(buffers.padded_mask(mask, max(plan.lengths)), "mask")
-    whole = torch.cat([shard[:, :n] for shard, n in zip(arriving.wait(), plan.lengths, strict=True)], 1)
-    arriving.release()
-    return whole
+    return call.channel.gather(buffers.padded_mask(masks.key_padding, max(call.plan.lengths)), "mask")
+
+
+def whole_masks(call: RingCall, masks: Masks, bits: Pending | None) -> Masks:
+    """The masks with key_padding `(B, N)` of the whole sequence, once its bits are there."""
+    if bits is None:
+        return masks
+    whole = torch.cat([shard[:, :n] for shard, n in zip(bits.wait(), call.plan.lengths, strict=True)], 1)
+    bits.release()
+    return masks._replace(key_padding=whole)
+
+
+def _gather(call: RingCall, x: QKV, *, keep: bool) -> Pending:
+    """All shards, padded to the longest: `(P, 2, B, n, H_kv, D)`."""
+    shape = (2, x.k.shape[0], max(call.plan.lengths), *x.k.shape[2:])
+    padded = buffers.borrow(shape, x.k.dtype, x.k.device, "rows sent", zero=True)
+    padded.tensor[0, :, : x.k.shape[1]], padded.tensor[1, :, : x.k.shape[1]] = x.k, x.v
+    return call.channel.gather(padded, "rows", keep=keep)
+
+
+def _whole(call: RingCall, x: QKV, shards: Tensor) -> QKV:
+    """This rank's queries with K and V of the whole sequence."""
+    rows = torch.cat([shard[:, :, :n] for shard, n in zip(shards, call.plan.lengths, strict=True)], 2)
+    return QKV(x.q, rows[0], rows[1])

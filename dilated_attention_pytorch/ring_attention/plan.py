@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import zero_keys
+from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 
 
@@ -51,8 +52,8 @@ class Units:
         return torch.cat(self.positions), heads
 
 
-class Piece(NamedTuple):
-    """Plain attention, no mask: queries of one segment over its remote keys, for heads with equally many of both.
+class Rectangle(NamedTuple):
+    """Plain attention: queries of one segment over its remote keys, for heads with equally many of both.
 
     Attributes:
         branch: the branch it belongs to.
@@ -120,18 +121,19 @@ class RingPlan:
         """The units that go to each peer."""
         return {peer: travelling(self.pattern, self.bounds, peer, self.rank, self.is_causal) for peer in self.peers}
 
+    def counts(self, units: dict[int, Units], peers: tuple[int, ...]) -> list[int]:
+        """How many of the units belong to each rank of the group, if only those of some peers travel."""
+        return [units[p].count if p in peers else 0 for p in range(self.world_size)]
+
     @cached_property
     def leaving_index(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Row of the shard and head of each unit that goes to each peer, on the device."""
-        found = {}
-        for peer, units in self.leaving.items():
-            positions, heads = units.index()
-            found[peer] = (positions - self.shard[0]).to(self.device), heads.to(self.device)
-        return found
+        found = {peer: units.index() for peer, units in self.leaving.items()}  # int64 (U,) both
+        return {p: ((at - self.shard[0]).to(self.device), heads.to(self.device)) for p, (at, heads) in found.items()}
 
     @cached_property
     def num_zero_keys(self) -> Tensor:
-        """How many zero keys (SPEC 5) each position of the shard sees, float `(H_kv, n)`, on the device."""
+        """How many zero keys (docs/spec.md, 5) each position of the shard sees, float `(H_kv, n)`, on the device."""
         return zero_keys.counts(self.pattern, *self.shard, self.seq_len, self.device)
 
     @cached_property
@@ -162,7 +164,7 @@ class RingPlan:
     @cached_property
     def largest_arrival(self) -> int:
         """Units that come to the rank to which most come: the same answer on every rank."""
-        totals = [0] * self.world_size
+        totals = [0] * self.world_size  # units by receiver
         for receiver, owner in itertools.permutations(range(self.world_size), 2):
             totals[receiver] += travelling(self.pattern, self.bounds, receiver, owner, self.is_causal).count
         return max(totals)
@@ -175,42 +177,37 @@ class RingPlan:
         """Bytes of K and V that leave this rank in a forward."""
         return sum(u.count for u in self.leaving.values()) * unit_bytes(batch, head_dim, element_size)
 
-    def pieces(self, owners: tuple[int, ...]) -> tuple[Piece, ...]:
+    def rectangles(self, owners: tuple[int, ...]) -> tuple[Rectangle, ...]:
         """The attention over the units of some peers, which lie one peer after another in what arrived."""
-        found = self._pieces
+        found = self._rectangles
         if owners not in found:
-            found[owners] = tuple(self._find_pieces(owners))
+            found[owners] = tuple(self._find_rectangles(owners))
         return found[owners]
 
     @cached_property
-    def _pieces(self) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+    def _rectangles(self) -> dict[tuple[int, ...], tuple[Rectangle, ...]]:
         return {}
 
-    def _find_pieces(self, owners: tuple[int, ...]) -> Iterator[Piece]:
-        start = self.shard[0]
+    def _find_rectangles(self, owners: tuple[int, ...]) -> Iterator[Rectangle]:
+        counts = (self.arriving[o].count for o in owners)
         firsts = dict(
-            zip(owners, itertools.accumulate((self.arriving[o].count for o in owners), initial=0), strict=False)
-        )
+            zip(owners, itertools.accumulate(counts, initial=0), strict=False)
+        )  # where an owner's units begin
         for branch in range(len(self.pattern.branches)):
             # Heads of other offsets may keep one row more or less; those alike share a call.
             alike: dict[tuple[int, int, int], list[tuple[int, Tensor, Tensor]]] = {}
             for offset, heads in self.pattern.head_groups(branch):
                 for meeting in _meetings(self.pattern, self.bounds, self.rank, branch, offset, self.is_causal):
-                    queries = _tensor(meeting.queries) - start
+                    queries = _tensor(meeting.queries) - self.shard[0]
                     for head in range(*heads.indices(self.pattern.num_heads)):
                         keys = self._find_keys(meeting.keys, head, firsts)
                         if len(keys):
-                            alike.setdefault((meeting.segment, len(queries), len(keys)), []).append(
-                                (head, queries, keys)
-                            )
-            for rows in alike.values():
-                heads_, queries_, keys_ = zip(*rows, strict=True)
-                yield Piece(
-                    branch,
-                    torch.tensor(heads_).to(self.device),
-                    torch.stack(queries_).to(self.device),
-                    torch.stack(keys_).to(self.device),
-                )
+                            kind = meeting.segment, len(queries), len(keys)
+                            alike.setdefault(kind, []).append((head, queries, keys))
+            for same in alike.values():
+                numbers, rows, units = zip(*same, strict=True)
+                index = torch.tensor(numbers), torch.stack(rows), torch.stack(units)  # (h,), (h, Lq), (h, Lk)
+                yield Rectangle(branch, *(x.to(self.device) for x in index))
 
     def _find_keys(self, keys: tuple[range, ...], head: int, firsts: dict[int, int]) -> Tensor:
         """Where a head's keys lie among the units of the owners."""
@@ -218,6 +215,7 @@ class RingPlan:
         for owner, first in firsts.items():
             units = self.arriving[owner]
             for part in keys:
+                # A segment may reach over several shards: this owner has the part inside its own.
                 inside = _clip(part, self.bounds[owner], self.bounds[owner + 1])
                 if len(inside):
                     at = torch.searchsorted(units.positions[head], _tensor(inside))
@@ -237,29 +235,24 @@ def plan_for(
 def travelling(pattern: DilatedPattern, bounds: tuple[int, ...], receiver: int, owner: int, is_causal: bool) -> Units:
     """The units that one rank needs of another."""
     start, stop = bounds[owner], bounds[owner + 1]
-    ranges: dict[tuple[int, int], list[range]] = {}
-    offsets_of_head: list[list[tuple[int, int]]] = [[] for _ in range(pattern.num_heads)]
-    for i in range(len(pattern.branches)):
-        for offset, heads in pattern.head_groups(i):
-            inside = [
-                clipped
-                for meeting in _meetings(pattern, bounds, receiver, i, offset, is_causal)
-                for part in meeting.keys
-                if len(clipped := _clip(part, start, stop))
-            ]
-            if inside:
-                ranges[i, offset] = inside
-                for head in range(*heads.indices(pattern.num_heads)):
-                    offsets_of_head[head].append((i, offset))
-    unions: dict[tuple[tuple[int, int], ...], Tensor] = {}
+
+    @cache
+    def needed(branch: int, offset: int) -> list[range]:
+        meetings = _meetings(pattern, bounds, receiver, branch, offset, is_causal)
+        parts = (_clip(part, start, stop) for meeting in meetings for part in meeting.keys)
+        return [part for part in parts if len(part)]
+
+    @cache  # heads that keep the same share a tensor
+    def union(kept: tuple[tuple[int, int], ...]) -> Tensor:
+        marks = torch.zeros(stop - start, dtype=torch.bool)
+        for part in itertools.chain.from_iterable(needed(*key) for key in kept):
+            marks[part.start - start : part.stop - start : part.step] = True
+        return marks.nonzero().flatten() + start
+
     positions = []
-    for kept in map(tuple, offsets_of_head):
-        if kept not in unions:
-            marks = torch.zeros(stop - start, dtype=torch.bool)
-            for part in itertools.chain.from_iterable(ranges[key] for key in kept):
-                marks[part.start - start : part.stop - start : part.step] = True
-            unions[kept] = marks.nonzero().flatten() + start
-        positions.append(unions[kept])
+    for head in range(pattern.num_heads):
+        keys = ((i, pattern.offset(i, head)) for i in range(len(pattern.branches)))
+        positions.append(union(tuple(key for key in keys if needed(*key))))
     return Units(tuple(positions), tuple(itertools.accumulate((len(p) for p in positions), initial=0)))
 
 
@@ -269,11 +262,12 @@ def _meetings(
     """Where a rank's queries meet remote keys: only a segment that an end of the shard cuts has any, so two at most."""
     (length, rate), shard = pattern.branches[branch], (bounds[rank], bounds[rank + 1])
     found: dict[int, tuple[range, list[range]]] = {}
-    for keys in ((0, shard[0]), (shard[1], bounds[-1])):
+    for keys in ((0, shard[0]), (shard[1], bounds[-1])):  # before the shard, after it
         if is_causal and keys[0] >= shard[1]:
             continue
         for span in pattern.spans(branch, offset, shard, keys):
             assert span.num_segments == 1
+            # Slots of the span, counted from the segment's start, as positions.
             base = span.first_segment * length + offset
             queries = range(base + span.q_lo * rate, base + span.q_hi * rate, rate)
             parts = found.setdefault(span.first_segment, (queries, []))[1]
@@ -284,6 +278,7 @@ def _meetings(
 
 def _clip(part: range, start: int, stop: int) -> range:
     """The positions of a range that lie in `[start, stop)`."""
+    # The first member at or after `start`: the range's own step, counted down from its first.
     first = max(part.start, part.start - (part.start - start) // part.step * part.step)
     return range(first, max(first, min(part.stop, stop)), part.step)
 
@@ -304,6 +299,7 @@ def closed_form_units(pattern: DilatedPattern, seq_len: int, world_size: int) ->
     segments and their rates that nest in one another and in N and n, modulo offsets, and rates that grow with w.
     """
     shard, rest = divmod(seq_len, world_size)
+    # A segment that is longer than a shard is remote, whole or in part; shorter ones have to stay inside one.
     branches = sorted({(min(w, seq_len), r) for w, r in pattern.branches if min(w, seq_len) > shard})
     local = [w for w, _ in pattern.branches if min(w, seq_len) <= shard]
     lengths, rates = [shard, *(w for w, _ in branches)], [r for _, r in branches]
@@ -324,5 +320,5 @@ def closed_form_units(pattern: DilatedPattern, seq_len: int, world_size: int) ->
 
 def equal_bounds(seq_len: int, world_size: int) -> tuple[int, ...]:
     """Bounds of shards as `torch.chunk` cuts them: equally long, the last ones shorter or empty."""
-    size = -(-seq_len // world_size)
+    size = ceil_div(seq_len, world_size)
     return tuple(min(i * size, seq_len) for i in range(world_size + 1))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import dropout, validation
@@ -57,8 +58,9 @@ class RingDilatedAttention(BaseRingAttention):
         self.world_size: int = 1 if group is None else group.size()
         self.rank: int = 0 if group is None else group.rank()
         # The name alone: a module with a group in it could be neither copied nor pickled.
-        self.group_name = "" if group is None else op.group_name_of(group)
+        self.group_name = "" if group is None else str(group.group_name)
 
+    @override
     def attend(
         self,
         query: Tensor,
@@ -69,9 +71,8 @@ class RingDilatedAttention(BaseRingAttention):
         key_padding_mask: Tensor | None,
         seed: int | Tensor | None,
     ) -> AttentionOutput:
-        """See `BaseRingAttention`."""
         config, dropout_p = self.config, self.dropout_p()
-        if self.world_size == 1:
+        if self.world_size == 1:  # nothing to exchange: what one device computes
             return dilated_attention_with_lse(
                 query,
                 key,
@@ -89,40 +90,30 @@ class RingDilatedAttention(BaseRingAttention):
             )
         x = QKV(*in_autocast_dtype(query, key, value))
         refuse_tangents(x)
-        query, key, value = x
+        # The op's arguments, tensors taken away: settings, and how rows travel.
         lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
         pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)
         scale = validation.check_scale(config.scale, query.shape[-1])
-        problem = Problem(pattern, is_causal, scale, dropout_p)
-        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        wire = config.gradient_dtype
-        out, lse, *_ = op.ring_attention(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            dropout.seed_tensor(seed, dropout_p, query.device),
-            list(config.segment_lengths),
-            list(config.dilation_rates),
-            config.offsets,
-            is_causal,
-            scale,
-            dropout_p,
-            config.padding,
-            self.group_name,
-            config.mode,
-            "" if wire is None else str(wire).removeprefix("torch."),
-            requires_grad and config.remote_rows == "keep",
-            requires_grad,
-            seed is not None,
-            config.check,
-            float(config.timeout),
-            choose_backend(x, problem, config.backend).backend,
+        problem = Problem(pattern, is_causal, scale, dropout_p, padding=config.padding)
+        requires_grad = torch.is_grad_enabled() and any(y.requires_grad for y in x)
+        wire = op.Wire(
+            group_name=self.group_name,
+            mode=config.mode,
+            gradient_dtype="" if config.gradient_dtype is None else str(config.gradient_dtype).removeprefix("torch."),
+            keep_rows=requires_grad and config.remote_rows == "keep",
+            requires_grad=requires_grad,
+            same_seed=seed is not None,
+            check=config.check,
+            timeout=config.timeout,
+            backend=choose_backend(x, problem, config.backend).backend,
         )
+        # Where a shard starts, and how long the sequence is, the ranks find out together: the problem says neither.
+        masks = key_padding_mask, dropout.seed_tensor(seed, dropout_p, query.device)
+        out, lse, *_ = op.ring_attention(*x, *masks, *problem.pack(), *wire)
         return AttentionOutput(out, lse)
 
+    @override
     def extra_repr(self) -> str:
-        """What `print` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, world_size={self.world_size}"
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from ring_tasks import Groups, RingCase
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.ring_attention import RingError, exchange_pool
 from dilated_attention_pytorch.ring_attention.utils import communication
 
@@ -70,8 +71,8 @@ def after_a_failure(groups: Groups, case: RingCase, world_size: int) -> tuple[in
             self.work.wait()  # so that the ranks stay in step
             raise RuntimeError("broken pipe")
 
-    all_to_all = communication.Channel._all_to_all
-    with mock.patch.object(communication.Channel, "_all_to_all", lambda *a: Broken(all_to_all(*a))):
+    all_to_all = torch_private.all_to_all
+    with mock.patch.object(torch_private, "all_to_all", lambda *a: Broken(all_to_all(*a))):
         try:
             case.shard(groups[world_size], rank, world_size, "sparse", torch.float64)
         except RingError:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dilated_attention_pytorch import MultiheadDilatedAttention, dilated_attention_with_lse
+from dilated_attention_pytorch import DilatedPattern, MultiheadDilatedAttention, dilated_attention_with_lse
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels import ops
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention, counting, op, remote
-from dilated_attention_pytorch.ring_attention.step import BackendStep
 from dilated_attention_pytorch.ring_attention.utils import communication
 from dilated_attention_pytorch.testing import gradient_scale, relative_norm
+from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
 
 LENGTHS = (1, 5, 13, 16, 24, 31, 48, 64, 97, 128)
 SEGMENTS = (1, 2, 4, 7, 8, 16, 20, 33, 64, 128, 200)
@@ -199,8 +202,20 @@ def run_cases(
 
 @contextmanager
 def through_the_op() -> Iterator[None]:
-    """Nothing broken: the step that Triton takes, with the backend that a CPU has."""
-    with mock.patch.object(op, "_step", lambda backend: BackendStep(backend)):
+    """Nothing broken: a backend that computes each part by the library's own op, results in the inputs' dtype."""
+
+    class ByTheOp:
+        @staticmethod
+        def forward(x: QKV, problem: Problem, masks: Masks = NO_MASKS) -> AttentionOutput:
+            return AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), "sdpa"))
+
+        @staticmethod
+        def backward(
+            grad: OutputGradient, x: QKV, saved: AttentionOutput, problem: Problem, masks: Masks = NO_MASKS
+        ) -> QKV:
+            return QKV(*ops.attention_backward(*grad, *saved, *x, *masks, *problem.pack(), "sdpa"))
+
+    with mock.patch.object(op, "backend_for", lambda *_: ByTheOp):
         yield
 
 
@@ -237,10 +252,10 @@ def drop_a_hop() -> Iterator[None]:
 
     def lossy(self: communication.Pending) -> Tensor:
         result, first = wait(self), 0
-        if self._purpose == "rows" and result.dim() == 4:
-            channel = self._channel
+        if self.purpose == "rows" and result.dim() == 4:
+            channel = self.channel
             row = result[:1].numel() * result.element_size() or 1
-            for peer, size in self._incoming.items():
+            for peer, size in self.incoming.items():
                 if peer == (channel.rank - 1) % channel.world_size:
                     result[first : first + size // row] = 0
                 first += size // row
@@ -304,7 +319,7 @@ def missing_wait() -> Iterator[None]:
     start, wait = communication.Pending.start, communication.Pending.wait
 
     def snapshot(self: communication.Pending, launch: Any) -> None:
-        self._before = torch.full_like(self._result, 1)
+        self._before = torch.full_like(self.result, 1)
         start(self, launch)
 
     def too_early(self: communication.Pending) -> Tensor:
@@ -323,10 +338,9 @@ def local_lse_in_backward() -> Iterator[None]:
     """The field's classic: remote keys differentiated with something else than the global lse."""
     differentiate = remote.differentiate
 
-    def wrong(*arguments: Any) -> Tensor:
-        changed = list(arguments)
-        changed[8] = changed[8] + 0.1
-        return differentiate(*changed)
+    def wrong(*arguments: Any) -> Any:
+        *before, saved, masks = arguments
+        return differentiate(*before, saved._replace(lse=saved.lse + 0.1), masks)
 
     with mock.patch.object(remote, "differentiate", wrong):
         yield
@@ -413,6 +427,19 @@ def fail_at(groups: Groups, culprit: int, how: str, where: str, check: str) -> t
     return "no error", time.monotonic() - start
 
 
+def left_alone(groups: Groups, seconds: float) -> tuple[str, float]:
+    """A rank that never comes, in a group that waits so many seconds; the configuration says nothing of it."""
+    group = dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=seconds))
+    attention = RingDilatedAttention(RingAttentionConfig(segment_lengths=[64], dilation_rates=[1]), group)
+    x, start = torch.zeros(1, 8, 2, 4), time.monotonic()
+    try:
+        if dist.get_rank() != 1:
+            attention(x, x, x)
+    except communication.RingError as error:
+        return str(error), time.monotonic() - start
+    return "no error", time.monotonic() - start
+
+
 def compiled(groups: Groups, world_size: int, backend: str, keep: str) -> bool | None:
     """Whether the module compiles as one graph and gives what it gives in eager mode, forward and backward."""
     rank = dist.get_rank()
@@ -434,17 +461,17 @@ def compiled(groups: Groups, world_size: int, backend: str, keep: str) -> bool |
     return all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
-def checked_op(groups: Groups, world_size: int) -> dict[str, str] | None:
+def checked_op(groups: Groups, world_size: int, keep: bool) -> dict[str, str] | None:
     """torch's own checks of the op: schema, autograd registration, fake kernel, tracing."""
     if dist.get_rank() >= world_size:
         return None
     generator = torch.Generator().manual_seed(dist.get_rank())
     q, k, v = (torch.randn(1, 6, 2, 4, generator=generator, requires_grad=True) for _ in range(3))
-    settings = ([64], [1], "modulo", True, 0.5, 0.0, "none", groups[world_size].group_name)
-    wire = ("sparse", "", False, True, False, "first", 20.0, "sdpa")
+    problem = Problem(DilatedPattern((64,), (1,), 2), is_causal=True, scale=0.5)
+    wire = op.Wire(groups[world_size].group_name, "sparse", "", keep, True, False, "first", 20.0, "sdpa")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     return torch.library.opcheck(
-        torch.ops.dilated_attention_pytorch.ring_attention.default, (q, k, v, None, None, *settings, *wire),
+        torch.ops.dilated_attention_pytorch.ring_attention.default, (q, k, v, None, None, *problem.pack(), *wire),
         test_utils=tests, raise_exception=False,
     )  # fmt: skip
 

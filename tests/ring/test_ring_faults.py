@@ -97,17 +97,36 @@ def test_missing_rank_is_named_within_the_timeout(how: str, where: str, check: s
         assert "no error" not in results[1][0]
 
 
+def test_the_groups_own_timeout_is_the_default(pool: Pool) -> None:
+    pool.start("left_alone", 2.0)
+    results = pool.results(limit=20)
+    for rank in (0, 2):
+        message, seconds = results[rank]
+        assert "ranks [1] did not come within 2 s" in message, message
+        assert seconds < 4, seconds
+    assert results[1][0] == "no error"
+
+
 def test_a_forward_mode_tangent_is_not_lost(pool: Pool) -> None:
     assert all("expected no forward-mode tangent" in text for text in pool.run("tangent"))
 
 
 def test_bad_input() -> None:
     pattern: dict[str, Any] = {"segment_lengths": [8], "dilation_rates": [1]}
-    for wrong in ({"mode": "dense"}, {"timeout": 0}, {"backend": "reference"}, {"check": True}, {"dropout": 1.0}):
+    for wrong in (
+        {"mode": "dense"},
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"backend": "reference"},
+        {"check": True},
+        {"dropout": 1.0},
+    ):
         with pytest.raises(ValueError, match="expected"):
             RingAttentionConfig(**pattern, **wrong)
     with pytest.raises(TypeError, match="gradient_dtype"):
         RingAttentionConfig(**pattern, gradient_dtype=torch.int32)
+    with pytest.raises(TypeError, match="expected timeout to be a number of seconds or None, got '5'"):
+        RingAttentionConfig(**pattern, timeout="5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="segment_lengths to be a sequence of ints, got int 8"):
         RingAttentionConfig(segment_lengths=8, dilation_rates=[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="process_group"):

@@ -1,4 +1,4 @@
-"""Where exchange buffers come from: one pool a process, since their sizes return with every layer and step.
+"""Where exchange buffers come from: one pool per process, since their sizes return with every layer and step.
 
 What a backward will read is no exchange buffer: rows that are kept, and everything that autograd saves, are ordinary
 tensors.
@@ -39,6 +39,7 @@ def borrow(
 
 def padded_mask(mask: Tensor, length: int) -> Handle:
     """A mask `(B, n)` with False up to a length, in a buffer to be sent."""
+    # False is no real key: nobody reads the padding, which is cut off after the gather.
     buffer = borrow((mask.shape[0], length), mask.dtype, mask.device, "mask sent", zero=True)
     buffer.tensor[:, : mask.shape[1]] = mask
     return buffer

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions' default arguments hold the group that the world has when the module is loaded, and torch._dynamo loads
-# it whenever it comes. Loaded before there is a group it pins none, so that `destroy_process_group` ends gloo's
-# threads: one that lets go of a tensor while the interpreter shuts down aborts the process.
+# Import before any process group exists: `torch.distributed.nn` stores the default group in its functions' defaults;
+# imported later (torch._dynamo does), the group outlives `destroy_process_group` and a gloo thread aborts at exit.
 import torch.distributed.nn
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.memory.handle import Handle
 from dilated_attention_pytorch.ring_attention.utils import buffers
 
@@ -112,12 +111,12 @@ class Channel:
         """
         send = buffer.tensor
         lent, result = _receiver((sum(received), *send.shape[1:]), send, purpose, keep)
-        row = send[:1].numel() * send.element_size() if send.shape[0] else _row_bytes(send)
+        row = send.shape[1:].numel() * send.element_size()
         outgoing, incoming = [n * row for n in sent], [n * row for n in received]
-        away = sum(outgoing) - outgoing[self.rank], sum(incoming) - incoming[self.rank]
-        _count(purpose, *away)
+        _count(purpose, sum(outgoing) - outgoing[self.rank], sum(incoming) - incoming[self.rank])
         pending = Pending(self, result, purpose, dict(enumerate(incoming)), buffer, lent)
-        pending.start(lambda: self._all_to_all(as_bytes(result), as_bytes(send), incoming, outgoing))
+        result, send = as_bytes(result), as_bytes(send)
+        pending.start(lambda: torch_private.all_to_all(self.group, result, send, incoming, outgoing, self.timeout))
         return pending
 
     def gather(self, buffer: Handle, purpose: str, *, keep: bool = False) -> Pending:
@@ -127,7 +126,8 @@ class Channel:
         size = x.numel() * x.element_size()
         _count(purpose, size * (self.world_size - 1), size * (self.world_size - 1))
         pending = Pending(self, result, purpose, dict.fromkeys(range(self.world_size), size), buffer, lent)
-        pending.start(lambda: self._all_gather(as_bytes(result), as_bytes(x)))
+        result, x = as_bytes(result), as_bytes(x)
+        pending.start(lambda: torch_private.all_gather(self.group, result, x, self.timeout))
         return pending
 
     def broadcast(self, x: Tensor, purpose: str) -> Pending:
@@ -137,25 +137,8 @@ class Channel:
         first = self.rank == 0
         _count(purpose, size * (self.world_size - 1) * first, size * (not first))
         pending = Pending(self, result, purpose, {0: size})
-        pending.start(lambda: self._broadcast(as_bytes(result)))
+        pending.start(lambda: torch_private.broadcast(self.group, as_bytes(result), self.timeout))
         return pending
-
-    # The group's own methods, which are what torch.distributed's functions call: only they take a timeout.
-
-    def _all_to_all(self, result: Tensor, send: Tensor, incoming: list[int], outgoing: list[int]) -> Any:
-        options = AllToAllOptions()
-        options.timeout, options.asyncOp = self.timeout, True
-        return self.group.alltoall_base(result, send, incoming, outgoing, options)
-
-    def _all_gather(self, result: Tensor, send: Tensor) -> Any:
-        options = AllgatherOptions()
-        options.timeout, options.asyncOp = self.timeout, True
-        return self.group._allgather_base(result, send, options)
-
-    def _broadcast(self, x: Tensor) -> Any:
-        options = BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout, options.asyncOp = 0, 0, self.timeout, True
-        return self.group.broadcast([x], options)
 
     def failed(self, purpose: str, incoming: dict[int, int], cause: BaseException) -> RingError:
         """The error for an exchange that did not come to its end."""
@@ -174,46 +157,43 @@ class Channel:
 _flying: set[Pending] = set()
 
 
+@dataclass(eq=False)
 class Pending:
     """An exchange under way. What it sends lives until `wait` has returned, what it receives until `release`."""
 
-    def __init__(
-        self, channel: Channel, result: Tensor, purpose: str, incoming: dict[int, int], sends: Handle | None = None,
-        receives: Handle | None = None,
-    ) -> None:  # fmt: skip
-        self._channel = channel
-        self._result = result
-        self._purpose = purpose
-        self._incoming = incoming
-        self._sends = sends
-        self._receives = receives
-        self._work: Any = None
+    channel: Channel
+    result: Tensor
+    purpose: str
+    incoming: dict[int, int]  # bytes by rank
+    sends: Handle | None = None
+    receives: Handle | None = None
+    work: Any = None
 
     def start(self, launch: Callable[[], Any]) -> None:
         """Launches the collective."""
         _flying.add(self)
         try:
-            self._work = launch()
+            self.work = launch()
         except RuntimeError as error:
-            raise self._channel.failed(self._purpose, self._incoming, error) from error
+            raise self.channel.failed(self.purpose, self.incoming, error) from error
 
     def wait(self) -> Tensor:
         """The result; on CUDA the current stream waits, not the host."""
-        if self._work is not None:
+        if self.work is not None:
             try:
-                self._work.wait()
+                self.work.wait()
             except RuntimeError as error:
-                raise self._channel.failed(self._purpose, self._incoming, error) from error
-            self._work = None
+                raise self.channel.failed(self.purpose, self.incoming, error) from error
+            self.work = None
             _flying.discard(self)
-            if self._sends is not None:
-                self._sends.release()
-        return self._result
+            if self.sends is not None:
+                self.sends.release()
+        return self.result
 
     def release(self) -> None:
         """Gives the result's memory back, unless it is kept: everything that reads it is queued."""
-        if self._receives is not None:
-            self._receives.release()
+        if self.receives is not None:
+            self.receives.release()
 
 
 def _receiver(shape: tuple[int, ...], like: Tensor, purpose: str, keep: bool) -> tuple[Handle | None, Tensor]:
@@ -228,11 +208,6 @@ def as_bytes(x: Tensor) -> Tensor:
     """The tensor's memory as a flat uint8 tensor."""
     assert x.is_contiguous()
     return x.view(-1).view(torch.uint8)
-
-
-def _row_bytes(x: Tensor) -> int:
-    """Bytes of a row of a tensor that has none."""
-    return x.shape[1:].numel() * x.element_size()
 
 
 def priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

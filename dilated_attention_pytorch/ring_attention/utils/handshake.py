@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
-from torch.distributed import distributed_c10d
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel, RingError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _GRACE = 1.0  # seconds in which ranks that failed together hear of one another
 
 
 @dataclass
-class State:
+class GroupState:
     """What a rank remembers of a group between calls.
 
     Attributes:
@@ -39,20 +40,16 @@ class State:
     step: int = 0
     handshakes: int = 0
     previous: str = ""
-    lengths: tuple[int, ...] = field(default=())
+    lengths: tuple[int, ...] = ()
 
 
-_states: WeakKeyDictionary[dist.ProcessGroup, State] = WeakKeyDictionary()
+_states: WeakKeyDictionary[dist.ProcessGroup, GroupState] = WeakKeyDictionary()
 
 
-def state_of(group: dist.ProcessGroup) -> State:
+def state_of(group: dist.ProcessGroup) -> GroupState:
     """The group's state, begun when first asked for."""
     if group not in _states:
-        store = distributed_c10d._world.pg_map[group][1]
-        # A wait holds the connection, which others (NCCL's watchdog) share.
-        with suppress(Exception):
-            store = store.clone()  # type: ignore[attr-defined]  # the stub lacks it
-        _states[group] = State(store)
+        _states[group] = GroupState(torch_private.group_store(group))
     return _states[group]
 
 
@@ -64,7 +61,7 @@ def begin(
     *,
     phase: str,
     check: str,
-    timeout: float,
+    timeout: float | None,
 ) -> tuple[Channel, tuple[int, ...]]:
     """Opens an exchange: compares fingerprints where `check` asks for it.
 
@@ -72,10 +69,10 @@ def begin(
         group: the process group.
         fingerprint: everything that must be the same on every rank, by the name an error will give it.
         length: positions of this rank's shard.
-        row_bytes: bytes of K and V of a position.
+        row_bytes: bytes of K and V per position.
         phase: "forward" or "backward".
         check: as in `RingAttentionConfig`.
-        timeout: seconds.
+        timeout: seconds; None for the group's own.
 
     Returns:
         The channel to exchange through, and every rank's length.
@@ -86,6 +83,8 @@ def begin(
     state = state_of(group)
     state.step += 1
     label = f"{phase}, step {state.step}"
+    if timeout is None:
+        timeout = torch_private.group_timeout(group).total_seconds()
     channel = Channel(group, timeout, label, lambda message: _explain(state, group, message))
     told = {"phase": phase, **fingerprint, "length": length}
     mine = json.dumps(told)
@@ -100,7 +99,7 @@ def begin(
 
 
 def _compare(
-    state: State, group: dist.ProcessGroup, mine: str, size: int, label: str, timeout: float
+    state: GroupState, group: dist.ProcessGroup, mine: str, size: int, label: str, timeout: float
 ) -> tuple[int, ...]:
     state.handshakes += 1
     number, rank, ranks = state.handshakes, group.rank(), range(group.size())
@@ -123,13 +122,14 @@ def _compare(
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise RingError(f"{name} on rank {rank} failed: the group's store is gone ({error})") from error
     lengths = tuple(one.pop("length") for one in all_of_them)
+    # Every rank reads the same fingerprints, so all of them raise the same error, or none does.
     differing = [field for field in _fields(all_of_them) if len({_shown(one, field) for one in all_of_them}) > 1]
     if differing:
         raise RingError(f"{name}: ranks disagree on " + "; on ".join(_who_says_what(all_of_them, f) for f in differing))
     return lengths
 
 
-def _late(state: State, key: str, name: str, missing: list[int], size: int, timeout: float) -> RingError:
+def _late(state: GroupState, key: str, name: str, missing: list[int], size: int, timeout: float) -> RingError:
     """The error for ranks that did not come; left in the store, so that one that comes late reads it too."""
     message = (
         f"{name}: ranks {missing} did not come within {timeout:g} s (dead, late, or making another call); "
@@ -154,7 +154,7 @@ def _who_says_what(fingerprints: list[dict[str, Any]], name: str) -> str:
     return f"{name}: " + ", ".join(f"{value} on ranks {who}" for value, who in ranks.items())
 
 
-def _explain(state: State, group: dist.ProcessGroup, message: str) -> str:
+def _explain(state: GroupState, group: dist.ProcessGroup, message: str) -> str:
     """Which ranks failed at this step as well, and so which did not even come this far."""
     try:
         keys = [f"ring/failed/{state.step}/{r}" for r in range(group.size())]

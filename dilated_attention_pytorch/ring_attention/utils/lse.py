@@ -1,4 +1,4 @@
-"""A running merge of partial attention (SPEC 4), in fp32 whatever the partials are in."""
+"""A running merge of partial attention (docs/spec.md, 4), in fp32 whatever the partials are in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.merge import merge_into, rows_last
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import AttentionOutput
 
 
@@ -30,9 +31,9 @@ class LSEAccumulator:
     """
 
     def __init__(self, first: AttentionOutput, num_kv_heads: int | None = None) -> None:
-        dtype = torch.promote_types(first.out.dtype, torch.float32)
-        self._out = first.out.to(dtype)
-        self._lse = first.lse.to(dtype)
+        dtype = accumulator(first.out.dtype)
+        self._out = first.out.to(dtype)  # (B, N, H, D)
+        self._lse = first.lse.to(dtype)  # (B, H, N)
         heads = first.out.shape[2] if num_kv_heads is None else num_kv_heads
         # (B, N, H_kv, G, D): query heads of one key head side by side, as rows are gathered.
         self._out_rows = self._out.unflatten(2, (heads, -1))
@@ -56,7 +57,7 @@ class LSEAccumulator:
             out: `(B, h, L, G, D)`.
             lse: `(B, h, L, G, 1)`.
         """
-        at = (slice(None), rows, heads[:, None])
+        at = (slice(None), rows, heads[:, None])  # (B, h, L, G, d) of (B, N, H_kv, G, d)
         merged_out, merged_lse = self._out_rows[at], self._lse_rows[at]
         merge_into(merged_out, merged_lse, out, lse.to(merged_lse.dtype))
         self._out_rows[at] = merged_out

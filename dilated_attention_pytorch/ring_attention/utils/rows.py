@@ -40,6 +40,7 @@ class Move(NamedTuple):
         """
         start, stop = bounds[rank], bounds[rank + 1]
         ends = torch.tensor(bounds[1:], device=index.device)
+        # Of each row of the new order: the rank that has it, and the rank that gets it.
         owner = torch.searchsorted(ends, index, right=True)
         place = torch.searchsorted(ends, torch.arange(len(index), device=index.device), right=True)
         # Stable: for each pair of ranks, rows travel in the order of the places they go to.
@@ -50,50 +51,40 @@ class Move(NamedTuple):
         arriving = owner[start:stop].argsort(stable=True)
         return Move(leaving, tuple(sent), tuple(received), arriving, bool(torch.equal(owner, place)))
 
+    def reversed(self) -> Move:
+        """The move that undoes this one."""
+        return Move(self.arriving, self.received, self.sent, self.leaving, self.is_local)
+
 
 def lay_out(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str = "rows") -> Tensor:
     """Rows `(B, n, ...)` in the new order, differentiable: gradients travel back the same way."""
-    return _moved(x, move, open_channel, purpose, False)
+    if move.is_local:
+        return x.index_select(1, move.leaving[move.arriving.argsort()])
+    result: Tensor = _Travel.apply(x, move, open_channel, purpose)  # type: ignore[no-untyped-call]
+    return result
 
 
-def put_back(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str = "rows") -> Tensor:
-    """The inverse of `lay_out`."""
-    return _moved(x, move, open_channel, purpose, True)
-
-
-def _moved(x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str, back: bool) -> Tensor:
-    if not move.is_local:
-        result: Tensor = _Exchange.apply(x, move, open_channel, purpose, back)  # type: ignore[no-untyped-call]
-        return result
-    first, second = (move.arriving, move.leaving) if back else (move.leaving, move.arriving)
-    return x.index_select(1, first[second.argsort()])
-
-
-class _Exchange(torch.autograd.Function):
+class _Travel(torch.autograd.Function):
     """One all-to-all of whole rows; its gradient is the same one backwards."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str, back: bool
-    ) -> Tensor:
-        ctx.settings = move, open_channel, back
-        return _exchange(x, move, open_channel(), purpose, back)
+    def forward(ctx: Any, x: Tensor, move: Move, open_channel: Callable[[], Channel], purpose: str) -> Tensor:
+        ctx.settings = move, open_channel
+        return _exchange(x, move, open_channel(), purpose)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        move, open_channel, back = ctx.settings
-        return _exchange(grads[0], move, open_channel(), "gradients", not back), None, None, None, None
+        move, open_channel = ctx.settings
+        return _exchange(grads[0], move.reversed(), open_channel(), "gradients"), None, None, None
 
 
-def _exchange(x: Tensor, move: Move, channel: Channel, purpose: str, back: bool) -> Tensor:
-    leaving, arriving = (move.arriving, move.leaving) if back else (move.leaving, move.arriving)
-    sent, received = (move.received, move.sent) if back else (move.sent, move.received)
-    rows = x.transpose(0, 1)
-    buffer = buffers.borrow((len(leaving), *rows.shape[1:]), x.dtype, x.device, f"{purpose} sent")
-    torch.index_select(rows, 0, leaving, out=buffer.tensor)
-    pending = channel.exchange(buffer, sent, received, purpose)
+def _exchange(x: Tensor, move: Move, channel: Channel, purpose: str) -> Tensor:
+    rows = x.transpose(0, 1)  # (n, B, ...)
+    buffer = buffers.borrow((len(move.leaving), *rows.shape[1:]), x.dtype, x.device, f"{purpose} sent")
+    torch.index_select(rows, 0, move.leaving, out=buffer.tensor)
+    pending = channel.exchange(buffer, move.sent, move.received, purpose)
     come = pending.wait()
     result = torch.empty_like(come)
-    result[arriving] = come
+    result[move.arriving] = come
     pending.release()
     return result.transpose(0, 1)

@@ -3,7 +3,7 @@
 Who attends to whom is decided by places along the curve. `is_causal` compares original positions all the same, and
 exactly: in one branch, a segment's rows of one offset see each other and nobody else, so they may change places among
 themselves. Sorted by original position, "not later" is the causal order the kernels know. Each branch is one such
-call, on any backend, and the branches merge by log-sum-exp (SPEC 4).
+call, on any backend, and the branches merge by log-sum-exp (docs/spec.md, 4).
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
 
-from dilated_attention_pytorch.core import validation
+from dilated_attention_pytorch.core import torch_private, validation
+from dilated_attention_pytorch.core.members import segment_and_residue
 from dilated_attention_pytorch.core.merge import merge_attention
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.kernels.hilbert import Curve, CurveOrder, curve_order
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
@@ -28,7 +30,7 @@ from dilated_attention_pytorch.ring_attention.plan import equal_bounds
 from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
 from dilated_attention_pytorch.ring_attention.utils import handshake, rows
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
-from dilated_attention_pytorch.types import AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput
 
 CausalAlong = Literal["original", "curve"]
 _SEED_STEP = 0x9E3779B97F4A7C15 - 2**64  # odd, so no two branches of one seed share a dropout mask
@@ -113,6 +115,7 @@ class HilbertMixin(_Ring):
         bounds = equal_bounds(x.shape[dim], self.world_size)
         return x.narrow(dim, bounds[self.rank], bounds[self.rank + 1] - bounds[self.rank])
 
+    @override
     def attend(
         self,
         query: Tensor,
@@ -123,49 +126,38 @@ class HilbertMixin(_Ring):
         key_padding_mask: Tensor | None,
         seed: int | Tensor | None,
     ) -> AttentionOutput:
-        """See `BaseRingAttention`."""
+        # Causality by original position sorts each branch's rows its own way: a call per branch.
         by_branch = is_causal and self.causal_along == "original"
+        plain = functools.partial(super().attend, is_causal=is_causal, seed=seed)
         if not by_branch and self.takes_rows_along == "curve":
-            return super().attend(
-                query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask, seed=seed
-            )  # fmt: skip
+            return plain(query, key, value, key_padding_mask=key_padding_mask)
         self._check(query)
-        query, key, value = in_autocast_dtype(query, key, value)
+        x = QKV(*in_autocast_dtype(query, key, value))
         if not by_branch:
-            return self._attend_moved(None, super().attend, query, key, value, is_causal, key_padding_mask, seed)
+            return self._attend_moved(None, plain, x, key_padding_mask)
         merged: AttentionOutput | None = None
         for i, branch in enumerate(self.branches):
             assert isinstance(branch, RingDilatedAttention)
-            part = self._attend_moved(
-                i, branch.attend, query, key, value, True, key_padding_mask, _branch_seed(seed, i)
-            )  # fmt: skip
-            # Rounded once, at the end.
-            part = AttentionOutput(part.out.to(torch.promote_types(part.out.dtype, torch.float32)), part.lse)
+            attend = functools.partial(branch.attend, is_causal=True, seed=_branch_seed(seed, i))
+            part = self._attend_moved(i, attend, x, key_padding_mask)
+            # Merged in the accumulator's dtype, rounded once, at the end.
+            part = AttentionOutput(part.out.to(accumulator(part.out.dtype)), part.lse)
             merged = part if merged is None else merge_attention(merged, part)
         assert merged is not None
-        return AttentionOutput(merged.out.to(query.dtype), merged.lse)
+        return AttentionOutput(merged.out.to(x.q.dtype), merged.lse)
 
     def _attend_moved(
-        self,
-        branch: int | None,
-        attend: Callable[..., AttentionOutput],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_causal: bool,
-        mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, branch: int | None, attend: Callable[..., AttentionOutput], x: QKV, mask: Tensor | None
     ) -> AttentionOutput:
         """Attention with the rows laid out for a branch (all of them along the curve for None), and put back."""
-        move = self._move(branch, query.device)
-        channel = functools.partial(self._channel, self._length_of_row(query, key))
-        heads = query.shape[2], key.shape[2], value.shape[2]
-        together = rows.lay_out(torch.cat((query, key, value), 2), move, channel)
+        move = self._move(branch, x.q.device)
+        together = rows.lay_out(torch.cat(x, 2), move, self._channel)  # (B, n, H + 2 H_kv, D): one exchange
         if mask is not None:
-            mask = rows.lay_out(mask, move, channel, "mask")
-        out, lse = attend(*together.split(heads, 2), is_causal=is_causal, key_padding_mask=mask, seed=seed)
-        out = rows.put_back(out, move, channel)
-        return AttentionOutput(out, rows.put_back(lse.transpose(1, 2), move, channel).transpose(1, 2))
+            mask = rows.lay_out(mask, move, self._channel, "mask")
+        out, lse = attend(*together.split([y.shape[2] for y in x], 2), key_padding_mask=mask)
+        back = move.reversed()
+        out = rows.lay_out(out, back, self._channel)
+        return AttentionOutput(out, rows.lay_out(lse.transpose(1, 2), back, self._channel).transpose(1, 2))
 
     def _check(self, query: Tensor) -> None:
         """Shards are this order's; all ranks have the same one."""
@@ -179,10 +171,8 @@ class HilbertMixin(_Ring):
         if self._agreed or self.world_size == 1 or self.config.check == "never":
             return
         fingerprint = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
-        handshake.begin(
-            self._group(), fingerprint, length, 0, phase="order", check="always",
-            timeout=self.config.timeout,
-        )  # fmt: skip
+        group = torch_private.process_group(self.group_name)
+        handshake.begin(group, fingerprint, length, 0, phase="order", check="always", timeout=self.config.timeout)
         self._agreed = True
 
     def _move(self, branch: int | None, device: torch.device) -> rows.Move:
@@ -197,21 +187,12 @@ class HilbertMixin(_Ring):
             self._moves[branch, device] = rows.Move.plan(index.to(device), bounds, self.rank)
         return self._moves[branch, device]
 
-    def _group(self) -> ProcessGroup:
-        name: Any = self.group_name  # newer stubs have a type of its own for it
-        return _resolve_process_group(name)
+    def _channel(self) -> Channel:
+        group, timeout = torch_private.process_group(self.group_name), self.config.timeout
+        return handshake.begin(group, {}, 0, 0, phase="layout", check="never", timeout=timeout)[0]
 
-    def _channel(self, row_bytes: int) -> Channel:
-        return handshake.begin(
-            self._group(), {}, 0, row_bytes, phase="layout", check="never", timeout=self.config.timeout
-        )[0]
-
-    @staticmethod
-    def _length_of_row(query: Tensor, key: Tensor) -> int:
-        return query.shape[0] * (query.shape[2] + 2 * key.shape[2]) * query.shape[3] * query.element_size()
-
+    @override
     def extra_repr(self) -> str:
-        """What `print` shows."""
         return f"{super().extra_repr()}, curve={self.curve!r}, causal_along={self.causal_along!r}"
 
 
@@ -273,7 +254,8 @@ def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
         sorts those by original position.
     """
     place = torch.arange(len(order.order), device=order.order.device)
-    kind = place // length * rate + place % length % rate
+    kind = segment_and_residue(place, length, rate)  # rows of one kind see one another, and nobody else
+    # Both sides list kind after kind: the places of a kind in order, and its rows by original position.
     layout = torch.empty_like(place)
     layout[kind.argsort(stable=True)] = order.inverse[kind[order.inverse].argsort(stable=True)]
     return layout
