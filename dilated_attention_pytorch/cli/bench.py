@@ -33,7 +33,7 @@ def bench(
     causal: options.Causal = True,
     dtype: options.Dtype = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs; the median is shown.")] = 3,
     backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward.")] = False,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Time dense attention too.")] = True,
     as_json: options.AsJson = False,

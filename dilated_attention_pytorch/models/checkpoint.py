@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dilated_attention_pytorch.core.files import replace_file
+from dilated_attention_pytorch.core.validation import check_factory, quoted
 from dilated_attention_pytorch.models.base import Model, has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT
@@ -84,8 +85,10 @@ def load_pretrained(
         ImportError: safetensors is not installed.
     """
     architecture, values = read_config(Path(folder))
-    if architecture not in _ARCHITECTURES:
-        raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {architecture!r}")
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        got = quoted(architecture)
+        raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {got}")
+    check_factory(device, dtype)
     # Built without memory: the file's tensors become the parameters.
     kind = _ARCHITECTURES[architecture]
     model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")

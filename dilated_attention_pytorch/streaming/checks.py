@@ -35,7 +35,8 @@ def refuse(**options: Any) -> None:
         is_plain = isinstance(value, (int, float, str)) and value == default
         if value is not default and not is_plain:
             raise NotImplementedError(
-                f"streaming has no {name}={check.quoted(value)}: dilated_attention computes it, on sequences that fit the device"
+                f"streaming has no {name}={check.quoted(value)}: dilated_attention computes it, on sequences that fit "
+                "the device"
             )
 
 

@@ -257,7 +257,7 @@ class TestHilbertsfc:
         (lambda: hilbert_order(torch.zeros(3, 2, dtype=torch.bool)), TypeError, "expected coords of integers"),
         (lambda: hilbert_order(torch.tensor([[0.0, torch.nan]])), ValueError, "expected finite coords"),
         (lambda: hilbert_order(torch.tensor([[0, 0], [1, 1], [2, 1 << 40]])), ValueError, "at most"),
-        (lambda: hilbert_encode(torch.tensor([[0, 4]]), 2), ValueError, r"expected coords in \[0, 2 \*\* 2\), got 0 to 4"),
+        (lambda: hilbert_encode(torch.tensor([[0, 4]]), 2), ValueError, r"expected coords in \[0, 2 \*\* 2\), got"),
         (lambda: hilbert_encode(torch.tensor([[0, -1]]), 2), ValueError, "got -1 to 0"),
         (lambda: hilbert_encode(torch.tensor([[0.0, 1.0]]), 2), TypeError, "expected coords to be of integers"),
         (lambda: hilbert_encode(torch.zeros(5, dtype=torch.int64), 2), ValueError, "expected coords of shape"),
