@@ -157,7 +157,8 @@ def dilated_attention_with_lse(
         return again(QKV(q, k, v))
 
     x = check.check_qkv(QKV(*in_autocast_dtype(q, k, v)), packed=cu_seqlens is not None)
-    check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
+    if not type(x.q) is type(x.k) is type(x.v) is Tensor:
+        check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
     backend = check.check_choice("backend", backend, BackendName)
     # Any sequence will do: the pattern checks it and makes it a tuple.
     pattern = DilatedPattern(segment_lengths, dilation_rates, x.k.shape[-2], offsets)  # type: ignore[arg-type]
@@ -188,7 +189,8 @@ def dilated_attention_with_lse(
         found = _reference(x, problem, masks)
     else:
         ops.refuse_tangents(x)
-        check.check_savable(x._asdict())
+        if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+            check.check_savable(x._asdict())
         found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
         fast_path.remember(kind, x, problem, backend)
     return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])

@@ -217,6 +217,10 @@ def check_readable(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"expected {name} on q's device {device} or on the CPU, got {x.device}")
 
 
+def _is_usual(x: Tensor) -> bool:
+    return type(x) is Tensor and not x.is_inference()
+
+
 def check_all_or_none_fake(first: Tensor, others: Mapping[str, object]) -> None:
     """Fake tensors, which have no values, come only with others of their kind."""
     if torch.compiler.is_compiling():
@@ -244,8 +248,12 @@ def check_multiplicand(name: str, x: Any, *modules: nn.Module) -> None:
     Modules of other classes, or with hooks, may bring the tensor there themselves: adapters, FSDP, offloading.
     """
     check_dense(name, x)
+    if torch.compiler.is_compiling():
+        return
+    weight = modules[0]._parameters.get("weight")
+    if weight is None or (x.dtype == weight.dtype and x.device == weight.device and _is_usual(x)):
+        return  # the common case, once per layer: it costs a microsecond
     if _are_plain(modules):
-        weight: Tensor = modules[0].weight  # type: ignore[assignment]
         check_beside(name, x, weight)
         if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"expected {name} of the parameters' dtype {weight.dtype}, got {x.dtype}")

@@ -17,7 +17,7 @@ from fuzz.table import Target
 
 REPEAT = "PYTHONPATH=tests:tests/helpers python -m fuzz --target {} --seed {} --calls {}"
 
-_SECONDS = 20  # a call of a few numbers that takes longer hangs
+_SECONDS = 60  # a call of a few numbers that takes longer hangs
 
 
 @contextlib.contextmanager
