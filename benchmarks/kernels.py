@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -29,9 +30,11 @@ from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
-from dilated_attention_pytorch.kernels.triton import backend, launch_aligned
+from dilated_attention_pytorch.kernels.triton import backend, launch_aligned, launch_branches
 from dilated_attention_pytorch.kernels.triton.configs import Config
-from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
+from dilated_attention_pytorch.kernels.triton.replay import Tape
+from dilated_attention_pytorch.kernels.triton.work import Work
+from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
 
 WORKERS = 15
 DEVICE = "cuda"
@@ -211,7 +214,6 @@ def variants():
 
 def short(config):
     name = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
-    name += f" r{config.max_registers}" if config.max_registers else ""
     return name + (" early" if config.early else "") + ("" if config.descriptors else " ptr")
 
 
@@ -225,67 +227,52 @@ class Data:
         heads = 768 // d
         pattern, offsets = (SLIDE, "blocked") if d == 48 else (PAPER, "modulo")
         make = torch.randn if device == DEVICE else torch.empty
-        self.q, self.k, self.v, self.grad = (
-            make(1, n, heads, d, device=device, dtype=torch.bfloat16) for _ in range(4)
-        )
+        *x, grad_out = (make(1, n, heads, d, device=device, dtype=torch.bfloat16) for _ in range(4))
+        self.x, self.grad = QKV(*x), OutputGradient(grad_out, None)
         self.problem = problem(pattern, heads, d, n, causal, offsets=offsets)
-        self.layout = backend.Layout(None, None, None, None)
+        self.work = Work(self.x, self.problem, NO_MASKS)
         if device == DEVICE:
-            self.out, self.lse = (x.detach() for x in sdpa.forward(QKV(self.q, self.k, self.v), self.problem))
-            self.out = self.out.to(torch.bfloat16)
+            out, lse = (x.detach() for x in sdpa.forward(self.x, self.problem))
         else:
-            self.out, self.lse = torch.empty_like(self.q), torch.empty(1, heads, n)
+            out, lse = torch.empty_like(self.x.q), torch.empty(1, heads, n)
+        self.saved = AttentionOutput(out.to(torch.bfloat16), lse)
+
+    @functools.cached_property
+    def aligned_terms(self):
+        """What the one-launch dK/dV pass reads, as the dQ pass leaves it."""
+        terms = launch_aligned.terms_buffer(self.work, Tape(), 128)
+        if terms.is_cuda:
+            launch_aligned.backward_dq(self.work, self.grad, self.saved, terms, Tape(), Config(128, 64, 4, 2))
+        return terms
+
+    @functools.cached_property
+    def query_terms(self):
+        delta = launch_branches.compute_delta(self.work, self.grad, self.saved, Tape())
+        return launch_branches.QueryTerms(self.grad.out, self.saved.lse, delta)
 
 
 def run_variant(data, kind, config):
     """Runs one variant; returns what it computes."""
-    q, k, v, p = data.q, data.k, data.v, data.problem
-    order = p.branch_order
-    if kind.startswith("aligned"):
-        plan = launch_aligned.alignment(p, q.shape[1], q.shape[1])
+    work, tape = data.work, Tape()
     if kind == "aligned_forward":
-        return launch_aligned.forward(q, k, v, p, plan, config, descriptors=config.descriptors)
+        return launch_aligned.forward(work, tape, config)
     if kind == "forward":
-        out, lse = torch.empty_like(q), q.new_empty(1, q.shape[2], q.shape[1], dtype=torch.float32)
-        for rank, branch in enumerate(order):
-            backend.forward_branch(q, k, v, out, lse, p, data.layout, branch, config, first=rank == 0)
-        return out, lse
+        return launch_branches.forward(work, tape, config)
     if kind == "aligned_dq":
-        terms = launch_aligned.terms_buffer(q, plan, 128)
-        return (
-            launch_aligned.backward_dq(
-                data.grad, None, q, k, v, data.out, data.lse, terms, p, plan, config, descriptors=config.descriptors
-            ),
-        )
+        terms = launch_aligned.terms_buffer(work, tape, 128)
+        return (launch_aligned.backward_dq(work, data.grad, data.saved, terms, tape, config),)
     if kind == "aligned_dkv":
-        if not hasattr(data, "terms"):
-            data.terms = launch_aligned.terms_buffer(q, plan, 128)
-            launch_aligned.backward_dq(
-                data.grad, None, q, k, v, data.out, data.lse, data.terms, p, plan, Config(128, 64, 4, 2)
-            ) if q.is_cuda else None
-        return launch_aligned.backward_dkv(
-            data.grad, q, k, v, data.terms, p, plan, config, descriptors=config.descriptors
-        )
-    if not hasattr(data, "delta"):
-        data.delta = backend.compute_delta(data.out, data.grad, None)
-    shares = (data.grad, q, k, v, data.lse, data.delta)
+        return launch_aligned.backward_dkv(work, data.grad, data.aligned_terms, tape, config)
     if kind == "dq":
-        dq = torch.empty_like(q)
-        for rank, branch in enumerate(order):
-            backend.backward_branch_dq(*shares, dq, p, data.layout, branch, config, first=rank == 0)
-        return (dq,)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for rank, branch in enumerate(order):
-        backend.backward_branch_dkv(*shares, dk, dv, p, data.layout, branch, config, first=rank == 0)
-    return dk, dv
+        return (launch_branches.backward_dq(work, data.query_terms, tape, config),)
+    return launch_branches.backward_dkv(work, data.query_terms, tape, config)
 
 
 def expected(data, kind):
     if kind.endswith("forward"):
-        return data.out, data.lse
+        return data.saved
     if not hasattr(data, "grads"):
-        x, saved = QKV(data.q, data.k, data.v), AttentionOutput(data.out, data.lse)
-        data.grads = sdpa.backward(OutputGradient(data.grad, None), x, saved, data.problem)
+        data.grads = sdpa.backward(data.grad, data.x, data.saved, data.problem)
     return data.grads[:1] if kind.endswith("dq") else data.grads[1:]
 
 
@@ -464,20 +451,18 @@ def main():
             break
         torch.cuda.empty_cache()
         p = problem(pattern, heads, d, n, offsets=offsets)
-        q, k, v, grad = (torch.randn(1, n, heads, d, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
-        results = []
+        *x, grad_out = (torch.randn(1, n, heads, d, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+        x, grad, results = QKV(*x), OutputGradient(grad_out, None), []
         for module in (backend, sdpa):
-            out, lse = module.forward(QKV(q, k, v), p)
-            saved = AttentionOutput(out.to(q.dtype), lse)
-            results.append((out, lse, *module.backward(OutputGradient(grad, None), QKV(q, k, v), saved, p)))
+            out, lse = module.forward(x, p)
+            saved = AttentionOutput(out.to(torch.bfloat16), lse)
+            results.append((*saved, *module.backward(grad, x, saved, p)))
         errors = row_errors(*results)
         repeats = 3
-        forwards = [milliseconds(lambda b=b: b.forward(q, k, v, p), repeats) for b in (launch, sdpa)]
-        out, lse = results[0][:2]
+        forwards = [milliseconds(lambda b=b: b.forward(x, p), repeats) for b in (backend, sdpa)]
+        saved = AttentionOutput(*results[0][:2])
         del results
-        backwards = [
-            milliseconds(lambda b=b: b.backward(grad, None, q, k, v, out, lse, p), repeats) for b in (launch, sdpa)
-        ]
+        backwards = [milliseconds(lambda b=b: b.backward(grad, x, saved, p), repeats) for b in (backend, sdpa)]
         rate = 4 * d * p.pattern.pairs(n) / forwards[0] / 1e9
         numbers[f"{name} {n}"] = {"forward": forwards, "backward": backwards, "errors": errors}
         both = [f + b for f, b in zip(forwards, backwards, strict=True)]

@@ -50,7 +50,7 @@ def timings(files: list[Path]) -> dict[tuple[str, int, bool], dict[tuple, float]
         scale = statistics.median(both) if both else 1.0
         for label, ms in run.items():
             match = LABEL.match(label)
-            if match is None:  # without the copy engine, or with a cap on registers: for comparison only
+            if match is None:  # without the copy engine: for comparison only
                 continue
             kernel, width, mode, *shape, early = match.groups()
             config = (*map(int, shape), *(("early",) if early else ()))
@@ -89,8 +89,8 @@ def main() -> None:
                 if chosen and not kernel.startswith("aligned"):
                     chosen = chosen[:1]
                 if chosen:
-                    row = ", ".join(str(c).replace("'", '"') for c in chosen)
-                    text += f'    ("{options.architecture}", "{kernel}", {width}, {causal}): ({row},),\n'
+                    row = str(tuple(chosen)).replace("'", '"')
+                    text += f'    ("{options.architecture}", "{kernel}", {width}, {causal}): {row},\n'
     text += "}\n"
     TABLE.write_text(text) if options.write else print(text)
 

@@ -96,6 +96,7 @@ class BaseRingAttention(nn.Module, ABC):
         seed: int | Tensor | None = None,
     ) -> AttentionOutput:
         """`forward` together with the log-sum-exp `(B, H, n)`; both are differentiable."""
+        # What a rank can check alone; the ranks compare the rest in a handshake.
         validation.check_qkv(QKV(query, key, value))
         if query.shape[1] != key.shape[1]:
             raise ValueError(

@@ -12,8 +12,10 @@ from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.ring_attention.plan import RingPlan
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
 
-_DENSE_ENOUGH = 0.8  # of all remote rows: from there on, fetching everything spares the packing
-_TOO_MUCH = 4.0  # times the longest shard: from there on, rows come one peer at a time
+# Of all remote rows: from there on, fetching everything spares the packing.
+_DENSE_ENOUGH = 0.8
+# Times the longest shard: from there on, rows come one peer at a time.
+_TOO_MUCH = 4.0
 
 
 class Hop(NamedTuple):
@@ -21,8 +23,9 @@ class Hop(NamedTuple):
 
     owners: tuple[int, ...]
     receivers: tuple[int, ...]
-    received: list[int]  # units from each rank of the group, 0 from all but the owners
-    sent: list[int]  # units to each rank
+    # Units from and to each rank of the group: 0 but from owners and to receivers.
+    received: list[int]
+    sent: list[int]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def choose_mode(plan: RingPlan) -> str:
     Nearly all rows needed: gather them, without packing. Several shards' worth of rows to hold: one peer after
     another. Else one exchange.
     """
-    dense = plan.pattern.num_heads * (plan.seq_len - min(plan.lengths))  # units of everybody else, at most
+    # Units of everybody else, at most.
+    dense = plan.pattern.num_heads * (plan.seq_len - min(plan.lengths))
     if plan.anything_moves and plan.largest_arrival > _DENSE_ENOUGH * dense:
         return "gather"
     if plan.largest_arrival > _TOO_MUCH * plan.pattern.num_heads * max(plan.lengths):

@@ -70,6 +70,7 @@ class RingAttentionConfig:
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
+        # The pattern checks the lists; 1 stands for the number of heads, which comes with a call.
         pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)

@@ -127,7 +127,9 @@ class RingDistributedDilatedAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if rotation is not None:
             q, k = rotate(q, rotation.q_cos, rotation.q_sin), rotate(k, rotation.k_cos, rotation.k_sin)
-        out = self.attention(q, k, v, is_causal, key_padding_mask, seed=seed).flatten(-2)  # (B, n, embed_dim)
+        # (B, n, embed_dim)
+        out = self.attention(q, k, v, is_causal, key_padding_mask, seed=seed).flatten(-2)
+        # Each position alone from here on: nothing travels.
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
         projected: Tensor = self.out_proj(out)

@@ -75,7 +75,8 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
         grads, more = remote.differentiate(call, hop.owners, grad, x.q, units, seen, bits_of_all)
         of_queries += more
         homeward.append((hop, _send_home(call, grads, hop)))
-        if len(homeward) > 1:  # bounds the memory of a ring: one hop's gradients fly at a time
+        # Bounds the memory of a ring: one hop's gradients fly at a time.
+        if len(homeward) > 1:
             assert total is not None
             _add_home(call, total, *homeward.pop(0))
     if total is None:
@@ -123,7 +124,8 @@ def _fetch(call: RingCall, x: QKV, hop: Hop) -> Pending:
     """Starts to send what the receivers need and to receive what the owners hold."""
     index = call.plan.leaving_index
     rows, heads = (torch.cat([index[p][i] for p in hop.receivers]) for i in (0, 1))
-    packed = remote.pack(x.k, x.v, (rows, heads))  # (U, B, 2, D)
+    # (U, B, 2, D)
+    packed = remote.pack(x.k, x.v, (rows, heads))
     return call.channel.exchange(packed, hop.sent, hop.received, "rows", call.keeps_rows())
 
 
@@ -154,7 +156,8 @@ def _accumulate(call: RingCall, part: AttentionOutput, *, receives: bool) -> LSE
     num_kv_heads, (out, lse) = call.plan.pattern.num_heads, part
     merged = LSEAccumulator(part, num_kv_heads)
     if call.zero_keys:
-        counts = call.plan.num_zero_keys.repeat_interleave(out.shape[2] // num_kv_heads, 0)  # (H, n)
+        # (H, n)
+        counts = call.plan.num_zero_keys.repeat_interleave(out.shape[2] // num_kv_heads, 0)
         # Values of 0 and logits of 0: m of them are a partial with out 0 and lse log(m).
         log_counts = counts.to(accumulator(lse.dtype)).log()
         merged.add(AttentionOutput(out.new_zeros(()).expand_as(out), log_counts.expand_as(lse)))

@@ -97,6 +97,7 @@ def balanced_bounds(
     ends = [*range(0, seq_len, multiple), seq_len]
     before = [pattern.pairs(seq_len, is_causal=is_causal, q_range=(0, end)) for end in ends]
 
+    # Prefix sums: the pairs of a shard are a difference.
     def work(i: int, j: int) -> float:
         return (before[j] - before[i]) * (1.0 if pattern.repeats_from(ends[i], ends[j]) else 1.5)
 

@@ -35,7 +35,8 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     problem = call.problem.at(call.problem.q_start, 0, plan.seq_len)
     dq, dk, dv = call.backend.backward(grad, whole, saved, problem, whole_masks(call, masks, start_masks(call, masks)))
     exact = accumulator(x.k.dtype)
-    shares = torch.stack((dk, dv), 2).transpose(0, 1).to(exact)  # (N, B, 2, H_kv, D)
+    # (N, B, 2, H_kv, D)
+    shares = torch.stack((dk, dv), 2).transpose(0, 1).to(exact)
     start, stop = plan.shard
     # A rank's own share stays at home, unrounded; the others' go to their owners.
     own = shares[start:stop]
@@ -46,7 +47,8 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     homecoming = call.channel.exchange(away, sent, received, "gradients")
     parts = list(homecoming.wait().to(exact).split([n for p, n in enumerate(received) if p != plan.rank]))
     parts.insert(plan.rank, own)
-    total = parts[0].clone()  # in rank order, so that the sum does not depend on who was first
+    # In rank order, so that the sum does not depend on who was first.
+    total = parts[0].clone()
     for part in parts[1:]:
         total += part
     homecoming.release()
@@ -81,5 +83,6 @@ def _gather(call: RingCall, x: QKV, *, keep: bool) -> Pending:
 
 def _whole(call: RingCall, x: QKV, shards: Tensor) -> QKV:
     """This rank's queries with K and V of the whole sequence."""
+    # (2, B, N, H_kv, D)
     rows = torch.cat([shard[:, :, :n] for shard, n in zip(shards, call.plan.lengths, strict=True)], 2)
     return QKV(x.q, rows[0], rows[1])

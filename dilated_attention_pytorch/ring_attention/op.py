@@ -57,8 +57,10 @@ WIRE_SCHEMA = (
     "str group_name, str mode, str gradient_dtype, bool keep_rows, bool requires_grad, bool same_seed, str check, "
     "float? timeout, str backend"
 )
-_MASKS = "Tensor? key_padding, Tensor? seed"  # of this rank's shard
-_KEPT = "Tensor kept, Tensor lengths, Tensor used_seed"  # what arrived (flat), the shards' lengths (CPU), the seed
+# Of this rank's shard.
+_MASKS = "Tensor? key_padding, Tensor? seed"
+# What arrived (flat), the shards' lengths (CPU), the seed.
+_KEPT = "Tensor kept, Tensor lengths, Tensor used_seed"
 _SETTINGS = f"{SCHEMA}, {WIRE_SCHEMA}"
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -93,7 +95,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     given = _Arguments.of(arguments)
     x, masks, problem, wire = given
     channel, lengths = _open("forward", given)
-    if masks.seed is not None:  # cloned, since an op may not return its argument
+    # Cloned, since an op may not return its argument.
+    if masks.seed is not None:
         seed = masks.seed.clone() if wire.same_seed else channel.broadcast(masks.seed, "seed").wait()
         masks = masks._replace(seed=seed)
     (out, lse), kept = exchange.forward(_call(channel, lengths, x, problem, wire), x, masks)
@@ -137,7 +140,8 @@ class _Ring(torch.autograd.Function):
         ctx.save_for_backward(*output, *arguments[:5])
         ctx.settings = arguments[5:]
         ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # an unused lse costs nothing
+        # An unused lse costs nothing.
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod

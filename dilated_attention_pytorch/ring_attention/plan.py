@@ -128,7 +128,8 @@ class RingPlan:
     @cached_property
     def leaving_index(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Row of the shard and head of each unit that goes to each peer, on the device."""
-        found = {peer: units.index() for peer, units in self.leaving.items()}  # int64 (U,) both
+        # (U,) and (U,)
+        found = {peer: units.index() for peer, units in self.leaving.items()}
         return {p: ((at - self.shard[0]).to(self.device), heads.to(self.device)) for p, (at, heads) in found.items()}
 
     @cached_property
@@ -164,7 +165,8 @@ class RingPlan:
     @cached_property
     def largest_arrival(self) -> int:
         """Units that come to the rank to which most come: the same answer on every rank."""
-        totals = [0] * self.world_size  # units by receiver
+        # Units by receiver.
+        totals = [0] * self.world_size
         for receiver, owner in itertools.permutations(range(self.world_size), 2):
             totals[receiver] += travelling(self.pattern, self.bounds, receiver, owner, self.is_causal).count
         return max(totals)
@@ -206,7 +208,8 @@ class RingPlan:
                             alike.setdefault(kind, []).append((head, queries, keys))
             for same in alike.values():
                 numbers, rows, units = zip(*same, strict=True)
-                index = torch.tensor(numbers), torch.stack(rows), torch.stack(units)  # (h,), (h, Lq), (h, Lk)
+                # (h,), (h, Lq), (h, Lk)
+                index = torch.tensor(numbers), torch.stack(rows), torch.stack(units)
                 yield Rectangle(branch, *(x.to(self.device) for x in index))
 
     def _find_keys(self, keys: tuple[range, ...], head: int, firsts: dict[int, int]) -> Tensor:
@@ -223,7 +226,8 @@ class RingPlan:
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
-@lru_cache(maxsize=8)  # each holds index tensors on the device
+# Each holds index tensors on the device.
+@lru_cache(maxsize=8)
 def plan_for(
     pattern: DilatedPattern, bounds: tuple[int, ...], rank: int, is_causal: bool, device: torch.device
 ) -> RingPlan:
@@ -242,7 +246,8 @@ def travelling(pattern: DilatedPattern, bounds: tuple[int, ...], receiver: int, 
         parts = (_clip(part, start, stop) for meeting in meetings for part in meeting.keys)
         return [part for part in parts if len(part)]
 
-    @cache  # heads that keep the same share a tensor
+    # Heads that keep the same share a tensor.
+    @cache
     def union(kept: tuple[tuple[int, int], ...]) -> Tensor:
         marks = torch.zeros(stop - start, dtype=torch.bool)
         for part in itertools.chain.from_iterable(needed(*key) for key in kept):
@@ -262,12 +267,14 @@ def _meetings(
     """Where a rank's queries meet remote keys: only a segment that an end of the shard cuts has any, so two at most."""
     (length, rate), shard = pattern.branches[branch], (bounds[rank], bounds[rank + 1])
     found: dict[int, tuple[range, list[range]]] = {}
-    for keys in ((0, shard[0]), (shard[1], bounds[-1])):  # before the shard, after it
+    # Before the shard, after it.
+    for keys in ((0, shard[0]), (shard[1], bounds[-1])):
         if is_causal and keys[0] >= shard[1]:
             continue
+        # Slots of the segments that hold both queries of the shard and keys outside it.
         for span in pattern.spans(branch, offset, shard, keys):
             assert span.num_segments == 1
-            # Slots of the span, counted from the segment's start, as positions.
+            # Slots of the span, counted from the segment's first member, as positions.
             base = span.first_segment * length + offset
             queries = range(base + span.q_lo * rate, base + span.q_hi * rate, rate)
             parts = found.setdefault(span.first_segment, (queries, []))[1]
@@ -303,6 +310,7 @@ def closed_form_units(pattern: DilatedPattern, seq_len: int, world_size: int) ->
     branches = sorted({(min(w, seq_len), r) for w, r in pattern.branches if min(w, seq_len) > shard})
     local = [w for w, _ in pattern.branches if min(w, seq_len) <= shard]
     lengths, rates = [shard, *(w for w, _ in branches)], [r for _, r in branches]
+    # Then each segment adds to the one before it what lies between them, at its own rate.
     nested = (
         rest == 0
         and shard > 0

@@ -72,7 +72,8 @@ class RingDilatedAttention(BaseRingAttention):
         seed: int | Tensor | None,
     ) -> AttentionOutput:
         config, dropout_p = self.config, self.dropout_p()
-        if self.world_size == 1:  # nothing to exchange: what one device computes
+        # Nothing to exchange: what one device computes.
+        if self.world_size == 1:
             return dilated_attention_with_lse(
                 query,
                 key,
@@ -128,6 +129,7 @@ def group_of(group: ProcessGroup | DeviceMesh | None, mesh_dim: str | None) -> P
         return group.get_group(mesh_dim)
     if mesh_dim is not None:
         raise ValueError(f"expected a DeviceMesh with mesh_dim={mesh_dim!r}, got {type(group).__name__}")
+    # None is no group at all: the world is rarely the group that shares a sequence.
     if group is not None and not isinstance(group, ProcessGroup):
         raise TypeError(
             f"expected process_group to be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"

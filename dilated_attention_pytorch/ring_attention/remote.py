@@ -62,9 +62,11 @@ def attend(
     """Merges attention of q `(B, n, H, D)` over the units of some peers; masks are of the whole sequence."""
     group = q.shape[2] // call.plan.pattern.num_heads
     for rectangle in call.plan.rectangles(owners):
+        # (B, h, Lq * G, D) over (B, h, Lk, D)
         rows = QKV(_queries(call, q, rectangle), *_keys(units, rectangle))
         out, lse = _forward(call, rows, _softmax(call, owners, rectangle, q, masks))
-        shape = (rectangle.queries.shape[1], group)  # (Lq, G)
+        # (Lq, G)
+        shape = (rectangle.queries.shape[1], group)
         merged.add_rows(rectangle.queries, rectangle.heads, out.unflatten(2, shape), lse.unflatten(2, shape))
 
 
@@ -88,14 +90,16 @@ def differentiate(
         dq, dk, dv = _backward(call, more, rows, known, _softmax(call, owners, rectangle, q, masks))
         of_queries.append(QueryGradient(rectangle, dq.unflatten(2, (rectangle.queries.shape[1], -1))))
         # No unit is in a rectangle twice, so the sums have one order, whichever way they are added.
-        of_keys = torch.stack((dk, dv), -2).to(buffer.tensor.dtype)  # (B, h, Lk, 2, D)
+        # (B, h, Lk, 2, D)
+        of_keys = torch.stack((dk, dv), -2).to(buffer.tensor.dtype)
         buffer.tensor.index_add_(0, rectangle.keys.flatten(), of_keys.flatten(1, 2).transpose(0, 1))
     return buffer, of_queries
 
 
 def add_queries(dq: Tensor, num_kv_heads: int, parts: list[QueryGradient]) -> None:
     """Adds what rectangles contribute to dq `(B, n, H, D)`; no query is in a rectangle twice."""
-    rows = dq.unflatten(2, (num_kv_heads, -1))  # (B, n, H_kv, G, D)
+    # (B, n, H_kv, G, D)
+    rows = dq.unflatten(2, (num_kv_heads, -1))
     for rectangle, grads in parts:
         at = (slice(None), rectangle.queries, rectangle.heads[:, None])
         rows[at] = rows[at] + grads.to(dq.dtype)
@@ -127,14 +131,16 @@ def _backward(call: RingCall, grad: OutputGradient, rows: QKV, saved: AttentionO
 
 def _queries(call: RingCall, x: Tensor, rectangle: Rectangle) -> Tensor:
     """Rows of x `(B, n, H, d)` as `(B, h, Lq * G, d)`: query heads of one key head share its keys."""
-    x = x.unflatten(2, (call.plan.pattern.num_heads, -1))  # (B, n, H_kv, G, d)
+    # (B, n, H_kv, G, d)
+    x = x.unflatten(2, (call.plan.pattern.num_heads, -1))
     return x[:, rectangle.queries, rectangle.heads[:, None]].flatten(2, 3)
 
 
 def _keys(units: Tensor, rectangle: Rectangle) -> tuple[Tensor, Tensor]:
     """K and V of the rectangle, `(B, h, Lk, D)` each: views of one gathered tensor."""
     rows = units.index_select(0, rectangle.keys.flatten()).unflatten(0, rectangle.keys.shape)
-    rows = rows.permute(3, 2, 0, 1, 4)  # (2, B, h, Lk, D)
+    # (2, B, h, Lk, D)
+    rows = rows.permute(3, 2, 0, 1, 4)
     return rows[0], rows[1]
 
 
@@ -143,16 +149,20 @@ def _softmax(call: RingCall, owners: tuple[int, ...], rectangle: Rectangle, q: T
     if masks.key_padding is None and masks.seed is None:
         return Softmax(call.problem.scale)
     plan, bias, drop = call.plan, None, None
-    positions = torch.cat([plan.arriving_positions[o] for o in owners])[rectangle.keys]  # (h, Lk)
+    # (h, Lk)
+    positions = torch.cat([plan.arriving_positions[o] for o in owners])[rectangle.keys]
     if masks.key_padding is not None:
-        hidden = ~masks.key_padding[:, positions].unsqueeze(-1)  # (B, h, Lk, 1)
+        # (B, h, Lk, 1)
+        hidden = ~masks.key_padding[:, positions].unsqueeze(-1)
         bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
     if masks.seed is not None:
         batch, _, num_heads, _ = q.shape
         group = num_heads // plan.pattern.num_heads
         sequence = torch.arange(batch, device=q.device)[:, None, None, None]
-        head = (rectangle.heads[:, None] * group + torch.arange(group, device=q.device))[:, None]  # (h, 1, G)
-        position = (rectangle.queries + plan.shard[0])[:, :, None]  # (h, Lq, 1)
+        # (h, 1, G)
+        head = (rectangle.heads[:, None] * group + torch.arange(group, device=q.device))[:, None]
+        # (h, Lq, 1)
+        position = (rectangle.queries + plan.shard[0])[:, :, None]
         state = dropout.row_state(masks.seed.to(q.device), sequence, head, position).flatten(2, 3).unsqueeze(-1)
         keys = positions[None, :, :, None].expand(batch, -1, -1, -1)
         drop = torch_calls.Dropout(dropout.absorb(state, rectangle.branch), keys, call.problem.dropout_p)

@@ -28,7 +28,7 @@ EVERY = [(d, 768 // d, dtype) for dtype in (HALF, SINGLE) for d in (64, 128, 256
 
 
 def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict]:
-    """Prints one line of JSON for each kernel of the tables."""
+    """Prints one line of JSON per kernel of the tables."""
     import re
     import tempfile
     from pathlib import Path
@@ -40,7 +40,10 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
 
     from dilated_attention_pytorch.core.pattern import DilatedPattern
     from dilated_attention_pytorch.core.problem import Problem
-    from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned
+    from dilated_attention_pytorch.kernels.triton import configs, launch_aligned, launch_branches
+    from dilated_attention_pytorch.kernels.triton.replay import Tape
+    from dilated_attention_pytorch.kernels.triton.work import Work
+    from dilated_attention_pytorch.types import NO_MASKS, QKV, OutputGradient
 
     class NoGPU:
         def get_current_target(self):
@@ -87,7 +90,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
     for width, heads, dtype in cases:
         q = torch.empty(1, n, heads, width, dtype=getattr(torch, dtype))
         lse = torch.empty(1, heads, n)
-        layout = backend.Layout(None, None, None, None)
+        terms = launch_branches.QueryTerms(q, lse, lse)
 
         for is_causal in (False, True):
 
@@ -97,17 +100,17 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             problem = Problem(
                 DilatedPattern(lengths, rates, heads), is_causal, width**-0.5, 0.0, 0, 0, n, "exact", "none"
             )
-            backend.forward_branch(q, q, q, q, lse, problem, layout, 1, config("forward"), first=False)
-            backend.backward_branch_dq(q, q, q, q, lse, lse, q, problem, layout, 1, config("dq"), first=False)
-            backend.backward_branch_dkv(q, q, q, q, lse, lse, q, q, problem, layout, 1, config("dkv"), first=False)
+            work, tape = Work(QKV(q, q, q), problem, NO_MASKS), Tape()
+            # A branch that adds to what is there.
+            launch_branches.forward(work, tape, config("forward"), branches=(1,))
+            launch_branches.backward_dq(work, terms, tape, config("dq"), branches=(1,))
+            launch_branches.backward_dkv(work, terms, tape, config("dkv"), branches=(1,))
             if not configs.candidates("aligned_forward", q, is_causal):
                 continue
-            plan = launch_aligned.alignment(problem, n, n, causal=True)
-            launch_aligned.forward(q, q, q, problem, plan, config("aligned_forward"))
+            saved = launch_aligned.forward(work, tape, config("aligned_forward"))
             if not is_causal:
-                launch_aligned.backward(
-                    q, None, q, q, q, q, lse, problem, plan, config("aligned_dq"), config("aligned_dkv")
-                )
+                grad, both = OutputGradient(q, None), (config("aligned_dq"), config("aligned_dkv"))
+                launch_aligned.backward(work, grad, saved, tape, *both)
     return reports
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import traceback
 
 import pytest
 import torch
@@ -17,12 +18,16 @@ triton = pytest.importorskip("triton")
 if type(triton.language.cdiv).__name__ != "InterpretedFunction":
     pytest.skip("Triton was imported before its interpreter was switched on", allow_module_level=True)
 
+import dilated_attention_pytorch
+from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels import fast_path
 from dilated_attention_pytorch.kernels.choice import choose_backend
-from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned, replay
-from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
+from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned, launch_branches, replay
+from dilated_attention_pytorch.kernels.triton.work import Work, prepare
+from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
 
 
 def make_problem(lengths, rates, kv_heads, d, seq_len, *, offsets="modulo", **changes) -> Problem:
@@ -174,6 +179,14 @@ class TestZeroKeys:
         check(1, 20, 5, 16, (4, 3, 20), rates, padding="zero_keys")
 
 
+def aligned_plan(n, heads, lengths, rates, **changes) -> launch_aligned.Alignment:
+    """The plan of a forward that the one-launch kernels take."""
+    q = torch.empty(1, n, heads, 16)
+    work = Work(QKV(q, q, q), make_problem(lengths, rates, heads, 16, n, **changes), NO_MASKS)
+    assert backend.choose(work, "forward").family is launch_aligned
+    return launch_aligned.alignment(work)
+
+
 class TestAligned:
     """The one-launch kernels: the plan must choose them."""
 
@@ -187,11 +200,36 @@ class TestAligned:
         monkeypatch.setattr(configs, "SHORT_FORWARD", short_forward)
         replay._tapes.clear()
         lengths, rates = (32, 64, 1000), (1, 2, 2)
-        problem = make_problem(lengths, rates, kv_heads, d, n)
-        plan = launch_aligned.alignment(problem, n, n)
-        assert plan is not None
-        assert plan.fits(16)
+        q, k = torch.empty(batch, n, 4, d), torch.empty(batch, n, kv_heads, d)
+        work = Work(QKV(q, k, k), make_problem(lengths, rates, kv_heads, d, n), NO_MASKS)
+        for direction in ("forward", "backward"):
+            choice = backend.choose(work, direction)
+            assert (choice.family, choice.reason) == (launch_aligned, "all branches in one launch")
         check(batch, n, 4, d, lengths, rates, kv_heads=kv_heads)
+
+    @pytest.mark.parametrize(
+        ("n", "heads", "lengths", "rates", "changes"),
+        [
+            (128, 2, (64, 128, 1000), (1, 2, 4), {}),
+            (120, 4, (128, 64, 64), (4, 2, 1), {"offsets": "blocked"}),
+            (144, 3, (48, 144), (1, 3), {}),
+            (192, 2, (64, 192), (1, 4), CAUSAL),
+            (100, 2, (64, 1000), (2, 4), CAUSAL),
+        ],
+        ids=["three branches", "blocked, in any order", "thirds", "causal", "causal ragged"],
+    )
+    def test_a_key_of_several_branches_is_computed_once(self, n, heads, lengths, rates, changes):
+        assert aligned_plan(n, heads, lengths, rates, **changes).once
+        check(1, n, heads, 16, lengths, rates, **changes)
+
+    @pytest.mark.parametrize(
+        ("n", "lengths", "rates"),
+        [(192, (64, 96), (1, 2)), (96, (96, 1000), (2, 3)), (128, (64, 128), (4, 1)), (64, (64,), (2,))],
+        ids=["segments do not nest", "rates do not divide", "the longer is denser", "one branch"],
+    )
+    def test_where_keys_repeat(self, n, lengths, rates):
+        assert not aligned_plan(n, 2, lengths, rates).once
+        check(1, n, 2, 16, lengths, rates)
 
     def test_without_rate_one(self):
         check(1, 64, 4, 16, (32, 64), (2, 4), offsets="blocked")
@@ -201,7 +239,7 @@ class TestAligned:
         """As rows that arrive from another rank: one segment holds both."""
         lengths, rates = (200, 100), (1, 2)
         problem = make_problem(lengths, rates, 2, 16, max(n, n_keys))
-        assert launch_aligned.alignment(problem, n, n_keys) is not None
+        assert launch_aligned.misalignment(problem, n, n_keys) is None
         check(1, n, 4, 16, lengths, rates, kv_heads=2, n_keys=n_keys)
 
     @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
@@ -212,7 +250,7 @@ class TestAligned:
         problem = make_problem(lengths, rates, 4, 16, 192, q_start=start, k_start=start, **changes)
         nearer = problem.rebased(64, 64)
         assert nearer == make_problem(lengths, rates, 4, 16, 64, **changes)
-        assert launch_aligned.alignment(nearer, 64, 64, causal=True) is not None
+        assert launch_aligned.misalignment(nearer, 64, 64, causal=True) is None
         check(1, 64, 4, 16, lengths, rates, q_start=start, k_start=start, seq_len=192, **changes)
 
     def test_a_masked_range(self):
@@ -221,10 +259,41 @@ class TestAligned:
         check(2, 32, 2, 16, (32, 192), (1, 4), n_keys=64, q_start=96, k_start=64, seq_len=192, layout=layout)
 
     @pytest.mark.parametrize(
-        "changes", [CAUSAL, {"dropout_p": 0.1}, {"q_start": 1}, {"padding": "zero_keys"}], ids=lambda c: next(iter(c))
+        ("changes", "obstacle"),
+        [
+            (CAUSAL, "it is causal"),
+            ({"dropout_p": 0.1}, "it drops weights"),
+            ({"q_start": 1}, "the range does not start at position 0"),
+            ({"padding": "zero_keys"}, "it has zero keys"),
+        ],
+        ids=["is_causal", "dropout_p", "q_start", "padding"],
     )
-    def test_other_modes_take_the_general_kernels(self, changes):
-        assert launch_aligned.alignment(make_problem((32, 64), (1, 2), 2, 16, 64, **changes), 64, 64) is None
+    def test_other_modes_take_the_general_kernels(self, changes, obstacle):
+        problem, q = make_problem((32, 64), (1, 2), 2, 16, 64, **changes), torch.empty(1, 64, 2, 16)
+        assert launch_aligned.misalignment(problem, 64, 64) == obstacle
+        choice = backend.choose(Work(QKV(q, q, q), problem, NO_MASKS), "backward")
+        assert (choice.family, choice.reason) == (launch_branches, f"one launch per branch: {obstacle}")
+
+    @pytest.mark.parametrize(
+        ("lengths", "rates", "n", "n_keys", "obstacle"),
+        [
+            ((32, 64), (1, 67), 64, 64, "its rates have a common multiple above 64"),
+            ((31, 64), (1, 2), 64, 64, "a segment is no multiple of all rates"),
+            ((32, 64), (1, 2), 64, 32, "it has several segments, with other keys than queries"),
+            ((8, 64), (1, 1), 64, 64, "no tile fits its segments and is filled by its rows"),
+            ((64,), (8,), 64, 64, "no tile fits its segments and is filled by its rows"),
+        ],
+        ids=["rates", "segments", "keys", "tiles", "rows"],
+    )
+    def test_other_patterns_take_the_general_kernels(self, lengths, rates, n, n_keys, obstacle):
+        q, k = torch.empty(1, n, 2, 16), torch.empty(1, n_keys, 2, 16)
+        work = Work(QKV(q, k, k), make_problem(lengths, rates, 2, 16, n), NO_MASKS)
+        assert launch_aligned.why_not(work, "forward") == obstacle
+
+    def test_masked_calls_take_the_general_kernels(self):
+        q, problem = torch.empty(1, 64, 2, 16), make_problem((32, 64), (1, 2), 2, 16, 64)
+        masked = prepare(QKV(q, q, q), problem, Masks(key_padding=torch.ones(1, 64, dtype=torch.bool)))
+        assert launch_aligned.why_not(masked, "forward") == "it has masks or packing"
 
 
 @pytest.mark.parametrize("n", [32, 61], ids=["even", "ragged"])
@@ -240,18 +309,20 @@ def test_long_causal_sequences_launch_by_branch(n, monkeypatch):
 )
 def test_launches_have_one_axis_and_terms_are_as_many_as_rows(batch, n, heads, rate, monkeypatch):
     """CUDA's other axes end at 65,535 programs."""
+    from triton.runtime import interpreter
+
     grids, shapes = [], []
-    empty = replay.empty
 
-    def allocate(like, shape, *args, **kwargs):
-        shapes.append(tuple(shape))
-        return empty(like, shape, *args, **kwargs)
+    class Allocations(replay.Tape):
+        def empty(self, like, shape, *args, **kwargs):
+            shapes.append(tuple(shape))
+            return super().empty(like, shape, *args, **kwargs)
 
-    monkeypatch.setattr(replay, "launch", lambda kernel, grid, *args, **flags: grids.append(grid))
-    monkeypatch.setattr(replay, "empty", allocate)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *_, **__: grids.append(self.grid))
     q, lse = torch.zeros(batch, n, heads, 16), torch.zeros(batch, heads, n)
-    problem = make_problem((n,), (rate,), heads, 16, n)
-    backend._backward(q, None, q, q, q, q, lse, problem, backend.Layout(None, None, None, None))
+    work = Work(QKV(q, q, q), make_problem((n,), (rate,), heads, 16, n), NO_MASKS)
+    grad, saved = OutputGradient(q, None), AttentionOutput(q, lse)
+    launch_branches.backward(work, grad, saved, Allocations(), *launch_branches.configs_for(work, "backward"))
     assert [len(grid) for grid in grids] == [1] * 4
     assert [math.prod(shape) for shape in shapes if shape[0] == 2] == [2 * batch * heads * n]
 
@@ -285,6 +356,29 @@ def test_detached_mixing_names_the_backend_that_can():
     assert backend.why_not(QKV(q, q, q), problem) == ["it has no mixing_gradient='detached'"]
     with pytest.raises(NotImplementedError, match=r"detached.*sdpa"):
         choose_backend(QKV(q, q, q), problem, "triton")
+
+
+@pytest.mark.parametrize("rates", [(1, 2), (1, 3)], ids=["aligned", "general"])
+def test_six_frames_of_the_package_lead_to_a_launch(rates, monkeypatch):
+    """Of a first call without gradients; a stack trace or a profile of one fits on a screen."""
+    from triton.runtime import interpreter
+
+    replay._tapes.clear()
+    fast_path._known.clear()
+    stacks = []
+    package = os.path.dirname(dilated_attention_pytorch.__file__)
+
+    def launched(self, *args, **kwargs):
+        stacks.append([frame.name for frame in traceback.extract_stack() if frame.filename.startswith(package)])
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    q, k, v = torch.randn(3, 1, 64, 2, 16).unbind(0)
+    dilated_attention(q, k, v, segment_lengths=[32, 64], dilation_rates=list(rates), backend="triton")
+    ways = {tuple(stack) for stack in stacks}
+    way = "dilated_attention", "dilated_attention_with_lse", "differentiable", "_forward", "forward", "forward"
+    assert ways == {way}
+    fast_path._known.clear()
+    replay._tapes.clear()
 
 
 class TestReplay:

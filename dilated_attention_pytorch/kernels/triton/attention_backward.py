@@ -8,25 +8,17 @@ the one before it wrote and writes the sum.
 import triton
 import triton.language as tl
 
+from dilated_attention_pytorch.kernels.triton import geometry, softmax
 from dilated_attention_pytorch.kernels.triton.attention import RUNTIME
-from dilated_attention_pytorch.kernels.triton.geometry import (
-    LOG2E,
-    absorb,
-    head_offset,
-    load_tile,
-    locate,
-    row_hash,
-    segment_slots,
-)  # fmt: skip
+from dilated_attention_pytorch.kernels.triton.views import FLAT
 
-# Launches have one axis: the others of CUDA end at 65,535, which a batch of short sequences or a large rate passes.
+_FLAT = tl.constexpr(FLAT)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def delta_kernel(
-    out, grad_out, grad_lse, delta,
-    out_batch, out_row, out_head, grad_batch, grad_row, grad_head, lse_batch, lse_head, num_queries,
-    num_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, GRAD_LSE: tl.constexpr,
+    out, grad_out, grad_lse, delta, out_strides, grad_strides, lse_batch, lse_head, num_queries, num_heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """`rowsum(out * dO) - grad_lse`, fp32."""
     num_tiles = tl.cdiv(num_queries, BM)
@@ -35,11 +27,12 @@ def delta_kernel(
     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = (rows < num_queries)[:, None] & (d < D)[None, :]
-    o = tl.load(out + batch * out_batch + head * out_head + rows[:, None] * out_row + d[None, :], mask, 0.0)
-    g = tl.load(grad_out + batch * grad_batch + head * grad_head + rows[:, None] * grad_row + d[None, :], mask, 0.0)
+    # out and dO: [BM, D].
+    o = geometry.load_rows(out, out_strides, batch, head, rows, d, mask)
+    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows, d, mask)
     total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     at = batch * lse_batch + head * lse_head + rows
-    if GRAD_LSE:
+    if grad_lse is not None:
         total -= tl.load(grad_lse + at, rows < num_queries, 0.0)
     tl.store(delta + at, total, rows < num_queries)
 
@@ -54,121 +47,107 @@ def terms_kernel(lse, delta, terms, num_queries, rate, length, num_sequences, BM
     inside = rows < num_queries
     at = sequence * num_queries + rows
     to = (sequence * rate + rows % rate) * length + rows // rate
-    tl.store(terms + to, load_lse(lse + at, inside), mask=inside)
+    tl.store(terms + to, softmax.load_lse(lse + at, inside), mask=inside)
     to += num_sequences.to(tl.int64) * rate * length
     tl.store(terms + to, tl.load(delta + at, mask=inside, other=0.0), mask=inside)
-
-
-@triton.jit
-def load_lse(at, mask):
-    """The lse in units of log2, +inf where the row sees nothing, so that its weights exp2(s - lse) vanish."""
-    value = tl.load(at, mask=mask, other=float("inf"))
-    return tl.where(value == -float("inf"), float("inf"), value * LOG2E)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def branch_backward_dq(
     q, k, v, k_view, v_view, grad_out, lse, delta, dq, key_mask, row_start, cu_seqlens, tile_ends, seed,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    grad_batch, grad_row, grad_head, dq_batch, dq_row, dq_head, lse_batch, lse_head, mask_batch,
+    q_strides, k_strides, v_strides, grad_strides, dq_strides, lse_batch, lse_head, mask_batch,
     num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
     num_segments, num_tiles, view_rows, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr,
-    VIEW: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, VIEW: tl.constexpr, EVEN: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
-        tl.program_id(0), num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BM, PACKED, ROW_START, SEARCH_STEPS,
+    """Adds to dq what one branch gives a tile of queries."""
+    KEY_MASK: tl.constexpr = key_mask is not None
+    DROPOUT: tl.constexpr = seed is not None
+
+    # The program's segment and its slots.
+    sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
+        num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
+        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
     )  # fmt: skip
-    batch = 0 if PACKED else sequence
+    batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)
-    offset = head_offset(kv_head, rate, num_kv_heads, MODULO)
-    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = segment_slots(
+    offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
+    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = geometry.segment_slots(
         segment, False, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
+    # The tiles with most keys first, as in the forward.
     if CAUSAL:
         first = q_lo + (tl.cdiv(q_hi - q_lo, BM) - 1 - tile) * BM
     else:
         first = q_lo + tile * BM
-    if (first < q_lo) | (first >= q_real):  # a query of zeros has no row to give a gradient to
+    # A query of zeros has no row to give a gradient to.
+    if (first < q_lo) | (first >= q_real):
         return
 
+    # The queries' tile: q and dO [BM, D], lse and delta [BM].
     d = tl.arange(0, BLOCK_D)
     d_mask = d[None, :] < D
     slots = first + tl.arange(0, BM)
     real = slots < q_real
     out_pos = out_base + slots * rate
-    batch64 = batch.to(tl.int64) if not PACKED else tl.full((), 0, tl.int64)
+    batch64 = tl.full((), 0, tl.int64) if cu_seqlens is not None else batch.to(tl.int64)
     q_rows = (row_base + base - q_begin + slots * rate).to(tl.int64)
     out_rows = (row_base + out_pos - q_begin).to(tl.int64)
     tile_mask = real[:, None] & d_mask
-    q_tile = tl.load(
-        q + batch64 * q_batch + head * q_head + q_rows[:, None] * q_row + d[None, :], mask=tile_mask, other=0.0
-    )
-    grad_tile = tl.load(
-        grad_out + batch64 * grad_batch + head * grad_head + out_rows[:, None] * grad_row + d[None, :],
-        mask=tile_mask, other=0.0,
-    )  # fmt: skip
-    row_lse = load_lse(lse + batch64 * lse_batch + head * lse_head + out_rows, real)
+    q_tile = geometry.load_rows(q, q_strides, batch64, head, q_rows, d, tile_mask)
+    grad_tile = geometry.load_rows(grad_out, grad_strides, batch64, head, out_rows, d, tile_mask)
+    row_lse = softmax.load_lse(lse + batch64 * lse_batch + head * lse_head + out_rows, real)
     row_delta = tl.load(delta + batch64 * lse_batch + head * lse_head + out_rows, mask=real, other=0.0)
     if DROPOUT:
-        state = row_hash(seed, sequence, head, branch, out_pos)
+        state = geometry.row_hash(seed, sequence, head, branch, out_pos)
 
-    end = k_hi
-    split = k_lo + (k_hi - k_lo) // BN * BN  # tiles before it need no mask
-    if CAUSAL:
-        end = tl.minimum(k_hi, tl.minimum(first + BM, q_hi))
-        split = tl.minimum(split, k_lo + tl.maximum(first + 1 - k_lo, 0) // BN * BN)
+    # Where the walk over the segment's keys begins and ends, in memory and in the views.
+    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
     view_row = (base - k_begin) // rate
     residue = (base - k_begin) % rate
-    k_at = k + batch64 * k_batch + kv_head * k_head + k_first * k_row
-    v_at = v + batch64 * v_batch + kv_head * v_head + k_first * v_row
-    k_steps = (n * rate).to(tl.int64)[:, None] * k_row + d[None, :]
-    v_steps = (n * rate).to(tl.int64)[:, None] * v_row + d[None, :]
+    k_at = geometry.head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
+    v_at = geometry.head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
+    k_source = k_view, k_at, geometry.steps_to(k_strides, rate, d, BN), k_strides
+    v_source = v_view, v_at, geometry.steps_to(v_strides, rate, d, BN), v_strides
+
+    # Walk the keys, as the forward does.
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     for masked in tl.static_range(2):
         if masked == 0 or CAUSAL or not EVEN:
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
-                if VIEW:
-                    row = view_row + start
-                    k_tile = load_tile(
-                        k_view, batch, view_rows, row, residue, kv_head, k_row, k_head, BN, BLOCK_D, VIEW
-                    )
-                    v_tile = load_tile(
-                        v_view, batch, view_rows, row, residue, kv_head, v_row, v_head, BN, BLOCK_D, VIEW
-                    )
-                else:
-                    hop = (start * rate).to(tl.int64)
-                    load_mask = d_mask
-                    if masked:
-                        load_mask = (start + n < k_hi)[:, None] & d_mask
-                    k_tile = tl.load(k_at + hop * k_row + k_steps, mask=load_mask, other=0.0)
-                    v_tile = tl.load(v_at + hop * v_row + v_steps, mask=load_mask, other=0.0)
+                hop = (start * rate).to(tl.int64)
+                load_mask = (start + n < k_hi)[:, None] & d_mask if masked else d_mask
+                k_tile, v_tile = geometry.load_pair(
+                    k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
+                    VIEW,
+                )  # fmt: skip
+                # Logits: [BM, D] x [D, BN] -> [BM, BN].
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+                # dP = dO V^T: [BM, D] x [D, BN] -> [BM, BN].
                 dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+                # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
                 p = tl.math.exp2(s * qk_scale - row_lse[:, None])
                 if masked:
-                    seen = (start + n < k_hi)[None, :]
-                    if CAUSAL:
-                        seen = seen & (slots[:, None] >= start + n[None, :])
-                    p = tl.where(seen, p, 0.0)
+                    p = tl.where(geometry.pairs_seen(slots, start, n, k_hi, CAUSAL), p, 0.0)
+                k_pos = base + (start + n) * rate
                 if KEY_MASK:
-                    k_pos = (base + (start + n) * rate - k_begin + k_start).to(tl.int64)
-                    shown = tl.load(key_mask + batch64 * mask_batch + k_pos, mask=start + n < k_hi, other=0) != 0
+                    k_rows = k_pos - k_begin + k_start
+                    shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_rows, start + n < k_hi)
                     p = tl.where(shown[None, :], p, 0.0)
                 if DROPOUT:
-                    k_pos = base + (start + n) * rate
-                    keep = absorb(state[:, None], k_pos[None, :]) >= threshold.to(tl.uint32)
-                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                    kept = geometry.pairs_kept(state[:, None], k_pos[None, :], threshold)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                # dQ += dS K: [BM, BN] x [BN, D] -> [BM, D]; scaled once, after the walk.
                 ds = p * (dp - row_delta[:, None])
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
+    # Add to what the branches before gave.
     acc *= scale
-    dq_at = dq + batch64 * dq_batch + head * dq_head + q_rows[:, None] * dq_row + d[None, :]
+    dq_at = geometry.rows_at(dq, dq_strides, batch64, head, q_rows, d)
     if not FIRST:
         acc += tl.load(dq_at, mask=tile_mask, other=0.0).to(tl.float32)
     tl.store(dq_at, acc.to(dq.dtype.element_ty), mask=tile_mask)
@@ -177,92 +156,95 @@ def branch_backward_dq(
 @triton.jit(do_not_specialize=RUNTIME)
 def branch_backward_dkv(
     q, k, v, q_view, grad_view, terms, grad_out, dk, dv, key_mask, row_start, cu_seqlens, tile_ends, seed,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    grad_batch, grad_row, grad_head, dk_batch, dk_row, dk_head, mask_batch, num_batches, terms_length,
+    q_strides, k_strides, v_strides, grad_strides, dk_strides, mask_batch, num_batches, terms_length,
     num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
     num_segments, num_tiles, view_rows, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, KEY_MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr,
-    VIEW: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, VIEW: tl.constexpr, EARLY: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = locate(
-        tl.program_id(0), num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries,
-        num_keys, row_start, cu_seqlens, tile_ends, num_sequences, BN, PACKED, ROW_START, SEARCH_STEPS,
+    """Adds to dk and dv what one branch gives a tile of keys, from the queries of all heads that share them."""
+    KEY_MASK: tl.constexpr = key_mask is not None
+    DROPOUT: tl.constexpr = seed is not None
+
+    # The program's segment and its slots.
+    sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
+        num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
+        row_start, cu_seqlens, tile_ends, num_sequences, BN, SEARCH_STEPS,
     )  # fmt: skip
-    batch = 0 if PACKED else sequence
-    offset = head_offset(kv_head, rate, num_kv_heads, MODULO)
-    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = segment_slots(
+    batch = 0 if cu_seqlens is not None else sequence
+    offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
+    base, out_base, q_lo, q_hi, q_real, k_lo, k_hi, _ = geometry.segment_slots(
         segment, True, length, rate, offset, q_begin, k_begin, q_count, k_count, ZERO_KEYS
     )
-    first = k_lo + tile * BN  # when causal, the first tiles have the most queries
+    # When causal, the first tiles have the most queries.
+    first = k_lo + tile * BN
     if first >= k_hi:
         return
 
+    # The keys' tile: k and v [BN, D].
     d = tl.arange(0, BLOCK_D)
     d_mask = d[None, :] < D
     slots = first + tl.arange(0, BN)
     real = slots < k_hi
     k_pos = base + slots * rate
-    batch64 = batch.to(tl.int64) if not PACKED else tl.full((), 0, tl.int64)
-    k_at = (row_base + k_pos - k_begin).to(tl.int64)
+    batch64 = tl.full((), 0, tl.int64) if cu_seqlens is not None else batch.to(tl.int64)
+    k_rows = (row_base + k_pos - k_begin).to(tl.int64)
     tile_mask = real[:, None] & d_mask
-    k_tile = tl.load(
-        k + batch64 * k_batch + kv_head * k_head + k_at[:, None] * k_row + d[None, :], mask=tile_mask, other=0.0
-    )
-    v_tile = tl.load(
-        v + batch64 * v_batch + kv_head * v_head + k_at[:, None] * v_row + d[None, :], mask=tile_mask, other=0.0
-    )
+    k_tile = geometry.load_rows(k, k_strides, batch64, kv_head, k_rows, d, tile_mask)
+    v_tile = geometry.load_rows(v, v_strides, batch64, kv_head, k_rows, d, tile_mask)
     if KEY_MASK:
-        mask_at = key_mask + batch64 * mask_batch + (k_pos - k_begin + k_start).to(tl.int64)
-        shown = tl.load(mask_at, mask=real, other=0) != 0
+        shown = geometry.load_shown(key_mask, batch64 * mask_batch, k_pos - k_begin + k_start, real)
 
+    # Where the walk over the segment's queries begins, in memory and in the views.
+    # Causal: queries before the tile's first key see none of it.
     begin = q_lo
-    split = q_lo  # tiles from there on need no causal mask
+    # Tiles from there on need no causal mask.
+    split = q_lo
     if CAUSAL:
         begin = tl.maximum(q_lo, first // BM * BM)
         split = first + BN - 1
     m = tl.arange(0, BM)
     q_first = (row_base + base - q_begin).to(tl.int64)
     out_first = (row_base + out_base - q_begin).to(tl.int64)
-    q_steps = (m * rate).to(tl.int64)[:, None] * q_row + d[None, :]
-    grad_steps = (m * rate).to(tl.int64)[:, None] * grad_row + d[None, :]
+    q_steps = geometry.steps_to(q_strides, rate, d, BM)
+    grad_steps = geometry.steps_to(grad_strides, rate, d, BM)
     # The memory row of slot q_lo, which is not negative, as a row and a residue of the views.
     out_row = row_base + out_base - q_begin + q_lo * rate
     view_row = out_row // rate - q_lo
-    view_residue = out_row % rate
+    residue = out_row % rate
+
     acc_k = tl.zeros((BN, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BN, BLOCK_D), tl.float32)
     for member in range(num_heads // num_kv_heads):
         head = kv_head * (num_heads // num_kv_heads) + member
-        q_at = q + batch64 * q_batch + head * q_head + q_first * q_row
-        grad_at = grad_out + batch64 * grad_batch + head * grad_head + out_first * grad_row
-        lse_at = (batch * num_heads + head) * rate + view_residue
-        terms_at = lse_at.to(tl.int64) * terms_length + view_row
-        delta_at = terms_at + num_batches.to(tl.int64) * num_heads * rate * terms_length
-        # A row past the last query has lse +inf: its weights vanish without a mask.
+        q_at = geometry.head_at(q, q_strides, batch64, head) + q_first * q_strides.row
+        grad_at = geometry.head_at(grad_out, grad_strides, batch64, head) + out_first * grad_strides.row
+        q_source = q_view, q_at, q_steps, q_strides
+        grad_source = grad_view, grad_at, grad_steps, grad_strides
+        terms_row = (batch * num_heads + head) * rate + residue
+        lse_at = terms_row.to(tl.int64) * terms_length + view_row
+        delta_at = lse_at + num_batches.to(tl.int64) * num_heads * rate * terms_length
+
+        # Walk the queries. A row past the last one has lse +inf: its weights vanish without a mask.
         for start in tl.range(begin, q_hi, BM):
             inside = start + m < q_hi
-            if VIEW:
-                row = view_row + start
-                q_tile = load_tile(q_view, batch, view_rows, row, view_residue, head, q_row, q_head, BM, BLOCK_D, VIEW)
-                grad_tile = load_tile(
-                    grad_view, batch, view_rows, row, view_residue, head, grad_row, grad_head, BM, BLOCK_D, VIEW
-                )
+            row = view_row + start
+            q_tile, grad_tile = geometry.load_pair(
+                q_source, grad_source, batch, head, view_rows, row, residue, (start * rate).to(tl.int64),
+                (start + m < q_real)[:, None] & d_mask, inside[:, None] & d_mask, VIEW,
+            )  # fmt: skip
+            if VIEW == _FLAT:
+                row_lse = terms.load([terms_row, row]).reshape(BM)
+                row_delta = terms.load([num_batches * num_heads * rate + terms_row, row]).reshape(BM)
             else:
-                hop = (start * rate).to(tl.int64)
-                q_mask = (start + m < q_real)[:, None] & d_mask
-                q_tile = tl.load(q_at + hop * q_row + q_steps, mask=q_mask, other=0.0)
-                grad_mask = inside[:, None] & d_mask
-                grad_tile = tl.load(grad_at + hop * grad_row + grad_steps, mask=grad_mask, other=0.0)
-            if VIEW == 2:
-                row_lse = terms.load([lse_at, row]).reshape(BM)
-                row_delta = terms.load([num_batches * num_heads * rate + lse_at, row]).reshape(BM)
-            else:
-                row_lse = tl.load(terms + terms_at + start + m, mask=inside, other=float("inf"))
+                row_lse = tl.load(terms + lse_at + start + m, mask=inside, other=float("inf"))
                 row_delta = tl.load(terms + delta_at + start + m, mask=inside, other=0.0)
+            # Transposed logits: [BN, D] x [D, BM] -> [BN, BM], so that P and dS need no transpose below.
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            if EARLY:  # the product runs while the exponentials are taken, at the price of registers
+            # Early, the product runs while the exponentials are taken, at the price of registers.
+            if EARLY:
+                # dP^T = V dO^T: [BN, D] x [D, BM] -> [BN, BM].
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
             p = tl.math.exp2(s * qk_scale - row_lse[None, :])
             if KEY_MASK:
@@ -270,21 +252,25 @@ def branch_backward_dkv(
             if CAUSAL:
                 if start < split:
                     p = tl.where(slots[:, None] <= start + m[None, :], p, 0.0)
-            kept = p
+            # dV takes the weights that dropout kept, dS those before it.
+            kept_p = p
             if DROPOUT:
-                state = row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
-                keep = absorb(state[None, :], k_pos[:, None]) >= threshold.to(tl.uint32)
-                kept = tl.where(keep, p * keep_scale, 0.0)
-            acc_v = tl.dot(kept.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
+                state = geometry.row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
+                kept = geometry.pairs_kept(state[None, :], k_pos[:, None], threshold)
+                kept_p = tl.where(kept, p * keep_scale, 0.0)
+            # dV += P^T dO: [BN, BM] x [BM, D] -> [BN, D].
+            acc_v = tl.dot(kept_p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
             if DROPOUT:
-                dp = tl.where(keep, dp * keep_scale, 0.0)
+                dp = tl.where(kept, dp * keep_scale, 0.0)
+            # dK += dS^T Q: [BN, BM] x [BM, D] -> [BN, D].
             ds = p * (dp - row_delta[None, :])
             acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
 
+    # Add to what the branches before gave; the gradients lie alike.
     acc_k *= scale
-    at = batch64 * dk_batch + kv_head * dk_head + k_at[:, None] * dk_row + d[None, :]
+    at = geometry.offsets_of(dk_strides, batch64, kv_head, k_rows, d)
     if not FIRST:
         acc_k += tl.load(dk + at, mask=tile_mask, other=0.0).to(tl.float32)
         acc_v += tl.load(dv + at, mask=tile_mask, other=0.0).to(tl.float32)

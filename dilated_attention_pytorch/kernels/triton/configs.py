@@ -6,7 +6,7 @@ A100 and Orin, 101,376 on every other GPU from 8.0 on (RTX 30 to 50, A10, A40, L
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from dilated_attention_pytorch.kernels.triton import tuned
 
+Direction = Literal["forward", "backward"]
+
 
 class Config(NamedTuple):
     """How a kernel is cut.
 
     Attributes:
-        block_m: rows of queries a tile.
-        block_n: rows of keys a tile.
-        num_warps: warps a program.
+        block_m: rows of queries per tile.
+        block_n: rows of keys per tile.
+        num_warps: warps per program.
         num_stages: depth of the load pipeline.
-        max_registers: cap on registers a thread, where more programs a multiprocessor are worth a spill.
         early: in dK/dV, issue the product dO V^T before the exponentials.
         descriptors: load through the copy engine (TMA) where there is one and the layout allows it.
     """
@@ -32,86 +33,58 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
     early: bool = False
     descriptors: bool = True
 
+    @property
+    def flags(self) -> dict[str, int]:
+        """The part that every launch is told."""
+        return dict(BM=self.block_m, BN=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 # A causal forward on a q of at most so many elements is one launch over strided tiles. They waste more of the diagonal
-# than tiles of consecutive slots, but a launch for each branch does not fill the chip. Measured with 12 heads of 64:
+# than tiles of consecutive slots, but one launch per branch does not fill the chip. Measured with 12 heads of 64:
 # one launch takes 32 us against 73 at N=1024, 222 against 244 at 8192, 397 against 419 at 16384.
 SHORT_CAUSAL = 12 * 64 * 16384
 
 # On a q of at most so many elements the forward loads through plain pointers: describing two views takes the host
-# longer than the copy engine saves. 37 us a call against 45 to 68 at N=1024; from N=2048 on the device decides.
+# longer than the copy engine saves. 37 us per call against 45 to 68 at N=1024; from N=2048 on the device decides.
 SHORT_FORWARD = 12 * 64 * 1024
 
-# (kernel, head_dim up to) -> candidates for 16-bit inputs where `tuned` has none, on GPUs with Hopper's shared memory.
-_HALF: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("aligned_forward", 64): (Config(128, 64, 4, 3), Config(64, 64, 4, 3)),
-    ("aligned_forward", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
-    ("aligned_dq", 64): (Config(128, 64, 4, 2), Config(64, 64, 4, 3)),
-    ("aligned_dq", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
-    ("aligned_dkv", 64): (Config(64, 128, 8, 2, early=True), Config(64, 64, 4, 2, early=True)),
-    ("aligned_dkv", 128): (Config(32, 128, 8, 2), Config(32, 64, 4, 2)),
-    ("forward", 64): (Config(128, 64, 8, 3),),
-    ("forward", 128): (Config(128, 64, 8, 3),),
-    ("forward", 256): (Config(64, 32, 8, 2),),
-    ("dq", 64): (Config(64, 64, 4, 3),),
-    ("dq", 128): (Config(128, 64, 8, 2),),
-    ("dq", 256): (Config(64, 32, 8, 2),),
-    ("dkv", 64): (Config(64, 128, 8, 2),),
-    ("dkv", 128): (Config(32, 128, 8, 2),),
-    ("dkv", 256): (Config(32, 64, 8, 1),),
+# Kernel -> head_dim up to -> candidates, written as in `tuned`, for 16-bit inputs where that has none and for fp32.
+_Table = dict[str, dict[int, list[tuple[Any, ...]]]]
+
+# GPUs with Hopper's shared memory.
+_HALF: _Table = {
+    "aligned_forward": {64: [(128, 64, 4, 3), (64, 64, 4, 3)], 128: [(128, 64, 8, 3), (64, 64, 4, 2)]},
+    "aligned_dq": {64: [(128, 64, 4, 2), (64, 64, 4, 3)], 128: [(128, 64, 8, 3), (64, 64, 4, 2)]},
+    "aligned_dkv": {64: [(64, 128, 8, 2, "early"), (64, 64, 4, 2, "early")], 128: [(32, 128, 8, 2), (32, 64, 4, 2)]},
+    "forward": {64: [(128, 64, 8, 3)], 128: [(128, 64, 8, 3)], 256: [(64, 32, 8, 2)]},
+    "dq": {64: [(64, 64, 4, 3)], 128: [(128, 64, 8, 2)], 256: [(64, 32, 8, 2)]},
+    "dkv": {64: [(64, 128, 8, 2)], 128: [(32, 128, 8, 2)], 256: [(32, 64, 8, 1)]},
 }
-_SINGLE: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("forward", 64): (Config(64, 32, 4, 2),),
-    ("forward", 128): (Config(64, 32, 8, 2),),
-    ("forward", 256): (Config(32, 32, 8, 1),),
-    ("dq", 64): (Config(64, 32, 4, 2),),
-    ("dq", 128): (Config(64, 32, 8, 1),),
-    ("dq", 256): (Config(32, 32, 8, 1),),
-    ("dkv", 64): (Config(32, 64, 8, 2),),
-    ("dkv", 128): (Config(32, 64, 8, 1),),
-    ("dkv", 256): (Config(32, 32, 8, 1),),
+_SINGLE: _Table = {
+    "forward": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 2)], 256: [(32, 32, 8, 1)]},
+    "dq": {64: [(64, 32, 4, 2)], 128: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
+    "dkv": {64: [(32, 64, 8, 2)], 128: [(32, 64, 8, 1)], 256: [(32, 32, 8, 1)]},
 }
 
-
-def _plain(block_m: int, block_n: int, num_warps: int, num_stages: int, early: bool = False) -> Config:
-    return Config(block_m, block_n, num_warps, num_stages, early=early, descriptors=False)
-
-
-# The same for all other GPUs: without a copy engine Triton spells descriptors out, at the price of the load pipeline
+# All other GPUs: without a copy engine Triton spells descriptors out, at the price of the load pipeline
 # and of up to thousands of spills. Chosen by compiling for sm_80 and sm_86, not measured: large tiles that fit 101,376
 # bytes and spill nothing without masks and dropout (tests/kernels/test_triton_compile.py); fp32 above 128 always
 # spills.
-_SMALL_HALF: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("aligned_forward", 64): (_plain(128, 64, 4, 3), _plain(64, 64, 4, 3)),
-    ("aligned_forward", 128): (_plain(128, 64, 8, 2), _plain(64, 64, 4, 2)),
-    ("aligned_dq", 64): (_plain(128, 64, 8, 2), _plain(64, 64, 4, 2)),
-    ("aligned_dq", 128): (_plain(128, 32, 8, 2), _plain(64, 32, 4, 2)),
-    ("aligned_dkv", 64): (_plain(32, 128, 8, 2), _plain(32, 64, 4, 2)),
-    ("aligned_dkv", 128): (_plain(64, 64, 8, 2), _plain(32, 64, 8, 2)),
-    ("forward", 64): (_plain(128, 64, 8, 3),),
-    ("forward", 128): (_plain(128, 32, 8, 2),),
-    ("forward", 256): (_plain(64, 32, 8, 2),),
-    ("dq", 64): (_plain(128, 32, 8, 3),),
-    ("dq", 128): (_plain(128, 32, 8, 2),),
-    ("dq", 256): (_plain(64, 32, 8, 1),),
-    ("dkv", 64): (_plain(32, 64, 4, 1, early=True),),
-    ("dkv", 128): (_plain(32, 64, 8, 2, early=True),),
-    ("dkv", 256): (_plain(32, 32, 8, 2, early=True),),
+_SMALL_HALF: _Table = {
+    "aligned_forward": {64: [(128, 64, 4, 3), (64, 64, 4, 3)], 128: [(128, 64, 8, 2), (64, 64, 4, 2)]},
+    "aligned_dq": {64: [(128, 64, 8, 2), (64, 64, 4, 2)], 128: [(128, 32, 8, 2), (64, 32, 4, 2)]},
+    "aligned_dkv": {64: [(32, 128, 8, 2), (32, 64, 4, 2)], 128: [(64, 64, 8, 2), (32, 64, 8, 2)]},
+    "forward": {64: [(128, 64, 8, 3)], 128: [(128, 32, 8, 2)], 256: [(64, 32, 8, 2)]},
+    "dq": {64: [(128, 32, 8, 3)], 128: [(128, 32, 8, 2)], 256: [(64, 32, 8, 1)]},
+    "dkv": {64: [(32, 64, 4, 1, "early")], 128: [(32, 64, 8, 2, "early")], 256: [(32, 32, 8, 2, "early")]},
 }
-_SMALL_SINGLE: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("forward", 64): (_plain(32, 32, 4, 3),),
-    ("forward", 128): (_plain(16, 32, 4, 1),),
-    ("forward", 256): (_plain(16, 16, 8, 1),),
-    ("dq", 64): (_plain(32, 32, 4, 2),),
-    ("dq", 128): (_plain(16, 32, 4, 1),),
-    ("dq", 256): (_plain(16, 16, 8, 1),),
-    ("dkv", 64): (_plain(32, 32, 4, 1, early=True),),
-    ("dkv", 128): (_plain(16, 16, 4, 1, early=True),),
-    ("dkv", 256): (_plain(16, 16, 8, 1),),
+_SMALL_SINGLE: _Table = {
+    "forward": {64: [(32, 32, 4, 3)], 128: [(16, 32, 4, 1)], 256: [(16, 16, 8, 1)]},
+    "dq": {64: [(32, 32, 4, 2)], 128: [(16, 32, 4, 1)], 256: [(16, 16, 8, 1)]},
+    "dkv": {64: [(32, 32, 4, 1, "early")], 128: [(16, 16, 4, 1, "early")], 256: [(16, 16, 8, 1)]},
 }
 
 
@@ -131,8 +104,8 @@ def candidates(kernel: str, q: Tensor, is_causal: bool = False) -> tuple[Config,
     name = architecture(q)
     large = 90 <= int(name.removeprefix("sm_")) < 120
     if q.dtype == torch.float32:
-        return (_SINGLE if large else _SMALL_SINGLE).get((kernel, width), ())
-    measured = tuned.TABLE.get((name, kernel, width, is_causal))
-    if measured is not None:
-        return tuple(Config(row[0], row[1], row[2], row[3], early="early" in row) for row in measured)
-    return (_HALF if large else _SMALL_HALF).get((kernel, width), ())
+        table, measured = (_SINGLE if large else _SMALL_SINGLE), None
+    else:
+        table, measured = (_HALF if large else _SMALL_HALF), tuned.TABLE.get((name, kernel, width, is_causal))
+    rows = table.get(kernel, {}).get(width, ()) if measured is None else measured
+    return tuple(Config(row[0], row[1], row[2], row[3], "early" in row, large) for row in rows)

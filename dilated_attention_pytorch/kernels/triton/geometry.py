@@ -1,14 +1,84 @@
-"""Index arithmetic and hashing that the kernels share: the in-kernel twin of `core.pattern` and `core.dropout`.
+"""Index arithmetic, loads and hashing that the kernels share: the in-kernel twin of `core.pattern` and `core.dropout`.
 
-Everything counts in *slots*: slot j of a segment is position `base + j * rate`. A tile is a run of slots of one
+The general kernels count in *slots*: slot j of a segment is position `base + j * rate`. A tile is a run of slots of one
 segment, so that all of its rows see the same segment and a kernel needs masks only where a segment ends.
+
+A batch index that is multiplied by a stride, and every row, is int64: a tensor may have more than 2^31 elements.
 """
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from dilated_attention_pytorch.kernels.triton import views
+
+_FLAT = tl.constexpr(views.FLAT)
+_STRIDED = tl.constexpr(views.STRIDED)
+
+
+# Rows of one head of a tensor (B, N, H, D), whose strides are a `views.Strides`.
+
+
+@triton.jit
+def head_at(x, strides, batch, head):
+    """Pointer to a head's first row."""
+    return x + batch * strides.batch + head * strides.head
+
+
+@triton.jit
+def rows_at(x, strides, batch, head, rows, d):
+    """Pointers to rows of a head: rows [M] and d [D] give [M, D]."""
+    return x + batch * strides.batch + head * strides.head + rows[:, None] * strides.row + d[None, :]
+
+
+@triton.jit
+def offsets_of(strides, batch, head, rows, d):
+    """The same as offsets [M, D], for tensors that lie alike."""
+    return batch * strides.batch + head * strides.head + rows[:, None] * strides.row + d[None, :]
+
+
+@triton.jit
+def load_rows(x, strides, batch, head, rows, d, mask):
+    """Rows of a head, zero where the mask hides them: [M, D]."""
+    return tl.load(rows_at(x, strides, batch, head, rows, d), mask=mask, other=0.0)
+
+
+@triton.jit
+def steps_to(strides, rate, d, ROWS: tl.constexpr):
+    """What leads from a row to ROWS rows at stride rate: [ROWS, D]."""
+    return (tl.arange(0, ROWS) * rate).to(tl.int64)[:, None] * strides.row + d[None, :]
+
+
+@triton.jit
+def load_tile(source, batch, head, view_rows, row, residue, hop, mask, VIEW: tl.constexpr):
+    """A tile of a walk: [ROWS, D].
+
+    Args:
+        source: view (`views.view_pair`), pointer to the walk's first row, steps to a tile's rows, strides.
+        view_rows: rows of a residue, in the view.
+        row: the tile's first row in the view, of its residue.
+        hop: how many rows of the tensor the tile's first lies beyond the walk's first, int64.
+        mask: what plain pointers may load; None for whole tiles.
+    """
+    view, at, steps, strides = source
+    if VIEW == _FLAT:
+        return view.load([batch * view_rows + row, residue * strides.row + head * strides.head])
+    elif VIEW == _STRIDED:
+        return view.load([batch, residue, head, row, 0]).reshape(steps.shape)
+    elif mask is None:
+        return tl.load(at + hop * strides.row + steps)
+    else:
+        return tl.load(at + hop * strides.row + steps, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_pair(a, b, batch, head, view_rows, row, residue, hop, a_mask, b_mask, VIEW: tl.constexpr):
+    """The same tile of K and V, or of Q and dO; see `load_tile`."""
+    a_tile = load_tile(a, batch, head, view_rows, row, residue, hop, a_mask, VIEW)
+    b_tile = load_tile(b, batch, head, view_rows, row, residue, hop, b_mask, VIEW)
+    return a_tile, b_tile
+
+
+# Which rows a program has.
 
 
 @triton.jit
@@ -22,9 +92,8 @@ def head_offset(kv_head, rate, num_kv_heads, MODULO: tl.constexpr):
 
 @triton.jit
 def locate(
-    pid, num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-    row_start, cu_seqlens, tile_ends, num_sequences,
-    TILE: tl.constexpr, PACKED: tl.constexpr, ROW_START: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
+    row_start, cu_seqlens, tile_ends, num_sequences, TILE: tl.constexpr, SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Which tile of which segment, head and sequence a program has.
 
@@ -32,10 +101,13 @@ def locate(
         sequence, head, segment (counted from the first one in range), tile, row_base (memory row of the sequence's
         first row), q_begin and k_begin (positions of the first rows), number of queries and keys.
     """
-    if PACKED:
+    # One axis: the others of CUDA end at 65,535, which a batch of short sequences or a large rate passes.
+    pid = tl.program_id(0)
+    if cu_seqlens is not None:
         # num_tiles bounds the tiles of all sequences together; which of them a tile falls into is searched.
         flat = pid % num_tiles
         head = pid // num_tiles
+        # Bisection for the first sequence whose tiles end after this one; the number of steps is known to the compiler.
         low = 0
         high = num_sequences
         for _ in tl.static_range(SEARCH_STEPS):
@@ -49,11 +121,13 @@ def locate(
         begin = tl.load(tile_ends + sequence - 1, mask=inside & (sequence > 0), other=0)
         row_base = tl.load(cu_seqlens + sequence, mask=inside, other=0).to(tl.int32)
         stop = tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int32)
-        count = stop - row_base  # 0 for the tiles beyond the last sequence
+        # 0 for the tiles beyond the last sequence.
+        count = stop - row_base
         per_segment = tl.maximum(tl.cdiv(tl.cdiv(tl.minimum(length, count), rate), TILE), 1)
         local = flat - begin
         return sequence, head, local // per_segment, local % per_segment, row_base, 0, 0, count, count
     else:
+        # Tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
         tile = pid % num_tiles
         pid = pid // num_tiles
         segment = pid % num_segments
@@ -62,7 +136,7 @@ def locate(
         sequence = pid // num_heads
         q_begin = q_start
         k_begin = k_start
-        if ROW_START:
+        if row_start is not None:
             first = tl.load(row_start + sequence).to(tl.int32)
             q_begin = q_start - first
             k_begin = k_start - first
@@ -99,6 +173,7 @@ def segment_slots(
         pads = tl.where((m == 1) & (keys == 0), 0, m - keys)
         return base, out_base, 0, kept, tl.minimum(keys, kept), 0, keys, pads
     else:
+        # Left padding makes positions negative: those rows belong to no segment.
         q_low = tl.maximum(q_begin, 0)
         k_low = tl.maximum(k_begin, 0)
         first = tl.where(by_keys, k_low, q_low) // length
@@ -112,15 +187,32 @@ def segment_slots(
 
 
 @triton.jit
-def load_tile(
-    view, batch, view_rows, row, residue, head, row_stride, head_stride,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VIEW: tl.constexpr,
-):  # fmt: skip
-    """Rows of one residue and head through the copy engine, from a view of rank VIEW (`launch_aligned.descriptor`)."""
-    if VIEW == 5:
-        return view.load([batch, residue, head, row, 0]).reshape(ROWS, BLOCK_D)
-    else:
-        return view.load([batch * view_rows + row, residue * row_stride + head * head_stride])
+def keys_seen(first, q_hi, k_lo, k_hi, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr):
+    """(split, end) of the walk over the keys that the BM slots from `first` see: tiles before split need no mask."""
+    end = k_hi
+    split = k_lo + (k_hi - k_lo) // BN * BN
+    if CAUSAL:
+        end = tl.minimum(k_hi, tl.minimum(first + BM, q_hi))
+        split = tl.minimum(split, k_lo + tl.maximum(first + 1 - k_lo, 0) // BN * BN)
+    return split, end
+
+
+@triton.jit
+def pairs_seen(slots, start, n, k_hi, CAUSAL: tl.constexpr):
+    """Which pairs of query slots and of key slots start + n count: [BM, BN], or [1, BN] without a diagonal."""
+    seen = (start + n < k_hi)[None, :]
+    if CAUSAL:
+        seen = seen & (slots[:, None] >= start + n[None, :])
+    return seen
+
+
+@triton.jit
+def load_shown(key_mask, at, positions, mask):
+    """Whether the key padding mask, from its element `at` on, shows positions. [M]"""
+    return tl.load(key_mask + at + positions.to(tl.int64), mask=mask, other=0) != 0
+
+
+# Dropout's counter-based mask.
 
 
 @triton.jit
@@ -146,3 +238,9 @@ def row_hash(seed, sequence, head, branch, q_pos):
     state = absorb(mix((value & 0xFFFFFFFF).to(tl.uint32) ^ 0x9E3779B9), (value >> 32) & 0xFFFFFFFF)
     state = absorb(absorb(state, sequence), head)
     return absorb(absorb(state, q_pos), branch)
+
+
+@triton.jit
+def pairs_kept(state, k_pos, threshold):
+    """Which pairs dropout keeps; state of the queries and k_pos are broadcast against each other."""
+    return absorb(state, k_pos) >= threshold.to(tl.uint32)

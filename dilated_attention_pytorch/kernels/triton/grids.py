@@ -1,4 +1,4 @@
-"""The programs that a launch has, and what masks and packing add to it."""
+"""The programs that a launch of a general kernel has."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ import triton
 from torch import Tensor
 
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
-from dilated_attention_pytorch.types import Masks
-
-
-class Layout(NamedTuple):
-    """Where a call's rows lie: the arguments that masks and packing add to a kernel."""
-
-    key_mask: Tensor | None
-    row_start: Tensor | None
-    cu_seqlens: Tensor | None
-    seed: Tensor | None
+from dilated_attention_pytorch.kernels.triton.work import Work
 
 
 class Grid(NamedTuple):
@@ -40,25 +30,15 @@ class Grid(NamedTuple):
     programs: int
 
 
-def layout_of(q: Tensor, masks: Masks) -> Layout:
-    key_padding, row_start, cu_seqlens, seed = masks
-    if key_padding is not None:
-        key_padding = key_padding.contiguous().view(torch.uint8)
-    if row_start is not None:
-        row_start = row_start.to(q.device)
-    if cu_seqlens is not None:
-        if not cu_seqlens.is_cuda:  # on the device, reading it would make the host wait
-            check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
-        cu_seqlens = cu_seqlens.to(q.device)
-    return Layout(key_padding, row_start, cu_seqlens, None if seed is None else seed.to(q.device))
-
-
-def grid_of(problem: Problem, layout: Layout, branch: int, batch: int, count: int, tile: int, *, by_keys: bool) -> Grid:
+def grid_of(work: Work, branch: int, tile: int, *, by_keys: bool) -> Grid:
+    """The programs of a branch, one per tile of queries, or of keys."""
+    problem, masks = work.problem, work.masks
+    batch, count = (work.x.k if by_keys else work.x.q).shape[:2]
     length, rate = segment_length(problem, branch), dilation_rate(problem, branch)
-    if layout.cu_seqlens is not None:
-        return _packed_grid(layout.cu_seqlens, length, rate, tile, count)
+    if masks.cu_seqlens is not None:
+        return _packed_grid(masks.cu_seqlens, length, rate, tile, count)
     start = problem.k_start if by_keys else problem.q_start
-    if layout.row_start is not None:
+    if masks.row_start is not None:
         # Positions move down by row_start, to anywhere in [0, start]: the range may touch one segment more.
         num_segments = triton.cdiv(count, length) + (1 if start else 0)
     else:

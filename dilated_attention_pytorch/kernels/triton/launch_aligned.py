@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
-from torch import Tensor
+from torch import Tensor, float32
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels.triton import aligned, replay
-from dilated_attention_pytorch.kernels.triton.configs import Config
+from dilated_attention_pytorch.kernels.triton import aligned, configs
+from dilated_attention_pytorch.kernels.triton.configs import Config, Direction
+from dilated_attention_pytorch.kernels.triton.replay import Tape
+from dilated_attention_pytorch.kernels.triton.views import NO_VIEWS, ViewPair, flat_views, strides_of
+from dilated_attention_pytorch.kernels.triton.work import Work
+from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
-_LOG2E = 1.4426950408889634
+_KERNELS = {"forward": ("aligned_forward",), "backward": ("aligned_dq", "aligned_dkv")}
 _WHOLE = 1 << 30  # a segment length that no sequence exceeds
 _MAX_RATE = 64
 
@@ -29,6 +33,7 @@ class Alignment(NamedTuple):
         multiple: the largest number of rows of a tile that every segment is a multiple of.
         num_queries: rows of q.
         num_keys: rows of k and v; as many, where a branch has several segments.
+        once: whether a key that several branches show is computed once (docs/design.md, D37). Then lengths ascend.
     """
 
     lengths: tuple[int, ...]
@@ -37,230 +42,178 @@ class Alignment(NamedTuple):
     multiple: int
     num_queries: int
     num_keys: int
+    once: bool
 
-    def fits(self, rows: int) -> bool:
-        """Whether tiles of so many rows never straddle two segments."""
-        return self.multiple % rows == 0
+    def takes(self, config: Config) -> bool:
+        """Whether no tile straddles two segments, and there are rows for one tile of each kind at least."""
+        fits = self.multiple % config.block_m == 0 and self.multiple % config.block_n == 0
+        return fits and config.block_m * self.rate <= self.num_queries and config.block_n * self.rate <= self.num_keys
 
-    def even(self, block_m: int, block_n: int) -> bool:
-        """Whether queries and keys are whole numbers of such tiles, so that nothing is masked."""
-        return self.num_queries % (self.rate * block_m) == 0 and self.num_keys % (self.rate * block_n) == 0
-
-    def filled(self, block_m: int, block_n: int) -> bool:
-        """Whether there are rows for one tile of each at least."""
-        return block_m * self.rate <= self.num_queries and block_n * self.rate <= self.num_keys
+    def even(self, config: Config) -> bool:
+        """Whether queries and keys are whole numbers of tiles, so that nothing is masked."""
+        return (
+            self.num_queries % (self.rate * config.block_m) == 0 and self.num_keys % (self.rate * config.block_n) == 0
+        )
 
 
-def alignment(problem: Problem, num_queries: int, num_keys: int, *, causal: bool = False) -> Alignment | None:
-    """How the branches of unmasked ranges that begin at 0 align; None where they do not, or where it is causal.
+def alignment(work: Work) -> Alignment:
+    """How the branches align, where `misalignment` finds no obstacle."""
+    pattern, n = work.problem.pattern, work.problem.seq_len
+    rate = math.lcm(*pattern.dilation_rates)
+    lengths = tuple(length if length < n else _WHOLE for length in pattern.segment_lengths)
+    # 0 where there is no inner border to straddle, which is a multiple of every tile.
+    multiple = math.gcd(*(length // rate for length in lengths if length < n))
+    branches = sorted(zip(lengths, pattern.dilation_rates, strict=True))
+    once = len(branches) > 1 and all(nests(*pair) for pair in itertools.pairwise(branches))
+    rates = pattern.dilation_rates
+    if once:
+        lengths, rates = zip(*branches, strict=True)
+    return Alignment(lengths, rates, rate, multiple, work.x.q.shape[1], work.x.k.shape[1], once)
+
+
+def nests(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """Whether each segment of a branch (w, r) lies in one of another, whose residues are among its own."""
+    (inner_length, inner_rate), (outer_length, outer_rate) = inner, outer
+    return outer_rate % inner_rate == 0 and (outer_length == _WHOLE or outer_length % inner_length == 0)
+
+
+def misalignment(problem: Problem, num_queries: int, num_keys: int, *, causal: bool = False) -> str | None:
+    """Why one launch cannot walk all branches of unmasked ranges; None if it can.
 
     Args:
-        causal: whether that is no obstacle.
+        causal: whether a causal mask is no obstacle.
     """
-    n = problem.seq_len
-    square = num_queries == num_keys
-    if (
-        problem.q_start
-        or problem.k_start
-        or (problem.is_causal and not (causal and square))
-        or problem.dropout_p > 0.0
-        or problem.padding != "none"
-        or num_queries == 0
-        or num_keys == 0
-    ):
-        return None
     rate = math.lcm(*problem.pattern.dilation_rates)
-    if rate > _MAX_RATE:
-        return None
-    multiple = 0  # gcd's neutral element: nothing to straddle
-    lengths = []
-    for length, _ in problem.pattern.branches:
-        if length >= n:
-            lengths.append(_WHOLE)
-            continue
-        if length % rate or not square:
-            return None
-        multiple = math.gcd(multiple, length // rate)
-        lengths.append(length)
-    return Alignment(tuple(lengths), problem.pattern.dilation_rates, rate, multiple, num_queries, num_keys)
+    inner = [length for length in problem.pattern.segment_lengths if length < problem.seq_len]
+    obstacles = {
+        "the range does not start at position 0": problem.q_start or problem.k_start,
+        "it is causal": problem.is_causal and not causal,
+        "it is causal, with other keys than queries": problem.is_causal and num_queries != num_keys,
+        "it drops weights": problem.dropout_p > 0.0,
+        "it has zero keys": problem.padding != "none",
+        "it is empty": num_queries == 0 or num_keys == 0,
+        f"its rates have a common multiple above {_MAX_RATE}": rate > _MAX_RATE,
+        "a segment is no multiple of all rates": any(length % rate for length in inner),
+        "it has several segments, with other keys than queries": inner and num_queries != num_keys,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-def descriptor(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
-    """The view `[B * N / rate, rate * row]` of x `(B, N, H, D)` in tiles of `rows`; None where the copy engine cannot
-    have it."""
-    batch, n, heads, width = x.shape
-    sizes = (x.stride(0), x.stride(1), x.stride(2))
-    aligned_bytes = all(size * x.element_size() % 16 == 0 for size in sizes) and x.data_ptr() % 16 == 0
-    if not aligned_bytes or width & (width - 1) or width < 16 or n < rate:
-        return None
-    if n % rate or (batch > 1 and sizes[0] != n * sizes[1]):
-        return None
-    columns = (rate - 1) * sizes[1] + (heads - 1) * sizes[2] + width
-    return TensorDescriptor(x, [batch * (n // rate), columns], [rate * sizes[1], 1], [rows, width])
+def why_not(work: Work, direction: Direction) -> str | None:
+    """The reason why these kernels do not take a call; None if they do."""
+    if work.is_masked:
+        return "it has masks or packing"
+    if work.x.q.numel() == 0:
+        return "it is empty"
+    # Tiles at a stride waste more of the diagonal: only short causal sequences gain by one launch.
+    short = direction == "forward" and work.x.q.numel() <= configs.SHORT_CAUSAL
+    obstacle = misalignment(work.problem, work.x.q.shape[1], work.x.k.shape[1], causal=short)
+    if obstacle is None and len(configs_for(work, direction)) < len(_KERNELS[direction]):
+        return "no tile fits its segments and is filled by its rows"
+    return obstacle
 
 
-def strided_view(x: Tensor, rate: int, rows: int, block_d: int) -> TensorDescriptor | None:
-    """The view `[B, rate, H, N / rate, D]` of x `(B, N, H, D)` in tiles of `rows`; None where the copy engine cannot
-    have it. Unlike `descriptor`'s it takes any D: columns from D on come as zeros."""
-    batch, n, heads, width = x.shape
-    strides = (x.stride(0), x.stride(1), x.stride(2), rate * x.stride(1))
-    if any(size * x.element_size() % 16 for size in strides) or x.data_ptr() % 16 or n % rate:
-        return None
-    if block_d * x.element_size() > 512 or any(size * x.element_size() >= 1 << 40 for size in strides):
-        return None
-    return TensorDescriptor(x, [batch, rate, heads, n // rate, width], [*strides, 1], [1, 1, 1, rows, block_d])
+def configs_for(work: Work, direction: Direction) -> tuple[Config, ...]:
+    """The best configuration of each kernel; fewer where one has none that its tiles fit."""
+    plan = alignment(work)
+    fitting = (
+        [c for c in configs.candidates(kernel, work.x.q, work.problem.is_causal) if plan.takes(c)]
+        for kernel in _KERNELS[direction]
+    )
+    return tuple(found[0] for found in fitting if found)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    problem: Problem,
-    plan: Alignment,
-    config: Config,
-    *,
-    descriptors: bool = True,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor]:
+def forward(work: Work, tape: Tape, config: Config) -> AttentionOutput:
     """Out and lse by one launch."""
+    (q, k, v), plan = work.x, alignment(work)
     batch, n, heads, _ = q.shape
-    out = replay.empty(q, q.shape)
-    lse = replay.empty(q, (batch, heads, n), torch.float32)
-    even = plan.even(config.block_m, config.block_n)
-    k_view = v_view = None
-    if descriptors and config.descriptors and (even or batch == 1):
-        k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
-    num_keys = k.shape[1]
+    out = tape.empty(q, q.shape)
+    lse = tape.empty(q, (batch, heads, n), float32)
+    # Describing views takes the host longer than the copy engine saves on a short sequence.
+    views = NO_VIEWS if q.numel() <= configs.SHORT_FORWARD else _views(k, v, plan, config, config.block_n)
     num_tiles = triton.cdiv(triton.cdiv(n, plan.rate), config.block_m)
-    replay.launch(
-        aligned.aligned_forward, (batch * heads * num_tiles * plan.rate,), q, k, v, k_view, v_view, out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
-        n, num_keys, num_keys // plan.rate, heads, k.shape[2], num_tiles, abs(problem.scale) * _LOG2E or 1e-30,
-        **_flags(q, problem, plan, config, even, precision), NEGATE=problem.scale < 0, CAUSAL=problem.is_causal,
-        DESCRIPTORS=k_view is not None and v_view is not None,
+    # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
+    args = (
+        q, k, v, views.a, views.b, out, lse, *strides_of(q, k, v, out), *lse.stride()[:2],
+        n, plan.num_keys, plan.num_keys // plan.rate, heads, k.shape[2], num_tiles,
+        abs(work.logit_scale) or 1e-30,
     )  # fmt: skip
-    return out, lse
+    flags = _flags(work, plan, config, views)
+    flags |= {"NEGATE": work.problem.scale < 0, "CAUSAL": work.problem.is_causal}
+    kernel, grid = aligned.aligned_forward, (batch * heads * num_tiles * plan.rate,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
+    return AttentionOutput(out, lse)
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    problem: Problem,
-    plan: Alignment,
-    dq_config: Config,
-    dkv_config: Config,
-    *,
-    descriptors: bool = True,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor]:
+    work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape, dq_config: Config, dkv_config: Config
+) -> QKV:
     """dq, dk and dv by two launches."""
-    rows = max(dq_config.block_m, dkv_config.block_m)
-    terms = terms_buffer(q, plan, rows)
-    dq = backward_dq(
-        grad_out, grad_lse, q, k, v, out, lse, terms, problem, plan, dq_config, descriptors=descriptors,
-        precision=precision,
-    )  # fmt: skip
-    dk, dv = backward_dkv(
-        grad_out, q, k, v, terms, problem, plan, dkv_config, descriptors=descriptors, precision=precision
-    )
-    return dq, dk, dv
+    terms = terms_buffer(work, tape, max(dq_config.block_m, dkv_config.block_m))
+    dq = backward_dq(work, grad, saved, terms, tape, dq_config)
+    return QKV(dq, *backward_dkv(work, grad, terms, tape, dkv_config))
 
 
-def terms_buffer(q: Tensor, plan: Alignment, rows: int) -> Tensor:
+def terms_buffer(work: Work, tape: Tape, rows: int) -> Tensor:
     """Room for what the dK/dV pass needs of each query row, `[2, B, H, R, rows of a residue]`, in whole tiles."""
-    batch, n, heads, _ = q.shape
-    length = triton.cdiv(triton.cdiv(n, plan.rate), rows) * rows
-    return replay.empty(q, (2, batch, heads, plan.rate, length), torch.float32)
+    batch, n, heads, _ = work.x.q.shape
+    rate = alignment(work).rate
+    length = triton.cdiv(triton.cdiv(n, rate), rows) * rows
+    return tape.empty(work.x.q, (2, batch, heads, rate, length), float32)
 
 
 def backward_dq(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    terms: Tensor,
-    problem: Problem,
-    plan: Alignment,
-    config: Config,
-    *,
-    descriptors: bool = True,
-    precision: str = "ieee",
+    work: Work, grad: OutputGradient, saved: AttentionOutput, terms: Tensor, tape: Tape, config: Config
 ) -> Tensor:
     """dq; fills terms."""
+    (q, k, v), (out, lse), plan = work.x, saved, alignment(work)
     batch, n, heads, _ = q.shape
-    dq = replay.empty(q, q.shape)
-    even = plan.even(config.block_m, config.block_n)
-    k_view = v_view = None
-    if descriptors and config.descriptors and (even or batch == 1):
-        k_view, v_view = descriptor(k, plan.rate, config.block_n), descriptor(v, plan.rate, config.block_n)
+    dq = tape.empty(q, q.shape)
+    views = _views(k, v, plan, config, config.block_n)
     num_tiles = terms.shape[4] // config.block_m
-    replay.launch(
-        aligned.aligned_backward_dq, (batch * heads * num_tiles * plan.rate,), q, k, v, k_view, v_view, out, grad_out,
-        lse, grad_lse, terms, dq,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3],
-        *dq.stride()[:3], *lse.stride()[:2], n, k.shape[1], k.shape[1] // plan.rate, terms.shape[4], heads, k.shape[2],
-        num_tiles, problem.scale * _LOG2E, problem.scale, **_flags(q, problem, plan, config, even, precision),
-        GRAD_LSE=grad_lse is not None, DESCRIPTORS=k_view is not None and v_view is not None,
+    args = (
+        q, k, v, views.a, views.b, out, grad.out, lse, grad.lse, terms, dq,
+        *strides_of(q, k, v, out, grad.out, dq), *lse.stride()[:2],
+        n, plan.num_keys, plan.num_keys // plan.rate, terms.shape[4], heads, k.shape[2], num_tiles,
+        work.logit_scale, work.problem.scale,
     )  # fmt: skip
+    flags = _flags(work, plan, config, views)
+    kernel, grid = aligned.aligned_backward_dq, (batch * heads * num_tiles * plan.rate,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return dq
 
 
-def backward_dkv(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    terms: Tensor,
-    problem: Problem,
-    plan: Alignment,
-    config: Config,
-    *,
-    descriptors: bool = True,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor]:
+def backward_dkv(work: Work, grad: OutputGradient, terms: Tensor, tape: Tape, config: Config) -> tuple[Tensor, Tensor]:
     """dk and dv."""
+    (q, k, v), plan = work.x, alignment(work)
     batch, n, heads, _ = q.shape
     kv_heads = k.shape[2]
-    dk, dv = replay.empty(k, k.shape), replay.empty(v, v.shape)
-    even = plan.even(config.block_m, config.block_n)
-    q_view = grad_view = None
-    if descriptors and config.descriptors and (even or batch == 1):
-        q_view, grad_view = descriptor(q, plan.rate, config.block_m), descriptor(grad_out, plan.rate, config.block_m)
+    dk, dv = tape.empty(k, k.shape), tape.empty(v, v.shape)
+    views = _views(q, grad.out, plan, config, config.block_m)
     length = terms.shape[4]
+    # One row of the view per residue: first all rows' lse, then all rows' delta.
     terms_view = TensorDescriptor(terms, [2 * batch * heads * plan.rate, length], [length, 1], [1, config.block_m])
-    num_tiles = triton.cdiv(triton.cdiv(k.shape[1], plan.rate), config.block_n)
-    replay.launch(
-        aligned.aligned_backward_dkv, (batch * kv_heads * num_tiles * plan.rate,), q, k, v, q_view, grad_view,
-        grad_out, terms_view, dk, dv,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
-        n, k.shape[1], n // plan.rate, batch, heads, kv_heads, num_tiles, problem.scale * _LOG2E, problem.scale,
-        **_flags(q, problem, plan, config, even, precision), GROUP=heads // kv_heads, EARLY=config.early,
-        DESCRIPTORS=q_view is not None and grad_view is not None,
+    num_tiles = triton.cdiv(triton.cdiv(plan.num_keys, plan.rate), config.block_n)
+    args = (
+        q, k, v, views.a, views.b, grad.out, terms_view, dk, dv, *strides_of(q, k, v, grad.out, dk),
+        n, plan.num_keys, n // plan.rate, batch, heads, kv_heads, num_tiles, work.logit_scale, work.problem.scale,
     )  # fmt: skip
+    flags = _flags(work, plan, config, views) | {"GROUP": heads // kv_heads, "EARLY": config.early}
+    kernel, grid = aligned.aligned_backward_dkv, (batch * kv_heads * num_tiles * plan.rate,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return dk, dv
 
 
-def _flags(q: Tensor, problem: Problem, plan: Alignment, config: Config, even: bool, precision: str) -> dict[str, Any]:
-    options: dict[str, Any] = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    return options | {
-        "LENGTHS": plan.lengths,
-        "RATES": plan.rates,
-        "R": plan.rate,
-        "D": q.shape[3],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "MODULO": problem.pattern.offsets == "modulo",
-        "EVEN": even,
-        "PRECISION": precision,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def _views(a: Tensor, b: Tensor, plan: Alignment, config: Config, rows: int) -> ViewPair:
+    # A view's rows of all batches are one axis, so that a tile past one batch's end would read the next one's.
+    if config.descriptors and (plan.even(config) or a.shape[0] == 1):
+        return flat_views(a, b, plan.rate, rows)
+    return NO_VIEWS
+
+
+def _flags(work: Work, plan: Alignment, config: Config, views: ViewPair) -> dict[str, Any]:
+    return {
+        "LENGTHS": plan.lengths, "RATES": plan.rates, "R": plan.rate, "D": work.x.q.shape[3], "BLOCK_D": work.block_d,
+        "MODULO": work.problem.pattern.offsets == "modulo", "VIEW": views.kind, "EVEN": plan.even(config),
+        "ONCE": plan.once, "PRECISION": work.precision, **config.flags,
+    }  # fmt: skip

@@ -1,16 +1,15 @@
-"""Doing a call's launches again without preparing them again.
+"""Record a call's allocations and launches once; replay them with new pointers.
 
 What a call allocates and launches depends on its problem and on the layout of its tensors alone. The first call of a
-kind writes that down on a tape; a later one looks the tape up, allocates, puts its own pointers in and launches the
-compiled kernels directly. That spares the host most of what a launch costs: sizing grids, choosing configurations,
-describing views, and Triton's own binding and specialisation of some sixty arguments.
+kind notes that on a tape; a later one looks the tape up, allocates, puts its own pointers in and launches the compiled
+kernels directly. That spares the host most of what a launch costs: sizing grids, choosing configurations, describing
+views, and Triton's own binding and specialisation of some sixty arguments.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,44 +17,78 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Play = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-
 _KEPT = 512  # tapes; sequence lengths may never repeat
 _tapes: dict[Hashable, Tape] = {}
-_local = threading.local()
+
+
+def find(key: Hashable | None, inputs: Sequence[Tensor | None]) -> Tape | None:
+    """The tape of a key for inputs of this layout, if one was recorded."""
+    return None if key is None else _tapes.get(_kind(key, inputs))
 
 
 class Tape:
-    """The allocations and launches of one call, in terms of numbered tensors: the inputs first, then the new ones."""
+    """The allocations and launches of one call, in terms of numbered tensors: the inputs first, then the new ones.
 
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+    Args:
+        key: everything beside the inputs' layout that decides what is launched; None to record nothing.
+        inputs: the tensors that the launches read. A kernel's tensors must be among them or come from `empty`.
+    """
+
+    def __init__(self, key: Hashable | None = None, inputs: Sequence[Tensor | None] = ()) -> None:
+        present = [id(x) for x in inputs if x is not None]
+        # A tape could not tell which of two equal inputs an argument was.
+        self.is_recording = key is not None and len(set(present)) == len(present)
+        if not self.is_recording:
+            return
+        self.kind = _kind(key, inputs)
         self.device = next(x.device for x in inputs if x is not None)
-        self.steps: list[Launch | Allocation] = []
+        self.steps: list[Launch | NewTensor] = []
         self.results: list[int] = []
         # While recording, what the numbers stand for: held weakly, so that it takes no more memory than the call.
         self.tensors = [(lambda: None) if x is None else weakref.ref(x) for x in inputs]
 
-    def number(self, tensor: Tensor) -> int | None:
-        """Which of the tensors this is; None for one that the tape does not know."""
-        return next((i for i, x in enumerate(self.tensors) if x() is tensor), None)
+    def empty(
+        self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, fill: float | None = None
+    ) -> Tensor:
+        """A new contiguous tensor, filled or not."""
+        step = NewTensor(tuple(shape), dtype or like.dtype, fill)
+        tensor = torch.empty(step.shape, dtype=step.dtype, device=like.device)
+        if fill is not None:
+            tensor.fill_(fill)
+        if self.is_recording:
+            self.steps.append(step)
+            self.tensors.append(weakref.ref(tensor))
+        return tensor
 
-    def finish(self, results: Sequence[Tensor]) -> bool:
-        """Ends the recording. Whether it can be played."""
+    def note(self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], flags: dict[str, Any], handle: Any) -> None:
+        """Takes down a launch just made, `handle = kernel[grid](*args, **flags)`."""
+        if self.is_recording:
+            self.steps.append(Launch(kernel, grid, args, flags, handle, self))
+
+    def keep(self, results: Sequence[Tensor]) -> None:
+        """Ends the recording, and keeps the tape if it can be played."""
+        if not self.is_recording:
+            return
+        launches = [x for x in self.steps if isinstance(x, Launch)]
         numbers = [self.number(x) for x in results]
-        usable = None not in numbers and bool(self.launches) and all(x.complete for x in self.launches)
         self.results = [x for x in numbers if x is not None]
         free = set(range(len(self.tensors))) - set(self.results)
-        for launch in reversed(self.launches):  # what is needed no longer is freed, as the first call did
+        # Playing frees what is needed no longer, as the first call did.
+        for launch in reversed(launches):
             used = {number for _, number, *_ in (*launch.pointers, *launch.views)}
             launch.last = tuple(used & free)
             free -= used
-        self.tensors = []
-        return usable
+        self.is_recording, self.tensors = False, []
+        if None not in numbers and launches and all(x.complete for x in launches):
+            if len(_tapes) >= _KEPT:
+                # Whole at once: other threads may add meanwhile.
+                oldest, *_ = tuple(_tapes)
+                _tapes.pop(oldest, None)
+            _tapes[self.kind] = self
 
-    @property
-    def launches(self) -> list[Launch]:
-        """The launches among the steps."""
-        return [x for x in self.steps if isinstance(x, Launch)]
+    def number(self, tensor: Tensor) -> int | None:
+        """Which of the tensors this is; None for one that the tape does not know."""
+        return next((i for i, x in enumerate(self.tensors) if x() is tensor), None)
 
     def play(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The call once more, on other tensors of the same layout."""
@@ -73,8 +106,8 @@ class Tape:
         return tuple(tensors[i] for i in self.results)  # type: ignore[misc]
 
 
-class Allocation(NamedTuple):
-    """A new tensor."""
+class NewTensor(NamedTuple):
+    """An allocation."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -85,7 +118,7 @@ class Launch:
     """One launch of a kernel: its arguments in the order of the signature, with gaps where tensors go."""
 
     def __init__(
-        self, kernel: Any, handle: Any, grid: tuple[int, ...], tape: Tape, args: Sequence[Any], flags: dict[str, Any]
+        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], flags: dict[str, Any], handle: Any, tape: Tape
     ) -> None:
         names = kernel.arg_names
         self.grid = (*grid, 1, 1)[:3]
@@ -94,12 +127,14 @@ class Launch:
         self.pointers: list[tuple[int, int]] = []
         self.views: list[tuple[int, int, TensorDescriptor]] = []
         self.complete = True
-        self.last: tuple[int, ...] = ()  # the tensors that no later launch reads
+        # The tensors that no later launch reads.
+        self.last: tuple[int, ...] = ()
         for i, value in enumerate(self.values):
             base = value.base if isinstance(value, TensorDescriptor) else value
             if not isinstance(base, Tensor):
                 continue
             number = tape.number(base)
+            # A tensor that was made beside the tape cannot be made again.
             if number is None:
                 self.complete = False
             elif base is value:
@@ -135,66 +170,10 @@ def _rebased(view: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
     return other
 
 
-def layout_of(x: Tensor | None) -> Hashable:
+def _kind(key: Hashable, inputs: Sequence[Tensor | None]) -> Hashable:
+    return key, inputs[0].device, *map(_layout, inputs)  # type: ignore[union-attr]
+
+
+def _layout(x: Tensor | None) -> Hashable:
     """What kernels may be specialised on in a tensor. A 16-byte boundary is what Triton asks of a pointer."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
-
-
-def call(
-    key: Hashable, inputs: Sequence[Tensor | None], record: Callable[[], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """Plays the tape of a key, or records one.
-
-    Args:
-        key: everything beside the inputs' layout that decides what record does.
-        inputs: the tensors that record reads. Every one that a kernel gets must be among them or come from `empty`.
-        record: does the work through `empty` and `launch`.
-    """
-    present = [id(x) for x in inputs if x is not None]
-    if len(set(present)) < len(present):  # a tape could not tell which of the equal inputs an argument was
-        return record()
-    tape = tape_of(key, inputs)
-    if tape is not None:
-        return tape.play(inputs)
-    tape = Tape(inputs)
-    outer, _local.tape = getattr(_local, "tape", None), tape
-    try:
-        results = record()
-    finally:
-        _local.tape = outer
-    if tape.finish(results):
-        if len(_tapes) >= _KEPT:
-            oldest, *_ = tuple(_tapes)  # whole at once: other threads may add meanwhile
-            _tapes.pop(oldest, None)
-        _tapes[_kind(key, inputs)] = tape
-    return results
-
-
-def tape_of(key: Hashable, inputs: Sequence[Tensor | None]) -> Tape | None:
-    """The tape of a key for inputs of this layout, if one was recorded."""
-    return _tapes.get(_kind(key, inputs))
-
-
-def _kind(key: Hashable, inputs: Sequence[Tensor | None]) -> Hashable:
-    return key, inputs[0].device, *map(layout_of, inputs)  # type: ignore[union-attr]
-
-
-def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, *, fill: float | None = None) -> Tensor:
-    """A new contiguous tensor, filled or not."""
-    dtype = dtype or like.dtype
-    tensor = torch.empty(tuple(shape), dtype=dtype, device=like.device)
-    if fill is not None:
-        tensor.fill_(fill)
-    tape = getattr(_local, "tape", None)
-    if tape is not None:
-        tape.steps.append(Allocation(tuple(shape), dtype, fill))
-        tape.tensors.append(weakref.ref(tensor))
-    return tensor
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None:
-    """`kernel[grid](*args, **flags)`, written down where a call is being recorded."""
-    handle = kernel[grid](*args, **flags)
-    tape = getattr(_local, "tape", None)
-    if tape is not None:
-        tape.steps.append(Launch(kernel, handle, grid, tape, args, flags))

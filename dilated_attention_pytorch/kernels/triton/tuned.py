@@ -7,24 +7,12 @@ best first; later ones fit shorter segments. "early" takes dO V^T before the exp
 from typing import Any
 
 TABLE: dict[tuple[str, str, int, bool], tuple[tuple[Any, ...], ...]] = {
-    ("sm_90", "aligned_forward", 64, False): (
-        (64, 128, 4, 2),
-        (64, 64, 4, 4),
-    ),
-    ("sm_90", "aligned_forward", 128, False): (
-        (128, 128, 8, 3),
-        (64, 64, 4, 3),
-    ),
+    ("sm_90", "aligned_forward", 64, False): ((64, 128, 4, 2), (64, 64, 4, 4)),
+    ("sm_90", "aligned_forward", 128, False): ((128, 128, 8, 3), (64, 64, 4, 3)),
     ("sm_90", "aligned_forward", 64, True): ((64, 64, 4, 3),),
     ("sm_90", "aligned_forward", 128, True): ((64, 64, 4, 3),),
-    ("sm_90", "aligned_dq", 64, False): (
-        (64, 128, 4, 3),
-        (64, 64, 4, 2),
-    ),
-    ("sm_90", "aligned_dq", 128, False): (
-        (128, 64, 8, 3),
-        (64, 64, 4, 2),
-    ),
+    ("sm_90", "aligned_dq", 64, False): ((64, 128, 4, 3), (64, 64, 4, 2)),
+    ("sm_90", "aligned_dq", 128, False): ((128, 64, 8, 3), (64, 64, 4, 2)),
     ("sm_90", "aligned_dkv", 64, False): ((64, 64, 4, 3, "early"),),
     ("sm_90", "aligned_dkv", 128, False): ((32, 128, 8, 3, "early"), (32, 64, 4, 3)),
     ("sm_90", "forward", 64, False): ((128, 64, 8, 4),),

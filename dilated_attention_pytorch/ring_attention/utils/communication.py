@@ -50,7 +50,8 @@ class Traffic:
             table[purpose] = table.get(purpose, 0) + amount
 
 
-_lock = threading.Lock()  # on CUDA the backward runs in a thread of its own
+# On CUDA the backward runs in a thread of its own.
+_lock = threading.Lock()
 _counters: list[Traffic] = []
 
 
@@ -111,6 +112,7 @@ class Channel:
         """
         send = buffer.tensor
         lent, result = _receiver((sum(received), *send.shape[1:]), send, purpose, keep)
+        # The callers count rows, the transport bytes.
         row = send.shape[1:].numel() * send.element_size()
         outgoing, incoming = [n * row for n in sent], [n * row for n in received]
         _count(purpose, sum(outgoing) - outgoing[self.rank], sum(incoming) - incoming[self.rank])
@@ -186,6 +188,7 @@ class Pending:
                 raise self.channel.failed(self.purpose, self.incoming, error) from error
             self.work = None
             _flying.discard(self)
+            # Sent: the pool may lend that memory again. What arrived is read until `release`.
             if self.sends is not None:
                 self.sends.release()
         return self.result

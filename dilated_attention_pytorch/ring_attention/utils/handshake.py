@@ -21,7 +21,8 @@ from dilated_attention_pytorch.ring_attention.utils.communication import Channel
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-_GRACE = 1.0  # seconds in which ranks that failed together hear of one another
+# Seconds in which ranks that failed together hear of one another.
+_GRACE = 1.0
 
 
 @dataclass
@@ -88,6 +89,7 @@ def begin(
     channel = Channel(group, timeout, label, lambda message: _explain(state, group, message))
     told = {"phase": phase, **fingerprint, "length": length}
     mine = json.dumps(told)
+    # Nobody asks, so nobody hears of other lengths.
     if check == "never":
         return channel, (length,) * group.size()
     if check == "always" or mine != state.previous:
@@ -110,6 +112,7 @@ def _compare(
         try:
             state.store.wait(keys, timedelta(seconds=timeout))
         except dist.DistStoreError:
+            # The last of them may have come since.
             missing = [r for r in ranks if not state.store.check([keys[r]])]
             if missing:
                 raise _late(state, f"ring/{number}/given_up", name, missing, size, timeout) from None
@@ -163,6 +166,7 @@ def _explain(state: GroupState, group: dist.ProcessGroup, message: str) -> str:
         deadline = time.monotonic() + _GRACE
         while time.monotonic() < deadline and not state.store.check(keys):
             time.sleep(0.02)
+        # A rank that failed as well has said so by now; one that says nothing is dead, late or elsewhere.
         silent = [r for r, key in enumerate(keys) if not state.store.check([key])]
     except RuntimeError as error:
         return f"The group's store is gone too, perhaps with a rank that died ({str(error).splitlines()[0]}). "

@@ -32,8 +32,9 @@ class LSEAccumulator:
 
     def __init__(self, first: AttentionOutput, num_kv_heads: int | None = None) -> None:
         dtype = accumulator(first.out.dtype)
-        self._out = first.out.to(dtype)  # (B, N, H, D)
-        self._lse = first.lse.to(dtype)  # (B, H, N)
+        # (B, N, H, D) and (B, H, N)
+        self._out = first.out.to(dtype)
+        self._lse = first.lse.to(dtype)
         heads = first.out.shape[2] if num_kv_heads is None else num_kv_heads
         # (B, N, H_kv, G, D): query heads of one key head side by side, as rows are gathered.
         self._out_rows = self._out.unflatten(2, (heads, -1))
@@ -57,7 +58,8 @@ class LSEAccumulator:
             out: `(B, h, L, G, D)`.
             lse: `(B, h, L, G, 1)`.
         """
-        at = (slice(None), rows, heads[:, None])  # (B, h, L, G, d) of (B, N, H_kv, G, d)
+        # (B, h, L, G, d) of (B, N, H_kv, G, d)
+        at = (slice(None), rows, heads[:, None])
         merged_out, merged_lse = self._out_rows[at], self._lse_rows[at]
         merge_into(merged_out, merged_lse, out, lse.to(merged_lse.dtype))
         self._out_rows[at] = merged_out

@@ -79,7 +79,8 @@ class _Travel(torch.autograd.Function):
 
 
 def _exchange(x: Tensor, move: Move, channel: Channel, purpose: str) -> Tensor:
-    rows = x.transpose(0, 1)  # (n, B, ...)
+    # (n, B, ...)
+    rows = x.transpose(0, 1)
     buffer = buffers.borrow((len(move.leaving), *rows.shape[1:]), x.dtype, x.device, f"{purpose} sent")
     torch.index_select(rows, 0, move.leaving, out=buffer.tensor)
     pending = channel.exchange(buffer, move.sent, move.received, purpose)

@@ -33,7 +33,8 @@ from dilated_attention_pytorch.ring_attention.utils.communication import Channel
 from dilated_attention_pytorch.types import QKV, AttentionOutput
 
 CausalAlong = Literal["original", "curve"]
-_SEED_STEP = 0x9E3779B97F4A7C15 - 2**64  # odd, so no two branches of one seed share a dropout mask
+# Odd, so no two branches of one seed share a dropout mask.
+_SEED_STEP = 0x9E3779B97F4A7C15 - 2**64
 
 if TYPE_CHECKING:
     _Ring = RingDilatedAttention
@@ -151,7 +152,8 @@ class HilbertMixin(_Ring):
     ) -> AttentionOutput:
         """Attention with the rows laid out for a branch (all of them along the curve for None), and put back."""
         move = self._move(branch, x.q.device)
-        together = rows.lay_out(torch.cat(x, 2), move, self._channel)  # (B, n, H + 2 H_kv, D): one exchange
+        # (B, n, H + 2 H_kv, D): one exchange
+        together = rows.lay_out(torch.cat(x, 2), move, self._channel)
         if mask is not None:
             mask = rows.lay_out(mask, move, self._channel, "mask")
         out, lse = attend(*together.split([y.shape[2] for y in x], 2), key_padding_mask=mask)
@@ -168,6 +170,7 @@ class HilbertMixin(_Ring):
                 f"expected {length} positions on rank {self.rank} of {self.world_size}, its part of the order's "
                 f"{expected[-1]} as torch.chunk cuts them, got {query.shape[1]}"
             )
+        # Compared once per order, not per call.
         if self._agreed or self.world_size == 1 or self.config.check == "never":
             return
         fingerprint = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
@@ -181,6 +184,7 @@ class HilbertMixin(_Ring):
             index = torch.arange(len(found.order), device=found.order.device)
             if branch is not None:
                 index = causal_layout(found, self.config.segment_lengths[branch], self.config.dilation_rates[branch])
+            # Places along the curve; as rows of the original sequence where those are what comes in.
             if self.takes_rows_along == "original":
                 index = found.order[index]
             bounds = equal_bounds(len(index), self.world_size)
@@ -254,7 +258,8 @@ def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
         sorts those by original position.
     """
     place = torch.arange(len(order.order), device=order.order.device)
-    kind = segment_and_residue(place, length, rate)  # rows of one kind see one another, and nobody else
+    # Rows of one kind see one another, and nobody else.
+    kind = segment_and_residue(place, length, rate)
     # Both sides list kind after kind: the places of a kind in order, and its rows by original position.
     layout = torch.empty_like(place)
     layout[kind.argsort(stable=True)] = order.inverse[kind[order.inverse].argsort(stable=True)]
