@@ -50,7 +50,7 @@ def dilated_attention(
         segment_lengths: w_i, in positions, one per branch.
         dilation_rates: r_i, one per branch.
         is_causal: hide keys later than the query.
-        scale: factor on q . k; `D ** -0.5` by default.
+        scale: factor on q . k; `D ** -0.5` by default. At most 1.8e19 (1.3e154 for fp64), so that no logit overflows.
         offsets: which residue a head keeps: `"modulo"` (the paper) or `"blocked"` (the official code and every
             published checkpoint). Counted over key/value heads.
         dropout_p: probability of dropping an attention weight, in [0, 1). The function has no training mode: pass 0

@@ -69,7 +69,7 @@ class DilatedPattern:
         offsets: `"modulo"`, the paper's `h mod r`, or `"blocked"`, the official code's `h // ceil(H / r)`.
 
     Raises:
-        ValueError: empty or unequal lists, a length or rate below 1, an unknown rule.
+        ValueError: empty or unequal lists, a length or rate below 1, more than 65,536 heads, an unknown rule.
         TypeError: a length, rate or head count that is not an int.
 
     Example:
@@ -218,7 +218,10 @@ class DilatedPattern:
         )
 
     def coverage(self, seq_len: int) -> float:
-        """The share of (position, head) pairs that belong to at least one branch."""
+        """The share of (position, head) pairs that belong to at least one branch.
+
+        Positions are counted one by one, up to the least common multiple of the segment lengths.
+        """
         seq_len = check_int("seq_len", seq_len, 0)
         if seq_len == 0 or 1 in self.dilation_rates:
             return 1.0
