@@ -94,7 +94,7 @@ class RingDilatedAttention(BaseRingAttention):
         # The op's arguments, tensors taken away: settings, and how rows travel.
         lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
         pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)
-        scale = validation.check_scale(config.scale, query.shape[-1])
+        scale = validation.check_scale(config.scale, query.shape[-1], query.dtype)
         problem = Problem(pattern, is_causal, scale, dropout_p, padding=config.padding)
         requires_grad = torch.is_grad_enabled() and any(y.requires_grad for y in x)
         wire = op.Wire(

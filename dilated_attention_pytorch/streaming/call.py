@@ -171,7 +171,7 @@ def _problem(settings: Settings, x: QKV) -> Problem:
         settings.segment_lengths, settings.dilation_rates, x.k.shape[2], settings.offsets  # type: ignore[arg-type]
     )  # fmt: skip
     is_causal = check.check_bool("is_causal", settings.is_causal)
-    scale = check.check_scale(settings.scale, x.q.shape[3])
+    scale = check.check_scale(settings.scale, x.q.shape[3], x.q.dtype)
     check.check_bool("progress", settings.progress)
     if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
         raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")

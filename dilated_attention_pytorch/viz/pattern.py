@@ -139,6 +139,7 @@ def neighbours_figure(
         is_causal: leave out later keys.
     """
     check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
+    check.check_index("head", head, pattern.num_heads)
     with style():
         count = len(pattern.branches)
         figure = Figure(figsize=(8.2, 0.42 * count + 1.9), layout="constrained")

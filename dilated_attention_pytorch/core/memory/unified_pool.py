@@ -275,7 +275,7 @@ class UnifiedMemoryPool:
 def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(shape, Sequence) and not isinstance(shape, str | bytes):
         return tuple(
-            n if type(n) is int and n >= 0 else check.check_int(f"shape[{i}]", n, 0)  # a borrow is short
+            n if type(n) is int and 0 <= n < 1 << 63 else check.check_int(f"shape[{i}]", n, 0)  # a borrow is short
             for i, n in enumerate(shape)
         )
     try:
