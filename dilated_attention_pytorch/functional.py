@@ -190,7 +190,13 @@ def dilated_attention_with_lse(
     else:
         ops.refuse_tangents(x)
         if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
-            check.check_savable(x._asdict())
+            given = {
+                "key_padding_mask": key_padding_mask,
+                "row_start": row_start,
+                "cu_seqlens": cu_seqlens,
+                "seed": seed,
+            }
+            check.check_savable(x._asdict() | {name: y for name, y in given.items() if isinstance(y, Tensor)})
         found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
         fast_path.remember(kind, x, problem, backend)
     return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])

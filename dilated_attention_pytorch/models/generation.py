@@ -44,6 +44,7 @@ def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> N
     if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size):
         raise ValueError(f"expected tokens in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
     if row_start is not None:
+        check.check_values("row_start", row_start)
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
             raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")

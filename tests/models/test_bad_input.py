@@ -107,6 +107,15 @@ def test_what_brings_its_input_along_is_left_alone() -> None:
     assert torch.equal(module(*(X.float().double(),) * 3)[0], want)
 
 
+def test_a_mask_of_inference_mode_cannot_be_kept_for_a_gradient() -> None:
+    with torch.inference_mode():
+        mask = torch.ones(2, 9, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"^expected key_padding_mask made outside inference mode where a gradient"):
+        multihead()(X, X, X, key_padding_mask=mask)
+    with torch.no_grad():
+        assert multihead()(X, X, X, key_padding_mask=mask)[0].shape == X.shape
+
+
 def test_autocast_takes_other_dtypes() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert multihead()(X.double().float(), X.bfloat16(), X.half())[0].shape == X.shape

@@ -199,7 +199,7 @@ def test_info() -> None:
         (("show", "neighbourhood", "-n", "64"), "expected no --length with 'show neighbourhood'"),
         (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected --query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
-        (("show", "neighbours", "--head", "9"), "expected head in [0, 4), got 9"),
+        (("show", "neighbours", "--head", "9"), "expected --head in [0, 4), got 9"),
         (("show", "pattern", "--out", "x.doc"), "expected path to end in a picture format"),
         (("bench", "--dtype", "int8"), "expected --dtype to be one of"),
         (("bench", "--device", "tpu"), "expected --device to be cpu, cuda or cuda:N, got 'tpu'"),

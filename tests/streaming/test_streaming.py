@@ -25,7 +25,7 @@ from streams import (
 )
 from torch import Tensor
 
-from dilated_attention_pytorch import UnifiedMemoryPool, dilated_attention, dilated_attention_streamed
+from dilated_attention_pytorch import UnifiedMemoryPool, dilated_attention
 from dilated_attention_pytorch.streaming import pipeline, sources
 from dilated_attention_pytorch.testing import relative_norm
 

@@ -63,7 +63,7 @@ class UnifiedMemoryPool:
     @uncompiled
     def __init__(self, strategy: str = "adaptive", limit: int | None = None, *, runtime: Runtime | None = None) -> None:
         if not isinstance(strategy, str) or strategy not in STRATEGIES:
-            raise ValueError(f"expected strategy to be one of {list(STRATEGIES)}, got {strategy!r}")
+            raise ValueError(f"expected strategy to be one of {list(STRATEGIES)}, got {check.quoted(strategy)}")
         if limit is not None:
             limit = check.check_positive_int("limit", limit)
         self.strategy = strategy
