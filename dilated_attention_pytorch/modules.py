@@ -253,8 +253,8 @@ class MultiheadDilatedAttention(nn.Module):
             check.check_choice("positions", positions, Positions)
         self.head_dim = embed_dim // num_heads
         self.gamma_init = check.check_float("gamma_init", gamma_init)
-        if self.gamma_init < 0.0:
-            raise ValueError(f"expected gamma_init of at least 0, got {gamma_init}")
+        if not 0.0 <= self.gamma_init <= 1e9:  # beyond, the norm's variance overflows in fp32
+            raise ValueError(f"expected gamma_init in [0, 1e9], got {gamma_init}")
         self.attention = DilatedAttention(
             segment_lengths,
             dilation_rates,

@@ -101,7 +101,7 @@ def check_factory(device: object, dtype: object) -> None:
     try:
         torch.empty(0, device=device)
     except Exception as error:  # of several types, with advice on torch's build
-        raise ValueError(f"expected device to be one that is there, got {device}") from error
+        raise ValueError(f"expected device to be one that is there, got {_number(device)}") from error
 
 
 def check_float(name: str, value: object) -> float:

@@ -73,7 +73,7 @@ def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
     _check_numbers("coords", coords, "to be of integers")
     if coords.dim() == 0 or coords.shape[-1] not in _MAX_BITS:
         raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
-    _check_bits(num_bits, coords.shape[-1])
+    num_bits = _check_bits(num_bits, coords.shape[-1])
     axes = _within("coords", coords, num_bits).unbind(-1)  # D tensors (...)
     index = hilbert_tables.encode_with_hilbertsfc(*axes, num_bits=num_bits) if len(axes) == 2 else None
     return hilbert_tables.encode(axes, num_bits) if index is None else index
@@ -98,9 +98,10 @@ def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
         >>> hilbert_decode(torch.arange(4), 2, 1).tolist()
         [[0, 0], [0, 1], [1, 1], [1, 0]]
     """
-    if check.check_positive_int("num_dims", num_dims) not in _MAX_BITS:
-        raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims!r}")
-    _check_bits(num_bits, num_dims)
+    num_dims = check.check_positive_int("num_dims", num_dims)  # NumPy's ints would overflow in eight bits
+    if num_dims not in _MAX_BITS:
+        raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims}")
+    num_bits = _check_bits(num_bits, num_dims)
     _check_numbers("index", index, "to be of integers")
     index = _within("index", index, num_dims * num_bits)
     return torch.stack(hilbert_tables.decode(index, num_dims, num_bits), -1)  # (..., D)
@@ -261,9 +262,11 @@ def _within(name: str, x: Tensor, num_bits: int) -> Tensor:
     return x
 
 
-def _check_bits(num_bits: int, num_dims: int) -> None:
-    if check.check_positive_int("num_bits", num_bits) > _MAX_BITS[num_dims]:
+def _check_bits(num_bits: int, num_dims: int) -> int:
+    num_bits = check.check_positive_int("num_bits", num_bits)
+    if num_bits > _MAX_BITS[num_dims]:
         raise ValueError(f"expected num_bits of at most {_MAX_BITS[num_dims]} in {num_dims}-D, got {num_bits}")
+    return num_bits
 
 
 def _permuted(x: Tensor, dim: int, order: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def token_probabilities(
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     size = logits.shape[-1]
-    best, tokens = logits.topk(size if top_k is None else min(top_k, size), -1)  # the likeliest first
+    best, tokens = logits.topk(size if top_k is None else min(int(top_k), size), -1)  # the likeliest first
     probabilities = best.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,14 +82,16 @@ class StreamedCall:
 
     def plan(self) -> RangePlan:
         """Its ranges."""
-        limit = self.settings.device_limit
+        # Plain ints: NumPy's overflow.
+        given = self.settings.device_limit, self.settings.range_length
+        limit, length = (None if x is None else operator.index(x) for x in given)
         if limit is None and self.device.type == "cuda":
             # What torch holds without using it is free to torch.
             idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             limit = int(_SHARE * (torch.cuda.mem_get_info(self.device)[0] + idle))
         elif limit is None:
             limit = CPU_LIMIT
-        return plan_ranges(self.problem, self.sizes, limit, self.settings.range_length)
+        return plan_ranges(self.problem, self.sizes, limit, length)
 
     def work(self) -> Pass:
         """The walk over its ranges."""
@@ -145,8 +148,8 @@ def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
     (batch, n, heads, width), kv_heads = meta.q.shape, meta.k.shape[2]
     if meta.k.shape[1] != n:
         raise ValueError(
-            f"expected as many keys as queries, got {meta.k.shape[1]} and {n}: dilated_attention computes ranges of a "
-            "sequence (q_start, k_start)"
+            f"expected k and v of as many positions as q, got {meta.k.shape[1]} and {n}: dilated_attention computes "
+            "ranges of a sequence (q_start, k_start)"
         )
     problem = _problem(settings, meta)
     device = check_device(settings.device)

@@ -33,7 +33,7 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
     Returns:
         Bool `(num_branches, N, N)`, queries before keys; summed over branches, the multiplicity of a key.
     """
-    check.check_positive_int("seq_len", seq_len)
+    seq_len = check.check_positive_int("seq_len", seq_len)
     check.check_index("head", head, pattern.num_heads)
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)[:, head]
@@ -90,7 +90,7 @@ def pattern_figure(
     Raises:
         ValueError: a head or span out of range.
     """
-    check.check_positive_int("seq_len", seq_len)
+    seq_len = check.check_positive_int("seq_len", seq_len)
     chosen = list(spans) if spans is not None else [(0, seq_len)]
     for start, stop in chosen:
         if not 0 <= start < stop <= seq_len:
@@ -138,7 +138,8 @@ def neighbours_figure(
         head: key/value head.
         is_causal: leave out later keys.
     """
-    check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
+    seq_len = check.check_positive_int("seq_len", seq_len)
+    query = check.check_index("query", query, seq_len)
     check.check_index("head", head, pattern.num_heads)
     with style():
         count = len(pattern.branches)

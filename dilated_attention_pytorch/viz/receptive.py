@@ -32,8 +32,9 @@ def receptive_field(
     Returns:
         Bool `(num_layers + 1, N)`; row 0 is the query alone.
     """
-    check.check_positive_int("num_layers", num_layers)
-    check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
+    num_layers = check.check_positive_int("num_layers", num_layers)
+    seq_len = check.check_positive_int("seq_len", seq_len)
+    query = check.check_index("query", query, seq_len)
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)
     reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)

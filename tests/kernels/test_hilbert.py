@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hilbertcurve.hilbertcurve import HilbertCurve
@@ -275,3 +276,10 @@ class TestHilbertsfc:
 def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_of_numpy_are_no_eight_bit_arithmetic():
+    index = torch.arange(64)
+    got = hilbert_decode(index, np.uint8(3), np.uint8(2))
+    assert torch.equal(got, hilbert_decode(index, 3, 2))
+    assert torch.equal(hilbert_encode(got, np.uint8(2)), index)

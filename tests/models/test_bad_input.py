@@ -45,7 +45,7 @@ def fake(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"gamma_init": -1}, ValueError, "gamma_init of at least 0, got -1"),
+        ({"gamma_init": -1}, ValueError, r"gamma_init in \[0, 1e9\], got -1"),
         ({"gamma_init": "1"}, TypeError, "gamma_init to be a float, got str '1'"),
         ({"layer_norm_eps": "x"}, TypeError, "layer_norm_eps to be a float, got str 'x'"),
         ({"layer_norm_eps": float("nan")}, ValueError, "layer_norm_eps to be finite, got nan"),
