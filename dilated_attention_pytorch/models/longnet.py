@@ -239,7 +239,7 @@ class LongNetLM(Model[LongNetConfig]):
             raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
         if tokens.shape[1] == 0:
             raise ValueError("expected at least one token with a cache, got none")
-        if not isinstance(cache, KeyValueCache):
+        if not callable(getattr(cache, "begin", None)):  # transformers' one is wrapped in a class of its own
             raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
         cache.check(tokens.shape[0], self.config.num_decoder_layers)
         cache.begin(tokens.shape[1])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fuzz.judge import Call, Failure, judge
 from fuzz.table import Target
 
-REPEAT = "PYTHONPATH=tests:tests/helpers python -m fuzz --target {} --seed {} --calls {}"
+REPEAT = 'PYTHONPATH=tests:tests/helpers python -m fuzz --target "{}" --seed {} --calls {}'
 
 _SECONDS = 60  # a call of a few numbers that takes longer hangs
 
