@@ -45,7 +45,7 @@ from dilated_attention_pytorch import (
     dilated_attention_with_lse,
 )
 from dilated_attention_pytorch.streaming import pipeline, streamed_backward, streamed_forward
-from dilated_attention_pytorch.streaming.call import Inputs, Settings, StreamedCall, Upstream, prepare
+from dilated_attention_pytorch.streaming.call import Settings, StreamedCall, prepare
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Loaded
 from dilated_attention_pytorch.streaming.sources import writer
 from dilated_attention_pytorch.testing import relative_norm
@@ -152,7 +152,6 @@ def computing(bench: Bench, call: StreamedCall) -> Callable[[], None]:
             for start, stop in work.plan.ranges:
                 loads = work.loads(start, stop)
                 work.compute(start, stop, {x.key: resident(x.shape, x.dtype, x.name) for x in loads})
-            work.reset()
             bench.wait()
 
     return run
@@ -289,8 +288,8 @@ def sixty_four_million(bench: Bench) -> None:
             )
         bench.pool.trim()
         settings = bench.settings()
-        forward = prepare(settings, Inputs(q, k, v))
-        backward = prepare(settings, Inputs(q, k, v, upstream=Upstream(grad, out, lse)))
+        forward = prepare(settings, named)
+        backward = prepare(settings, named | {"grad_out": grad, "out": out, "lse": lse})
         grads = {"dq": dq, "dk": dk, "dv": dv}
         # A pass as it is used, with its lse where a backward follows.
         passes = {
@@ -301,7 +300,7 @@ def sixty_four_million(bench: Bench) -> None:
 
             def whole(calls: Any = calls) -> None:
                 for call, targets in calls:
-                    call.run(call.work(), targets)
+                    call.into(targets)
 
             def alone(calls: Any = calls) -> None:
                 for call, targets in calls:
@@ -334,17 +333,17 @@ def from_host(bench: Bench) -> None:
     q, k, v = (bench.host(tokens, salt) for salt in range(3))
     out = bench.host(tokens)
     print(f"  {available / GIB:.0f} GiB of memory available: {tokens:,} tokens, {4 * tokens * ROW / GIB:.1f} GiB")
-    call = prepare(bench.settings(), Inputs(q, k, v))
+    named = {"q": q, "k": k, "v": v}
+    call = prepare(bench.settings(), named)
     warm = min(tokens, 4 * call.plan().length)  # compiles kernels and pins staging memory
     settings = replace(bench.settings(), range_length=call.plan().length)
-    short = prepare(settings, Inputs(*(x[:, :warm] for x in (q, k, v))))
-    short.run(short.work(), {"out": out[:, :warm]})
+    short = prepare(settings, {name: x[:, :warm] for name, x in named.items()})
+    short.into({"out": out[:, :warm]})
     with peak_device(bench) as peak:
         start = time.perf_counter()
-        call.run(call.work(), {"out": out})
+        call.into({"out": out})
         total = time.perf_counter() - start
         device = peak()
-    named = {"q": q, "k": k, "v": v}
     check_rows(bench, tokens, lambda x, a, b: named[x][:, a:b], lambda at: out[:, at])
     gib = moved(call) / GIB
     bench.add(
@@ -402,15 +401,15 @@ def billion(bench: Bench) -> None:
     tokens = bench.options.tokens or 1 << 30
     sources = {name: TileSource(bench, tokens, salt) for salt, name in enumerate("qkv")}
     # Kernels are compiled and staging memory is pinned by a short sequence of the same ranges.
-    length = prepare(bench.settings(), Inputs(*sources.values())).plan().length
-    short = [TileSource(bench, min(tokens, 4 * length), salt) for salt in range(3)]
-    warm = prepare(replace(bench.settings(), range_length=length), Inputs(*short))
-    warm.run(warm.work(), {"out": SampleSink(torch.arange(1))})
+    length = prepare(bench.settings(), sources).plan().length
+    short = {name: TileSource(bench, min(tokens, 4 * length), salt) for salt, name in enumerate("qkv")}
+    warm = prepare(replace(bench.settings(), range_length=length), short)
+    warm.into({"out": SampleSink(torch.arange(1))})
     sink = SampleSink(torch.cat([x.positions for x in samples(bench, tokens)]).unique())
-    call = prepare(bench.settings(), Inputs(*sources.values()))
+    call = prepare(bench.settings(), sources)
     with peak_device(bench) as peak:
         start = time.perf_counter()
-        call.run(call.work(), {"out": sink})
+        call.into({"out": sink})
         total = time.perf_counter() - start
         device = peak()
     if sink.count != tokens or not sink.committed:
@@ -438,10 +437,10 @@ def from_files(bench: Bench) -> None:
                     rows = bench.tile_at(number, salt)[:, : tokens - number * bench.tile_rows]
                     file.write(rows.contiguous().view(torch.uint8).numpy().data)
         x = {name: mapped(name) for name in ("q", "k", "v", "out")}
-        call = prepare(bench.settings(), Inputs(x["q"], x["k"], x["v"]))
+        call = prepare(bench.settings(), {name: x[name] for name in "qkv"})
         with resident() as memory:
             start = time.perf_counter()
-            call.run(call.work(), {"out": x["out"]})
+            call.into({"out": x["out"]})
             total = time.perf_counter() - start
         check_rows(bench, tokens, lambda name, a, b: x[name][:, a:b].clone(), lambda at: x["out"][:, at])
         gib = moved(call) / GIB

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import dropout, reference
+from dilated_attention_pytorch.core import dropout, reference, torch_private
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
@@ -208,10 +209,14 @@ def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
     row_start = masks.row_start
     if row_start is not None and type(row_start) is Tensor and not torch.compiler.is_compiling():
         check.check_row_start_values(row_start)  # a traced or fake tensor has no values to read
-    return reference.attention(
-        *x, problem, key_padding_mask=masks.key_padding, row_start=row_start, cu_seqlens=masks.cu_seqlens,
-        seed=masks.seed,
+    compute = partial(
+        reference.attention, *x, problem, key_padding_mask=masks.key_padding, row_start=row_start,
+        cu_seqlens=masks.cu_seqlens, seed=masks.seed,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return compute()
+    with torch_private.fake_mode_of(x.q):
+        return compute()
 
 
 def _check_zero_keys(problem: Problem, x: QKV, masks: Masks) -> None:

@@ -6,7 +6,7 @@ Nothing here changes what a public function of torch would do; there is no publi
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,6 +52,11 @@ def has_tangent(x: Tensor) -> bool:
 def is_fake(x: Tensor) -> bool:
     """True for a tensor of a tracer, which has no values to read."""
     return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def fake_mode_of(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which tensors that are made are fake like x; without effect for any other x."""
+    return x.fake_mode if is_fake(x) else nullcontext()  # type: ignore[attr-defined, no-any-return]
 
 
 def has_amx() -> bool:

@@ -87,7 +87,7 @@ def check_device(name: str, value: object) -> torch.device:
     try:
         return torch.device(value)
     except RuntimeError as error:
-        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {shown(value)}") from error
+        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {quoted(value)}") from error
 
 
 def check_factory(device: object, dtype: object) -> None:

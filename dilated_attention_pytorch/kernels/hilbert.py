@@ -7,6 +7,7 @@ is Skilling's (AIP Conf. Proc. 707, 381, 2004), read off tables that take severa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -21,6 +22,7 @@ Curve = Literal["raster", "snake", "morton", "hilbert"]
 
 CURVES: tuple[Curve, ...] = get_args(Curve)
 _MAX_BITS = {2: 31, 3: 20}  # of one coordinate, so that an index fits an int64
+_MOST_TOKENS = 1 << 30  # whose coordinates alone take 16 GiB
 _INTEGERS = (*check.INT_DTYPES, torch.uint16, torch.uint32, torch.uint64)
 _FLOAT_BITS = {2: 26, 3: 20}  # finer than any scanner's coordinates
 
@@ -75,7 +77,7 @@ def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
         raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
     num_bits = _check_bits(num_bits, coords.shape[-1])
     axes = _within("coords", coords, num_bits).unbind(-1)  # D tensors (...)
-    index = hilbert_tables.encode_with_hilbertsfc(*axes, num_bits=num_bits) if len(axes) == 2 else None
+    index = hilbert_tables.encode_with_hilbertsfc(axes, num_bits)
     return hilbert_tables.encode(axes, num_bits) if index is None else index
 
 
@@ -155,7 +157,10 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
         raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {check.shown(grid)}")
     if len(grid) not in _MAX_BITS:
         raise ValueError(f"expected grid of 2 or 3 sizes, got {len(grid)}: {tuple(grid)}")
-    return _grid_order(name, tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid)))
+    sizes = tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid))
+    if math.prod(sizes) > _MOST_TOKENS:
+        raise ValueError(f"expected grid of at most {_MOST_TOKENS} tokens, got {sizes}")
+    return _grid_order(name, sizes)
 
 
 @lru_cache(maxsize=32)

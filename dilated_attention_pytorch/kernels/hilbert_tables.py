@@ -8,7 +8,6 @@ digits of the index and the next state.
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -36,36 +35,39 @@ class Tables(NamedTuple):
     decode: Tensor  # likewise: at a state and digits the next state and the bits
     starts: tuple[int, ...]  # the first state, by the number of leading zeros modulo D
 
+    def walk(self, like: Tensor, num_bits: int) -> tuple[Tensor, range]:
+        """The first entry of a walk over so many bits, at every point, and the lowest bit of each of its steps."""
+        num_dims, width = len(self.starts), _BITS[len(self.starts)]
+        last = (ceil_div(num_bits, width) - 1) * width
+        start = self.starts[(last + width - num_bits) % num_dims]
+        return torch.full_like(like, start << num_dims * width), range(last, -1, -width)
+
 
 def encode(axes: Sequence[Tensor], num_bits: int) -> Tensor:
     """The index of int64 coordinates, D tensors of one shape."""
     num_dims, width = len(axes), _BITS[len(axes)]
-    steps = ceil_div(num_bits, width)
-    tables = _tables(num_dims, str(axes[0].device))
-    digits, low, mask = num_dims * width, (1 << width) - 1, (1 << num_dims * width) - 1
-    entry = torch.full_like(axes[0], tables.starts[(steps * width - num_bits) % num_dims] << digits)
+    tables, digits = _tables(num_dims, str(axes[0].device)), num_dims * width
+    entry, shifts = tables.walk(axes[0], num_bits)
     index = torch.zeros_like(axes[0])
-    for shift in range((steps - 1) * width, -1, -width):
+    for shift in shifts:
         key = entry >> digits
         for axis in axes:
-            key = (key << width) | ((axis >> shift) & low)
+            key = (key << width) | ((axis >> shift) & ((1 << width) - 1))
         entry = tables.encode[key]
-        index = (index << digits) | (entry & mask)
+        index = (index << digits) | (entry & ((1 << digits) - 1))
     return index
 
 
 def decode(index: Tensor, num_dims: int, num_bits: int) -> list[Tensor]:
     """The coordinates of int64 indices."""
-    width = _BITS[num_dims]
-    steps = ceil_div(num_bits, width)
-    tables = _tables(num_dims, str(index.device))
-    digits, low, mask = num_dims * width, (1 << width) - 1, (1 << num_dims * width) - 1
-    entry = torch.full_like(index, tables.starts[(steps * width - num_bits) % num_dims] << digits)
+    width, tables = _BITS[num_dims], _tables(num_dims, str(index.device))
+    digits = num_dims * width
+    entry, shifts = tables.walk(index, num_bits)
     axes = [torch.zeros_like(index) for _ in range(num_dims)]
-    for shift in range((steps - 1) * digits, -1, -digits):
-        entry = tables.decode[((entry >> digits) << digits) | ((index >> shift) & mask)]
+    for shift in shifts:
+        entry = tables.decode[((entry >> digits) << digits) | ((index >> shift * num_dims) & ((1 << digits) - 1))]
         for a in range(num_dims):
-            axes[a] = (axes[a] << width) | ((entry >> (num_dims - 1 - a) * width) & low)
+            axes[a] = (axes[a] << width) | ((entry >> (num_dims - 1 - a) * width) & ((1 << width) - 1))
     return axes
 
 
@@ -80,75 +82,67 @@ def interleave(axes: Sequence[Tensor]) -> Tensor:
     return index
 
 
-def encode_with_hilbertsfc(first: Tensor, second: Tensor, num_bits: int) -> Tensor | None:
+def encode_with_hilbertsfc(axes: Sequence[Tensor], num_bits: int) -> Tensor | None:
     """`encode` by the hilbertsfc package; None if it is absent or another curve, and off the CPU."""
-    if first.device.type != "cpu" or not _hilbertsfc_agrees():
-        return None
-    sfc = importlib.import_module("hilbertsfc.torch")
-    # Its 2-D curve (0.5.1) is this one with the axes exchanged for odd numbers of bits; its 3-D curve is another.
-    if num_bits % 2:
-        first, second = second, first
-    index: Tensor = sfc.hilbert_encode_2d(first.contiguous(), second.contiguous(), nbits=num_bits)
-    return index.to(torch.int64)
+    is_theirs = len(axes) == 2 and axes[0].device.type == "cpu" and _hilbertsfc_agrees()
+    return _by_hilbertsfc(axes, num_bits) if is_theirs else None
 
 
 @lru_cache(maxsize=1)
 def _hilbertsfc_agrees() -> bool:
     """True if the package is there and gives this curve: results may not depend on what is installed."""
     try:
-        sfc = importlib.import_module("hilbertsfc.torch")
         for num_bits in (1, 2, 3, 5, 6):
             side = torch.arange(1 << num_bits)
-            x, y = side.repeat_interleave(len(side)), side.repeat(len(side))
-            pair = (y, x) if num_bits % 2 else (x, y)
-            if not torch.equal(sfc.hilbert_encode_2d(*pair, nbits=num_bits).to(torch.int64), encode((x, y), num_bits)):
+            axes = torch.cartesian_prod(side, side).unbind(-1)
+            if not torch.equal(_by_hilbertsfc(axes, num_bits), encode(axes, num_bits)):
                 return False
     except Exception:  # absent, or broken in some way of its own: the tables need nobody
         return False
     return True
 
 
+def _by_hilbertsfc(axes: Sequence[Tensor], num_bits: int) -> Tensor:
+    # Its 2-D curve (0.5.1) is this one with the axes exchanged for odd numbers of bits; its 3-D curve is another.
+    x, y = reversed(axes) if num_bits % 2 else axes
+    sfc = importlib.import_module("hilbertsfc.torch")
+    index: Tensor = sfc.hilbert_encode_2d(x.contiguous(), y.contiguous(), nbits=num_bits)
+    return index.to(torch.int64)
+
+
 @lru_cache(maxsize=8)
 def _tables(num_dims: int, device: str) -> Tables:
-    numbers, moves = _machine(num_dims)
-    width = _BITS[num_dims]
+    width, moves = _BITS[num_dims], _machine(num_dims)
     digits = num_dims * width
-    encoding = [0] * (len(numbers) << digits)
-    decoding = [0] * (len(numbers) << digits)
-    for state, bits in itertools.product(range(len(numbers)), range(1 << digits)):
-        now, index = state, 0
-        for bit in range(width - 1, -1, -1):
-            point = 0
-            for axis in range(num_dims):
-                point = (point << 1) | (bits >> ((num_dims - 1 - axis) * width + bit) & 1)
-            digit, now = moves[now][point]
-            index = (index << num_dims) | digit
-        encoding[state << digits | bits] = now << digits | index
-        decoding[state << digits | index] = now << digits | bits
     # Leading zeros turn the axes round; D of them come back to the start.
     turn = [0]
     while len(turn) < num_dims:
         turn.append(moves[turn[-1]][0][1])
     starts = tuple(turn[-n % num_dims] for n in range(num_dims))
     with torch.inference_mode(False):  # cached tables serve training too
-        return Tables(torch.tensor(encoding, device=device), torch.tensor(decoding, device=device), starts)
+        steps = torch.tensor(moves, device="cpu")  # (states, 2 ** D, 2)
+        key = torch.arange(len(moves) << digits, device="cpu")
+        now, bits, index = key >> digits, key & ((1 << digits) - 1), torch.zeros_like(key)
+        for bit in range(width - 1, -1, -1):
+            # One bit of each axis, axis 0 highest.
+            corner = sum((bits >> (a * width + bit) & 1) << a for a in range(num_dims))
+            digit, following = steps[now, corner].unbind(-1)
+            index, now = index << num_dims | digit, following
+        decoding = torch.empty_like(key)
+        decoding[(key >> digits) << digits | index] = now << digits | bits
+        return Tables((now << digits | index).to(device), decoding.to(device), starts)
 
 
-def _machine(num_dims: int) -> tuple[dict[CurveState, int], list[list[tuple[int, int]]]]:
-    """Numbers every state that is reached; per state and corner of the cube, the (digit, next state) read there."""
-    start = CurveState(tuple(range(num_dims)), (0,) * num_dims, 0)
-    numbers, moves, waiting = {start: 0}, [], [start]
-    while waiting:
-        state = waiting.pop(0)
-        found = []
-        for corner in range(1 << num_dims):
-            digit, following = _move(state, corner)
-            if following not in numbers:
-                numbers[following] = len(numbers)
-                waiting.append(following)
-            found.append((digit, numbers[following]))
-        moves.append(found)
-    return numbers, moves
+def _machine(num_dims: int) -> list[list[tuple[int, int]]]:
+    """Per state that is reached and corner of the cube the (digit, next state) read there, states by number."""
+    states, moves = [CurveState(tuple(range(num_dims)), (0,) * num_dims, 0)], list[list[tuple[int, int]]]()
+    for state in states:  # which grows meanwhile
+        found = [_move(state, corner) for corner in range(1 << num_dims)]
+        for _, following in found:
+            if following not in states:
+                states.append(following)
+        moves.append([(digit, states.index(following)) for digit, following in found])
+    return moves
 
 
 def _move(state: CurveState, corner: int) -> tuple[int, CurveState]:

@@ -10,21 +10,7 @@ from dilated_attention_pytorch.models.longvit import LongViT, LongViTConfig
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, slide_segment_lengths
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder, SlideOutput
 
-__all__ = [
-    "Conversion",
-    "KeyValueCache",
-    "LongNet",
-    "LongNetConfig",
-    "LongNetEncoder",
-    "LongNetLM",
-    "LongViT",
-    "LongViTConfig",
-    "SlideEncoder",
-    "SlideEncoderConfig",
-    "SlideOutput",
-    "convert",
-    "left_pad",
-    "load_pretrained",
-    "save_pretrained",
-    "slide_segment_lengths",
-]
+# By what they are for: language models, images, weights.
+__all__ = ["KeyValueCache", "LongNet", "LongNetConfig", "LongNetEncoder", "LongNetLM", "left_pad"]
+__all__ += ["LongViT", "LongViTConfig", "SlideEncoder", "SlideEncoderConfig", "SlideOutput", "slide_segment_lengths"]
+__all__ += ["Conversion", "convert", "load_pretrained", "save_pretrained"]

@@ -50,10 +50,8 @@ class KeyValueCache:
         self.segment_lengths = tuple(dict.fromkeys(segment_lengths))
         self.row_start = row_start
         self._firsts = [0] if row_start is None else sorted(set(row_start.tolist()))
-        self.length = 0
-        self.start = 0
+        self.length = self.start = self._capacity = 0
         self._base = 0  # position of the buffers' row 0
-        self._capacity = 0
         self._step: _Step | None = None
         longest = max(self.segment_lengths)
         nested = all(longest % length == 0 for length in self.segment_lengths) and len(self._firsts) == 1
@@ -70,8 +68,7 @@ class KeyValueCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        tensors = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
 
     def check(self, batch: int, num_layers: int) -> None:
         """Raises a ValueError for a cache of another model, or of a batch of other size."""
@@ -86,12 +83,14 @@ class KeyValueCache:
         if self._step is not None:
             raise RuntimeError("expected a cache whose last forward ended, got one cut short by an error; make another")
         lo, hi = self.start - self._base, self.length - self._base
-        keep = self.length + num_new - self._first_visible(self.length + num_new)
+        position = self.length + num_new
+        # Rows that have not started need nothing before their own start.
+        seen = [first + first_visible(max(0, position - first), self.segment_lengths) for first in self._firsts]
+        keep = position - min(*seen, position)
         capacity = 0
         if num_new == 1:
             if hi == self._capacity:  # grow, or move what is held to the front
-                capacity = min(max(2 * (hi - lo), _SMALLEST), self._limit)
-                capacity = max(capacity, hi - lo + 1)
+                capacity = max(min(max(2 * (hi - lo), _SMALLEST), self._limit), hi - lo + 1)
         elif keep > self._capacity:
             capacity = min(keep + _SMALLEST, self._limit)
         self._step = _Step(self.start, lo, hi, num_new, capacity, keep)
@@ -102,19 +101,12 @@ class KeyValueCache:
         self.length += step.num_new
         if step.capacity:
             self._capacity = step.capacity
-        if step.num_new != 1:
-            self._base = self.length - step.keep
+        self.start = self.length - step.keep
+        if step.num_new != 1 or step.keep == 0:
+            self._base = self.start
         elif step.capacity:
             self._base = step.first
-        self.start = self.length - step.keep
-        if step.keep == 0:
-            self._base = self.length
         self._step = None
-
-    def _first_visible(self, position: int) -> int:
-        # Rows that have not started need nothing before their own start.
-        seen = [first + first_visible(max(0, position - first), self.segment_lengths) for first in self._firsts]
-        return min(*seen, position)
 
     def _require_step(self) -> _Step:
         if self._step is None:
@@ -145,20 +137,18 @@ class _LayerCache:
 def _store(buffer: Tensor | None, new: Tensor, step: _Step) -> tuple[Tensor | None, Tensor]:
     """The buffer from now on, and the rows in sight."""
     lo, hi = step.lo, step.hi
-    if step.num_new == 1:
-        if step.capacity:
-            larger = new.new_empty((new.shape[0], step.capacity, *new.shape[2:]))
-            if buffer is not None and hi > lo:
-                larger[:, : hi - lo] = buffer[:, lo:hi]
-            buffer, lo, hi = larger, 0, hi - lo
-        assert buffer is not None
-        buffer[:, hi] = new[:, 0]
-        return buffer, buffer[:, lo : hi + 1]
-    rows = new
-    if buffer is not None and hi > lo:
-        rows = torch.cat((buffer[:, lo:hi], new), 1)
+    held = None if buffer is None or hi == lo else buffer[:, lo:hi]
     if step.capacity:
         buffer = new.new_empty((new.shape[0], step.capacity, *new.shape[2:]))
+    if step.num_new == 1:
+        assert buffer is not None
+        if step.capacity:
+            lo, hi = 0, hi - lo
+        if step.capacity and held is not None:
+            buffer[:, :hi] = held
+        buffer[:, hi] = new[:, 0]
+        return buffer, buffer[:, lo : hi + 1]
+    rows = new if held is None else torch.cat((held, new), 1)
     if buffer is not None and step.keep:
         buffer[:, : step.keep] = rows[:, rows.shape[1] - step.keep :]
     return buffer, rows

@@ -12,12 +12,12 @@ from torch import nn
 
 from dilated_attention_pytorch.core.files import replace_file
 from dilated_attention_pytorch.core.validation import check_factory, quoted
-from dilated_attention_pytorch.models.base import Model, has_head_groups
+from dilated_attention_pytorch.models import weights
+from dilated_attention_pytorch.models.config import Model
+from dilated_attention_pytorch.models.layers import has_head_groups
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.longvit import LongViT
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import CONFIG, WEIGHTS, load_into, read_config, read_safetensors
-from dilated_attention_pytorch.models.weights import safetensors as installed_safetensors
 
 _ARCHITECTURES: dict[str, type[Model[Any]]] = {
     kind.__name__: kind for kind in (LongNet, LongNetEncoder, LongNetLM, SlideEncoder, LongViT)
@@ -43,13 +43,13 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     if _ARCHITECTURES.get(name) is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     check_head_groups(model)
-    save_file = installed_safetensors().save_file
+    save_file = weights.safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    replace_file(target / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+    replace_file(target / weights.WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    replace_file(target / weights.CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
 
 
 def check_head_groups(model: nn.Module) -> None:
@@ -84,13 +84,14 @@ def load_pretrained(
         ValueError: weights that cannot be read, or keys or shapes that are not the model's, every one of them named.
         ImportError: safetensors is not installed.
     """
-    architecture, values = read_config(Path(folder))
+    architecture, values = weights.read_config(Path(folder))
     if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
-        got = quoted(architecture)
-        raise ValueError(f"expected architecture in {CONFIG} to be one of {list(_ARCHITECTURES)}, got {got}")
+        known, got = list(_ARCHITECTURES), quoted(architecture)
+        raise ValueError(f"expected architecture in {weights.CONFIG} to be one of {known}, got {got}")
     check_factory(device, dtype)
     # Built without memory: the file's tensors become the parameters.
     kind = _ARCHITECTURES[architecture]
     model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")
-    load_into(model, read_safetensors(Path(folder) / WEIGHTS, device), copy=False, device=device, dtype=dtype)
+    state = weights.read_safetensors(Path(folder) / weights.WEIGHTS, device)
+    weights.load_into(model, state, copy=False, device=device, dtype=dtype)
     return model.eval()

@@ -1,22 +1,48 @@
-"""The shape of a LongNet, as one frozen value that goes to JSON and back."""
+"""The shape of a model, as one frozen value that goes to JSON and back, and the base of models made from one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions
-from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
+from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
 
 Activation = Literal["relu", "gelu"]
+Probability = Annotated[float, check.check_probability]
+AboveZero = Annotated[float, check.check_above_zero]
+Width = Annotated[int, check.check_width]
+Depth = Annotated[int, check.check_depth]
+Count = Annotated[int, lambda name, value: check.check_int(name, value, 0, 1 << 24)]
+
+
+def _checked(name: str, value: Any, annotation: Any) -> Any:
+    kind, args = get_origin(annotation), get_args(annotation)
+    if kind is Literal:
+        return check.check_choice(name, value, annotation)
+    if kind is Annotated:
+        return args[1](name, value)
+    if type(None) in args:
+        return None if value is None else _checked(name, value, args[0])
+    if kind is tuple:
+        return check.check_positive_ints(name, value)
+    return check.check_bool(name, value) if annotation is bool else check.check_positive_int(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The base of all models' configs: to JSON and back."""
+    """The base of all models' configs: holds each field to its annotation; to JSON and back."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self), include_extras=True).items():
+            # JSON gives lists, a frozen value holds tuples.
+            object.__setattr__(self, name, _checked(name, getattr(self, name), annotation))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, in types that JSON has."""
@@ -24,11 +50,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config that `to_dict` wrote; absent fields take their defaults.
-
-        Raises:
-            ValueError: a key that is no field, by name.
-        """
+        """The config that `to_dict` wrote; absent fields take their defaults, any other key is a ValueError."""
         if not isinstance(values, Mapping):
             raise TypeError(f"expected values to be a mapping, got {check.shown(values)}")
         known = sorted(field.name for field in fields(cls))
@@ -36,14 +58,43 @@ class ModelConfig:
             raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
         return cls(**values)
 
-    def _keep(self, check: Callable[[str, Any], Any], *names: str) -> None:
-        """Replaces fields by what a check makes of them: plain numbers, as JSON has them."""
-        self._set(**{name: check(name, getattr(self, name)) for name in names})
 
-    def _set(self, **values: Any) -> None:
-        """Replaces fields by their checked values: JSON gives lists, a frozen value holds tuples."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+class Model(nn.Module, Generic[Config]):
+    """A model made from a config: subclasses are of `Model[<the config's class>]` and make their parts in `_build`."""
+
+    config_class: ClassVar[type[ModelConfig]]
+
+    def __init_subclass__(cls) -> None:
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            if isinstance(origin := get_origin(base), type) and issubclass(origin, Model):
+                (cls.config_class,) = get_args(base)
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        backend: BackendName = "auto",
+        gradient_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        kind: Any = self.config_class
+        if config is not None and not isinstance(config, kind):
+            raise TypeError(f"expected config to be a {kind.__name__}, got {check.shown(config)}")
+        check.check_bool("gradient_checkpointing", gradient_checkpointing)
+        check.check_factory(device, dtype)
+        self.config: Config = replace(config or kind(), **overrides)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._backend: BackendName = check.check_choice("backend", backend, BackendName)
+        self._build(device=device, dtype=dtype)
+
+    def _build(self, **factory: Any) -> None:  # device and dtype of the parameters
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,48 +135,34 @@ class LongNetConfig(ModelConfig):
         True
     """
 
-    d_model: int = 768
-    nhead: int = 12
-    num_kv_heads: int | None = None
-    num_encoder_layers: int = 12
-    num_decoder_layers: int = 12
-    dim_feedforward: int = 3072
+    d_model: Width = 768
+    nhead: Width = 12
+    num_kv_heads: Width | None = None
+    num_encoder_layers: Depth = 12
+    num_decoder_layers: Depth = 12
+    dim_feedforward: Width = 3072
     segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    dropout: Probability = 0.0
+    attention_dropout: Probability = 0.0
     activation: Activation = "relu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: AboveZero = 1e-5
     positions: Positions | None = "rotary"
-    rotary_base: float = 10_000.0
-    scale_base: float = 512.0
+    rotary_base: AboveZero = 10_000.0
+    scale_base: AboveZero = 512.0
     offsets: Offsets = "modulo"
     mixing_gradient: MixingGradient = "exact"
     padding: Padding = "none"
-    vocab_size: int | None = None
+    vocab_size: Width | None = None
     tie_weights: bool = False
 
     def __post_init__(self) -> None:
-        self._keep(check.check_width, "d_model", "nhead", "dim_feedforward")
-        self._keep(check.check_depth, "num_encoder_layers", "num_decoder_layers")
-        self._keep(check.check_width, *(x for x in ("num_kv_heads", "vocab_size") if getattr(self, x) is not None))
-        if self.d_model % self.nhead:
-            raise ValueError(f"expected d_model to be a multiple of nhead, got {self.d_model} and {self.nhead}")
-        self._keep(check.check_probability, "dropout", "attention_dropout")
-        self._keep(check.check_above_zero, "layer_norm_eps", "rotary_base", "scale_base")
-        options = {"activation": Activation, "mixing_gradient": MixingGradient, "padding": Padding}
-        if self.positions is not None:
-            options["positions"] = Positions
-        self._set(**{name: check.check_choice(name, getattr(self, name), options[name]) for name in options})
-        check.check_bool("tie_weights", self.tie_weights)
-        pattern = self.pattern
-        if self.nhead % pattern.num_heads:
-            raise ValueError(
-                f"expected nhead to be a multiple of num_kv_heads, got {self.nhead} and {self.num_kv_heads}"
-            )
-        self._set(
-            segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, offsets=pattern.offsets
-        )
+        super().__post_init__()
+        heads, kv_heads = self.nhead, self.pattern.num_heads
+        if self.d_model % heads:
+            raise ValueError(f"expected d_model to be a multiple of nhead, got {self.d_model} and {heads}")
+        if heads % kv_heads:
+            raise ValueError(f"expected nhead to be a multiple of num_kv_heads, got {heads} and {kv_heads}")
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -133,19 +170,26 @@ class LongNetConfig(ModelConfig):
         return DilatedPattern(self.segment_lengths, self.dilation_rates, self.num_kv_heads or self.nhead, self.offsets)
 
 
-def encoder_layers(config: Any, **options: Any) -> LongNetConfig:
-    """The layers of a slide encoder or vision transformer, whose config has timm's names, as LongNet names them."""
-    return LongNetConfig(
-        d_model=config.embed_dim,
-        nhead=config.num_heads,
-        num_encoder_layers=config.depth,
-        dim_feedforward=config.ffn_dim,
-        segment_lengths=config.segment_lengths,
-        dilation_rates=config.dilation_rates,
-        dropout=config.dropout,
-        activation="gelu",
-        layer_norm_eps=config.layer_norm_eps,
-        positions=None,
-        offsets=config.offsets,
-        **options,
-    )
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(ModelConfig):
+    """The base of configs of slide encoders and vision transformers, which have timm's names."""
+
+    depth: Depth = 12
+    num_heads: Width = 16
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
+    drop_path: Probability = 0.1
+    offsets: Offsets = "blocked"
+    layer_norm_eps: AboveZero = 1e-5
+
+    @property
+    def layers(self) -> LongNetConfig:
+        """The same layers as LongNet names them."""
+        names = {
+            "embed_dim": "d_model",
+            "num_heads": "nhead",
+            "depth": "num_encoder_layers",
+            "ffn_dim": "dim_feedforward",
+        }
+        named = {names.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
+        shared = {field.name: named[field.name] for field in fields(LongNetConfig) if field.name in named}
+        return LongNetConfig(**shared | {"activation": "gelu", "positions": None})

@@ -7,21 +7,20 @@ taken as a start for training when `as_initialisation=True` asks for that.
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.base import Model
-from dilated_attention_pytorch.models.config import Activation, LongNetConfig
+from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import count_layers, load_into, read_state
+from dilated_attention_pytorch.models.weights import WeightsSource, count_layers, load_into, read_state
 
+Tensors = dict[str, Tensor]
 Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
 
 # Patterns of names there, and names here; None where the name has no place. A name that no pattern matches is an error.
@@ -91,9 +90,7 @@ class Conversion(NamedTuple):
     notes: tuple[str, ...]
 
 
-def convert(
-    weights: str | os.PathLike[str] | Mapping[str, Any], source: Source | None = None, **options: Any
-) -> Conversion:
+def convert(weights: WeightsSource, source: Source | None = None, **options: Any) -> Conversion:
     """A model of this package with the weights of another implementation's.
 
     Args:
@@ -125,14 +122,15 @@ def convert(
     if source == "gigapath":
         return Conversion(SlideEncoder.from_pretrained(state, **options), source, ())
     found, left_out = rename(state, source)
-    notes: list[str] = []
     model: Model[Any]
+    notes: list[str] = []
     if source == "torchscale-encoder":
-        model = _encoder(found, **options)
+        shape = _shape(found, "encoder", **options)
+        model = LongNetEncoder(LongNetConfig(**shape, offsets="blocked", padding="zero_keys"), device="meta")
     elif source == "torchscale-decoder":
         model = _decoder(found, bool(left_out), **options)
     else:
-        model = _fkodom(found, source, notes, **options)
+        model, notes = _fkodom(found, source, **options)
         notes += [f"left out, LongNet has no place for it: {name}" for name in left_out]
     load_into(model, found)
     return Conversion(model.eval(), source, tuple(notes))
@@ -140,40 +138,40 @@ def convert(
 
 def sniff(state: Mapping[str, Tensor]) -> Source:
     """The source of a state dict, by its names; a ValueError where none or several have them."""
-    names = set(state)
-    if {"cls_token", "patch_embed.proj.weight"} <= names:
+
+    def some(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in state)
+
+    if {"cls_token", "patch_embed.proj.weight"} <= state.keys():
         return "gigapath"
-    if any(name.startswith("long_net.") for name in names):
+    if some(r"long_net\."):
         return "fkodom-lm"
-    if any(re.fullmatch(r"(encoder|decoder)\.layers\.\d+\.norm1\.weight", name) for name in names):
+    if some(r"(encoder|decoder)\.layers\.\d+\.norm1\.weight$"):
         return "fkodom"
-    for prefix, source in (("encoder.", "torchscale-encoder"), ("decoder.", "torchscale-decoder")):
-        if any(name.startswith(f"{prefix}layers.") for name in names) and all(
-            name.startswith(prefix) for name in names
-        ):
-            return source  # type: ignore[return-value]
-    if any(name.startswith("layers.") for name in names):
-        if "embed_tokens.weight" not in names:
-            return "torchscale-encoder"
+    if some(r"encoder\.layers\.") and not some(r"(?!encoder\.)"):
+        return "torchscale-encoder"
+    if some(r"decoder\.layers\.") and not some(r"(?!decoder\.)"):
+        return "torchscale-decoder"
+    if not some(r"layers\."):
+        raise ValueError(
+            f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
+            f"{sorted(state)[:5]}..."
+        )
+    if "embed_tokens.weight" in state:
         raise ValueError(
             "expected source to be torchscale-encoder or torchscale-decoder, got none: the names of one that has "
             "tokens do not tell which"
         )
-    raise ValueError(
-        f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
-        f"{sorted(names)[:5]}..."
-    )
+    return "torchscale-encoder"
 
 
-def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+def rename(state: Mapping[str, Tensor], source: str) -> tuple[Tensors, list[str]]:
     """The tensors under the names they have here, and the names that have no place.
-
-    A ValueError tells every name that is not in the source's table, with the reason where it is known.
-    """
+    A ValueError tells every name that is not in the source's table, with the reason where it is known."""
     prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder."}.get(source, "")
     if not all(name.startswith(prefix) for name in state):
         prefix = ""
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     left_out, unknown = [], []
     for name, tensor in state.items():
         bare = name.removeprefix(prefix)
@@ -190,18 +188,8 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     return found, left_out
 
 
-def _encoder(found: Mapping[str, Tensor], **pattern: Any) -> LongNetEncoder:
-    config = LongNetConfig(**_shape(found, "encoder", **pattern), offsets="blocked", padding="zero_keys")
-    return LongNetEncoder(config, device="meta")
-
-
 def _decoder(
-    found: dict[str, Tensor],
-    xpos: bool,
-    *,
-    xpos_scale_base: float = 512.0,
-    scale_embedding: bool = False,
-    **pattern: Any,
+    found: Tensors, xpos: bool, *, xpos_scale_base: float = 512.0, scale_embedding: bool = False, **pattern: Any
 ) -> LongNetLM:
     """The model, and in `found` its weights: scaled, tied, and with the channels of heads in our order."""
     for name in ("embed_tokens.weight", "output_projection.weight"):
@@ -221,22 +209,19 @@ def _decoder(
         del found["output_projection.weight"]
     if not scale_embedding:  # the model here multiplies by the root
         found["embed_tokens.weight"] = embedding / math.sqrt(width)
-    config = LongNetConfig(
-        **shape | {"positions": "xpos" if xpos else None},
-        scale_base=xpos_scale_base,
-        offsets="blocked",
-        vocab_size=vocab_size,
-        tie_weights=tied,
-    )
-    if xpos:
-        _halves(found, config.nhead)
-    return LongNetLM(config, device="meta")
+    shape |= {"positions": "xpos" if xpos else None, "scale_base": xpos_scale_base, "offsets": "blocked"}
+    model = LongNetLM(LongNetConfig(**shape, vocab_size=vocab_size, tie_weights=tied), device="meta")
+    for name in [name for name in found if xpos and re.search(r"self_attn\.[qk]_proj\.(weight|bias)$", name)]:
+        # Rotated pairs of a head's channels are (2j, 2j + 1) there, (j, j + D / 2) here; logits are sums over pairs.
+        heads = found[name].unflatten(0, (model.config.nhead, -1, 2))
+        found[name] = heads.transpose(1, 2).flatten(0, 2)
+    return model
 
 
 def _fkodom(
-    found: dict[str, Tensor], source: Source, notes: list[str], *, as_initialisation: bool = False, **pattern: Any
-) -> LongNet:
-    """The model, and in `found` the LayerNorms that exist here alone, which start as they are."""
+    found: Tensors, source: Source, *, as_initialisation: bool = False, **pattern: Any
+) -> tuple[LongNet, list[str]]:
+    """The model and its notes, and in `found` the LayerNorms that exist here alone, which start as they are."""
     if not as_initialisation:
         raise ValueError(
             f"expected as_initialisation=True with weights of {source}, got False. No model here computes what its "
@@ -247,41 +232,19 @@ def _fkodom(
     model = LongNet(config, dtype=next(iter(found.values())).dtype)
     fresh = {name: x for name, x in model.state_dict().items() if name not in found and re.fullmatch(_OURS, name)}
     found |= fresh
-    notes += [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
-    notes += [f"new, as a LayerNorm starts: {name}" for name in fresh]
-    return model
+    notes = [f"not the numbers of {source}, a start for training: {why}" for why in _FKODOM_DIFFERS]
+    return model, notes + [f"new, as a LayerNorm starts: {name}" for name in fresh]
 
 
 def _shape(
-    found: Mapping[str, Tensor],
-    stack: str,
-    *,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    activation: Activation = "gelu",
+    found: Tensors, stack: str, *, num_heads: int, segment_lengths: Any, dilation_rates: Any, activation: Any = "gelu"
 ) -> dict[str, Any]:
     """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights."""
-    fields: dict[str, Any] = {
-        "nhead": num_heads,
-        "segment_lengths": tuple(segment_lengths),
-        "dilation_rates": tuple(dilation_rates),
-        "activation": activation,
-        "positions": None,
-    }
+    fields: dict[str, Any] = {"nhead": num_heads, "activation": activation, "positions": None}
+    fields |= {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
     if layers := count_layers(found, stack):
         fields[f"num_{stack}_layers"] = layers
     first = found.get(f"{stack}.layers.0.ffn.fc1.weight")
     if first is not None and first.dim() == 2:
         fields |= {"dim_feedforward": first.shape[0], "d_model": first.shape[1]}
     return fields
-
-
-def _halves(found: dict[str, Tensor], num_heads: int) -> None:
-    """Orders each head's query and key channels for rotation: pairs (2j, 2j + 1) there, (j, j + D / 2) here.
-
-    Logits are sums over pairs, so they stay.
-    """
-    for name in [name for name in found if re.search(r"self_attn\.[qk]_proj\.(weight|bias)$", name)]:
-        heads = found[name].unflatten(0, (num_heads, -1, 2))
-        found[name] = heads.transpose(1, 2).flatten(0, 2)

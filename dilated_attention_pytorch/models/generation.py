@@ -3,61 +3,46 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.precision import accumulator
 
 
 class Sampling(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`.
+    """Keyword arguments of `generate` and `stream`."""
 
-    Attributes:
-        row_start: int `(B,)`, first real position of each left-padded row; see `left_pad`.
-        greedy: take the likeliest token; temperature, top_k and top_p then mean nothing and are refused.
-        temperature: divides the logits; above 0, 1 by default.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the fewest tokens that together have at least this probability, in (0, 1].
-        seed: of the samples; drawn from torch's generator when absent.
-        generator: a generator to sample with, in place of a seed.
-        eos_token: a row that has produced it repeats it; generation stops when every row has.
-    """
-
-    row_start: Tensor | None
-    greedy: bool
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
-    generator: torch.Generator | None
-    eos_token: int | None
+    row_start: Tensor | None  # int (B,), first real position of each left-padded row; see `left_pad`
+    greedy: bool  # take the likeliest token; temperature, top_k and top_p then mean nothing and are refused
+    temperature: float  # divides the logits; above 0, 1 by default
+    top_k: int | None  # sample from the k likeliest tokens only
+    top_p: float | None  # sample from the fewest tokens that together have at least this probability, in (0, 1]
+    seed: int | None  # of the samples; drawn from torch's generator when absent
+    generator: torch.Generator | None  # to sample with, in place of a seed
+    eos_token: int | None  # a row that has produced it repeats it; generation stops when every row has
 
 
-def check_prompt(prompt: Tensor, vocab_size: int, row_start: Tensor | None) -> None:
-    """Raises a ValueError for a prompt without tokens, a token or a row's start out of range."""
+def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
+    """Raises for a prompt or an option that is unknown, out of range or of the wrong type."""
     if prompt.shape[1] == 0:
         raise ValueError("expected a prompt of at least one token, got an empty one")
     if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size):
         raise ValueError(f"expected tokens in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
-    if row_start is not None:
+    if (row_start := sampling.get("row_start")) is not None:
         check.check_values("row_start", row_start)
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
             raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
-
-
-def check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    """Raises for an option that is unknown, out of range or of the wrong type."""
     generator = sampling.get("generator")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected generator to be a torch.Generator, got {check.shown(generator)}")
     if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
-    temperature, top_k, top_p = _filters(sampling)
+    temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
     check.check_bool("greedy", sampling.get("greedy", False))
     if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError("expected no temperature, top_k or top_p with greedy=True, which draws nothing")
@@ -67,7 +52,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     if top_p is not None:
         check.check_float("top_p", top_p)
-    if not check.check_float("temperature", temperature) > 0.0:
+    if check.check_float("temperature", temperature) <= 0.0:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
@@ -76,27 +61,10 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     check.check_int("seed", 0 if seed is None else seed, -(2**63))
 
 
-def _filters(sampling: Sampling) -> tuple[float, int | None, float | None]:
-    return sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
-
-
-def sample(
-    model: nn.Module,
-    next_logits: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> Iterator[Tensor]:
-    """Draws tokens int64 `(B,)` one after the other, with options that have been checked.
-
-    Args:
-        model: is in evaluation mode meanwhile.
-        next_logits: from the tokens `(B, n)` that follow those it has seen to the logits `(B, vocab_size)` of the next.
-        prompt: `(B, N)`.
-        max_new_tokens: how many tokens, at most.
-        sampling: see `Sampling`.
-    """
+def sample(model: Any, cache: Any, prompt: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
+    """Draws tokens int64 `(B,)` one after the other from a `LongNetLM`, which is in evaluation mode meanwhile."""
     training = [module for module in model.modules() if module.training]
+    filters: Any = {name: sampling.get(name) for name in ("temperature", "top_k", "top_p") if name in sampling}
     eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
     if (seed := sampling.get("seed")) is not None:
         generator = torch.Generator(prompt.device).manual_seed(operator.index(seed))
@@ -109,11 +77,11 @@ def sample(
         for _ in range(max_new_tokens):
             # Entered anew for each token: while the caller has the iterator, its own grad mode holds.
             with torch.inference_mode():
-                logits = next_logits(tokens)
+                logits: Tensor = model.logits(model.hidden(tokens, cache=cache)[:, -1])
                 if sampling.get("greedy", False):
                     new = logits.argmax(-1)
                 else:
-                    probabilities = token_probabilities(logits, *_filters(sampling))
+                    probabilities = token_probabilities(logits, **filters)
                     new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
                 if eos_token is not None:
                     new = new.masked_fill(finished, eos_token)

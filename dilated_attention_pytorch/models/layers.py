@@ -13,43 +13,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
-from dilated_attention_pytorch.core.validation import check_dense, check_multiplicand
+from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_dense, check_multiplicand
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import TensorOptions
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import BackendName
 
 
-class RowMasks(TypedDict, total=False):
-    """Which rows of a batch are real and where its sequences begin; keyword arguments of all forwards.
+class RowMask(TypedDict, total=False):
+    """Which rows of a batch are real and where its sequences begin; keyword arguments of all forwards."""
 
-    Attributes:
-        key_padding_mask: bool `(B, N)`, True = real.
-        row_start: int `(B,)`, first real position of each left-padded row.
-        cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
-    """
-
-    key_padding_mask: Tensor | None
-    row_start: Tensor | None
-    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None  # bool (B, N), True = real
+    row_start: Tensor | None  # int (B,), first real position of each left-padded row
+    cu_seqlens: Tensor | None  # int (sequences + 1,), bounds of packed sequences
 
 
 class FeedForward(nn.Module):
     """`fc2(LayerNorm(activation(fc1(x))))`: the feed-forward network with sub-LN (arXiv 2210.06423, figure 2).
 
-    Args:
-        config: sizes, activation and epsilon.
-        gamma: gain of the xavier-normal start of both weights.
-        recompute: with GELU, keep only `fc1`'s output for the backward and compute what follows from it again; a third
-            of the memory, first derivatives only.
-        factory: `device` and `dtype` of the parameters.
+    Both weights start as xavier-normal with gain `gamma`. With `recompute` and GELU only `fc1`'s output is kept for the
+    backward, and what follows from it is computed again: a third of the memory, first derivatives only.
     """
 
-    def __init__(
-        self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Unpack[TensorOptions]
-    ) -> None:
+    def __init__(self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Any) -> None:
         super().__init__()
         width, inner = config.d_model, config.dim_feedforward
         self.fc1 = nn.Linear(width, inner, **factory)
@@ -66,21 +53,17 @@ class FeedForward(nn.Module):
         h = self.fc1(x)
         if self.recompute:
             return gelu_norm_linear(h, self.ffn_layernorm, self.fc2)
-        out: Tensor = self.fc2(self.ffn_layernorm(self.activation(h)))
-        return out
+        return self.fc2(self.ffn_layernorm(self.activation(h)))  # type: ignore[no-any-return]
+
+
+# What a layer's attention takes from the config, under the same names.
+_OF_ATTENTION = ("segment_lengths", "dilation_rates", "num_kv_heads", "layer_norm_eps", "positions", "rotary_base",
+                 "scale_base", "offsets", "mixing_gradient", "padding")  # fmt: skip
 
 
 class Layer(nn.Module):
     """Self-attention, cross-attention where asked for, feed-forward; each is added to its input.
-
-    Args:
-        config: sizes and options.
-        gamma: MAGNETO's gain. Cross-attention keeps 1, as in the official code.
-        cross_attention: whether the layer looks at a memory too.
-        recompute: as in `FeedForward`.
-        backend: of the attention.
-        factory: `device` and `dtype` of the parameters.
-    """
+    `gamma` is MAGNETO's gain. Cross-attention keeps 1, as in the official code."""
 
     def __init__(
         self,
@@ -90,29 +73,14 @@ class Layer(nn.Module):
         cross_attention: bool = False,
         recompute: bool = False,
         backend: BackendName = "auto",
-        **factory: Unpack[TensorOptions],
+        **factory: Any,
     ) -> None:
         super().__init__()
 
         def attention(gain: float) -> MultiheadDilatedAttention:
-            return MultiheadDilatedAttention(
-                config.d_model,
-                config.nhead,
-                config.attention_dropout,
-                segment_lengths=config.segment_lengths,
-                dilation_rates=config.dilation_rates,
-                num_kv_heads=config.num_kv_heads,
-                layer_norm_eps=config.layer_norm_eps,
-                gamma_init=gain,
-                positions=config.positions,
-                rotary_base=config.rotary_base,
-                scale_base=config.scale_base,
-                offsets=config.offsets,
-                mixing_gradient=config.mixing_gradient,
-                padding=config.padding,
-                backend=backend,
-                **factory,
-            )
+            options: dict[str, Any] = {name: getattr(config, name) for name in _OF_ATTENTION}
+            options |= {"gamma_init": gain, "backend": backend, **factory}
+            return MultiheadDilatedAttention(config.d_model, config.nhead, config.attention_dropout, **options)
 
         def norm() -> nn.LayerNorm:
             return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
@@ -134,19 +102,10 @@ class Layer(nn.Module):
         rotation: Rotation | None = None,
         cache: KeyValueStore | None = None,
         scales: Tensor | None = None,
-        **rows: Unpack[RowMasks],
+        **rows: Unpack[RowMask],
     ) -> Tensor:
-        """`(B, N, d_model)` to the same.
-
-        Args:
-            x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
-            memory: like x, for the cross-attention.
-            is_causal: hide later positions, of x and of the memory.
-            rotation: shared by all layers.
-            cache: this layer's.
-            scales: `(2, ...)`, factors that broadcast to x, on the outputs of self-attention and feed-forward.
-            rows: see `RowMasks`.
-        """
+        """`(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`, to the same; the memory is like x.
+        `scales` `(2, ...)` are factors that broadcast to x, on the outputs of self-attention and feed-forward."""
         check_multiplicand("x", x, self.self_attn.q_proj, self.self_attn_layer_norm)
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
         (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
@@ -166,26 +125,18 @@ class Layer(nn.Module):
 def stochastic_depth(rate: float, depth: int, batch: int, device: torch.device) -> Tensor:
     """Factors `(depth, 2, batch)` on the outputs of each layer's two sublayers per sequence (arXiv 1603.09382).
 
-    Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last, otherwise the
-    inverse of keeping it.
+    Each is 0 with a probability that rises linearly from 0 at the first layer to `rate` at the last. Otherwise it is
+    the inverse of the probability of keeping it.
     """
     keep = 1.0 - torch.linspace(0.0, rate, depth, device=device)[:, None, None]
     return torch.bernoulli(keep.expand(-1, 2, batch)) / keep
 
 
 class LayerStack(nn.Module):
-    """Layers one after the other, and a LayerNorm at the end.
-
-    Args:
-        config: sizes and options.
-        num_layers: how many.
-        gamma: MAGNETO's gain.
-        factory: `device` and `dtype` of the parameters.
-        options: further arguments of `Layer`.
-    """
+    """Layers one after the other, and a LayerNorm at the end; `options` are further arguments of `Layer`."""
 
     def __init__(
-        self, config: LongNetConfig, num_layers: int, gamma: float, factory: TensorOptions, **options: Any
+        self, config: LongNetConfig, num_layers: int, gamma: float, factory: dict[str, Any], **options: Any
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, gamma, **options, **factory) for _ in range(num_layers))
@@ -193,50 +144,43 @@ class LayerStack(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
         """The last of `states` after the final LayerNorm; arguments are those of `states`."""
-        out: Tensor = self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())
-        return out
+        return self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())  # type: ignore[no-any-return]
 
     def states(
         self,
         x: Tensor,
         memory: Tensor | None = None,
         *,
-        is_causal: bool,
         start: int = 0,
         caches: Sequence[KeyValueStore] | None = None,
         scales: Tensor | None = None,
         gradient_checkpointing: bool = False,
-        **rows: Unpack[RowMasks],
+        **options: Any,
     ) -> Iterator[Tensor]:
-        """The output of each layer, `(B, N, d_model)`, one after the other, without the final LayerNorm.
+        """The output of each layer, shaped like x, one after the other, without the final LayerNorm.
 
-        Args:
-            x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
-            memory: like x, for the cross-attention.
-            is_causal: hide later positions.
-            start: position of the first row.
-            caches: one per layer.
-            scales: `(layers, 2, ...)`, a pair for each layer as in `Layer.forward`.
-            gradient_checkpointing: compute each layer again in the backward instead of keeping its activations.
-            rows: see `RowMasks`.
+        There is one cache and one pair of scales per layer; `options` are further arguments of `Layer.forward`. `start`
+        is the position of the first row.
         """
         check_dense("x", x)
-        rank, width = 2 if rows.get("cu_seqlens") is not None else 3, self.layer_norm.normalized_shape[0]
+        rank, width = 3 if options.get("cu_seqlens") is None else 2, self.layer_norm.normalized_shape[0]
         if x.dim() != rank or x.shape[-1] != width:
             layout = f"(total, {width}) with cu_seqlens" if rank == 2 else f"(B, N, {width})"
             raise ValueError(f"expected x of shape {layout}, got {tuple(x.shape)}")
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"expected x to be float16, bfloat16, float32 or float64, got {x.dtype}")
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
-        rotation = first.rotation(x, start=start, row_start=rows.get("row_start"), cu_seqlens=rows.get("cu_seqlens"))
+        where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
+        options["rotation"] = first.rotation(x, start=start, **where)
         again = gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            run = partial(
-                layer,
-                is_causal=is_causal,
-                rotation=rotation,
-                cache=None if caches is None else caches[i],
-                scales=None if scales is None else scales[i],
-                **rows,
-            )
+            cache, scale = None if caches is None else caches[i], None if scales is None else scales[i]
+            run = partial(layer, cache=cache, scales=scale, **options)
             x = checkpoint(run, x, memory, use_reentrant=False) if again else run(x, memory)
             yield x
+
+
+def has_head_groups(model: nn.Module) -> bool:
+    """Whether a model was made in legacy mode: each head has one branch then, which no config tells."""
+    return any(getattr(module, "head_groups", False) for module in model.modules())

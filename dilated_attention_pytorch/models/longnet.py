@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
-from dilated_attention_pytorch.core.validation import check_int, check_looked_up
-from dilated_attention_pytorch.models.base import Model, TensorOptions
+from dilated_attention_pytorch.core.validation import check_int, check_looked_up, quoted
 from dilated_attention_pytorch.models.cache import KeyValueCache
-from dilated_attention_pytorch.models.config import LongNetConfig
-from dilated_attention_pytorch.models.generation import Sampling, check_prompt, check_sampling, sample
-from dilated_attention_pytorch.models.layers import LayerStack, RowMasks
-from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
+from dilated_attention_pytorch.models.config import LongNetConfig, Model
+from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
+from dilated_attention_pytorch.models.layers import LayerStack, RowMask
+from dilated_attention_pytorch.models.sharding import ShardedModel
 
 
 @takes_old_call("_old.calls:LONGNET")  # 0.4.0: goes with _old
@@ -35,8 +30,7 @@ class LongNet(Model[LongNetConfig]):
         config: the model's shape; `LongNetConfig()`, the paper's base model, by default.
         backend: of the attention.
         gradient_checkpointing: compute layers again in the backward; may be switched at any time by the attribute.
-        device: of the parameters.
-        dtype: of the parameters.
+        device, dtype: of the parameters.
         overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Example:
@@ -45,39 +39,26 @@ class LongNet(Model[LongNetConfig]):
         torch.Size([1, 100, 64])
     """
 
-    config_class = LongNetConfig
-
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         n, m = self.config.num_encoder_layers, self.config.num_decoder_layers
         encoder, decoder = math.sqrt(math.log(3 * m) * math.log(2 * n) / 3), math.sqrt(math.log(3 * m))
         self.encoder = LayerStack(self.config, n, encoder, factory, backend=self._backend)
         self.decoder = LayerStack(self.config, m, decoder, factory, backend=self._backend, cross_attention=True)
 
-    def forward(
-        self,
-        x: Tensor,
-        is_causal: bool = True,
-        *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = True, **rows: Unpack[RowMask]) -> Tensor:
         """Runs the encoder over x, and the decoder over x and the encoder's output.
 
         Args:
             x: `(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`.
             is_causal: hide later positions, in the encoder, the decoder and between them.
-            key_padding_mask: bool `(B, N)`, True = real.
-            row_start: int `(B,)`, first real position of each left-padded row.
-            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
+            rows: `key_padding_mask`, bool `(B, N)`, True = real; `row_start`, int `(B,)`, first real position of each
+                left-padded row; `cu_seqlens`, int `(sequences + 1,)`, bounds of packed sequences.
 
         Returns:
             Like x.
         """
-        rows: RowMasks = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
         options = {"is_causal": is_causal, "gradient_checkpointing": self.gradient_checkpointing, **rows}
-        out: Tensor = self.decoder(x, self.encoder(x, **options), **options)
-        return out
+        return self.decoder(x, self.encoder(x, **options), **options)  # type: ignore[no-any-return]
 
 
 class LongNetEncoder(Model[LongNetConfig]):
@@ -94,44 +75,27 @@ class LongNetEncoder(Model[LongNetConfig]):
         torch.Size([1, 100, 64])
     """
 
-    config_class = LongNetConfig
-
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         n = self.config.num_encoder_layers
         self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
 
-    def forward(
-        self,
-        x: Tensor,
-        is_causal: bool = False,
-        *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = False, **rows: Unpack[RowMask]) -> Tensor:
         """Encodes embeddings; arguments and result as in `LongNet.forward`."""
-        out: Tensor = self.encoder(
-            x,
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
-        return out
+        again = self.gradient_checkpointing
+        return self.encoder(x, is_causal=is_causal, gradient_checkpointing=again, **rows)  # type: ignore[no-any-return]
 
 
-class LongNetLM(Model[LongNetConfig]):
+class LongNetLM(ShardedModel[LongNetConfig]):
     """A causal language model: the decoder alone, with MAGNETO's gain `sqrt(log 2M)` for M layers.
 
     Embeddings start with deviation `d_model ** -0.5` and are scaled by `sqrt(d_model)`, as in the official code, so
     that the same weights serve as output layer with `tie_weights`. The other arguments are those of `LongNet`.
 
-    Args:
-        config: the model's shape, with `vocab_size`; its encoder layers are not used.
+    After `shard_context` a rank holds one contiguous shard of every sequence. The model then takes this rank's tokens
+    and gives their logits: those that one device would give.
 
-    Raises:
-        ValueError: no vocab_size.
+    Args:
+        config: the model's shape, with `vocab_size` or else a ValueError; its encoder layers are not used.
 
     Example:
         >>> model = LongNetLM(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
@@ -142,75 +106,38 @@ class LongNetLM(Model[LongNetConfig]):
         torch.Size([1, 5])
     """
 
-    config_class = LongNetConfig
-
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
-        if self.config.vocab_size is None:
+    def _build(self, **factory: Any) -> None:
+        m, width, vocab_size = self.config.num_decoder_layers, self.config.d_model, self.config.vocab_size
+        if vocab_size is None:
             raise ValueError("expected vocab_size, the number of tokens, got None")
-        m, width = self.config.num_decoder_layers, self.config.d_model
-        self.embed_tokens = nn.Embedding(self.config.vocab_size, width, **factory)
+        self.embed_tokens = nn.Embedding(vocab_size, width, **factory)
         self.decoder = LayerStack(self.config, m, math.sqrt(math.log(2 * m)), factory, backend=self._backend)
         # Tied weights have one name, so nothing can tear them apart: not a checkpoint, not a copy, not `to_empty`.
-        self.output_projection = (
-            None if self.config.tie_weights else nn.Linear(width, self.config.vocab_size, bias=False, **factory)
-        )
+        tied = self.config.tie_weights
+        self.output_projection = None if tied else nn.Linear(width, vocab_size, bias=False, **factory)
         for module in (self.embed_tokens, self.output_projection):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
-        self._shards: ContextShards | None = None
-
-    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
-        """From now on each rank of a group holds one contiguous shard of every sequence, in rank order.
-
-        All attention becomes ring attention with the model's own settings; parameters and their names stay. The model
-        then takes this rank's tokens and gives their logits: those that one device would give. The gradients of the
-        parameters are this shard's share, to be summed over the group.
-
-        Args:
-            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
-            mesh_dim: name of the mesh's dimension over which sequences are sharded.
-            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
-
-        Raises:
-            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
-        """
-        config = ring_config(self.config, **{"backend": self._backend, **ring})
-        self._shards = shard_layers(self.decoder.layers, config, group, mesh_dim)
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        key_padding_mask: Tensor | None = None,
-        row_start: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        seq_len: int | None = None,
+        self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]
     ) -> Tensor:
         """Logits of the token that follows each position.
 
         Args:
             tokens: int `(B, N)`, or `(total,)` with `cu_seqlens`.
-            key_padding_mask: bool `(B, N)`, True = real.
-            row_start: int `(B,)`, first real position of each left-padded row.
-            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
             cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
             seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
                 all shards are equally long.
+            rows: as in `LongNet.forward`.
 
         Returns:
             `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
-        rows: RowMasks = {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
         return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, **rows))
 
     def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        cache: KeyValueCache | None = None,
-        seq_len: int | None = None,
-        **rows: Unpack[RowMasks],
+        self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]
     ) -> Tensor:
         """The hidden states `(B, N, d_model)` that `logits` takes: logits of long sequences need not all exist at once.
 
@@ -226,40 +153,35 @@ class LongNetLM(Model[LongNetConfig]):
             raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
         if self.training and self.config.dropout > 0.0:
             x = nn.functional.dropout(x, self.config.dropout)
-        if cache is None:
-            again = self.gradient_checkpointing
-            out: Tensor = self.decoder(x, is_causal=True, start=start, gradient_checkpointing=again, **rows)
-            return out
-        if given:
-            raise ValueError(
-                "expected no key_padding_mask, row_start or cu_seqlens with a cache: pad on the left and give "
-                "row_start to make_cache"
-            )
-        if torch.is_grad_enabled():
-            raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
-        if tokens.shape[1] == 0:
-            raise ValueError("expected at least one token with a cache, got none")
-        if not callable(getattr(cache, "begin", None)):  # transformers' one is wrapped in a class of its own
-            raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
-        cache.check(tokens.shape[0], self.config.num_decoder_layers)
-        cache.begin(tokens.shape[1])
-        out = self.decoder(x, is_causal=True, row_start=cache.row_start, start=cache.length, caches=cache.layers)
-        cache.commit()
+        options: dict[str, Any] = {"start": start, "gradient_checkpointing": self.gradient_checkpointing, **rows}
+        if cache is not None:
+            if given:
+                raise ValueError(
+                    "expected no key_padding_mask, row_start or cu_seqlens with a cache: pad on the left and give "
+                    "row_start to make_cache"
+                )
+            if torch.is_grad_enabled():
+                raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
+            if tokens.shape[1] == 0:
+                raise ValueError("expected at least one token with a cache, got none")
+            if not callable(getattr(cache, "begin", None)):  # transformers' one is wrapped in a class of its own
+                raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
+            cache.check(tokens.shape[0], self.config.num_decoder_layers)
+            cache.begin(tokens.shape[1])
+            options = {"start": cache.length, "row_start": cache.row_start, "caches": cache.layers}
+        out: Tensor = self.decoder(x, is_causal=True, **options)
+        if cache is not None:
+            cache.commit()
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., vocab_size)` of hidden states `(..., d_model)`."""
         if self.output_projection is None:
             return nn.functional.linear(hidden, self.embed_tokens.weight)
-        out: Tensor = self.output_projection(hidden)
-        return out
+        return self.output_projection(hidden)  # type: ignore[no-any-return]
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
-        """An empty cache for `forward`.
-
-        Args:
-            row_start: int `(B,)`, first real position of each row of a left-padded batch.
-        """
+        """An empty cache for `forward`; `row_start`, int `(B,)`, has each left-padded row's first real position."""
         return KeyValueCache(self.config.segment_lengths, self.config.num_decoder_layers, row_start=row_start)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
@@ -288,20 +210,15 @@ class LongNetLM(Model[LongNetConfig]):
         check_int("max_new_tokens", max_new_tokens, 0)
         with torch.no_grad():  # a prompt of inference mode is as good as any
             self._check(prompt, packed=False)
-        check_prompt(prompt, vocab_size, sampling.get("row_start"))
-        check_sampling(sampling, vocab_size)
+        check_sampling(prompt, sampling, vocab_size)
         cache = self.make_cache(row_start=sampling.get("row_start"))
-
-        def next_logits(tokens: Tensor) -> Tensor:
-            return self.logits(self.hidden(tokens, cache=cache)[:, -1])
-
-        return sample(self, next_logits, prompt, max_new_tokens, sampling)
+        return sample(self, cache, prompt, max_new_tokens, sampling)
 
     def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
         """The position of the first token: 0 without shards."""
         if self._shards is None:
             if seq_len is not None:
-                raise ValueError(f"expected no seq_len without shard_context, got {seq_len}: tokens are whole")
+                raise ValueError(f"expected no seq_len without shard_context, got {quoted(seq_len)}: tokens are whole")
             return 0
         if given - {"key_padding_mask"} or cache is not None:
             raise ValueError(

@@ -4,95 +4,62 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.base import Model, TensorOptions
-from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
+from dilated_attention_pytorch.models.config import Count, Depth, Model, Probability, VisionConfig, Width
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
-from dilated_attention_pytorch.types import Offsets
 
 PatchPositions = Literal["learned", "sincos"]
 PatchOrder = Literal["raster", "snake", "morton", "hilbert"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongViTConfig(ModelConfig):
+class LongViTConfig(VisionConfig):
     """Everything that decides a `LongViT`'s parameters and what it computes from them.
+
+    The other arguments, and the errors, are those of `SlideEncoderConfig`.
 
     Args:
         in_chans: channels of an image.
         patch_size: side of a patch, in pixels.
-        embed_dim: width; a multiple of 4.
-        depth: layers.
-        num_heads: attention heads, a divisor of embed_dim.
-        ffn_dim: width inside the feed-forward network.
         segment_lengths: w_i in patches, one per branch.
-        dilation_rates: r_i, one per branch.
         positions: `"learned"`, a table for `position_grid` that is interpolated to other grids, or `"sincos"`.
         position_grid: (rows, columns) of the learned table.
         order: in which patches follow one another: `"raster"`, `"snake"`, `"morton"` or `"hilbert"`.
         global_pool: an image's embedding is the mean over its patches; otherwise the cls token's.
         num_classes: outputs of the head; 0 for none.
-        dropout: of embeddings and of what each sublayer adds, in training mode.
-        drop_path: as in `SlideEncoderConfig`.
         offsets: `"blocked"` (the official code) or `"modulo"` (the paper).
         layer_norm_eps: epsilon of every LayerNorm.
-
-    Raises:
-        ValueError: a value out of range; an unknown option.
-        TypeError: a value of the wrong type.
     """
 
-    in_chans: int = 3
-    patch_size: int = 32
-    embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 16
-    ffn_dim: int = 1536
+    in_chans: Width = 3
+    patch_size: Depth = 32
+    embed_dim: Width = 384
+    ffn_dim: Width = 1536
     segment_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144)
-    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
     positions: PatchPositions = "learned"
     position_grid: tuple[int, int] = (32, 32)
     order: PatchOrder = "raster"
     global_pool: bool = True
-    num_classes: int = 0
-    dropout: float = 0.0
-    drop_path: float = 0.1
-    offsets: Offsets = "blocked"
-    layer_norm_eps: float = 1e-5
+    num_classes: Count = 0
+    dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
-        self._keep(check.check_width, "in_chans", "embed_dim", "num_heads", "ffn_dim")
-        self._keep(check.check_depth, "depth", "patch_size")
-        self._set(
-            num_classes=check.check_int("num_classes", self.num_classes, 0, 1 << 24),
-            positions=check.check_choice("positions", self.positions, PatchPositions),
-            order=check.check_choice("order", self.order, PatchOrder),
-            drop_path=check.check_probability("drop_path", self.drop_path),
-        )
-        if self.embed_dim % 4 or self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"expected embed_dim to be a multiple of 4 and of num_heads, got {self.embed_dim} and {self.num_heads}"
-            )
-        grid = check.check_positive_ints("position_grid", self.position_grid)
-        if len(grid) != 2:
-            raise ValueError(f"expected position_grid to be (rows, columns), got {check.shown(grid)}")
-        grid = tuple(check.check_depth(f"position_grid[{i}]", n) for i, n in enumerate(grid))
-        check.check_bool("global_pool", self.global_pool)
-        layers = self.layers
-        shared = "segment_lengths dilation_rates dropout offsets layer_norm_eps"
-        self._set(position_grid=grid, **{name: getattr(layers, name) for name in shared.split()})
-
-    @property
-    def layers(self) -> LongNetConfig:
-        """The same layers as LongNet names them."""
-        return encoder_layers(self)
+        super().__post_init__()
+        width, heads = self.embed_dim, self.num_heads
+        if width % 4 or width % heads:
+            raise ValueError(f"expected embed_dim to be a multiple of 4 and of num_heads, got {width} and {heads}")
+        if len(self.position_grid) != 2:
+            raise ValueError(f"expected position_grid to be (rows, columns), got {check.quoted(self.position_grid)}")
+        for i, side in enumerate(self.position_grid):
+            check.check_depth(f"position_grid[{i}]", side)
+        _ = self.layers  # checks the rest
 
 
 class LongViTOutput(NamedTuple):
@@ -127,9 +94,7 @@ class LongViT(Model[LongViTConfig]):
         (torch.Size([1, 64]), torch.Size([1, 8, 12, 64]))
     """
 
-    config_class = LongViTConfig
-
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         config, width, size = self.config, self.config.embed_dim, self.config.patch_size
         self.patch_embed = nn.Conv2d(config.in_chans, width, size, size, **factory)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **factory))
@@ -140,8 +105,7 @@ class LongViT(Model[LongViTConfig]):
         self.encoder = LayerStack(config.layers, config.depth, gamma, factory, recompute=True, backend=self._backend)
         self.head = nn.Linear(width, config.num_classes, **factory) if config.num_classes else None
         nn.init.xavier_uniform_(self.patch_embed.weight.view(width, -1))
-        if self.patch_embed.bias is not None:
-            nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]  # it has one
         for table in (self.cls_token, self.pos_embed):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
@@ -179,16 +143,13 @@ class LongViT(Model[LongViTConfig]):
             order, inverse = (index.to(x.device) for index in curve_order(config.order, grid=grid))
             x = x.index_select(1, order)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        x = nn.functional.dropout(x, config.dropout, self.training)
         scales = None
-        if self.training:
-            if config.dropout > 0.0:
-                x = nn.functional.dropout(x, config.dropout)
-            if config.drop_path > 0.0:
-                scales = stochastic_depth(config.drop_path, config.depth, x.shape[0], x.device)[..., None, None]
+        if self.training and config.drop_path > 0.0:
+            scales = stochastic_depth(config.drop_path, config.depth, x.shape[0], x.device)[..., None, None]
         h = self.encoder(x, is_causal=False, scales=scales, gradient_checkpointing=self.gradient_checkpointing)
-        pooled, patches = h[:, 0], h[:, 1:]
-        if config.global_pool:
-            pooled = patches.mean(1)
+        patches = h[:, 1:]
+        pooled = patches.mean(1) if config.global_pool else h[:, 0]
         if inverse is not None:
             patches = patches.index_select(1, inverse)
         logits = None if self.head is None else self.head(pooled)

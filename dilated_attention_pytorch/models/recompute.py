@@ -20,17 +20,10 @@ from dilated_attention_pytorch.functional import in_autocast_dtype
 
 
 def gelu_norm_linear(h: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:
-    """`linear(norm(gelu(h)))`, keeping `h` and two numbers per row for the backward.
+    """`linear(norm(gelu(h)))`, keeping `h` `(..., inner)` and two numbers per row for the backward.
 
-    Under autocast all of it runs in autocast's dtype, the statistics of the LayerNorm in fp32 as always.
-
-    Args:
-        h: `(..., inner)`.
-        norm: over the last dimension, with weight and bias.
-        linear: called once, as a module: an `nn.Linear`, or an adapter in its place.
-
-    Returns:
-        `(..., out_features)`. First derivatives only: a second one raises.
+    `linear` is called once, as a module: an `nn.Linear`, or an adapter in its place. Under autocast all of it runs in
+    autocast's dtype, the statistics of the LayerNorm in fp32 as always. A second derivative raises.
     """
     h, weight, bias = in_autocast_dtype(h, norm.weight, norm.bias)
     if torch.compiler.is_compiling():  # the compiler chooses what to keep
@@ -77,8 +70,7 @@ class _GeluNorm(torch.autograd.Function):
         if ctx.unpacked is None:
             saved = ctx.saved_tensors
             ctx.unpacked = (nn.functional.gelu(saved[0]), *saved)
-        unpacked: tuple[Tensor, ...] = ctx.unpacked
-        return unpacked
+        return ctx.unpacked  # type: ignore[no-any-return]
 
     @staticmethod
     def output(ctx: Any) -> Tensor:

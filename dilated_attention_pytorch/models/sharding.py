@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dilated_attention_pytorch.core import torch_private
-from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.config import Config, LongNetConfig, Model
 from dilated_attention_pytorch.models.layers import Layer
 
 if TYPE_CHECKING:
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
-    """The config of the ring attention that computes a model's attention; `options` are further fields of it.
-
-    Raises a ValueError for detached mixing gradients, which ring attention does not have.
-    """
+    """The config of the ring attention that computes a model's attention; `options` are further fields of it."""
     from dilated_attention_pytorch.ring_attention import RingAttentionConfig
 
     if config.mixing_gradient != "exact":
@@ -32,14 +29,8 @@ def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
             f"expected mixing_gradient='exact' for a sequence over several ranks, got {config.mixing_gradient!r}: "
             "ring attention has no other"
         )
-    return RingAttentionConfig(
-        segment_lengths=config.segment_lengths,
-        dilation_rates=config.dilation_rates,
-        offsets=config.offsets,
-        padding=config.padding,
-        dropout=config.attention_dropout,
-        **options,
-    )
+    shared = {name: getattr(config, name) for name in ("segment_lengths", "dilation_rates", "offsets", "padding")}
+    return RingAttentionConfig(**shared, dropout=config.attention_dropout, **options)
 
 
 @dataclass
@@ -48,15 +39,12 @@ class ContextShards:
 
     rank: int
     size: int  # of the group
-    group_name: str  # the name alone, as in `RingDilatedAttention`, so that a model can be copied
+    group_name: Any  # the name alone, so that a model can be copied; torch's type for it is younger than torch 2.11
     seq_len: int = -1  # of the last sequence
 
     def start(self, length: int, seq_len: int | None) -> int:
-        """The first position of this rank's shard of `length` tokens.
-
-        The whole of `seq_len` tokens is cut as `torch.chunk` does; without it shards are equal. A shard of another
-        length is refused with a ValueError.
-        """
+        """The first position of this rank's shard of `length` tokens; a ValueError for a shard of another length.
+        The whole of `seq_len` tokens is cut as `torch.chunk` does; without it shards are equal."""
         from dilated_attention_pytorch.ring_attention.plan import equal_bounds
 
         seq_len = length * self.size if seq_len is None else seq_len
@@ -72,13 +60,11 @@ class ContextShards:
         return start
 
     def compare_again(self) -> None:
-        """Makes the next attention compare plans on every rank.
-
-        Ranks compare when their own call changes. Another length of the whole may leave some shards as they were, and
-        those ranks would not come to the comparison.
-        """
+        """Makes the next attention compare plans on every rank."""
         from dilated_attention_pytorch.ring_attention.utils import handshake
 
+        # Ranks compare when their own call changes. Another length of the whole may leave some shards as they were, and
+        # those ranks would not come to the comparison.
         if self.size > 1:
             handshake.state_of(self.group()).previous = ""
 
@@ -87,17 +73,13 @@ class ContextShards:
         return torch_private.process_group(self.group_name)
 
 
-def sum_over_ranks(x: Tensor, shards: ContextShards) -> Tensor:
+class _SumOverRanks(torch.autograd.Function):
     """The sum of every rank's x, on every rank.
 
     Every rank computes the same loss from the sum, so the gradient of its own x is the loss's as it stands. Summed on
     the way back it would count once per rank.
     """
-    out: Tensor = _SumOverRanks.apply(x, shards)  # type: ignore[no-untyped-call]
-    return out
 
-
-class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: ContextShards) -> Tensor:
         import torch.distributed as dist
@@ -112,19 +94,41 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def shard_layers(
-    layers: Iterable[nn.Module], config: RingAttentionConfig, group: ProcessGroup | DeviceMesh, mesh_dim: str | None
-) -> ContextShards:
-    """Puts ring attention in the place of every layer's self-attention, and returns this rank's place."""
-    from dilated_attention_pytorch.ring_attention import RingDilatedAttention
+sum_over_ranks: Callable[[Tensor, ContextShards], Tensor] = _SumOverRanks.apply
 
-    attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
-    for layer in layers:
-        assert isinstance(layer, Layer) and layer.encoder_attn is None
-        if getattr(layer.self_attn.attention, "head_groups", False):
-            raise ValueError(
-                "expected layers with head_groups=False, got True: in ring attention a head has all branches"
-            )
-        mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
-        layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
-    return ContextShards(attention.rank, attention.world_size, attention.group_name)
+
+class ShardedModel(Model[Config]):
+    """The base of models whose sequences can be sharded over ranks."""
+
+    _shards: ContextShards | None = None
+
+    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
+        """From now on each rank of a group holds its part of every sequence, in rank order.
+
+        All attention becomes ring attention with the model's own settings; parameters and their names stay. Their
+        gradients are then this rank's share, to be summed over the group. The class says what a rank takes and gives.
+
+        Args:
+            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
+            mesh_dim: name of the mesh's dimension over which sequences are sharded.
+            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
+
+        Raises:
+            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
+        """
+        from dilated_attention_pytorch.ring_attention import RingDilatedAttention
+
+        own: Any = self.config
+        shape = getattr(own, "layers", own)  # a slide encoder's config has its layers' inside
+        config = ring_config(shape, **{"backend": self._backend, **ring})
+        attention = RingDilatedAttention(config, group, mesh_dim=mesh_dim)
+        for layer in self.modules():
+            if not isinstance(layer, Layer):
+                continue
+            if getattr(layer.self_attn.attention, "head_groups", False):
+                raise ValueError(
+                    "expected layers with head_groups=False, got True: in ring attention a head has all branches"
+                )
+            mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
+            layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
+        self._shards = ContextShards(attention.rank, attention.world_size, attention.group_name)

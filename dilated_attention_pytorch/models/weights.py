@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+WeightsSource = str | os.PathLike[str] | Mapping[str, Any]
+Device = torch.device | str
+Dtype = torch.dtype | None
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` writes into a folder
 
 
-def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+def read_state(source: WeightsSource) -> dict[str, Tensor]:
     """A state dict, from a file or a mapping.
 
     Args:
@@ -39,47 +43,42 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, 
         raise FileNotFoundError(f"expected a file of weights at {path}, found none")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
+    # Of any type, where the file is not a pickle, or half of one.
+    with _reading(path, "tensors as torch.save writes them", Exception):
         # Tensors and plain containers alone: a pickle can hold any code.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any type, where the file is not a pickle, or half of one
-        raise ValueError(f"expected {path} to hold tensors as torch.save writes them, got {_reason(error)}") from error
     return _tensors(loaded, str(path))
 
 
-def read_safetensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def read_safetensors(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file; a ValueError where it cannot be read as one."""
     load_file = safetensors().load_file
-    _check_exists(path)
-    try:
-        state: dict[str, Tensor] = load_file(path, device=str(device))
-    except importlib.import_module("safetensors").SafetensorError as error:
-        raise ValueError(f"expected {path} to hold tensors as safetensors writes them, got {_reason(error)}") from error
-    return state
+    with _reading(path, "tensors as safetensors writes them", importlib.import_module("safetensors").SafetensorError):
+        return load_file(path, device=str(device))  # type: ignore[no-any-return]
 
 
 def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The architecture that a folder's `config.json` names, and its other values."""
     path = folder / CONFIG
-    _check_exists(path)
-    try:
+    with _reading(path, "JSON", ValueError):  # no text, or no JSON
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no text, or no JSON
-        raise ValueError(f"expected {path} to hold JSON, got {_reason(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected {path} to hold a JSON object, got {type(values).__name__}")
     return values.pop("architecture", None), values
 
 
-def _check_exists(path: Path) -> None:
+@contextlib.contextmanager
+def _reading(path: Path, what: str, errors: type[Exception]) -> Iterator[None]:
+    """Turns a reader's errors into a ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what the file holds
-        return "a file that is not a torch checkpoint, or that contains pickled objects other than tensors"
-    return f"{type(error).__name__}: " + (str(error).splitlines() or ["no reason given"])[0]
+    try:
+        yield
+    except errors as error:
+        reason = f"{type(error).__name__}: " + (str(error).splitlines() or ["no reason given"])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what the file holds
+            reason = "a file that is not a torch checkpoint, or that contains pickled objects other than tensors"
+        raise ValueError(f"expected {path} to hold {what}, got {reason}") from error
 
 
 def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
@@ -95,22 +94,12 @@ def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
 
 
 def load_into(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    copy: bool = True,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    model: nn.Module, state: Mapping[str, Tensor], *, copy: bool = True, device: Device = "cpu", dtype: Dtype = None
 ) -> None:
     """Makes a state dict's tensors a model's parameters, in place of those it has (built on `meta`, it has none).
 
-    Args:
-        model: whose names and shapes the tensors must have, each and all; a ValueError names every other one.
-        state: the tensors.
-        copy: the parameters get memory of their own. Without it tensors that are in place stay where they are: for
-            those that nobody else holds.
-        device: where they go.
-        dtype: of floating tensors; their own by default.
+    A ValueError names every tensor that is missing, unexpected or of another shape. Without `copy`, tensors that are in
+    place stay where they are: for those that nobody else holds. `dtype` is of floating tensors; their own by default.
     """
     check_state(model, state)
     moved = {

@@ -128,7 +128,9 @@ def group_of(group: ProcessGroup | DeviceMesh | None, mesh_dim: str | None) -> P
             )
         return group.get_group(mesh_dim)
     if mesh_dim is not None:
-        raise ValueError(f"expected a DeviceMesh with mesh_dim={mesh_dim!r}, got {type(group).__name__}")
+        raise ValueError(
+            f"expected a DeviceMesh with mesh_dim={validation.quoted(mesh_dim)}, got {type(group).__name__}"
+        )
     # None is no group at all: the world is rarely the group that shares a sequence.
     if group is not None and not isinstance(group, ProcessGroup):
         raise TypeError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, TypeVar, overload
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.torch_private import uncompiled
-from dilated_attention_pytorch.streaming.call import Inputs, Settings, Upstream, prepare
-from dilated_attention_pytorch.streaming.checks import REFUSED, refuse
-from dilated_attention_pytorch.streaming.sources import RangeSink, RangeSource
+from dilated_attention_pytorch.streaming.call import Settings, prepare
+from dilated_attention_pytorch.streaming.sources import AnySource, RangeSink, RangeSource
 from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Offsets
 
 Sink = TypeVar("Sink", bound=RangeSink)
@@ -21,13 +19,10 @@ Sink = TypeVar("Sink", bound=RangeSink)
 
 @overload
 def dilated_attention_streamed(
-    q: Tensor | RangeSource, k: Tensor | RangeSource, v: Tensor | RangeSource, *, out: Tensor | None = None,
-    **options: Any,
-) -> Tensor: ...  # fmt: skip
+    q: AnySource, k: AnySource, v: AnySource, *, out: Tensor | None = None, **options: Any
+) -> Tensor: ...
 @overload
-def dilated_attention_streamed(
-    q: Tensor | RangeSource, k: Tensor | RangeSource, v: Tensor | RangeSource, *, out: Sink, **options: Any
-) -> Sink: ...
+def dilated_attention_streamed(q: AnySource, k: AnySource, v: AnySource, *, out: Sink, **options: Any) -> Sink: ...
 @uncompiled  # type: ignore[misc]
 def dilated_attention_streamed(
     q: Tensor | RangeSource,
@@ -68,11 +63,7 @@ def dilated_attention_streamed(
             `read(start, stop) -> (B, stop - start, H, D)`.
         k: keys `(B, N, H_kv, D)`, H a multiple of H_kv; likewise.
         v: values, like k.
-        segment_lengths: w_i, in positions, one per branch.
-        dilation_rates: r_i, one per branch.
-        is_causal: hide keys later than the query.
-        scale: factor on q . k; `D ** -0.5` by default.
-        offsets: `"modulo"` or `"blocked"`, as in `dilated_attention`.
+        segment_lengths, dilation_rates, is_causal, scale, offsets: as in `dilated_attention`.
         key_padding_mask: bool `(B, N)` in host memory, True = real.
         backend: `"auto"`, `"sdpa"` or `"triton"`.
         out: where the result goes: a host tensor (memory-mapped ones do) or a sink with `write(start, rows)`; a new
@@ -103,24 +94,16 @@ def dilated_attention_streamed(
         >>> out = dilated_attention_streamed(q, k, v, **pattern, range_length=256)
         >>> torch.testing.assert_close(out, dilated_attention(q, k, v, **pattern))
     """
-    refuse(
-        dropout_p=dropout_p,
-        row_start=row_start,
-        cu_seqlens=cu_seqlens,
-        mixing_gradient=mixing_gradient,
-        padding=padding,
-    )
-    settings = Settings(
-        segment_lengths, dilation_rates, is_causal, scale, offsets, backend, device, device_limit, range_length, pool,
-        progress,
-    )  # fmt: skip
-    inputs = Inputs(q, k, v, key_padding_mask)
-    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v)):
-        result: Tensor | RangeSink = prepare(settings, inputs).into({"out": out})["out"]
+    # Before any other name is bound; what is no option of the whole call has a place of its own.
+    options = {name: x for name, x in locals().items() if name not in ("q", "k", "v", "key_padding_mask", "out")}
+    settings = Settings.of("dilated_attention_streamed", options)
+    inputs = {"q": q, "k": k, "v": v}
+    if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values()):
+        result: Tensor | RangeSink = prepare(settings, inputs, key_padding_mask).into({"out": out})["out"]
         return result
     if out is not None:
         raise ValueError("expected out=None where a gradient is wanted, as autograd keeps the result it makes")
-    if others := [name for name, x in inputs.named().items() if not isinstance(x, Tensor)]:
+    if others := [name for name, x in inputs.items() if not isinstance(x, Tensor)]:
         raise NotImplementedError(
             f"autograd takes tensors alone, got a source as {', '.join(others)}: streamed_forward and "
             "streamed_backward take sources"
@@ -152,7 +135,7 @@ def streamed_forward(
     Returns:
         `AttentionOutput(out, lse)`, each as it was given.
     """
-    call = prepare(_settings("streamed_forward", settings), Inputs(q, k, v, key_padding_mask))
+    call = prepare(Settings.of("streamed_forward", settings), {"q": q, "k": k, "v": v}, key_padding_mask)
     return AttentionOutput(**call.into({"out": out, "lse": lse}))
 
 
@@ -188,31 +171,18 @@ def streamed_backward(
     Returns:
         `QKV(dq, dk, dv)`, each as it was given.
     """
-    inputs = Inputs(q, k, v, key_padding_mask, Upstream(grad_out, out, lse))
-    call = prepare(_settings("streamed_backward", settings), inputs)
+    inputs = {"q": q, "k": k, "v": v, "grad_out": grad_out, "out": out, "lse": lse}
+    call = prepare(Settings.of("streamed_backward", settings), inputs, key_padding_mask)
     return QKV(*call.into({"dq": dq, "dk": dk, "dv": dv}).values())
-
-
-def _settings(function: str, given: dict[str, Any]) -> Settings:
-    """The keyword arguments that the pair shares with `dilated_attention_streamed`."""
-    refuse(**{name: value for name, value in given.items() if name in REFUSED})
-    names = [field.name for field in fields(Settings)]
-    if unknown := [name for name in given if name not in names and name not in REFUSED]:
-        raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
-    if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
-        raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
-    return Settings(**{name: value for name, value in given.items() if name in names})
 
 
 class _Streamed(torch.autograd.Function):
     """Host tensors in, host tensors out; the backward streams them again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, settings: Settings
-    ) -> Tensor:
-        out, lse = streamed_forward(q, k, v, key_padding_mask=key_padding_mask, **vars(settings))
-        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Settings) -> Tensor:
+        out, lse = streamed_forward(q, k, v, key_padding_mask=mask, **vars(settings))
+        ctx.save_for_backward(q, k, v, out, lse, mask)
         ctx.settings = settings
         return out
 

@@ -5,28 +5,30 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.kernels.choice import backend_for, choose_backend
-from dilated_attention_pytorch.streaming import pipeline
-from dilated_attention_pytorch.streaming.checks import Spec, check_device, check_source, check_spec, check_target
+from dilated_attention_pytorch.streaming import pipeline, sources
 from dilated_attention_pytorch.streaming.passes import BackwardPass, ForwardPass, Pass
 from dilated_attention_pytorch.streaming.ranges import RangePlan, Sizes, plan_ranges
-from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, reader, writer
+from dilated_attention_pytorch.streaming.sources import AnySink, AnySource, Spec
 from dilated_attention_pytorch.types import QKV, BackendName, Offsets
 
 CPU_LIMIT = 1 << 30  # bytes that a pass takes on a CPU if no limit is given
 _SHARE = 0.8  # of a GPU's free memory
+# What `dilated_attention` has and streaming has not, with the only value that is taken.
+REFUSED = {"dropout_p": 0.0, "row_start": None, "cu_seqlens": None, "mixing_gradient": "exact", "padding": "none"}
 
 
 @dataclass(frozen=True)
@@ -45,28 +47,21 @@ class Settings:
     pool: UnifiedMemoryPool | None = None
     progress: bool = False
 
-
-class Upstream(NamedTuple):
-    """What a backward reads beside the inputs: the gradient, and what the forward gave."""
-
-    grad_out: AnySource
-    out: AnySource
-    lse: AnySource
-
-
-class Inputs(NamedTuple):
-    """Everything that a call reads; `upstream` makes it a backward."""
-
-    q: AnySource
-    k: AnySource
-    v: AnySource
-    key_padding_mask: Tensor | None = None
-    upstream: Upstream | None = None
-
-    def named(self) -> dict[str, AnySource]:
-        """All but the mask, by argument name."""
-        found: dict[str, AnySource] = {"q": self.q, "k": self.k, "v": self.v}
-        return found if self.upstream is None else found | self.upstream._asdict()
+    @classmethod
+    def of(cls, function: str, given: dict[str, Any]) -> Self:
+        """From the keyword arguments of one of the public functions."""
+        for name, default in REFUSED.items():
+            value = given.get(name, default)
+            # An array or tensor would compare element by element.
+            if value is not default and not (isinstance(value, (int, float, str)) and value == default):
+                words = "dilated_attention computes it, on sequences that fit the device"
+                raise NotImplementedError(f"streaming has no {name}={check.quoted(value)}: {words}")
+        names = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in names and name not in REFUSED]:
+            raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
+        if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
+            raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
+        return cls(**{name: value for name, value in given.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,8 @@ class StreamedCall:
     device: torch.device
     engine: Backend
     settings: Settings
-    inputs: Inputs
+    # By argument name; the mask too, where there is one.
+    inputs: dict[str, AnySource]
 
     def plan(self) -> RangePlan:
         """Its ranges."""
@@ -89,46 +85,38 @@ class StreamedCall:
             # What torch holds without using it is free to torch.
             idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             limit = int(_SHARE * (torch.cuda.mem_get_info(self.device)[0] + idle))
-        elif limit is None:
-            limit = CPU_LIMIT
+        limit = CPU_LIMIT if limit is None else limit
         return plan_ranges(self.problem, self.sizes, limit, length)
 
     def work(self) -> Pass:
         """The walk over its ranges."""
-        inputs, mask = self.inputs.named(), self.inputs.key_padding_mask
-        given = inputs if mask is None else inputs | {"key_padding_mask": mask}
-        readers = {name: reader(name, x) for name, x in given.items()}
-        kind = BackwardPass if self.sizes.is_backward else ForwardPass
-        return kind(self.plan(), readers, self.engine)
+        readers = {name: sources.reader(name, x) for name, x in self.inputs.items()}
+        return (BackwardPass if self.sizes.is_backward else ForwardPass)(self.plan(), readers, self.engine)
 
     def into(self, targets: Mapping[str, AnySink | None]) -> dict[str, Any]:
         """Computes everything into the targets, new tensors in place of None; nothing is written if one is refused."""
-        taken: list[object] = [*self.inputs.named().values(), self.inputs.key_padding_mask]
+        taken: list[object] = [*self.inputs.values()]
         for name, x in targets.items():
             if x is not None:
-                check_target(name, x, self.spec(name), taken)
+                sources.check_target(name, x, self.spec(name), taken)
             taken.append(x)
         work = self.work()
         # On the CPU whatever the default device.
         filled = {name: self.spec(name).empty("cpu") if x is None else x for name, x in targets.items()}
-        self.run(work, filled)
-        return filled
-
-    def run(self, work: Pass, targets: Mapping[str, AnySink]) -> None:
-        """Computes everything into the targets; tensors are marked as unfinished until all of it is there."""
         if self.problem.seq_len == 0 or self.sizes.batch == 0:
-            return
+            return filled
         given = self.settings.pool
         pool = UnifiedMemoryPool(strategy="simple") if given is None else given
-        writers = {name: writer(name, x) for name, x in targets.items()}
+        writers = {name: sources.writer(name, x) for name, x in filled.items()}
+        # The dtype is the inputs', as staging memory is laid out before anything is read.
+        plain = torch.autocast(self.device.type, enabled=False)
         try:
-            # The dtype is the inputs', as staging memory is laid out before anything is read.
-            plain = torch.autocast(self.device.type, enabled=False)
             with torch.no_grad(), plain, _progress(len(work.plan.ranges), self.settings.progress) as tick:
                 pipeline.run(work, writers, self.device, pool, tick)
         finally:
             if given is None:
                 pool.trim()
+        return filled
 
     def spec(self, name: str) -> Spec:
         """The shape and dtype of an input or result."""
@@ -139,9 +127,9 @@ class StreamedCall:
         return Spec((sizes.batch, self.problem.seq_len, heads, sizes.head_dim), sizes.dtype)
 
 
-def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
-    """Checks a call, before anything is changed."""
-    specs = {name: check_source(name, x) for name, x in inputs.named().items()}
+def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | None = None) -> StreamedCall:
+    """Checks a call, before anything is changed; one that reads the gradient of out is a backward."""
+    specs = {name: sources.check_source(name, x) for name, x in inputs.items()}
     # Tensors of the same shapes without data, for checks that ask for some.
     meta = QKV(*(specs[name].empty("meta") for name in "qkv"))
     check.check_qkv(meta)
@@ -152,27 +140,28 @@ def prepare(settings: Settings, inputs: Inputs) -> StreamedCall:
             "ranges of a sequence (q_start, k_start)"
         )
     problem = _problem(settings, meta)
-    device = check_device(settings.device)
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device is None else settings.device
+    device = Runtime().place(check.check_device("device", chosen), pinned=False).device  # with its number
     # A backend is chosen by device, dtype and width: no rows are needed.
     rows = QKV(*(x.new_empty((batch, 0, *x.shape[2:]), device=device) for x in meta))
-    engine, chosen = backend_for(rows, problem, settings.backend), choose_backend(rows, problem, settings.backend)
-    mask, is_backward, is_fused = inputs.key_padding_mask, inputs.upstream is not None, chosen.backend == "triton"
-    sizes = Sizes(
-        batch, heads, kv_heads, width, meta.q.dtype, mask is not None, is_backward, is_fused, device.type
-    )  # fmt: skip
-    call = StreamedCall(problem, sizes, device, engine, settings, inputs)
-    for name in Upstream._fields if is_backward else ():
-        check_spec(name, specs[name], call.spec(name))
+    engine = backend_for(rows, problem, settings.backend)
+    is_fused = choose_backend(rows, problem, settings.backend).backend == "triton"
+    is_masked, is_backward = mask is not None, "grad_out" in inputs
+    sizes = Sizes(batch, heads, kv_heads, width, meta.q.dtype, is_masked, is_backward, is_fused, device.type)
+    everything = inputs if mask is None else inputs | {"key_padding_mask": mask}
+    call = StreamedCall(problem, sizes, device, engine, settings, everything)
+    for name, spec in specs.items():
+        sources.check_spec(name, spec, call.spec(name))
     if mask is not None:
+        check.check_values("key_padding_mask", mask)
         check.check_key_padding_mask(mask, batch, n, torch.device("cpu"))
     return call
 
 
 def _problem(settings: Settings, x: QKV) -> Problem:
     """The problem of the whole sequence; all settings but the device are checked."""
-    pattern = DilatedPattern(
-        settings.segment_lengths, settings.dilation_rates, x.k.shape[2], settings.offsets  # type: ignore[arg-type]
-    )  # fmt: skip
+    lengths, rates = settings.segment_lengths, settings.dilation_rates
+    pattern = DilatedPattern(lengths, rates, x.k.shape[2], settings.offsets)  # type: ignore[arg-type]
     is_causal = check.check_bool("is_causal", settings.is_causal)
     scale = check.check_scale(settings.scale, x.q.shape[3], x.q.dtype)
     check.check_bool("progress", settings.progress)

@@ -1,9 +1,4 @@
-"""Pages of memory-mapped files, given back to the kernel once they were read or written.
-
-Pages that a process touches count as its resident memory until the kernel wants them back. Dropping pages of a *shared*
-mapping of a file loses nothing: the next touch finds them in the page cache or in the file. Any other memory
-(anonymous, private copies) would lose its contents, so it is left alone.
-"""
+"""Pages of memory-mapped files, given back to the kernel once they were read or written."""
 
 from __future__ import annotations
 
@@ -25,6 +20,9 @@ def extent(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + span * x.element_size()
 
 
+# Pages that a process touches count as its resident memory until the kernel wants them back. Dropping pages of a shared
+# mapping of a file loses nothing: the next touch finds them in the page cache or in the file. Any other memory
+# (anonymous, private copies) would lose its contents, so it is left alone.
 def in_shared_file(x: Tensor) -> bool:
     """True if all of the tensor's memory lies in one shared mapping of a file; False where there is no /proc."""
     if x.numel() == 0 or x.device.type != "cpu" or not _MAPS.is_file():

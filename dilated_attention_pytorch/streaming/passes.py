@@ -1,10 +1,4 @@
-"""What is computed while a range is on the device: forward and backward, one range after another.
-
-Branches whose segments no range cuts are one call on the range's own rows. A branch with longer segments, or segments
-that a range cuts, is computed from its compact rows in the range where a segment begins; the result stays on the device
-and is merged into every range that the segment reaches. So each pair is computed once, and each row is brought in and
-written out once, but for the compact rows that lie ahead of a range: 1 in r.
-"""
+"""What is computed while a range is on the device: forward and backward, one range after another."""
 
 from __future__ import annotations
 
@@ -19,8 +13,7 @@ from dilated_attention_pytorch.core.merge import merge_into, rows_last
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Backend
-from dilated_attention_pytorch.streaming.compact import CompactBranch
-from dilated_attention_pytorch.streaming.ranges import RangePlan
+from dilated_attention_pytorch.streaming.ranges import CompactBranch, RangePlan
 from dilated_attention_pytorch.streaming.sources import Reader
 from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
@@ -69,14 +62,12 @@ class Carried(NamedTuple):
         return Carried(start, self.stop, tuple(x[:, rows].clone() for x in self.results))  # frees the rest
 
 
+# Branches whose segments no range cuts are one call on the range's own rows. A branch with longer segments, or segments
+# that a range cuts, is computed from its compact rows in the range where a segment begins; the result stays on the
+# device and is merged into every range that the segment reaches. So each pair is computed once, and each row is brought
+# in and written out once, but for the compact rows that lie ahead of a range: 1 in r.
 class Pass(ABC):
-    """One walk over the ranges.
-
-    Args:
-        plan: the ranges.
-        readers: the inputs by name.
-        engine: the backend that computes.
-    """
+    """One walk over the ranges of a plan: inputs by name, and the backend that computes."""
 
     names: tuple[str, ...]  # of the results
 
@@ -99,7 +90,7 @@ class Pass(ABC):
         return found
 
     def compute(self, start: int, stop: int, loaded: Loaded) -> dict[str, Tensor]:
-        """The results of a range, by name; ranges come in order."""
+        """The results of a range, by name; ranges come in order, and the last one leaves nothing behind."""
         own = {name: x for (name, branch), x in loaded.items() if branch is None}
         dtype = own["q"].dtype
         # 1. Branches that ranges cut: the segments that begin here, whole.
@@ -127,11 +118,6 @@ class Pass(ABC):
         return {
             name: x.squeeze(-1) if name == "lse" else x.to(dtype) for name, x in zip(self.names, totals, strict=True)
         }
-
-    def reset(self) -> None:
-        """Forgets what earlier ranges left behind."""
-        for carried in self._carried.values():
-            carried.clear()
 
     def _begin(self, branch: CompactBranch, start: int, stop: int, loaded: Loaded) -> Results:
         """The results of the segments that begin in the range: from its own rows, then those that lie ahead of it."""

@@ -1,13 +1,8 @@
-"""Reading, copying in, computing, copying out and writing, all at once on neighbouring ranges.
-
-A reader thread fills staging memory, a writer thread empties it, and on CUDA two copy streams and a compute stream hand
-ranges to one another by events. Two buffers of each kind: while one is used the next is filled. Results stay referenced
-until their copy has ended, so no allocator needs to be told about streams.
-"""
+"""Reading, copying in, computing, copying out and writing, all at once on neighbouring ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -33,35 +28,24 @@ Leaving = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class RangeStep(NamedTuple):
-    """One range of the walk: which it is, its positions, and what to bring in for it."""
+    """One range of the walk."""
 
     number: int
+    slot: int  # which of the buffers of each kind it uses
     start: int
     stop: int
-    loads: list[Load]
-
-    @property
-    def slot(self) -> int:
-        """Which of the buffers of each kind it uses."""
-        return self.number % BUFFERS
+    loads: list[Load]  # what to bring in for it
 
 
+# A reader thread fills staging memory, a writer thread empties it, and on CUDA two copy streams and a compute stream
+# hand ranges to one another by events. Two buffers of each kind: while one is used the next is filled. Results stay
+# referenced until their copy has ended, so no allocator needs to be told about streams.
 def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, tick: Callable[[], None]) -> None:
-    """Walks a pass over all its ranges; results without a writer are dropped.
-
-    Args:
-        work: what is computed.
-        writers: where results go, by name.
-        device: where it is computed.
-        pool: lends the staging and device buffers.
-        tick: called when a range is written.
-
-    Raises:
-        Exception: whatever a source, a sink or the computation raises; by then no thread runs and no copy flies.
-    """
-    steps = [RangeStep(i, *bounds, work.loads(*bounds)) for i, bounds in enumerate(work.plan.ranges)]
-    transport = (_Cuda if device.type == "cuda" else _Host)(work, writers, device, pool, steps)
-    for writer in writers.values():  # now that all memory is there
+    """Walks a pass over all its ranges; results without a writer are dropped; `tick` is called when one is written."""
+    transport = (_Cuda if device.type == "cuda" else _Host)(work, writers, device, pool)
+    steps = transport.steps
+    # Now that all memory is there, nothing refuses the call any more.
+    for writer in writers.values():
         if isinstance(writer, HostTensor):
             writer.begin()
     reading, writing = _Lane("streaming-read"), _Lane("streaming-write")
@@ -88,10 +72,10 @@ def run(work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryP
         for task in writing.tasks[-BUFFERS:]:
             task.result()
     finally:
+        # Whatever a source, a sink or the computation raises comes through when no thread runs and no copy flies.
         reading.close()
         writing.close()
         transport.close()
-        work.reset()
     for writer in writers.values():
         writer.commit()
 
@@ -102,42 +86,36 @@ class _Lane:
     def __init__(self, name: str) -> None:
         self.tasks: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, name)
-        self._failed = False
-        self._inference = torch.is_inference_mode_enabled()  # a mode is a thread's own
+        self.close = partial(self._thread.shutdown, wait=True, cancel_futures=True)
+        # A mode is a thread's own.
+        self._inference = torch.is_inference_mode_enabled()
 
     def submit(self, task: Callable[..., None], *args: Any) -> None:
-        self.tasks.append(self._thread.submit(self._do, task, *args))
+        self.tasks.append(self._thread.submit(self._do, self.tasks[-1:], task, *args))
 
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _do(self, task: Callable[..., None], *args: Any) -> None:
+    def _do(self, earlier: list[Future[None]], task: Callable[..., None], *args: Any) -> None:
         # After a failure nothing is done any more: a write would leave a gap that its sink cannot know of.
-        if self._failed:
-            return
-        self._failed = True
+        for done in earlier:
+            done.result()
         with torch.inference_mode(self._inference), torch.no_grad():
             task(*args)
-        self._failed = False
 
 
 class _Host:
     """The CPU computes on the staging memory itself."""
 
-    copies_inputs = False
-    pins_staging = False
+    copies_inputs = False  # to the device, through pinned memory
 
-    def __init__(
-        self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, steps: list[RangeStep]
-    ) -> None:
+    def __init__(self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool) -> None:
         self.work, self.writers, self.pool = work, writers, pool
+        self.steps = [RangeStep(i, i % BUFFERS, *x, work.loads(*x)) for i, x in enumerate(work.plan.ranges)]
         self.lent = ExitStack()
         # Nothing needs giving back if borrowing fails half-way: a dropped handle returns its block.
-        self.staging = self.borrow(max(_size(self.staged(step)) for step in steps), "staging of inputs")
+        self.staging = self.borrow(max(_size(self.staged(step)) for step in self.steps), "staging of inputs")
 
     def borrow(self, size: int, purpose: str, device: torch.device | None = None) -> list[Tensor]:
         """Buffers until `close`, in host memory if no device is named."""
-        where, is_pinned = device or torch.device("cpu"), self.pins_staging and device is None
+        where, is_pinned = device or torch.device("cpu"), self.copies_inputs and device is None
         lend = partial(self.pool.borrow, purpose=f"streaming: {purpose}", pinned=is_pinned)
         return [self.lent.enter_context(lend((size,), torch.uint8, where)).tensor for _ in range(BUFFERS)]
 
@@ -147,7 +125,8 @@ class _Host:
 
     def fill(self, step: RangeStep) -> None:
         """Reads a range into staging memory, in the reader's thread."""
-        for load, out in _views(self.staging[step.slot], self.staged(step)):
+        staged = self.staged(step)
+        for load, out in zip(staged, _views(self.staging[step.slot], staged), strict=True):
             reader = self.work.readers[load.name]
             if load.branch is None:
                 reader.read_into(load.start, load.stop, out)
@@ -157,7 +136,7 @@ class _Host:
     def bring(self, step: RangeStep) -> Loaded:
         """The tensors that the range is computed from."""
         pages.trim()  # on a CPU the limit is one on resident memory
-        return {load.key: x for load, x in _views(self.staging[step.slot], step.loads)}
+        return _loaded(self.staging[step.slot], step.loads)
 
     def compute(self, step: RangeStep, loaded: Loaded) -> Results:
         """The results that somebody wants."""
@@ -187,13 +166,10 @@ class _Cuda(_Host):
     """Copies through pinned staging memory; from and to pinned tensors without."""
 
     copies_inputs = True
-    pins_staging = True
 
-    def __init__(
-        self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool, steps: list[RangeStep]
-    ) -> None:
-        super().__init__(work, writers, device, pool, steps)
-        self.inputs = self.borrow(max(_size(step.loads) for step in steps), "inputs", device)
+    def __init__(self, work: Pass, writers: Writers, device: torch.device, pool: UnifiedMemoryPool) -> None:
+        super().__init__(work, writers, device, pool)
+        self.inputs = self.borrow(max(_size(step.loads) for step in self.steps), "inputs", device)
         plan = work.plan
         staged = [name for name, writer in writers.items() if pinned(writer, 0, 1) is None]
         results = min(plan.length, plan.problem.seq_len) * plan.sizes.results(plan.sizes.dtype.itemsize)
@@ -216,15 +192,16 @@ class _Cuda(_Host):
 
     @override
     def bring(self, step: RangeStep) -> Loaded:
-        staged = {load.key: x for load, x in _views(self.staging[step.slot], self.staged(step))}
+        staged, loaded = (
+            _loaded(self.staging[step.slot], self.staged(step)),
+            _loaded(self.inputs[step.slot], step.loads),
+        )
         self.copy_in.wait_event(self.computed[step.slot])  # the device memory's last range is computed
-        loaded = {}
         with torch.cuda.stream(self.copy_in):
-            for load, x in _views(self.inputs[step.slot], step.loads):
+            for load in step.loads:
                 host = staged[load.key] if load.key in staged else self._pinned(load)
                 assert host is not None
-                _copy(x, host)
-                loaded[load.key] = x
+                _copy(loaded[load.key], host)
             self.arrived[step.slot].record()
         return loaded
 
@@ -239,15 +216,14 @@ class _Cuda(_Host):
 
     @override
     def take(self, step: RangeStep, results: Results) -> Leaving:
-        at, leaving = 0, Leaving()
+        direct = {name: pinned(self.writers[name], step.start, step.stop) for name in results}
+        staging = _views(self.outgoing[step.slot], [x for name, x in results.items() if direct[name] is None])
+        leaving: Leaving = {name: (x, next(staging) if direct[name] is None else None) for name, x in results.items()}
         with torch.cuda.stream(self.copy_out):
             self.computed[step.slot].wait()
-            for name, x in results.items():
-                host, staged = pinned(self.writers[name], step.start, step.stop), None
-                if host is None:
-                    host, at = _view(self.outgoing[step.slot], at, tuple(x.shape), x.dtype)
-                    staged = host
-                leaving[name] = x, staged
+            for name, (x, staged) in leaving.items():
+                host = direct[name] if staged is None else staged
+                assert host is not None
                 _copy(host, x)
             self.left[step.slot].record()
         return leaving
@@ -281,15 +257,14 @@ def _size(loads: list[Load]) -> int:
     return sum(ceil_div(load.nbytes, _ALIGNMENT) * _ALIGNMENT for load in loads)
 
 
-def _views(buffer: Tensor, loads: list[Load]) -> Iterator[tuple[Load, Tensor]]:
-    """Where each of them lies in a buffer."""
+def _views(buffer: Tensor, wanted: Iterable[Load | Tensor]) -> Iterator[Tensor]:
+    """Tensors of such shapes and dtypes, side by side in a buffer."""
     at = 0
-    for load in loads:
-        x, at = _view(buffer, at, load.shape, load.dtype)
-        yield load, x
+    for x in wanted:
+        yield buffer[at : at + x.nbytes].view(x.dtype).view(x.shape)
+        at += ceil_div(x.nbytes, _ALIGNMENT) * _ALIGNMENT
 
 
-def _view(buffer: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
-    """A tensor in a buffer from byte `at` on, and where the next one may start."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return buffer[at : at + size].view(dtype).view(shape), ceil_div(at + size, _ALIGNMENT) * _ALIGNMENT
+def _loaded(buffer: Tensor, loads: list[Load]) -> Loaded:
+    """What a buffer holds after loading."""
+    return dict(zip((load.key for load in loads), _views(buffer, loads), strict=True))

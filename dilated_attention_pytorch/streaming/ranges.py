@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
+from dilated_attention_pytorch.core.members import Members, ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.streaming.compact import CompactBranch, compact_branches
 
 BUFFERS = 2  # of each kind: one is filled while the other is used
 _RANGES = 32  # per sequence: the first range's copy and the last one's are not overlapped, a 32nd of the time each
@@ -76,6 +77,84 @@ class Sizes:
         return 3 * self.results(self.accumulator, share) + copies
 
 
+# A branch (w, r) over the sequence is a branch (slots, 1) over its compact rows: those of one offset, put side by side
+# (`core.members`). A segment that is too long for a range is therefore attention over few rows that lie densely,
+# computed once.
+@dataclass(frozen=True, eq=False)
+class CompactBranch:
+    """What the heads of one offset keep in one branch."""
+
+    pattern: DilatedPattern  # for the key/value heads
+    branch: int  # its number
+    members: Members
+    heads: slice  # the key/value heads that keep them
+    seq_len: int
+
+    @property
+    def num_heads(self) -> int:
+        """How many key/value heads share the rows."""
+        return len(range(*self.heads.indices(self.pattern.num_heads)))
+
+    def count(self, start: int, stop: int) -> int:
+        """How many rows lie in `[start, stop)`, as far as the sequence goes."""
+        start, stop = min(start, self.seq_len), min(stop, self.seq_len)
+        return max(0, self.members.before(stop) - self.members.before(start))
+
+    def beginning_in(self, start: int, stop: int) -> tuple[int, int]:
+        """The positions `[first, last)` of the segments that begin in `[start, stop)`; empty if none does."""
+        length = self.members.length
+        first, last = ceil_div(start, length) * length, ceil_div(stop, length) * length
+        return first, max(first, min(last, self.seq_len))
+
+    def problem(self, whole: Problem, rows: int) -> Problem:
+        """Attention of so many compact rows, from the beginning of a segment on."""
+        pattern = DilatedPattern((self.members.slots,), (1,), self.num_heads)
+        return Problem(pattern, whole.is_causal, whole.scale, seq_len=rows)
+
+    def pairs(
+        self, x: Tensor, x_start: int, compact: Tensor, compact_start: int, start: int, stop: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of the rows in `[start, stop)`, where they lie in the sequence and where they lie side by side."""
+        # At most three pairs (B, segments, slots, ...), none of them empty. x (B, n, H, ...) or (B, n) has the
+        # positions from x_start on, compact (B, L, h, G, ...) or (B, L) the rows from compact_start on.
+        if x.dim() > 2:  # (B, n, H, ...) -> (B, n, h, G, ...), a view
+            x = x.unflatten(2, (self.pattern.num_heads, -1))[:, :, self.heads]
+        (length, rate, offset), row = self.members, x.stride(1)
+        at = self.count(compact_start, start)  # row of compact
+        for span in self.pattern.spans(self.branch, offset, (start, stop), (start, stop)):
+            segments, slots = span.num_segments, span.q_hi - span.q_lo
+            if slots == 0:
+                continue
+            # Slot j of segment s lies at s * w + o + j * r.
+            first = span.first_segment * length + offset + span.q_lo * rate - x_start
+            # One segment (slot) has no stride to the next, and w (r) may be near 2**63.
+            strides = length * row if segments > 1 else 0, rate * row if slots > 1 else 0
+            view = x.as_strided(
+                (x.shape[0], segments, slots, *x.shape[2:]),
+                (x.stride(0), *strides, *x.stride()[2:]),
+                x.storage_offset() + first * row,
+            )
+            yield view, compact[:, at : at + segments * slots].unflatten(1, (segments, slots))
+            at += segments * slots
+
+    def gather(self, x: Tensor, x_start: int, start: int, stop: int, out: Tensor) -> None:
+        """Copies the rows in `[start, stop)` of x into `out` `(B, L, h, G, ...)`, side by side."""
+        for rows, beside in self.pairs(x, x_start, out, start, start, stop):
+            beside.copy_(rows)
+
+    def shape(self, shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        """The shape of so many compact rows of a tensor `(B, n, H, ...)` or `(B, n)`."""
+        if len(shape) == 2:
+            return shape[0], rows
+        return shape[0], rows, self.num_heads, shape[2] // self.pattern.num_heads, *shape[3:]
+
+
+def compact_branches(pattern: DilatedPattern, branch: int, seq_len: int) -> list[CompactBranch]:
+    """One per offset that the heads of a branch keep; offsets of which no position exists are left out."""
+    groups = [(pattern.members(branch, offset), heads) for offset, heads in pattern.head_groups(branch)]
+    return [CompactBranch(pattern, branch, members, heads, seq_len) for members, heads in groups if members.slots]
+
+
 @dataclass(frozen=True)
 class RangePlan:
     """A pass over the sequence in ranges of equal length, the last one shorter.
@@ -124,8 +203,9 @@ class RangePlan:
         for branch in self.compact:
             share = branch.num_heads / sizes.num_kv_heads
             total, slots = branch.count(0, self.problem.seq_len), branch.members.slots
-            tail = min(slots, total)  # rows ahead of a range
-            fresh = min((rows // branch.members.length + 1) * slots, total)  # of segments that begin in one
+            # Rows ahead of a range, and those of the segments that begin in one.
+            tail = min(slots, total)
+            fresh = min((rows // branch.members.length + 1) * slots, total)
             buffered += tail * sizes.inputs(share)
             carried += (tail + fresh) * sizes.results(sizes.accumulator, share)
             compacting = max(compacting, fresh * (sizes.inputs(share) + sizes.work(share)))
@@ -167,19 +247,22 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
     Raises:
         ValueError: even the shortest range, or the one asked for, takes more than the limit.
     """
+    n = max(1, problem.seq_len)
 
     def cost(length: int) -> int:
-        return RangePlan(problem, sizes, length).device_bytes
+        return RangePlan(problem, sizes, min(length, n)).device_bytes
 
+    if length is None:
+        length = _chosen(problem, cost, limit, max(1, sizes.inputs()))
+    elif cost(length) > limit:
+        words = f"bytes for ranges of {min(length, n):,} positions"
+        raise ValueError(f"expected device_limit of at least {cost(length):,} {words}, got {limit:,}")
+    return RangePlan(problem, sizes, min(length, n))
+
+
+def _chosen(problem: Problem, cost: Callable[[int], int], limit: int, row: int) -> int:
+    """The length of a range whose rows take so many bytes each."""
     n = max(1, problem.seq_len)
-    if length is not None:
-        plan = RangePlan(problem, sizes, min(length, n))
-        if plan.device_bytes > limit:
-            raise ValueError(
-                f"expected device_limit of at least {plan.device_bytes:,} bytes for ranges of {plan.length:,} "
-                f"positions, got {limit:,}"
-            )
-        return plan
     # 1. The shortest length to have multiples of: as many branches as possible are not cut.
     base = 1
     for width, rate in sorted(problem.pattern.branches, key=lambda branch: (branch[1], branch[0])):
@@ -187,20 +270,17 @@ def plan_ranges(problem: Problem, sizes: Sizes, limit: int, length: int | None =
         if wider * min(16, rate) <= n and cost(wider) <= limit:
             base = wider
     # 2. The length worth having, and the longest multiple up to it that fits.
-    row = max(1, sizes.inputs())
     target = max(base, _WORTHWHILE // row, min(n // _RANGES, _ENOUGH // row))
     if target >= n and cost(n) <= limit:
-        return RangePlan(problem, sizes, n)
-    length = base * _most(lambda m: cost(min(base * m, n)) <= limit, max(1, min(target, n) // base))
+        return n
+    length = base * _most(lambda m: cost(base * m) <= limit, max(1, min(target, n) // base))
     if length == 0:
         # 3. Whole segments take too much: any length will do that fits.
         length = _most(lambda m: cost(m) <= limit, min(base, n))
     if length == 0:
-        raise ValueError(
-            f"expected device_limit of at least {cost(1):,} bytes, which the rows of one segment a branch take (w / r "
-            f"of them), got {limit:,}"
-        )
-    return RangePlan(problem, sizes, min(length, n))
+        words = "which the rows of one segment a branch take (w / r of them)"
+        raise ValueError(f"expected device_limit of at least {cost(1):,} bytes, {words}, got {limit:,}")
+    return length
 
 
 def _most(fits: Callable[[int], bool], highest: int) -> int:

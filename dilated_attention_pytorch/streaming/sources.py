@@ -1,16 +1,17 @@
-"""Where rows come from and where they go: host tensors, memory-mapped files, range sources and range sinks."""
+"""Where rows come from and where they go: host tensors, memory-mapped files, range sources and sinks, all checked."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.streaming import pages
-from dilated_attention_pytorch.streaming.checks import Spec, check_read
-from dilated_attention_pytorch.streaming.compact import CompactBranch
+from dilated_attention_pytorch.streaming.ranges import CompactBranch
 
 _PICKED = 1 << 16  # positions per read of a source from which a branch picks single rows
 
@@ -48,16 +49,31 @@ class RangeSink(Protocol):
         """
 
 
+class Spec(NamedTuple):
+    """The shape and dtype that an argument has to have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        """Those of a tensor."""
+        return cls(tuple(x.shape), x.dtype)
+
+    def empty(self, device: str) -> Tensor:
+        """A tensor of the kind."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
 AnySource = Tensor | RangeSource
 AnySink = Tensor | RangeSink
 
 
 class HostTensor:
-    """A host tensor seen as rows `(B, N, ...)`, to read from or to write to.
+    """A host tensor seen as rows `(B, N, ...)`, to read from or to write to."""
 
-    Pages of a memory-mapped file are dropped after use. While it is written its first position is NaN, so that what an
-    interruption leaves behind is never taken for a result.
-    """
+    # Pages of a memory-mapped file are dropped after use. While it is written its first position is NaN, so that what
+    # an interruption leaves behind is never taken for a result.
 
     def __init__(self, x: Tensor, dim: int = 1) -> None:
         self._rows = x.detach().movedim(dim, 1)
@@ -65,7 +81,8 @@ class HostTensor:
         # The device copies range by range, so each batch row of a range has to be one piece.
         self._is_direct = x.is_pinned() and (x.shape[0] == 0 or self._rows[0].is_contiguous())
         self._is_mapped = not x.is_pinned() and pages.in_shared_file(x)
-        self._first: Tensor | None = None  # (B, 1, ...): what the first position will hold
+        # (B, 1, ...): what the first position will hold.
+        self._first: Tensor | None = None
 
     def pinned(self, start: int, stop: int) -> Tensor | None:
         """The rows themselves if the device can copy from or to them without staging."""
@@ -139,7 +156,15 @@ class SourceReader:
     def _read(self, start: int, stop: int) -> Tensor:
         rows = self._source.read(start, stop)
         shape = (*self._given[: self._dim], stop - start, *self._given[self._dim + 1 :])
-        check_read(f"{self._name}.read({start}, {stop})", rows, Spec(shape, self.dtype))
+        call, want = f"{self._name}.read({start}, {stop})", Spec(shape, self.dtype)
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"expected {call} to give a Tensor, got {type(rows).__name__}")
+        check.check_dense(call, rows)
+        if Spec.of(rows) != want or rows.device.type != "cpu":
+            raise ValueError(
+                f"expected {call} to give {want.dtype} {want.shape} on the CPU, "
+                f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+            )
         return rows.detach().movedim(self._dim, 1)  # (B, stop - start, ...)
 
 
@@ -155,8 +180,7 @@ class SinkWriter:
 
     def commit(self) -> None:
         """Tells a sink that asks for it that all rows are there."""
-        finish = getattr(self._sink, "commit", None)
-        if finish is not None:
+        if (finish := getattr(self._sink, "commit", None)) is not None:
             finish()
 
 
@@ -179,3 +203,92 @@ def writer(name: str, x: AnySink) -> Writer:
 def pinned(x: Reader | Writer, start: int, stop: int) -> Tensor | None:
     """Host memory of the rows that the device can copy from or to without staging, if there is such memory."""
     return x.pinned(start, stop) if isinstance(x, HostTensor) else None
+
+
+def check_source(name: str, x: object) -> Spec:
+    """The shape and dtype of a tensor in host memory or of a range source."""
+    if isinstance(x, Tensor):
+        check.check_dense(name, x)
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"expected {name} in host memory, got it on {x.device}: dilated_attention computes what lies there"
+            )
+        check.check_values(name, x)
+        return Spec.of(x)
+    if missing := [part for part in ("shape", "dtype", "read") if not hasattr(x, part)]:
+        raise TypeError(
+            f"expected {name} to be a Tensor or a source with shape, dtype and read(start, stop), "
+            f"got {type(x).__name__} without {', '.join(missing)}"
+        )
+    source: Any = x  # whatever its attributes are
+    _check_method(f"{name}.read", source.read)
+    _check_method(f"{name}.read_into", getattr(source, "read_into", None), optional=True)
+    given, dtype = source.shape, source.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"expected {name}.dtype to be a torch.dtype, got {type(dtype).__name__} {dtype!r}")
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise TypeError(f"expected {name}.shape to be a sequence of ints, got {type(given).__name__} {given!r}")
+    shape = tuple(check.check_int(f"{name}.shape[{i}]", size, 0) for i, size in enumerate(given))
+    if math.prod(shape) * dtype.itemsize >= 2**63:
+        raise ValueError(f"expected {name} of fewer than 2**63 bytes, got {dtype} {shape}")
+    return Spec(shape, dtype)
+
+
+def check_spec(name: str, got: Spec, want: Spec) -> None:
+    """The shape and dtype of an argument are those wanted."""
+    if got != want:
+        raise ValueError(f"expected {name} of {want.dtype} {want.shape}, got {got.dtype} {got.shape}")
+
+
+def check_target(name: str, x: object, want: Spec, taken: Sequence[object]) -> None:
+    """A sink, or a host tensor that can be written to and shares no memory with the tensors already taken."""
+    if not isinstance(x, Tensor):
+        if not callable(getattr(x, "write", None)):
+            raise TypeError(f"expected {name} to be a Tensor or have write(start, rows), got {type(x).__name__}")
+        _check_method(f"{name}.commit", getattr(x, "commit", None), optional=True)
+        return
+    check.check_dense(name, x)
+    check_spec(name, Spec.of(x), want)
+    if x.device.type == "cpu":
+        check.check_values(name, x)
+    for is_wrong, words in (
+        (x.device.type != "cpu", f"in host memory, got it on {x.device}"),
+        (x.requires_grad, "without requires_grad: it is overwritten"),
+        (
+            x.is_inference() and not torch.is_inference_mode_enabled(),
+            "to be writable, got an inference tensor outside inference mode",
+        ),
+        (_folds(x), f"with memory of its own for each element, got strides {x.stride()} for shape {tuple(x.shape)}"),
+    ):
+        if is_wrong:
+            raise ValueError(f"expected {name} {words}")
+    # Results are written while inputs of later ranges have not been read. Memory counts from a tensor's first element
+    # to its last: views that interleave are refused although no element is shared.
+    if any(isinstance(y, Tensor) and _overlap(x, y) for y in taken):
+        raise ValueError(
+            f"expected {name} in memory of its own, got a tensor whose memory, from its first element to its last, "
+            "overlaps another argument's"
+        )
+
+
+def _check_method(name: str, method: object, *, optional: bool = False) -> None:
+    if not callable(method) and not (optional and method is None):
+        raise TypeError(f"expected {name} to be a method, got {type(method).__name__}")
+
+
+def _folds(x: Tensor) -> bool:
+    """True if elements may share memory: a stride is below what it has to step over."""
+    covered = 1  # elements that the dimensions so far span, from the smallest stride on
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < covered:
+            return True
+        covered += max(0, size - 1) * stride
+    return False
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """True if the addresses that two host tensors span have one in common."""
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (first, last), (other_first, other_last) = pages.extent(x), pages.extent(y)
+    return first < other_last and other_first < last

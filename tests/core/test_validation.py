@@ -421,3 +421,8 @@ def test_coverage_of_a_long_sequence_counts_one_period():
     short = PATTERN.coverage(period) * period
     want = (short * 10**9 + PATTERN.coverage(rest) * rest) / (period * 10**9 + rest)
     assert PATTERN.coverage(period * 10**9 + rest) == pytest.approx(want, rel=1e-12)
+
+
+def test_the_reference_takes_fake_tensors_outside_their_mode():
+    fake = FakeTensorMode().from_tensor(GOOD)
+    assert dilated_attention(fake, fake, fake, **ONE, backend="reference").shape == GOOD.shape

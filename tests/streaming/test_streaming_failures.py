@@ -26,8 +26,7 @@ from torch import Tensor
 import dilated_attention_pytorch as package
 from dilated_attention_pytorch import UnifiedMemoryPool, dilated_attention
 from dilated_attention_pytorch.core.memory.unified_pool import PoolExhausted
-from dilated_attention_pytorch.streaming.call import Settings
-from dilated_attention_pytorch.streaming.checks import REFUSED
+from dilated_attention_pytorch.streaming.call import REFUSED, Settings
 from dilated_attention_pytorch.testing import relative_norm
 
 
@@ -117,7 +116,7 @@ class TestErrors:
     def test_inputs(self) -> None:
         q, k, v = draw_qkv(64)
         for inputs, error, words in (
-            ((q, k[:, :5], v[:, :5]), ValueError, "as many keys"),
+            ((q, k[:, :5], v[:, :5]), ValueError, "k and v of as many positions as q"),
             ((q, k.float(), v), (TypeError, ValueError), "dtype"),
             ((q, object(), v), TypeError, "expected k to be a Tensor or a source"),
             ((q.to("meta"), k, v), ValueError, "expected q in host memory"),

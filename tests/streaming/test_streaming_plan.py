@@ -13,7 +13,7 @@ from streams import PATTERN, Ledger, draw_qkv, streamed
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.streaming import Sizes, plan_ranges
-from dilated_attention_pytorch.streaming.compact import compact_branches
+from dilated_attention_pytorch.streaming.ranges import compact_branches
 from dilated_attention_pytorch.testing import relative_norm
 
 

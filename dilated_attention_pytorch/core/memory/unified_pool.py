@@ -154,8 +154,7 @@ class UnifiedMemoryPool:
             ValueError: a tensor that this pool does not lend, or no longer does.
             TypeError: an object that is not a tensor, or not a stream.
         """
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected tensor to be a Tensor, got {check.shown(tensor)}")
+        check.check_dense("tensor", tensor)
         handle = self._handles.get(id(tensor))
         if handle is None or handle.released or handle.tensor is not tensor:
             raise ValueError(

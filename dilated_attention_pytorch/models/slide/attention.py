@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,28 +31,16 @@ def layer_attention(
     layer: Layer, x: Tensor, config: SlideEncoderConfig, head: int | None, queries: list[int]
 ) -> AttentionMap:
     """The attention of some rows of x `(1, 1 + L, embed_dim)` in the layer that takes it, cls token first.
-
-    Without a head it is the mean over heads.
-    """
+    Without a head it is the mean over heads."""
     attention = layer.self_attn
     h = layer.self_attn_layer_norm(x)[0]
     q, k = (proj(h).unflatten(-1, (config.num_heads, -1)) for proj in (attention.q_proj, attention.k_proj))  # (N, H, D)
+    scale, pattern = float(q.shape[-1]) ** -0.5, config.layers.pattern
+    options: dict[str, Any] = {"queries": queries, "scale": scale, "padding": config.padding}
     heads = range(config.num_heads) if head is None else [head]
-    total: Tensor | None = None
-    nothing: Tensor | None = None
-    for one in heads:
-        p, zero = attention_probabilities(
-            q[:, one],
-            k[:, one],
-            config.layers.pattern,
-            head=one,
-            queries=queries,
-            scale=float(q.shape[-1]) ** -0.5,
-            padding=config.padding,
-        )
-        # Added in place: each is as large as queries x tiles.
-        total, nothing = (p, zero) if total is None or nothing is None else (total.add_(p), nothing.add_(zero))
-    assert total is not None and nothing is not None
+    each = (attention_probabilities(q[:, one], k[:, one], pattern, head=one, **options) for one in heads)
+    # Added in place, one after the other: each is as large as queries x tiles.
+    total, nothing = reduce(lambda so_far, more: (so_far[0].add_(more[0]), so_far[1].add_(more[1])), each)
     total, nothing = total.div_(len(heads)), nothing.div_(len(heads))
     return AttentionMap(total[:, 1:], total[:, 0], nothing)
 

@@ -1,15 +1,24 @@
-"""The shape of a slide encoder, as one frozen value."""
+"""The shape of a slide encoder, as one frozen value: given, or read from a Prov-GigaPath-shaped checkpoint."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, encoder_layers
-from dilated_attention_pytorch.types import MixingGradient, Offsets, Padding
+from dilated_attention_pytorch.models import weights
+from dilated_attention_pytorch.models.config import AboveZero, Probability, VisionConfig, Width
+from dilated_attention_pytorch.models.slide.positions import sincos
+from dilated_attention_pytorch.types import MixingGradient, Padding
 
 _SHORTEST, _BRANCHES = 1024, 5
+_CHECKED_ROWS = 257
 
 
 def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> tuple[int, ...]:
@@ -29,8 +38,8 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
         >>> slide_segment_lengths()
         (1024, 5792, 32768, 185363, 1048576)
     """
-    max_wsi_size = check.check_positive_int("max_wsi_size", max_wsi_size)
-    tile_size = check.check_positive_int("tile_size", tile_size)
+    check.check_positive_int("max_wsi_size", max_wsi_size)
+    check.check_positive_int("tile_size", tile_size)
     tiles = (max_wsi_size // tile_size) ** 2
     if tiles < _SHORTEST:
         raise ValueError(
@@ -42,7 +51,7 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlideEncoderConfig(ModelConfig):
+class SlideEncoderConfig(VisionConfig):
     """Everything that decides a `SlideEncoder`'s parameters and what it computes from them.
 
     Defaults are Prov-GigaPath's 12-layer, 768-wide encoder, except for `padding`: a model made from a config leaves out
@@ -78,42 +87,79 @@ class SlideEncoderConfig(ModelConfig):
         (1024, 4870, 23170, 110217, 524288)
     """
 
-    in_chans: int = 1536
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 16
-    ffn_dim: int = 3072
+    in_chans: Width = 1536
+    embed_dim: Width = 768
+    ffn_dim: Width = 3072
     segment_lengths: tuple[int, ...] = slide_segment_lengths()
-    dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
     tile_size: int = 256
-    slide_ngrids: int = 1000
+    slide_ngrids: Width = 1000
     global_pool: bool = False
-    dropout: float = 0.25
-    drop_path: float = 0.1
+    dropout: Probability = 0.25
     padding: Padding = "none"
     mixing_gradient: MixingGradient = "exact"
-    offsets: Offsets = "blocked"
-    layer_norm_eps: float = 1e-5
-    norm_eps: float = 1e-6
+    norm_eps: AboveZero = 1e-6
 
     def __post_init__(self) -> None:
-        self._keep(check.check_width, "in_chans", "embed_dim", "num_heads", "ffn_dim", "slide_ngrids")
-        self._keep(check.check_depth, "depth")
-        self._keep(check.check_positive_int, "tile_size")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"expected embed_dim to be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
-            )
-        layers = self.layers  # checks what it shares with LongNet
-        if self.embed_dim % 4:
-            raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {self.embed_dim}")
-        self._keep(check.check_probability, "drop_path")
-        self._keep(check.check_above_zero, "norm_eps")
-        self._keep(check.check_bool, "global_pool")
-        shared = "segment_lengths dilation_rates dropout padding mixing_gradient offsets layer_norm_eps"
-        self._set(**{name: getattr(layers, name) for name in shared.split()})
+        super().__post_init__()
+        width, heads = self.embed_dim, self.num_heads
+        if width % heads:
+            raise ValueError(f"expected embed_dim to be a multiple of num_heads, got {width} and {heads}")
+        if width % 4:
+            raise ValueError(f"expected embed_dim to be a multiple of 4, for two sincos codes, got {width}")
+        _ = self.layers  # checks the rest
 
-    @property
-    def layers(self) -> LongNetConfig:
-        """The same layers as LongNet names them."""
-        return encoder_layers(self, mixing_gradient=self.mixing_gradient, padding=self.padding)
+
+def config_and_state(
+    source: weights.WeightsSource, max_wsi_size: int | None, tile_size: int | None, overrides: Mapping[str, Any]
+) -> tuple[SlideEncoderConfig, dict[str, Tensor]]:
+    """The config and the weights of a checkpoint; arguments as in `SlideEncoder.from_pretrained`."""
+    options = dict(overrides)
+    if tile_size is not None:
+        options["tile_size"] = tile_size
+    if max_wsi_size is not None or tile_size is not None:
+        if "segment_lengths" in options:
+            raise ValueError(
+                "expected segment_lengths or else max_wsi_size and tile_size, from which they follow, got both"
+            )
+        options["segment_lengths"] = slide_segment_lengths(max_wsi_size or 262_144, tile_size or 256)
+    if not isinstance(source, Mapping) and Path(source).is_dir():
+        architecture, values = weights.read_config(Path(source))
+        if architecture != "SlideEncoder":
+            raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
+        config = replace(SlideEncoderConfig.from_dict(values), **options)
+        return config, weights.read_safetensors(Path(source) / weights.WEIGHTS)
+    state = weights.read_state(source)
+    # Sizes that shapes tell; the check of names and shapes finds what is missing.
+    shapes = {"embed_dim": ("cls_token", -1), "in_chans": ("patch_embed.proj.weight", -1)}
+    shapes |= {"ffn_dim": ("encoder.layers.0.ffn.fc1.weight", 0)}
+    sizes = {
+        name: state[key].shape[dim] for name, (key, dim) in shapes.items() if key in state and state[key].dim() > 1
+    }
+    if depth := weights.count_layers(state, "encoder"):
+        sizes["depth"] = depth
+    config = replace(SlideEncoderConfig(padding="zero_keys"), **(sizes | options))
+    if (table := state.pop("pos_embed", None)) is not None:
+        config = _checked_table(table, config, "slide_ngrids" in options)
+    return config, state
+
+
+def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> SlideEncoderConfig:
+    """The config with the table's grid. The table is not kept: 257 of its rows are compared with the computed ones."""
+    side = math.isqrt(max(0, table.shape[-2] - 1)) if table.dim() == 3 else 0
+    if table.dim() != 3 or table.shape != (1, side * side + 1, config.embed_dim) or side == 0:
+        raise ValueError(f"expected pos_embed of shape (1, G * G + 1, {config.embed_dim}), got {tuple(table.shape)}")
+    if named and side != config.slide_ngrids:
+        got = config.slide_ngrids
+        raise ValueError(f"expected slide_ngrids={side}, as the checkpoint's pos_embed has it, got {got}")
+    number = torch.linspace(0, side * side - 1, min(_CHECKED_ROWS, side * side), dtype=torch.float64).long()
+    half = config.embed_dim // 2
+    want = torch.cat((sincos(number % side, half), sincos(number // side, half)), -1)
+    # The stored dtype's rounding of a number of size 1, and twice as much for another library's sine.
+    allowed = 3 * torch.finfo(table.dtype).eps / 2 if table.is_floating_point() else -1.0
+    error = float((table[0, number + 1].double() - want).abs().max())
+    if not error <= allowed or bool((table[0, 0] != 0).any()):
+        raise ValueError(
+            f"expected the checkpoint's pos_embed to be the sincos table of a {side} x {side} grid after a row of "
+            f"zeros, which is computed here, got rows that differ by {error:.1e}: another model"
+        )
+    return replace(config, slide_ngrids=side)

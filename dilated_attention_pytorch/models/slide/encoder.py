@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_beside, check_dense, check_int
-from dilated_attention_pytorch.models.base import Model, TensorOptions, has_head_groups
-from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
-from dilated_attention_pytorch.models.sharding import ContextShards, ring_config, shard_layers, sum_over_ranks
+from dilated_attention_pytorch.models.layers import LayerStack, has_head_groups, stochastic_depth
+from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
-from dilated_attention_pytorch.models.slide.checkpoint import config_and_state
-from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
+from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, config_and_state
 from dilated_attention_pytorch.models.slide.positions import position_rows
 from dilated_attention_pytorch.models.slide.rows import SlideRows
-from dilated_attention_pytorch.models.weights import load_into
+from dilated_attention_pytorch.models.weights import WeightsSource, load_into
 from dilated_attention_pytorch.types import BackendName
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 class SlideOutput(NamedTuple):
@@ -44,7 +37,7 @@ class SlideOutput(NamedTuple):
     tiles: Tensor
 
 
-class SlideEncoder(Model[SlideEncoderConfig]):
+class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
 
     Parameters have the official names, so state dicts fit both. Positions come from the tiles' coordinates and are made
@@ -52,13 +45,15 @@ class SlideEncoder(Model[SlideEncoderConfig]):
     as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
     The other arguments are those of `LongNet`.
 
+    After `shard_context` a rank holds some tiles of every slide, as many as it likes. With `padding="zero_keys"` it
+    takes no mask, so the slides of a batch are of one length; and not several segments of a w that r does not divide,
+    whose rows the official code moves (beyond 185,363 tokens with the published pattern). `forward` takes this rank's
+    tiles, coordinates and mask; `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this
+    rank's. Compute the same loss from `pooled` on every rank; the gradients of a head on top are whole on each.
+
     Args:
         config: the model's shape; `SlideEncoderConfig()` by default.
         overrides: fields of `SlideEncoderConfig` by name, in place of the config's.
-
-    Raises:
-        ValueError: a value out of range; an unknown option.
-        TypeError: a value of the wrong type, an unknown field.
 
     Example:
         >>> encoder = SlideEncoder(in_chans=32, embed_dim=64, depth=2, num_heads=4, ffn_dim=128).eval()
@@ -68,19 +63,15 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         (torch.Size([1, 64]), torch.Size([3, 1, 64]), torch.Size([1, 600, 64]))
     """
 
-    config_class = SlideEncoderConfig
-
-    def _build(self, **factory: Unpack[TensorOptions]) -> None:
+    def _build(self, **factory: Any) -> None:
         config, width = self.config, self.config.embed_dim
-        self._shards: ContextShards | None = None
         # Built without memory and then initialised once, the official way; a checkpoint's tensors take its place.
-        device = factory.get("device")
-        meta: TensorOptions = {**factory, "device": "meta"}
+        meta = factory | {"device": "meta"}
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Linear(config.in_chans, width, **meta)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width, **meta))
         self.encoder = LayerStack(config.layers, config.depth, 1.0, meta, recompute=True, backend=self._backend)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps, **meta)
-        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.to_empty(device=torch.get_default_device() if factory["device"] is None else factory["device"])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,7 +87,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] | Mapping[str, Any],
+        source: WeightsSource,
         max_wsi_size: int | None = None,
         tile_size: int | None = None,
         *,
@@ -118,8 +109,7 @@ class SlideEncoder(Model[SlideEncoderConfig]):
                 mapping; or a folder that `save_pretrained` wrote, whose config then holds.
             max_wsi_size: side of the largest slide in pixels, which decides the segment lengths; 262,144 by default.
             tile_size: side of a tile in pixels; 256 by default.
-            backend: of the attention.
-            gradient_checkpointing: as in the constructor.
+            backend, gradient_checkpointing: as in the constructor.
             device: where the parameters go.
             dtype: of the parameters; the checkpoint's by default.
             overrides: fields of `SlideEncoderConfig` by name, such as `global_pool` and `padding`.
@@ -133,27 +123,6 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
         load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
         return model.eval()
-
-    def shard_context(self, group: ProcessGroup | DeviceMesh, *, mesh_dim: str | None = None, **ring: Any) -> None:
-        """From now on each rank of a group holds some tiles of every slide, in rank order, as many as it likes.
-
-        All attention becomes ring attention. With `padding="zero_keys"` it takes no mask, so the slides of a batch are
-        of one length; and not several segments of a w that r does not divide, whose rows the official code moves
-        (beyond 185,363 tokens with the published pattern). `forward` takes this rank's tiles, coordinates and mask;
-        `pooled` and `layers` are the whole slide's, on every rank, and `tiles` are this rank's. Compute the same loss
-        from `pooled` on every rank: the gradients of the encoder's parameters are then this rank's share, to be summed
-        over the group; those of a head on top are whole on each.
-
-        Args:
-            group: a ProcessGroup; or a DeviceMesh, of one dimension or with `mesh_dim`.
-            mesh_dim: name of the mesh's dimension over which slides are sharded.
-            ring: further fields of `RingAttentionConfig`, such as `mode` and `timeout`.
-
-        Raises:
-            ValueError: a setting that ring attention does not have: `mixing_gradient="detached"`.
-        """
-        config = ring_config(self.config.layers, **{"backend": self._backend, **ring})
-        self._shards = shard_layers(self.encoder.layers, config, group, mesh_dim)
 
     def forward(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> SlideOutput:
         """Encodes a batch of slides.
@@ -202,14 +171,12 @@ class SlideEncoder(Model[SlideEncoderConfig]):
         if mask is not None:
             tiles = tiles.masked_fill(~mask[..., None], 0.0)  # padding may hold anything, NaN too
         x = self.patch_embed(tiles.to(self.cls_token.dtype))
-        x = x + position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
-        x = x.to(self.cls_token.dtype)
+        positions = position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
+        x = (x + positions).to(self.cls_token.dtype)
         if rows.has_cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         x = rows.lay_out(x)
-        if self.training and config.dropout > 0.0:
-            x = nn.functional.dropout(x, config.dropout)
-        return x, rows
+        return nn.functional.dropout(x, config.dropout, self.training), rows
 
     @torch.no_grad()
     def attention_map(
@@ -248,10 +215,10 @@ class SlideEncoder(Model[SlideEncoderConfig]):
             )
         if self.training:
             raise ValueError("expected a model in evaluation mode, got one in training: call eval() first")
-        if not 0 <= check_int("layer", layer, 0) < config.depth:
-            raise ValueError(f"expected layer in [0, {config.depth}), got {layer}")
-        if head is not None and not 0 <= check_int("head", head, 0) < config.num_heads:
-            raise ValueError(f"expected head in [0, {config.num_heads}), got {head}")
+        one = 0 if head is None else head
+        for name, number, stop in (("layer", layer, config.depth), ("head", one, config.num_heads)):
+            if check_int(name, number, 0) >= stop:
+                raise ValueError(f"expected {name} in [0, {stop}), got {number}")
         if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
             raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
         x, _ = self.embed(tiles, coords)  # checks both
@@ -297,28 +264,25 @@ class SlideEncoder(Model[SlideEncoderConfig]):
 
     def _outer_norm(self, x: Tensor) -> Tensor:
         if self._is_first:
-            out: Tensor = self.norm(x)
-            return out
+            return self.norm(x)  # type: ignore[no-any-return]
         # The same on every rank; the parameters' gradient is counted on the first alone.
         weight, bias = self.norm.weight.detach(), self.norm.bias.detach()
         return nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
 
     def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
-        for name, x in (("tiles", tiles), ("coords", coords), ("mask", mask)):
-            if x is not None or name != "mask":
-                check_dense(name, x)
+        given = {"tiles": tiles, "coords": coords} | ({} if mask is None else {"mask": mask})
+        for name, x in given.items():
+            check_dense(name, x)
         if tiles.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected tiles of a floating dtype, got {tiles.dtype}")
         if tiles.dim() != 3 or tiles.shape[-1] != self.config.in_chans:
             raise ValueError(f"expected tiles of shape (B, L, {self.config.in_chans}), got {tuple(tiles.shape)}")
-        if coords.shape != (*tiles.shape[:2], 2):
-            raise ValueError(f"expected coords of shape {(*tiles.shape[:2], 2)}, got {tuple(coords.shape)}")
-        for name, given in (("tiles", tiles), ("coords", coords), ("mask", mask)):
-            if given is not None:
-                check_beside(name, given, self.cls_token)
-        if mask is None:
-            return
-        if mask.dtype != torch.bool:
+        shape = tuple(tiles.shape[:2])
+        if coords.shape != (*shape, 2):
+            raise ValueError(f"expected coords of shape {(*shape, 2)}, got {tuple(coords.shape)}")
+        for name, x in given.items():
+            check_beside(name, x, self.cls_token)
+        if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"expected mask of dtype torch.bool (True = real), got {mask.dtype}")
-        if mask.shape != tiles.shape[:2]:
-            raise ValueError(f"expected mask of shape {tuple(tiles.shape[:2])}, got {tuple(mask.shape)}")
+        if mask is not None and mask.shape != shape:
+            raise ValueError(f"expected mask of shape {shape}, got {tuple(mask.shape)}")

@@ -16,9 +16,7 @@ from dilated_attention_pytorch.core.validation import INT_DTYPES
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """`[sin, cos]` of positions `(...)` times `10000 ** (-i / (width / 2))`, fp64 `(..., width)`.
-
-    The result is on the CPU: not every device has fp64.
-    """
+    The result is on the CPU: not every device has fp64."""
     omega = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = positions.to("cpu", torch.float64)[..., None] * omega
     return torch.cat((angle.sin(), angle.cos()), -1)
@@ -32,17 +30,11 @@ def sincos_table(size: int, width: int, device: torch.device) -> Tensor:
         return sincos(torch.arange(size), width).to(device, torch.float32)
 
 
-def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The place of each tile along x and along y, two int64 `(...)`, as the official code finds them.
+def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> Tensor:
+    """The rows of the official position table for tiles at coords `(..., 2)`, x and y in pixels: fp32 `(..., width)`.
 
     Tile (x, y) has the number `floor(x / tile_size) * slide_ngrids + floor(y / tile_size)` in a square grid, so a y
-    beyond the grid runs over into the next x, there and here.
-
-    Args:
-        coords: `(..., 2)`, x and y in pixels; ints, fp32 or fp64.
-        tile_size: pixels between neighbouring tiles.
-        slide_ngrids: side of the grid.
-        real: bool `(...)`; tiles that are not real may have any coordinates.
+    beyond the grid runs over into the next x, there and here. Tiles that are not `real`, bool `(...)`, may be anywhere.
     """
     if coords.dtype not in (torch.float32, torch.float64, *INT_DTYPES):
         raise TypeError(
@@ -65,11 +57,5 @@ def grid_places(coords: Tensor, tile_size: int, slide_ngrids: int, real: Tensor 
                 f"expected coords within a grid of {slide_ngrids} x {slide_ngrids} tiles of {tile_size} pixels, got "
                 f"tile numbers from {least} to {most}; are coords (x, y) in pixels of the level that tile_size is in?"
             )
-    return number // slide_ngrids, number % slide_ngrids
-
-
-def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> Tensor:
-    """The rows of the official position table for some tiles, fp32 `(..., width)`; arguments as in `grid_places`."""
-    x, y = grid_places(coords, tile_size, slide_ngrids, real)
     table = sincos_table(slide_ngrids, width // 2, coords.device)
-    return torch.cat((table[y], table[x]), -1)
+    return torch.cat((table[number % slide_ngrids], table[number // slide_ngrids]), -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator
-from dilated_attention_pytorch.models.layers import RowMasks
+from dilated_attention_pytorch.models.layers import RowMask
 
 
 class SlideRows(NamedTuple):
@@ -17,27 +17,17 @@ class SlideRows(NamedTuple):
 
     Slides of different lengths, padded on the right, are packed: every row is real, and each slide gives what it gives
     alone, in either padding mode. A mask with holes hides keys and moves no position.
-
-    Attributes:
-        num_slides: B.
-        num_tiles: L of the padded batch.
-        mask: bool `(B, rows)`, True = real; None where all are, or when packed.
-        kept: int64 `(total,)`, rows of the packed batch in the flat one; None when not packed.
-        bounds: first row of each packed slide, and the end; None when not packed.
-        has_cls: whether row 0 is the cls token; not so on all but the first rank of a sharded slide.
     """
 
-    num_slides: int
-    num_tiles: int
-    mask: Tensor | None = None
-    kept: Tensor | None = None
-    bounds: tuple[int, ...] | None = None
-    has_cls: bool = True
+    num_slides: int  # B
+    num_tiles: int  # L of the padded batch
+    mask: Tensor | None = None  # bool (B, rows), True = real; None where all are, or when packed
+    kept: Tensor | None = None  # int64 (total,), rows of the packed batch in the flat one; None when not packed
+    bounds: tuple[int, ...] | None = None  # first row of each packed slide, and the end; None when not packed
+    has_cls: bool = True  # whether row 0 is the cls token; of a sharded slide it is on the first rank alone
 
     @classmethod
-    def of(
-        cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool = True, pack: bool = True
-    ) -> SlideRows:
+    def of(cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool, pack: bool) -> SlideRows:
         """The rows for a mask of tiles `(B, L)`, True = real."""
         if mask is None or (pack and bool(mask.all())):
             return cls(num_slides, num_tiles, has_cls=has_cls)
@@ -52,7 +42,7 @@ class SlideRows(NamedTuple):
         """`(B, rows, D)` as the layers take it: packed `(total, D)`, or unchanged."""
         return x if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
 
-    def options(self, device: torch.device) -> RowMasks:
+    def options(self, device: torch.device) -> RowMask:
         """The mask or the bounds, as the layers take them."""
         if self.bounds is not None:
             return {"cu_seqlens": torch.tensor(self.bounds, dtype=torch.int32, device=device)}
