@@ -56,7 +56,7 @@ def is_fake(x: Tensor) -> bool:
 
 def fake_mode_of(x: Tensor) -> AbstractContextManager[object]:
     """A context in which tensors that are made are fake like x; without effect for any other x."""
-    return x.fake_mode if is_fake(x) else nullcontext()  # type: ignore[attr-defined, no-any-return]
+    return x.fake_mode if is_fake(x) else nullcontext()  # type: ignore[attr-defined]
 
 
 def has_amx() -> bool:
