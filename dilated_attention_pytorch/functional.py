@@ -184,7 +184,9 @@ def dilated_attention_with_lse(
     check.check_masks(masks._replace(seed=seed if isinstance(seed, Tensor) else None), x.q, seq_len)
     if problem.padding == "zero_keys":
         _check_zero_keys(problem, x, masks)
-    masks = masks._replace(seed=dropout.seed_tensor(seed, problem.dropout_p, x.q.device))
+    if problem.dropout_p > 0.0:
+        drawn = partial(dropout.seed_tensor, seed, problem.dropout_p, x.q.device)
+        masks = masks._replace(seed=torch_private.called_beside(x.q, drawn))
 
     if backend == "reference":
         found = _reference(x, problem, masks)
@@ -213,10 +215,7 @@ def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
         reference.attention, *x, problem, key_padding_mask=masks.key_padding, row_start=row_start,
         cu_seqlens=masks.cu_seqlens, seed=masks.seed,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return compute()
-    with torch_private.fake_mode_of(x.q):
-        return compute()
+    return torch_private.called_beside(x.q, compute)
 
 
 def _check_zero_keys(problem: Problem, x: QKV, masks: Masks) -> None:

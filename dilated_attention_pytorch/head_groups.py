@@ -94,6 +94,7 @@ def grouped_attention(
     """
     x = check.check_qkv(QKV(*in_autocast_dtype(*x)), packed=masks.cu_seqlens is not None)
     shape = x.q.shape
+    check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
     check.check_seed(seed)
     places = _checked_ranges(x, masks._replace(seed=seed if isinstance(seed, Tensor) else None), *ranges)
     packing: tuple[Tensor, Tensor] | None = None  # the position of each row in its sequence, and the sequences' bounds

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
+import timeit
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor
+from typer import Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, print_table
@@ -24,7 +25,7 @@ _CHECK_LENGTH = 512
 
 
 def bench(
-    length: Annotated[str, typer.Option("--length", "-n", help="Lengths to time: 4096,16384.")] = "4096,16384",
+    length: Annotated[str, Option("--length", "-n", help="Lengths to time: 4096,16384.")] = "4096,16384",
     segments: options.Lengths = "2048,4096,8192,16384",
     rates: options.Rates = "1,2,4,8",
     heads: options.Heads = 8,
@@ -32,10 +33,10 @@ def bench(
     offsets: options.OffsetRule = "modulo",
     causal: options.Causal = True,
     dtype: options.Dtype = "fp32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs; the median is shown.")] = 3,
-    backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward.")] = False,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Time dense attention too.")] = True,
+    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, Option(min=1, max=1000, help="Timed runs; the median is shown.")] = 3,
+    backward: Annotated[bool, Option("--backward", help="Time forward and backward.")] = False,
+    dense: Annotated[bool, Option("--dense/--no-dense", help="Time dense attention too.")] = True,
     as_json: options.AsJson = False,
 ) -> None:
     """Time dilated against dense attention here; no number is printed unless the result is right."""
@@ -86,10 +87,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def _check(pattern: DilatedPattern, head_dim: int, causal: bool, dtype: torch.dtype, device: str) -> float:
     """The relative error against the reference in fp64, on segments cut down to a length that it can hold."""
-    cut = DilatedPattern(
-        tuple(max(1, w * _CHECK_LENGTH // max(pattern.segment_lengths)) for w in pattern.segment_lengths),
-        pattern.dilation_rates, pattern.num_heads, pattern.offsets,
-    )  # fmt: skip
+    lengths, longest = pattern.segment_lengths, max(pattern.segment_lengths)
+    cut = replace(pattern, segment_lengths=tuple(max(1, w * _CHECK_LENGTH // longest) for w in lengths))
     generator = torch.Generator().manual_seed(0)
     shape = (1, _CHECK_LENGTH, pattern.num_heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
@@ -104,18 +103,12 @@ def _check(pattern: DilatedPattern, head_dim: int, causal: bool, dtype: torch.dt
 
 def _time(call: Callable[[], Tensor], inputs: tuple[Tensor, ...], repeats: int, backward: bool) -> float:
     """Median seconds of a call, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        _wait(inputs[0])
-        start = time.perf_counter()
+
+    def step() -> None:
         out = call()
         if backward:
             torch.autograd.grad(out, inputs, torch.ones_like(out))
-        _wait(out)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        if out.is_cuda:
+            torch.cuda.synchronize()
 
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+    return statistics.median(timeit.repeat(step, number=1, repeat=repeats + 1)[1:])

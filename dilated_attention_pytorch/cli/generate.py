@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from dilated_attention_pytorch.cli.options import check_device
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run: model.safetensors and config.json.")],
-    prompt: Annotated[str, typer.Option(help="Start of the text.")] = "def ",
-    max_bytes: Annotated[int, typer.Option("--bytes", min=1, help="The most bytes to add.")] = 500,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest bytes.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the fewest bytes of this probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the samples; without it each text is another one.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    run: Annotated[Path, Argument(help="Folder of a run: model.safetensors and config.json.")],
+    prompt: Annotated[str, Option(help="Start of the text.")] = "def ",
+    max_bytes: Annotated[int, Option("--bytes", min=1, help="The most bytes to add.")] = 500,
+    temperature: Annotated[float, Option(help="Divides the logits; 0 takes the likeliest byte.")] = 0.7,
+    top_k: Annotated[int | None, Option(help="Sample from the k likeliest bytes.")] = None,
+    top_p: Annotated[float | None, Option(help="Sample from the fewest bytes of this probability.")] = None,
+    seed: Annotated[int | None, Option(help="Of the samples; without it each text is another one.")] = None,
+    device: Annotated[str, Option(help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Continue a prompt with a trained model."""
     from dilated_attention_pytorch.models import LongNetLM, load_pretrained
@@ -36,11 +36,9 @@ def generate(
             f"expected a language model of {VOCAB_SIZE} bytes in {run}, got a {type(model).__name__}"
             + ("" if vocabulary is None else f" of {vocabulary} tokens")
         )
-    sampling = Sampling(top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if temperature == 0:
-        sampling["greedy"] = True
-    else:
-        sampling["temperature"] = temperature
+        sampling = Sampling(greedy=True, seed=seed)
     sys.stdout.write(prompt)
     for piece in byte_stream(model, prompt, max_bytes, **sampling):
         sys.stdout.write(piece)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
@@ -19,26 +19,22 @@ from dilated_attention_pytorch.types import Offsets
 console = Console(highlight=False, markup=False, emoji=False)
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
-Lengths = Annotated[str, typer.Option("--segments", "-w", help="Segment lengths, one per branch: 2048,4096,8192.")]
-Rates = Annotated[str, typer.Option("--rates", "-r", help="Dilation rates, one per branch: 1,2,4.")]
-Heads = Annotated[int, typer.Option(help="Key/value heads.")]
-HeadDim = Annotated[int, typer.Option(min=1, help="Width of a head.")]
-OffsetRule = Annotated[str, typer.Option("--offsets", help="modulo (the paper) or blocked (published checkpoints).")]
-Length = Annotated[int, typer.Option("--length", "-n", help="Positions in the sequence.")]
-Causal = Annotated[bool, typer.Option("--causal/--full", help="Hide later positions, or attend in both directions.")]
-Dtype = Annotated[str, typer.Option(help="Of the tensors: fp32, bf16 or fp16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+Lengths = Annotated[str, Option("--segments", "-w", help="Segment lengths, one per branch: 2048,4096,8192.")]
+Rates = Annotated[str, Option("--rates", "-r", help="Dilation rates, one per branch: 1,2,4.")]
+Heads = Annotated[int, Option(help="Key/value heads.")]
+HeadDim = Annotated[int, Option(min=1, help="Width of a head.")]
+OffsetRule = Annotated[str, Option("--offsets", help="modulo (the paper) or blocked (published checkpoints).")]
+Length = Annotated[int, Option("--length", "-n", help="Positions in the sequence.")]
+Causal = Annotated[bool, Option("--causal/--full", help="Hide later positions, or attend in both directions.")]
+Dtype = Annotated[str, Option(help="Of the tensors: fp32, bf16 or fp16.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON in place of tables.")]
 
 PAPER_LENGTHS, PAPER_RATES = "2048,4096,8192,16384,32768", "1,2,4,6,12"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def ints(name: str, text: str) -> tuple[int, ...]:
-    """Ints with commas between them.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """Ints with commas between them; anything else is a ValueError."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -59,11 +55,7 @@ def check_dtype(text: str) -> torch.dtype:
 
 
 def check_device(text: str) -> str:
-    """A device that this machine has, as torch names it.
-
-    Raises:
-        ValueError: another text, or a CUDA device that this machine lacks.
-    """
+    """A device that this machine has, as torch names it; a ValueError for any other."""
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
     if match is None:
         raise ValueError(f"expected --device to be cpu, cuda or cuda:N, got {check.quoted(text)}")
@@ -76,14 +68,7 @@ def check_device(text: str) -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0) -> None:
-    """Print rows under a title.
-
-    Args:
-        title: above the table.
-        columns: their names; no line of names where all are empty.
-        rows: cells.
-        left: how many columns hold text; the others are aligned as numbers.
-    """
+    """Print rows under a title; the first `left` columns are text, the others numbers. Empty names are not shown."""
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i < left else "right")

@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any
 
 import torch
-import typer
+from typer import Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes, human_count, print_table
@@ -25,12 +25,10 @@ def plan(
     offsets: options.OffsetRule = "modulo",
     causal: options.Causal = True,
     dtype: options.Dtype = "bf16",
-    query: Annotated[int | None, typer.Option(help="Also list the keys of this query.")] = None,
-    head: Annotated[int, typer.Option(help="The head of --query.")] = 0,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, max=1 << 16, help="Also the bytes of a ring of this many ranks.")
-    ] = None,
-    balanced: Annotated[bool, typer.Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
+    query: Annotated[int | None, Option(help="Also list the keys of this query.")] = None,
+    head: Annotated[int, Option(help="The head of --query.")] = 0,
+    ranks: Annotated[int | None, Option(min=1, max=65536, help="Also the bytes of a ring of so many ranks.")] = None,
+    balanced: Annotated[bool, Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
@@ -62,12 +60,7 @@ def _measure(pattern: DilatedPattern, length: int, head_dim: int, causal: bool, 
     pairs = pattern.pairs(length, is_causal=causal)
     dense = heads * (length * (length + 1) // 2 if causal else length * length)
     tensor = length * heads * head_dim * width
-    return {
-        "length": length,
-        "heads": heads,
-        "head_dim": head_dim,
-        "causal": causal,
-        "branches": branches,
+    return {"length": length, "heads": heads, "head_dim": head_dim, "causal": causal, "branches": branches} | {
         "coverage": pattern.coverage(length),
         "keys_per_query": pairs / (length * heads),
         # As the op's own FLOP formulas: two products of D per pair forward, five backward.

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Context, Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 
 What = Literal["pattern", "neighbours", "receptive", "orders", "neighbourhood"]
+_WHAT = (
+    "pattern, neighbours (of --query), receptive (field of --query); of tokens in a --grid, orders or neighbourhood "
+    "(of --query) along raster, snake, Morton and Hilbert curves."
+)
+_GRID = "Tokens along each axis, h,w or d,h,w (orders and neighbourhood only)."
 # Options that a picture has no use for. To give one is a mistake, not something to pass over.
 UNUSED = {
     "pattern": ("query", "layers", "grid"),
@@ -23,27 +28,19 @@ UNUSED = {
 
 
 def show(
-    context: typer.Context,
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="pattern, neighbours (of --query), receptive (field of --query); of tokens in a --grid, orders or "
-            "neighbourhood (of --query) along raster, snake, Morton and Hilbert curves."
-        ),
-    ] = "pattern",
-    out: Annotated[Path | None, typer.Option(help="File to write; by its ending .png, .svg or .pdf.")] = None,
+    context: Context,
+    what: Annotated[str, Argument(help=_WHAT)] = "pattern",
+    out: Annotated[Path | None, Option(help="File to write; by its ending .png, .svg or .pdf.")] = None,
     length: options.Length = 64,
     segments: options.Lengths = "16,32,64",
     rates: options.Rates = "1,2,4",
     heads: options.Heads = 4,
     offsets: options.OffsetRule = "modulo",
     causal: options.Causal = True,
-    head: Annotated[list[int] | None, typer.Option(help="Head to draw; repeat for more (pattern only).")] = None,
-    query: Annotated[int | None, typer.Option(help="Position that looks; the last by default.")] = None,
-    layers: Annotated[int, typer.Option(help="Layers of the LongNet (receptive only).")] = 4,
-    grid: Annotated[
-        str, typer.Option(help="Tokens along each axis, h,w or d,h,w (orders and neighbourhood only).")
-    ] = "32,32",
+    head: Annotated[list[int] | None, Option(help="Head to draw; repeat for more (pattern only).")] = None,
+    query: Annotated[int | None, Option(help="Position that looks; the last by default.")] = None,
+    layers: Annotated[int, Option(help="Layers of the LongNet (receptive only).")] = 4,
+    grid: Annotated[str, Option(help=_GRID)] = "32,32",
 ) -> None:
     """Draw who attends to whom, or how far a LongNet sees through its layers."""
     from dilated_attention_pytorch.core.validation import check_choice

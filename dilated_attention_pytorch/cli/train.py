@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from typer import Exit, Option
 
 from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes
 
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.training import TrainConfig
+
+_DATA = "Folder of text to train on. Without it: Python's own standard library."
+_SET = "Change a field of the preset; repeat for more."
+_SUFFIX = "Take files with this ending only, such as .md; repeat for more."
+_CONTEXT_PARALLEL = "Processes that share each sequence, one shard per process; under torchrun."
+
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that was interrupted goes on where it was.")],
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of text to train on. Without it: Python's own standard library.")
-    ] = None,
-    preset: Annotated[str, typer.Option(help="demo, small or base.")] = "demo",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Change a field of the preset; repeat for more."),
-    ] = None,
-    suffix: Annotated[
-        list[str] | None, typer.Option(help="Take files with this ending only, such as .md; repeat for more.")
-    ] = None,
-    context_parallel: Annotated[
-        int | None,
-        typer.Option(metavar="P", help="Processes that share each sequence, one shard per process; under torchrun."),
-    ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of files for validation.")] = 0.05,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Start over, replacing the run in the folder.")] = False,
-    sample_bytes: Annotated[int, typer.Option(min=0, help="Length of the sample written at the end.")] = 600,
-    prompt: Annotated[str, typer.Option(help="Start of the sample.")] = "def ",
+    out: Annotated[Path, Option(help="Folder of the run; one that was interrupted goes on where it was.")],
+    data: Annotated[Path | None, Option(help=_DATA)] = None,
+    preset: Annotated[str, Option(help="demo, small or base.")] = "demo",
+    set_: Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help=_SET)] = None,
+    suffix: Annotated[list[str] | None, Option(help=_SUFFIX)] = None,
+    context_parallel: Annotated[int | None, Option(metavar="P", help=_CONTEXT_PARALLEL)] = None,
+    val_fraction: Annotated[float, Option(help="Share of files for validation.")] = 0.05,
+    device: Annotated[str | None, Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    restart: Annotated[bool, Option("--restart", help="Start over, replacing the run in the folder.")] = False,
+    sample_bytes: Annotated[int, Option(min=0, help="Length of the sample written at the end.")] = 600,
+    prompt: Annotated[str, Option(help="Start of the sample.")] = "def ",
 ) -> None:
     """Train a byte-level language model; resumes exactly, and runs under torchrun as it is.
 
@@ -60,9 +59,7 @@ def train(
         corpus = world.first(build) or build()  # the others find the first one's
         reporter = None
         if world.is_main:
-            from dilated_attention_pytorch.cli.progress import RichReporter
-
-            reporter = RichReporter(console)
+            reporter = _RichReporter()
             console.print(
                 f"corpus: {human_bytes(corpus.train.size)} of training text in {corpus.documents['train']:,} files, "
                 f"{human_bytes(corpus.val.size)} of validation text in {corpus.documents['val']:,}"
@@ -73,7 +70,7 @@ def train(
         except Interrupted as stop:
             if world.is_main:
                 notes.print(str(stop))
-            raise typer.Exit(128 + stop.signal_number) from None
+            raise Exit(128 + stop.signal_number) from None
         if not world.is_main:
             return
         # The whole sequence, and its start at a scale that shows the rates.
@@ -86,21 +83,47 @@ def train(
         console.rule("sample")
         console.print(text, soft_wrap=True)
         console.rule()
-        spent = os.times()
-        console.print(
-            f"validation: {result.evaluation.bits_per_byte:.3f} bits per byte on "
-            f"{result.evaluation.num_bytes:,} bytes of validation files"
-        )
-        console.print(
-            f"CPU time of this process: {spent.user + spent.system:.0f} s; everything is in {out}", soft_wrap=True
-        )
+        _, bits, count = result.evaluation
+        console.print(f"validation: {bits:.3f} bits per byte on {count:,} bytes of validation files")
+        spent = time.process_time()
+        console.print(f"CPU time of this process: {spent:.0f} s; everything is in {out}", soft_wrap=True)
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
-    pairs = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
+        if "=" not in setting:
             raise ValueError(f"expected --set NAME=VALUE, got {setting!r}")
-        pairs[name.strip()] = value.strip()
-    return pairs
+    return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
+
+
+class _RichReporter:
+    """A `Reporter` on the terminal, by a bar and a line per evaluation; without a terminal, by the lines alone."""
+
+    def __init__(self) -> None:
+        self._task = TaskID(0)
+        self._progress = Progress(
+            "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
+            "{task.fields[last]}", console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
+        branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
+        size = f"{num_parameters:,} parameters, {config.num_layers} layers, context {config.context:,} bytes"
+        console.print(f"{size}, branches (segment/rate) {branches}", soft_wrap=True)
+        if step:
+            console.print(f"going on after step {step:,} of {config.steps:,}")
+        self._task = self._progress.add_task("training", total=config.steps, completed=step, last="")
+        self._progress.start()
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        if "val_bpb" in line:
+            console.print(f"step {line['step']:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
+        else:  # beside the bar
+            last = f"{line['bpb']:.2f} bits/byte, {line['tokens_per_s']:,.0f} bytes/s"
+            self._progress.update(self._task, last=last)
+
+    def step(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def stop(self) -> None:
+        self._progress.stop()

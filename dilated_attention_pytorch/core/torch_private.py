@@ -6,7 +6,7 @@ Nothing here changes what a public function of torch would do; there is no publi
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,7 @@ except ImportError:  # another torch names them otherwise: tests/memory/test_poo
     set_code_exec_strategy = None  # type: ignore[assignment]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_Made = TypeVar("_Made")
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
     from torch.distributed import ProcessGroup, Work
@@ -54,9 +55,12 @@ def is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
-def fake_mode_of(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which tensors that are made are fake like x; without effect for any other x."""
-    return x.fake_mode if is_fake(x) else nullcontext()  # type: ignore[attr-defined]
+def called_beside(x: Tensor, function: Callable[[], _Made]) -> _Made:
+    """What a function returns; where x is fake, the tensors that it makes are fake too."""
+    if torch.compiler.is_compiling() or not is_fake(x):
+        return function()
+    with x.fake_mode:  # type: ignore[attr-defined]
+        return function()
 
 
 def has_amx() -> bool:

@@ -126,14 +126,6 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         check_head_groups(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Module | None:
         """The output layer; None if the embedding serves as one."""
         return self.model.output_projection
@@ -233,11 +225,9 @@ class _Cache:
 
     # Steps of LongNetLM's own cache that this one does not need: layers are made on demand, batches may be reordered.
 
-    def check(self, batch: int, num_layers: int) -> None: ...
+    def check(self, *_: int) -> None: ...
 
-    def begin(self, num_new: int) -> None: ...
-
-    def commit(self) -> None: ...
+    begin = commit = check
 
 
 class _Layer:

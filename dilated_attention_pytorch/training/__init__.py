@@ -1,27 +1,16 @@
 """Training a byte-level LongNet language model on a folder of text, exactly resumable, on one device or many."""
 
 from dilated_attention_pytorch.training.config import PRESETS, TrainConfig, preset
-from dilated_attention_pytorch.training.corpus import Corpus, build_corpus, standard_library
-from dilated_attention_pytorch.training.data import held_out_excerpts, training_excerpts
-from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
-from dilated_attention_pytorch.training.text import byte_stream, write_text
+from dilated_attention_pytorch.training.corpus import (
+    Corpus,
+    build_corpus,
+    held_out_excerpts,
+    standard_library,
+    training_excerpts,
+)
+from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream, evaluate, write_text
 from dilated_attention_pytorch.training.trainer import Interrupted, Reporter, Result, Trainer
 
-__all__ = [
-    "Corpus",
-    "Evaluation",
-    "Interrupted",
-    "PRESETS",
-    "Reporter",
-    "Result",
-    "TrainConfig",
-    "Trainer",
-    "build_corpus",
-    "byte_stream",
-    "evaluate",
-    "held_out_excerpts",
-    "preset",
-    "standard_library",
-    "training_excerpts",
-    "write_text",
-]
+__all__ = ["PRESETS", "Interrupted", "Reporter", "Result", "TrainConfig", "Trainer", "preset"]
+__all__ += ["Corpus", "build_corpus", "held_out_excerpts", "standard_library", "training_excerpts"]
+__all__ += ["Evaluation", "byte_stream", "evaluate", "write_text"]

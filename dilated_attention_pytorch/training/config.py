@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models import LongNetConfig
+from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
 VOCAB_SIZE = 256  # bytes; a zero byte ends each document
 
-# Checks of the fields: least values of the ints, and ranges of the floats.
+# Least values of the ints.
 _MINIMA = {
     0: ("warmup_steps", "cpu_threads", "seed", "eval_excerpts"),
-    1: ("context", "batch_size", "micro_batch_size", "steps", "context_parallel", "eval_every", "log_every",
-        "checkpoint_every"),
+    1: ("context", "batch_size", "micro_batch_size", "steps", "num_layers", "context_parallel", "eval_every",
+        "log_every", "checkpoint_every"),
 }  # fmt: skip
-_RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "above 0": (("learning_rate", "grad_clip"), lambda x: x > 0),
-    "in [0, 1)": (("beta1", "beta2"), lambda x: 0 <= x < 1),
-    "in [0, 1]": (("final_rate",), lambda x: 0 <= x <= 1),
-    "of at least 0": (("weight_decay",), lambda x: x >= 0),
+# Names of the fields' types in messages, and how their values are read from text.
+_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+    int: ("an int", int),
+    float: ("a float", float),
+    tuple[int, ...]: ("ints with commas between them", lambda text: tuple(int(part) for part in text.split(","))),
 }
-# Fields that the model's config has under the same name.
-_SHARED = (
-    "d_model", "nhead", "dim_feedforward", "segment_lengths", "dilation_rates", "offsets", "dropout",
-    "attention_dropout", "tie_weights",
-)  # fmt: skip
+_MODEL_FIELDS = LongNetConfig.__dataclass_fields__.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ModelConfig):
     """Everything that decides the numbers of a run; folders and devices are arguments of `Trainer`.
 
     Args:
-        d_model: width.
-        nhead: attention heads.
         num_layers: layers of the decoder.
-        dim_feedforward: width inside the feed-forward network.
-        segment_lengths: w_i, one per branch.
-        dilation_rates: r_i, one per branch.
-        offsets: `"modulo"` or `"blocked"`.
-        dropout: of embeddings and sublayers.
-        attention_dropout: of attention weights.
-        tie_weights: the embedding's weights give the logits.
+        d_model, nhead, dim_feedforward, segment_lengths, dilation_rates, offsets: as in `LongNetConfig`.
+        dropout, attention_dropout, tie_weights: as in `LongNetConfig`.
         context: bytes that a prediction can look back on.
         batch_size: sequences of `context` bytes per step, over all ranks and micro-steps.
         micro_batch_size: sequences per forward; `batch_size / (ranks * micro_batch_size)` forwards accumulate.
@@ -55,8 +46,7 @@ class TrainConfig:
         final_rate: share of the peak at the end of the cosine.
         warmup_steps: linear warm-up.
         weight_decay: of matrices; none for gains and biases.
-        beta1: of AdamW.
-        beta2: of AdamW.
+        beta1, beta2: of AdamW.
         grad_clip: largest norm of the gradient.
         precision: `"fp32"`, `"bf16"` (autocast), or `"auto"`: bf16 on CUDA, fp32 on a CPU.
         gradient_checkpointing: recompute activations in the backward.
@@ -76,9 +66,7 @@ class TrainConfig:
     """
 
     # Fields that may change when a run is resumed: who computes, and what is written.
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {"log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel"}
-    )
+    FREE: ClassVar = {"log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel"}
 
     d_model: int = 512
     nhead: int = 8
@@ -116,13 +104,13 @@ class TrainConfig:
         for minimum, names in _MINIMA.items():
             for name in names:
                 check.check_int(name, getattr(self, name), minimum)
-        for words, (names, fits) in _RANGES.items():
-            for name in names:
-                value = getattr(self, name)
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise TypeError(f"expected {name} to be a float, got {check.shown(value)}")
-                if not fits(value):
-                    raise ValueError(f"expected {name} {words}, got {value}")
+        for name in ("learning_rate", "grad_clip"):
+            check.check_above_zero(name, getattr(self, name))
+        for name in ("beta1", "beta2"):
+            check.check_probability(name, getattr(self, name))
+        for name, most, words in (("final_rate", 1, "in [0, 1]"), ("weight_decay", math.inf, "of at least 0")):
+            if not 0 <= check.check_float(name, getattr(self, name)) <= most:
+                raise ValueError(f"expected {name} {words}, got {getattr(self, name)}")
         check.check_choice("precision", self.precision, Precision)
         check.check_bool("gradient_checkpointing", self.gradient_checkpointing)
         check.check_bool("compile", self.compile)
@@ -135,18 +123,14 @@ class TrainConfig:
             raise ValueError(f"expected context of at least context_parallel, got {context} and {shards}")
         if self.compile and shards > 1:
             raise ValueError(f"expected compile=False with context_parallel={shards}, got True")
-        model = self.model_config()
-        object.__setattr__(self, "segment_lengths", model.segment_lengths)
-        object.__setattr__(self, "dilation_rates", model.dilation_rates)
+        pattern = self.model_config().pattern
+        object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
+        object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
 
     def model_config(self) -> LongNetConfig:
         """The model's share of the config."""
-        return LongNetConfig(
-            **{name: getattr(self, name) for name in _SHARED},
-            num_decoder_layers=check.check_positive_int("num_layers", self.num_layers),
-            activation="gelu",
-            vocab_size=VOCAB_SIZE,
-        )
+        shared = {name: getattr(self, name) for name in self.__dataclass_fields__.keys() & _MODEL_FIELDS}
+        return LongNetConfig(**shared, num_decoder_layers=self.num_layers, activation="gelu", vocab_size=VOCAB_SIZE)
 
     def micro_steps(self, world_size: int) -> int:
         """The number of forwards that a rank accumulates per step.
@@ -178,26 +162,17 @@ class TrainConfig:
         Raises:
             ValueError: an unknown name, or text that does not name a value of the field's type.
         """
-        kinds = typing.get_type_hints(type(self))
-        known = sorted(field.name for field in fields(self))
-        for name in values:
+        kinds, known = typing.get_type_hints(type(self)), sorted(field.name for field in fields(self))
+        read_values: dict[str, Any] = {}
+        for name, text in values.items():
             if name not in known:
                 raise ValueError(f"expected a field of the training config, got {name!r}; known are {known}")
-        return replace(self, **{name: _parse(name, text, kinds[name]) for name, text in values.items()})
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind in (int, float):
-            return kind(text)
-        if typing.get_origin(kind) is tuple:
-            return tuple(int(part) for part in text.split(","))
-        return text
-    except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "an int", float: "a float"}.get(kind, "ints with commas between them")
-        raise ValueError(f"expected {expected} for {name}, got {text!r}") from None
+            expected, read = _READERS.get(kinds[name], ("text", str))
+            try:
+                read_values[name] = read(text)
+            except (ValueError, KeyError):
+                raise ValueError(f"expected {expected} for {name}, got {text!r}") from None
+        return replace(self, **read_values)
 
 
 PRESETS: Mapping[str, TrainConfig] = {
@@ -222,11 +197,7 @@ PRESETS: Mapping[str, TrainConfig] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """A preset by name.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """A preset by name; an unknown one is a ValueError."""
     if name not in PRESETS:
         raise ValueError(f"expected preset to be one of {sorted(PRESETS)}, got {name!r}")
     return PRESETS[name]

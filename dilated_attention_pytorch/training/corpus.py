@@ -3,6 +3,10 @@
 One zero byte follows each document and occurs nowhere else: files that hold one, or that are not UTF-8, are skipped as
 binary. The hash of a document's bytes decides its split, so copies of a file never stand on both sides; equal files are
 kept once.
+
+An *excerpt* is `context + 1` consecutive bytes: `context` inputs and the byte after each. The excerpts of a step are a
+pure function of seed and step, a rank's share of them one of the rank: a run that is resumed, or spread over another
+number of ranks, reads the same bytes.
 """
 
 from __future__ import annotations
@@ -10,20 +14,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 BOUNDARY = 0
 _FORMAT = 1  # of the cached files; part of their fingerprint
 _SPLITS = ("train", "val")
+Splits = dict[str, list[tuple[str, Path]]]  # hash and place of each document
 
 # Tests, and parts of the standard library that some systems ship apart or not at all: without them the corpus differs
 # little between machines. The build data names the machine that Python was built on.
@@ -35,27 +42,16 @@ _BUILD_DATA = "_sysconfigdata"
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two splits of a corpus.
+    """The two splits of a corpus."""
 
-    Attributes:
-        fingerprint: of the documents and the split; names and places of files do not enter.
-        train: uint8 `(bytes,)`, a read-only memory map.
-        val: the same, for validation.
-        documents: numbers of documents per split and of files left out: keys "train", "val", "copies", "binary".
-    """
-
-    fingerprint: str
-    train: NDArray[np.uint8]
-    val: NDArray[np.uint8]
-    documents: dict[str, int]
+    fingerprint: str  # of the documents and the split; names and places of files do not enter
+    train: NDArray[np.uint8]  # (bytes,), a read-only memory map
+    val: NDArray[np.uint8]  # the same, for validation
+    documents: dict[str, int]  # documents per split ("train", "val") and files left out ("copies", "binary")
 
     @classmethod
     def load(cls, folder: Path) -> Corpus:
-        """Open a corpus that `build_corpus` left in `folder`.
-
-        Raises:
-            ValueError: a damaged file.
-        """
+        """Open a corpus that `build_corpus` left in `folder`; a ValueError names a damaged file."""
         path = folder / "corpus.json"
         again = "remove the folder, it will be built again"
         try:
@@ -72,18 +68,8 @@ class Corpus:
         return cls(fingerprint, train, val, documents)
 
 
-class _Document(NamedTuple):
-    path: Path
-    digest: str
-    size: int
-
-
 def standard_library() -> Iterator[Path]:
-    """The `.py` files of Python's standard library.
-
-    Left out: `test` and `tests` folders, idlelib, tkinter, turtledemo, lib2to3, ensurepip, installed packages and build
-    data.
-    """
+    """The `.py` files of Python's standard library, without tests and the parts that some systems do not have."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _walk(root, (".py",)):
         if not _NOT_EVERYWHERE.intersection(path.relative_to(root).parts) and not path.name.startswith(_BUILD_DATA):
@@ -119,10 +105,12 @@ def build_corpus(
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"expected val_fraction in (0, 1), got {val_fraction}")
-    documents, counts = _scan(_files(folder, suffixes))
-    splits: dict[str, list[_Document]] = {"train": [], "val": []}
-    for document in documents:
-        splits["val" if int(document.digest[:8], 16) < val_fraction * 2**32 else "train"].append(document)
+    if folder is not None and not Path(folder).exists():
+        raise FileNotFoundError(f"expected a folder of text, found nothing at {Path(folder)}")
+    documents, counts = _scan(standard_library() if folder is None else _walk(Path(folder), suffixes))
+    splits: Splits = {"train": [], "val": []}
+    for digest, path in documents:
+        splits["val" if int(digest[:8], 16) < val_fraction * 2**32 else "train"].append((digest, path))
     for split, chosen in splits.items():
         if not chosen:
             raise ValueError(
@@ -130,8 +118,8 @@ def build_corpus(
                 f"{len(documents)} different text files, {counts['binary']} binary, val_fraction {val_fraction}; "
                 "give more files or another fraction"
             )
-    key = hashlib.sha256(repr((_FORMAT, [(s, [d.digest for d in ds]) for s, ds in splits.items()])).encode())
-    fingerprint = key.hexdigest()[:32]
+    names = repr((_FORMAT, [(split, [digest for digest, _ in chosen]) for split, chosen in splits.items()]))
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
     place = (Path(cache) if cache is not None else default_cache()) / fingerprint
     if not (place / "corpus.json").is_file():
         counts |= {split: len(chosen) for split, chosen in splits.items()}
@@ -139,16 +127,9 @@ def build_corpus(
     return Corpus.load(place)
 
 
-def _files(folder: Path | str | None, suffixes: Sequence[str]) -> Iterator[Path]:
-    if folder is None:
-        return standard_library()
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"expected a folder of text, found nothing at {folder}")
-    return iter([folder]) if folder.is_file() else _walk(folder, suffixes)
-
-
 def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    if root.is_file():
+        yield root
     for parent, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(names):
@@ -158,9 +139,9 @@ def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
                 yield path
 
 
-def _scan(paths: Iterator[Path]) -> tuple[list[_Document], dict[str, int]]:
+def _scan(paths: Iterator[Path]) -> tuple[list[tuple[str, Path]], dict[str, int]]:
     """The distinct documents in the order of their hashes, and the numbers of files left out."""
-    found: dict[str, _Document] = {}
+    found: dict[str, Path] = {}
     counts = {"copies": 0, "binary": 0}
     for path in paths:
         data = path.read_bytes()
@@ -173,24 +154,25 @@ def _scan(paths: Iterator[Path]) -> tuple[list[_Document], dict[str, int]]:
         elif data:
             digest = hashlib.sha256(data).hexdigest()
             counts["copies"] += digest in found
-            found.setdefault(digest, _Document(path, digest, len(data)))
-    return [found[digest] for digest in sorted(found)], counts
+            found.setdefault(digest, path)
+    return sorted(found.items()), counts
 
 
-def _write(place: Path, fingerprint: str, splits: dict[str, list[_Document]], counts: dict[str, int]) -> None:
+def _write(place: Path, fingerprint: str, splits: Splits, counts: dict[str, int]) -> None:
     """Write beside the final place and move the folder there whole."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}.", dir=place.parent))
-    try:
+    hidden = tempfile.TemporaryDirectory(prefix=f".{fingerprint}.", dir=place.parent, ignore_cleanup_errors=True)
+    with hidden as name:
+        temporary = Path(name)
         sizes: dict[str, int] = {}
         for split, documents in splits.items():
             with (temporary / f"{split}.bin").open("wb") as stream:
-                for document in documents:
-                    data = document.path.read_bytes()
-                    if hashlib.sha256(data).hexdigest() != document.digest:
-                        raise ValueError(f"expected {document.path} to stay as it is while it is read, but it changed")
+                for digest, path in documents:
+                    data = path.read_bytes()
+                    if hashlib.sha256(data).hexdigest() != digest:
+                        raise ValueError(f"expected {path} to stay as it is while it is read, but it changed")
                     stream.write(data + bytes([BOUNDARY]))
-            sizes[split] = sum(d.size + 1 for d in documents)
+                sizes[split] = stream.tell()
         meta: dict[str, Any] = {"fingerprint": fingerprint, "bytes": sizes, "documents": counts}
         (temporary / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         try:
@@ -198,5 +180,69 @@ def _write(place: Path, fingerprint: str, splits: dict[str, list[_Document]], co
         except OSError:  # another process was first, and wrote the same under this fingerprint
             if not (place / "corpus.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def training_excerpts(
+    stream: NDArray[np.uint8], *, context: int, seed: int, step: int, batch_size: int, first: int = 0, count: int = -1
+) -> Tensor:
+    """Some of the excerpts of one step.
+
+    An epoch cuts the stream, from a random start, into excerpts whose inputs do not overlap, and takes each once in
+    random order. So the excerpts of a step share no bytes, unless it ends an epoch and begins the next.
+
+    Args:
+        stream: uint8 `(bytes,)`.
+        context: inputs per excerpt.
+        seed: of the order.
+        step: from 0.
+        batch_size: excerpts per step, over all ranks.
+        first: number of the first excerpt to return.
+        count: number of excerpts; the rest of the step by default.
+
+    Returns:
+        int64 `(count, context + 1)`.
+
+    Raises:
+        ValueError: a stream shorter than two excerpts.
+    """
+    if stream.size < 2 * context + 1:
+        raise ValueError(
+            f"expected at least {2 * context + 1} bytes of training text for a context of {context}, got {stream.size}"
+        )
+    count = batch_size - first if count < 0 else count
+    # One less than fit: the start may be any number below `context`.
+    num_excerpts = (stream.size - 1) // context - 1
+    rows, begin = [], step * batch_size + first
+    for index in range(begin, begin + count):
+        epoch, place = divmod(index, num_excerpts)
+        start, order = _epoch(seed, epoch, num_excerpts, context)
+        at = start + int(order[place]) * context
+        rows.append(stream[at : at + context + 1])
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def held_out_excerpts(stream: NDArray[np.uint8], *, context: int, limit: int = 0) -> list[NDArray[np.uint8]]:
+    """The fixed excerpts of every evaluation; their inputs do not overlap.
+
+    Args:
+        stream: uint8 `(bytes,)`.
+        context: inputs per excerpt.
+        limit: the most excerpts, spread evenly over the stream; 0 for all, the shorter last one included.
+
+    Raises:
+        ValueError: a stream without an excerpt.
+    """
+    if stream.size < 2:
+        raise ValueError(f"expected at least 2 bytes of validation text, got {stream.size}")
+    whole = (stream.size - 1) // context
+    if limit <= 0 or limit >= whole:
+        return [stream[begin : begin + context + 1] for begin in range(0, stream.size - 1, context)]
+    begins = [index * whole // limit * context for index in range(limit)]
+    return [stream[begin : begin + context + 1] for begin in begins]
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, num_excerpts: int, context: int) -> tuple[int, NDArray[np.int64]]:
+    # Keyed by both numbers: a later epoch needs no draw of the earlier ones.
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return int(random.integers(context)), random.permutation(num_excerpts)

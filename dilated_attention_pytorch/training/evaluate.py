@@ -1,12 +1,13 @@
-"""Bits per byte on validation text."""
+"""What a trained model gives: bits per byte on validation text, and text of its own."""
 
 from __future__ import annotations
 
+import codecs
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import groupby, takewhile
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -14,23 +15,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from dilated_attention_pytorch.models import LongNetLM
+from dilated_attention_pytorch.models.generation import Sampling
 from dilated_attention_pytorch.training.corpus import BOUNDARY
-from dilated_attention_pytorch.training.distributed import World
-from dilated_attention_pytorch.training.parallel import RankLayout
+from dilated_attention_pytorch.training.distributed import RankLayout, World
 
 
 class Evaluation(NamedTuple):
-    """Losses on validation text.
+    """Losses on validation text."""
 
-    Attributes:
-        loss: nats per predicted token, boundaries between documents included.
-        bits_per_byte: bits to encode text and boundaries, per byte of text.
-        num_bytes: predicted bytes of text.
-    """
-
-    loss: float
-    bits_per_byte: float
-    num_bytes: int
+    loss: float  # nats per predicted token, boundaries between documents included
+    bits_per_byte: float  # bits to encode text and boundaries, per byte of text
+    num_bytes: int  # predicted bytes of text
 
 
 @torch.no_grad()
@@ -84,3 +80,28 @@ def _batches(excerpts: Sequence[NDArray[np.uint8]], batch_size: int) -> list[lis
         same = list(alike)
         batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
     return batches
+
+
+def byte_stream(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpack[Sampling]) -> Iterator[str]:
+    """Continue a prompt as the start of a document, piece by piece, until the model ends the document.
+
+    Args:
+        model: a byte model of `Trainer`.
+        prompt: any text, or none.
+        max_bytes: the most bytes to add.
+        sampling: as in `LongNetLM.stream`.
+
+    Returns:
+        Pieces of the new text; the replacement character stands for bytes that are not UTF-8.
+    """
+    device = next(model.parameters()).device
+    # A document starts where another has ended.
+    tokens = torch.tensor([[BOUNDARY, *prompt.encode("utf-8")]], device=device)
+    pieces = model.stream(tokens, max_bytes, **Sampling(eos_token=BOUNDARY, **sampling))
+    text = (bytes([int(token)]) for token in takewhile(lambda token: token != BOUNDARY, pieces))
+    return codecs.iterdecode(text, "utf-8", "replace")
+
+
+def write_text(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpack[Sampling]) -> str:
+    """The prompt and its continuation; arguments as in `byte_stream`."""
+    return prompt + "".join(byte_stream(model, prompt, max_bytes, **sampling))

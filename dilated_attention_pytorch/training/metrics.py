@@ -12,8 +12,6 @@ import torch
 
 from dilated_attention_pytorch.core.files import replace_text
 
-FILE = "metrics.jsonl"
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a record. Damaged ones are left out, as a last one that an interruption cut short."""
@@ -39,24 +37,25 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 class MetricsLog:
-    """Write the record of a run that starts, or goes on, after `step` steps.
+    """Write the record of a run that starts, or goes on, after `step` steps; also as TensorBoard events.
 
-    Args:
-        folder: of the run.
-        step: lines of later steps are dropped; that work was lost and is done again.
-        tensorboard: also write TensorBoard events, into `folder/tensorboard`.
-
-    Raises:
-        ImportError: TensorBoard asked for and not installed.
+    Lines of later steps are dropped: that work was lost and is done again.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
-        self._board: Any = _board(folder / "tensorboard", step) if tensorboard else None
-        self.path = folder / FILE
-        kept = read_metrics(self.path) if step and self.path.exists() else []
-        text = "".join(json.dumps(line) + "\n" for line in kept if line["step"] <= step)
-        replace_text(self.path, text)
-        self._stream = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "expected TensorBoard, which is not installed: pip install 'dilated-attention-pytorch[track]'"
+                ) from error
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        path = folder / "metrics.jsonl"
+        kept = read_metrics(path) if step and path.exists() else []
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept if line["step"] <= step))
+        self._stream = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line, and hand it to the system."""
@@ -71,13 +70,3 @@ class MetricsLog:
         self._stream.close()
         if self._board is not None:
             self._board.close()
-
-
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "expected TensorBoard, which is not installed: pip install 'dilated-attention-pytorch[track]'"
-        ) from error
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,9 +1,9 @@
-"""The state of a run for exact resume, in one file that is replaced whole, and the checks when it is read."""
+"""The optimizer, a function of the step, and the state of a run for exact resume, checked when it is read."""
 
 from __future__ import annotations
 
+import math
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import nn
 from dilated_attention_pytorch.core.files import replace_file
 from dilated_attention_pytorch.models.weights import check_state
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.optimizer import adamw
 
 FILE = "state.pt"
 _VERSION = 1
@@ -21,14 +20,32 @@ _KINDS = {"version": int, "step": int, "config": dict, "fingerprint": str, "mode
 _RESTART = "start over (restart=True)"
 
 
-def save_state(folder: Path, *, step: int, config: TrainConfig, fingerprint: str, model: Any, optimizer: Any) -> None:
-    """Write `state.pt`: the steps done, the config, the corpus's fingerprint and the state dicts.
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step: linear up to `learning_rate`, then half a cosine down to `final_rate` of it."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * share
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices, not gains and biases; one fused update where torch has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    split = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(split, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def save_state(folder: Path, *, config: TrainConfig, **content: Any) -> None:
+    """Write `state.pt`: the config, `step`, the corpus's `fingerprint`, and the state dicts of `model` and `optimizer`.
 
     Model and optimizer share one file: no interruption can pair one step's weights with another's moments. There is no
     random state to save: every draw is a function of (seed, step, rank).
     """
-    content = {"version": _VERSION, "step": step, "config": plain(config), "fingerprint": fingerprint}
-    content |= {"model": model, "optimizer": optimizer}
+    content |= {"version": _VERSION, "config": config.to_dict()}
     replace_file(folder / FILE, lambda path: torch.save(content, path))
 
 
@@ -51,7 +68,7 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
         raise _damaged(path, f"a wrong checksum of {damaged}" if damaged else f"not {', '.join(_KINDS)}")
     if state["version"] != _VERSION:
         raise ValueError(f"expected a state of version {_VERSION} in {path}, got {state['version']}")
-    wanted, kept = plain(config), state["config"]
+    wanted, kept = config.to_dict(), state["config"]
     names = [name for name in sorted({*wanted, *kept} - config.FREE) if wanted.get(name) != kept.get(name)]
     if names:
         differences = ", ".join(f"{name} {kept.get(name)!r} (now {wanted.get(name)!r})" for name in names)
@@ -81,8 +98,3 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
 
 def _damaged(path: Path, found: str) -> ValueError:
     return ValueError(f"expected {path} to hold the state of a run, got {found}: put a copy back, or {_RESTART}")
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The config as torch.load with weights_only=True and JSON take it."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}

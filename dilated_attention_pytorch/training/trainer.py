@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -19,15 +18,12 @@ from torch import nn
 
 from dilated_attention_pytorch.core.files import lock, remove_leftovers, replace_text
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
-from dilated_attention_pytorch.training import parallel
-from dilated_attention_pytorch.training import state as state_file
+from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.corpus import Corpus
-from dilated_attention_pytorch.training.data import held_out_excerpts, training_excerpts
-from dilated_attention_pytorch.training.distributed import World
+from dilated_attention_pytorch.training.corpus import Corpus, held_out_excerpts, training_excerpts
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
 from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
-from dilated_attention_pytorch.training.optimizer import adamw, learning_rate
+from dilated_attention_pytorch.training.state import adamw, learning_rate
 
 
 class Interrupted(Exception):
@@ -39,15 +35,10 @@ class Interrupted(Exception):
 
 
 class Result(NamedTuple):
-    """The results of a finished run, beside its files.
+    """The results of a finished run, beside its files."""
 
-    Attributes:
-        model: with `context_parallel` whole on rank 0, a shard on each other rank.
-        evaluation: the last one.
-    """
-
-    model: LongNetLM
-    evaluation: Evaluation
+    model: LongNetLM  # with `context_parallel` whole on rank 0, a shard on each other rank
+    evaluation: Evaluation  # the last one
 
 
 class Reporter(Protocol):
@@ -96,16 +87,15 @@ class Trainer:
         corpus: Corpus,
         folder: Path,
         *,
-        world: World,
+        world: distributed.World,
         tensorboard: bool = False,
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
-        self.tensorboard = tensorboard
-        self.reporter = reporter if world.is_main else None
+        self.tensorboard, self.reporter = tensorboard, reporter if world.is_main else None
         self.micro_steps = config.micro_steps(world.size)
-        self.layout = parallel.arrange(world, config.context_parallel)
+        self.layout = distributed.arrange(world, config.context_parallel)
         self.held_out = held_out_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
@@ -115,18 +105,21 @@ class Trainer:
         self.model = model.to(world.device)
         self.step, self._signal, self._restart = 0, 0, restart
         self._log: MetricsLog | None = None
-        kept = None
-        if not restart:
-            kept = state_file.load_state(folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
+        load = partial(state.load_state, folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
+        kept = None if restart else load()
         if kept is not None:
             self.step = kept["step"]
             self.model.load_state_dict(kept["model"])
         if self.layout.mesh is not None:
-            parallel.shard_model(self.model, self.layout.mesh)
+            distributed.shard_model(self.model, self.layout.mesh)
         self.optimizer = adamw(self.model, config)
         if kept is not None:
-            self.optimizer.load_state_dict(parallel.spread(kept["optimizer"], self.optimizer))
+            self.optimizer.load_state_dict(distributed.spread(kept["optimizer"], self.optimizer))
         self.runner: nn.Module = self._runner()
+        half = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+        self._autocast = partial(torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half)
+        how: Any = {"batch_size": config.micro_batch_size, "autocast": self._autocast, "layout": self.layout}
+        self._evaluate: Callable[[], Evaluation] = partial(evaluate, self.model, self.held_out, world, **how)
 
     def run(self) -> Result:
         """Train to the last step, save, and return the model.
@@ -152,9 +145,9 @@ class Trainer:
         held.enter_context(lock(self.folder))
         remove_leftovers(self.folder)
         if self._restart:  # now, not at the first save: nothing may go on from the old run
-            (self.folder / state_file.FILE).unlink(missing_ok=True)
+            (self.folder / state.FILE).unlink(missing_ok=True)
             self._restart = False
-        settings = json.dumps(state_file.plain(self.config) | {"corpus": self.corpus.fingerprint}, indent=1)
+        settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
         replace_text(self.folder / "train.json", settings + "\n")
         self._log = MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
         held.callback(self._log.close)
@@ -213,14 +206,14 @@ class Trainer:
         total = torch.zeros((), device=world.device)
         for i, tokens in enumerate(batch.split(config.micro_batch_size)):
             # Ranks exchange gradients once per step, in the last backward.
-            with parallel.gradients(self.runner, last=i + 1 == self.micro_steps):
+            with distributed.gradients(self.runner, last=i + 1 == self.micro_steps):
                 with self._autocast():
                     inputs, targets, whole = layout.shard(tokens)
                     logits = self.runner(inputs, **whole)
                     loss = self._loss(logits.flatten(0, 1).float(), targets.flatten()) / self.micro_steps
                 loss.backward()
             total += loss.detach()
-        grad_norm = parallel.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
+        grad_norm = distributed.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         if not math.isfinite(grad_norm):  # the same on all ranks, so all of them stop
             raise FloatingPointError(
                 f"expected a finite gradient in step {self.step + 1}, got a norm of {float(grad_norm)}: the run ends, "
@@ -241,12 +234,12 @@ class Trainer:
     def save(self) -> None:
         """Leave the present step on disk: the model for use, and the state; whole, however they are sharded."""
         model = self._whole_model()
-        optimizer = parallel.whole(self.optimizer.state_dict(), keep=self.world.is_main)
+        optimizer = distributed.whole(self.optimizer.state_dict(), keep=self.world.is_main)
 
         def write() -> None:
             save_pretrained(model, self.folder)
             # Last: beside a state of the last step there is always its model.
-            state_file.save_state(
+            state.save_state(
                 self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
                 model=model.state_dict(), optimizer=optimizer,
             )  # fmt: skip
@@ -257,7 +250,7 @@ class Trainer:
         """The model itself, or on rank 0 a whole copy of a sharded one, on the CPU."""
         if self.layout.mesh is None:
             return self.model
-        weights = parallel.whole(self.model.state_dict(), keep=self.world.is_main)
+        weights = distributed.whole(self.model.state_dict(), keep=self.world.is_main)
         self.world.wait()  # no process leaves while another still gathers
         if not self.world.is_main:
             return self.model
@@ -265,21 +258,10 @@ class Trainer:
         model.load_state_dict(weights, assign=True)
         return model
 
-    def _evaluate(self) -> Evaluation:
-        return evaluate(
-            self.model, self.held_out, self.world, batch_size=self.config.micro_batch_size, autocast=self._autocast,
-            layout=self.layout,
-        )  # fmt: skip
-
     def _record(self, line: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(line)
             self._tell("metrics", line)
-
-    def _autocast(self) -> torch.autocast:
-        precision, kind = self.config.precision, self.world.device.type
-        enabled = precision == "bf16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
@@ -297,7 +279,7 @@ class Trainer:
         def handle(number: int, frame: Any) -> None:
             if self._signal:
                 signal.signal(number, previous[number])
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             self._signal = number
 
         wanted = [signal.SIGINT, signal.SIGTERM]
@@ -305,8 +287,7 @@ class Trainer:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             wanted.append(signal.SIGHUP)
         with contextlib.suppress(ValueError):  # not the main thread, which alone receives signals
-            for number in wanted:
-                previous[number] = signal.signal(number, handle)
+            previous.update((number, signal.signal(number, handle)) for number in wanted)
         try:
             yield
         finally:

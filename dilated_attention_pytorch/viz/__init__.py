@@ -1,22 +1,15 @@
 """Pictures of patterns and runs, with matplotlib (`pip install 'dilated-attention-pytorch[viz]'`)."""
 
 from dilated_attention_pytorch.viz.curves import loss_figure
-from dilated_attention_pytorch.viz.orders import heat_figure, neighbourhood_figure, orders_figure
-from dilated_attention_pytorch.viz.pattern import multiplicity, neighbours_figure, pattern_figure
-from dilated_attention_pytorch.viz.receptive import receptive_field, receptive_figure
-from dilated_attention_pytorch.viz.slide import slide_figure
+from dilated_attention_pytorch.viz.orders import heat_figure, neighbourhood_figure, orders_figure, slide_figure
+from dilated_attention_pytorch.viz.pattern import (
+    multiplicity,
+    neighbours_figure,
+    pattern_figure,
+    receptive_field,
+    receptive_figure,
+)
 from dilated_attention_pytorch.viz.style import save
 
-__all__ = [
-    "heat_figure",
-    "loss_figure",
-    "multiplicity",
-    "neighbourhood_figure",
-    "neighbours_figure",
-    "orders_figure",
-    "pattern_figure",
-    "receptive_field",
-    "receptive_figure",
-    "save",
-    "slide_figure",
-]
+__all__ = ["multiplicity", "neighbours_figure", "pattern_figure", "receptive_field", "receptive_figure"]
+__all__ += ["heat_figure", "loss_figure", "neighbourhood_figure", "orders_figure", "save", "slide_figure"]

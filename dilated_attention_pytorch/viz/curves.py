@@ -33,7 +33,8 @@ def loss_figure(metrics: Path | str) -> Figure:
         ax.plot(steps, losses, color=branch_color(0), alpha=0.25, linewidth=0.8, label="training, each step")
         width = max(1, len(losses) // 20)
         if width > 1:
-            ax.plot(steps, _running_mean(losses, width), color=branch_color(0), label=f"training, mean of {width}")
+            means = [losses[max(0, end - width) : end].mean() for end in range(1, len(losses) + 1)]
+            ax.plot(steps, means, color=branch_color(0), label=f"training, mean of {width}")
         if val:
             x, y = zip(*val, strict=True)
             ax.plot(x, y, color=branch_color(3), marker="o", markersize=4, label="validation files")
@@ -47,10 +48,3 @@ def loss_figure(metrics: Path | str) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
     return figure
-
-
-def _running_mean(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
-    """The mean of each value and up to `width - 1` before it."""
-    sums, ends = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))

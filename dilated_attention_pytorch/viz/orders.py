@@ -1,8 +1,8 @@
-"""Tokens in space: the walk of each order, the keys of one token, and values over all of them."""
+"""Tokens in space: the walk of each order, the keys of one token, and values over tokens and over a slide's tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.kernels.hilbert import CurveOrder
 from dilated_attention_pytorch.viz.pattern import keys_by_branch
-from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, style
+from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, branch_label, style
 
 _MOST_STEPS = 20_000  # of a walk drawn as a line
+_MOST_TILES = 64_000_000  # of a slide's grid
 
 
 def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: int | None = None) -> Figure:
@@ -39,8 +40,8 @@ def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: in
     _check_orders(orders, coords)
     shown, cells = _plane(coords, plane)
     with style():
-        figure, axes = _axes(len(orders), cells)
-        for ax, (name, found) in zip(axes, orders.items(), strict=True):
+        figure, axes = _axes(orders, cells)
+        for ax, found in zip(axes, orders.values(), strict=True):
             place = found.inverse[shown]
             _image(ax, cells, place.double().numpy(), cmap="viridis", alpha=0.45)
             walk = place.argsort()
@@ -48,24 +49,17 @@ def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: in
             follows = place[walk].diff() == 1
             if len(walk) <= _MOST_STEPS:
                 ax.add_collection(LineCollection(list(steps[follows].numpy()), colors=INK, linewidths=0.5))
-            ax.set_title(name)
     return figure
 
 
 def neighbourhood_figure(
-    pattern: DilatedPattern,
-    orders: Mapping[str, CurveOrder],
-    coords: Tensor,
-    *,
-    query: int,
-    head: int | None = None,
+    pattern: DilatedPattern, orders: Mapping[str, CurveOrder], coords: Tensor, *, query: int, head: int | None = None
 ) -> Figure:
     """The keys of one token in each order, coloured by the first branch that shows them.
 
     Args:
         pattern: the branches.
-        orders: by name.
-        coords: int `(N, 2)`, or `(N, 3)` of which the plane through the token is drawn.
+        orders, coords: as in `orders_figure`; in 3-D the plane through the token is drawn.
         query: the token, by its original index.
         head: key/value head; all of them by default.
 
@@ -78,7 +72,7 @@ def neighbourhood_figure(
         check.check_index("head", head, pattern.num_heads)
     shown, cells = _plane(coords, None if coords.shape[1] == 2 else int(coords[query, 0]))
     with style():
-        figure, axes = _axes(len(orders), cells, legend=True)
+        figure, axes = _axes(orders, cells, legend=True)
         for ax, (name, found) in zip(axes, orders.items(), strict=True):
             branch, count = first_branch(pattern, found, query, head)
             colors = ListedColormap([FAINT, *(branch_color(i) for i in range(len(pattern.branches)))])
@@ -86,9 +80,7 @@ def neighbourhood_figure(
             row, column = coords[query, -2:].tolist()
             ax.plot(column, row, marker="o", markersize=4, markerfacecolor="white", markeredgecolor=INK)
             ax.set_title(f"{name}: {count:,} keys")
-        handles = [
-            Patch(facecolor=branch_color(i), label=f"w = {w:,}, r = {r}") for i, (w, r) in enumerate(pattern.branches)
-        ]
+        handles = [Patch(facecolor=branch_color(i), label=branch_label(b)) for i, b in enumerate(pattern.branches)]
         figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     return figure
 
@@ -133,14 +125,73 @@ def heat_figure(
         plane = int(coords[mark, 0])
     shown, cells = _plane(coords, plane)
     with style():
-        figure, axes = _axes(len(values), cells)
-        for ax, (name, x) in zip(axes, values.items(), strict=True):
+        figure, axes = _axes(values, cells)
+        for ax, x in zip(axes, values.values(), strict=True):
             _image(ax, cells, torch.full((len(shown),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
             _image(ax, cells, x[shown].detach().double().numpy(), cmap="inferno")
             if mark is not None:
                 row, column = coords[mark, -2:].tolist()
                 ax.plot(column, row, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#56b4e9")
-            ax.set_title(name)
+    return figure
+
+
+def slide_figure(
+    coords: Tensor,
+    values: Tensor,
+    *,
+    tile_size: int = 256,
+    title: str = "",
+    label: str = "",
+    marks: Tensor | None = None,
+) -> Figure:
+    """A heat map over a slide: each tile a square, white without a tile.
+
+    Args:
+        coords: `(L, 2)`, x and y of each tile in pixels.
+        values: `(L,)`, such as a row of `AttentionMap.tiles`. Tiles at one place show their mean.
+        tile_size: pixels between neighbouring tiles.
+        title: above the picture.
+        label: of the colour bar.
+        marks: indices of tiles to ring, such as the query.
+
+    Raises:
+        ValueError: shapes that do not fit, no tiles, a value that is not finite, tiles too far apart.
+
+    Example:
+        >>> from dilated_attention_pytorch.viz import save, slide_figure
+        >>> coords = 256 * torch.cartesian_prod(torch.arange(4), torch.arange(3))
+        >>> figure = slide_figure(coords, torch.rand(12), label="attention")
+    """
+    check.check_positive_int("tile_size", tile_size)
+    if coords.dim() != 2 or coords.shape[1] != 2 or coords.shape[0] == 0 or values.shape != coords.shape[:1]:
+        raise ValueError(
+            f"expected coords (L, 2) and values (L,) of at least one tile, got {tuple(coords.shape)} and "
+            f"{tuple(values.shape)}"
+        )
+    value = np.asarray(values.detach().cpu().double().numpy())
+    if not np.isfinite(value).all():
+        raise ValueError(f"expected finite values, got {int((~np.isfinite(value)).sum())} that are not")
+    place = np.floor(coords.detach().cpu().double().numpy() / tile_size).astype(np.int64)
+    corner = place.min(0)
+    column, row = (place - corner).T
+    columns, rows = int(column.max()) + 1, int(row.max()) + 1
+    if columns * rows > _MOST_TILES:
+        raise ValueError(f"expected tiles within a grid of {_MOST_TILES:,} places, got {columns:,} x {rows:,}")
+    sums, counts = np.zeros((2, rows, columns))
+    np.add.at(sums, (row, column), value)
+    np.add.at(counts, (row, column), 1.0)
+    grid = np.where(counts > 0, sums / np.maximum(counts, 1.0), np.nan)  # NaN is drawn as nothing
+    with style():
+        figure = Figure(figsize=(7.0, min(9.0, max(2.5, 5.5 * rows / columns))), layout="constrained")
+        ax = figure.subplots()
+        image = ax.imshow(grid, cmap="viridis", interpolation="nearest")
+        figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+        if marks is not None:
+            at = np.atleast_1d(np.asarray(marks.detach().cpu().numpy()))
+            ax.scatter(column[at], row[at], s=40, facecolors="none", edgecolors="#d55e00", linewidths=1.2)
+        left, top = (int(c) * tile_size for c in corner)
+        ax.set(xlabel=f"tiles right of x = {left:,}", ylabel=f"tiles below y = {top:,}")
+        ax.set_title(title, loc="left")
     return figure
 
 
@@ -167,15 +218,15 @@ def _plane(coords: Tensor, at: int | None) -> tuple[Tensor, Tensor]:
     return shown, coords[shown, 1:]
 
 
-def _axes(count: int, cells: Tensor, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
+def _axes(names: Collection[str], cells: Tensor, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
+    count = len(names)
     height, width = (cells.amax(0) - cells.amin(0) + 1).tolist()
     # Pictures 2.5 inches wide, with room for titles; long strips are narrower.
     tall = min(6.0, 2.5 * height / width)
     figure = Figure(figsize=((tall * width / height + 0.15) * count, tall + 0.45 + 0.35 * legend), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, count)))
-    for ax in axes:
-        ax.set_xticks([])
-        ax.set_yticks([])
+    for ax, name in zip(axes, names, strict=True):
+        ax.set(xticks=[], yticks=[], title=name)
     return figure, axes
 
 

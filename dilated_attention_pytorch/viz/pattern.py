@@ -1,8 +1,9 @@
-"""Attention patterns, drawn from `DilatedPattern`."""
+"""Attention patterns and receptive fields, followed exactly through `DilatedPattern`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.viz.style import FAINT, INK, binned, branch_color, style
+from dilated_attention_pytorch.viz.style import FAINT, INK, binned, branch_color, branch_label, mark_query, style
 
 _EXACT = 256  # a matrix of more positions would be drawn finer than pixels
 _TIMES = {1: "once", 2: "twice"}
@@ -25,10 +26,8 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
     """The keys of each query in each branch.
 
     Args:
-        pattern: the branches.
-        seq_len: N.
+        pattern, seq_len, is_causal: as in `pattern_figure`.
         head: key/value head.
-        is_causal: leave out later keys.
 
     Returns:
         Bool `(num_branches, N, N)`, queries before keys; summed over branches, the multiplicity of a key.
@@ -83,9 +82,9 @@ def pattern_figure(
     Args:
         pattern: the branches.
         seq_len: N.
+        is_causal: leave out later keys.
         heads: key/value heads; one row of pictures per head and span.
         spans: ranges of positions `[start, stop)`; the whole sequence by default.
-        is_causal: leave out later keys.
 
     Raises:
         ValueError: a head or span out of range.
@@ -104,14 +103,11 @@ def pattern_figure(
         figure = Figure(figsize=(2.4 * columns + 0.3, 2.85 * len(rows) + 0.6), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for axes, (head, span) in zip(grid, rows, strict=True):
-            if span[1] - span[0] <= _EXACT:
-                most = max(most, _exact_row(axes, pattern, span, head, is_causal))
-            else:
-                long = True
-                _binned_row(axes, pattern, span, head, is_causal)
-            for i, (length, rate) in enumerate(pattern.branches):
-                axes[i].set_title(f"head {head}:  w = {length:,}, r = {rate}")
-                _segment_lines(axes[i], length, span)
+            drawn = _draw_row(axes, pattern, span, head, is_causal)
+            most, long = max(most, drawn), long or drawn == 0
+            for ax, branch in zip(axes, pattern.branches, strict=False):
+                ax.set_title(f"head {head}:  {branch_label(branch)}")
+                _segment_lines(ax, branch[0], span)
             axes[-1].set_title(f"head {head}:  all branches")
             axes[0].set_ylabel("query")
             for ax in axes[1:]:
@@ -132,11 +128,9 @@ def neighbours_figure(
     """The keys of one query, one row per branch, and the multiplicity of each in the one softmax.
 
     Args:
-        pattern: the branches.
-        seq_len: N; long sequences are drawn as shares of bins.
+        pattern, seq_len, is_causal: as in `pattern_figure`; long sequences are drawn as shares of bins.
         query: its position.
         head: key/value head.
-        is_causal: leave out later keys.
     """
     seq_len = check.check_positive_int("seq_len", seq_len)
     query = check.check_index("query", query, seq_len)
@@ -153,16 +147,81 @@ def neighbours_figure(
             stacked += counts
         for i in range(count):
             top.axhline(i - 0.4, color=FAINT, linewidth=0.8, zorder=0)
-        top.set_yticks(range(count), [f"w = {w:,}, r = {r}" for w, r in pattern.branches])
+        top.set_yticks(range(count), map(branch_label, pattern.branches))
         top.set(ylim=(-0.5, count - 0.5), xlim=(0, seq_len))
         causal = ", causal" if is_causal else ""
         top.set_title(f"keys of query {query:,}, head {head}, of {seq_len:,} positions{causal}", loc="left")
         top.tick_params(labelbottom=False, length=0)
         times = "times" if len(stacked) == seq_len else "times (mean)"
         bottom.set(xlabel="key", ylabel=times, ylim=(0, max(1.0, float(stacked.max())) * 1.15))
-        for ax in (top, bottom):
-            ax.axvline(query + 0.5, color=INK, linewidth=0.8, linestyle=":")
-            ax.spines[["top", "right"]].set_visible(False)
+        mark_query(top, query)
+        mark_query(bottom, query)
+    return figure
+
+
+def receptive_field(
+    pattern: DilatedPattern, seq_len: int, *, query: int, num_layers: int, is_causal: bool = True
+) -> NDArray[np.bool_]:
+    """The inputs that can change the output at one position, after each number of layers.
+
+    A layer passes on its own position (the residual) and the keys of every head and branch; feed-forward networks mix
+    heads, so each head of a layer sees what any head brought before.
+
+    Args:
+        pattern, seq_len, is_causal: as in `pattern_figure`, of every layer.
+        query: the output's position.
+        num_layers: L.
+
+    Returns:
+        Bool `(num_layers + 1, N)`; row 0 is the query alone.
+    """
+    num_layers = check.check_positive_int("num_layers", num_layers)
+    seq_len = check.check_positive_int("seq_len", seq_len)
+    query = check.check_index("query", query, seq_len)
+    positions = torch.arange(seq_len)
+    member = pattern.membership(positions)
+    reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)
+    reached[0, query] = True
+    for before, after in pairwise(reached):
+        after |= before
+        for branch, (length, _) in enumerate(pattern.branches):
+            segment = positions // length
+            for _, heads in pattern.head_groups(branch):
+                rows = member[branch, heads.start]  # heads of one offset keep the same rows
+                # The last reached member of each segment: it sees the members up to it (causal), or all of them.
+                last = torch.full((int(segment[-1]) + 1,), -1)
+                queries = positions[rows & before]
+                last.scatter_reduce_(0, queries // length, queries, "amax")
+                after |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
+    return np.asarray(reached.numpy())
+
+
+def receptive_figure(
+    pattern: DilatedPattern, seq_len: int, *, query: int, num_layers: int, is_causal: bool = True
+) -> Figure:
+    """The receptive field, one row per number of layers, with its share of the positions.
+
+    Arguments are those of `receptive_field`; a long sequence is drawn as shares of bins.
+    """
+    field = receptive_field(pattern, seq_len, query=query, num_layers=num_layers, is_causal=is_causal)
+    reachable = query + 1 if is_causal else seq_len
+    with style():
+        figure = Figure(figsize=(8.2, 0.45 * (num_layers + 1) + 1.1), layout="constrained")
+        ax = figure.subplots()
+        for layer, row in enumerate(field):
+            share, edges = binned(np.nonzero(row)[0], seq_len)
+            ax.bar(0, 0.8, reachable, bottom=layer - 0.4, color=FAINT, align="edge", zorder=0)  # the most it could hold
+            ax.stairs(layer - 0.4 + share * 0.8, edges, baseline=layer - 0.4, fill=True, color=branch_color(0))
+            text = f"{int(row.sum()):,} ({row.sum() / reachable:.1%})"
+            ax.annotate(text, (1.01, layer), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+        names = ["the query itself", "1 layer", *(f"{n} layers" for n in range(2, num_layers + 1))]
+        ax.set_yticks(range(num_layers + 1), names[: num_layers + 1])
+        ax.set(xlim=(0, seq_len), ylim=(-0.6, num_layers + 0.6), xlabel="input position")
+        mark_query(ax, query)
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        shape = ", ".join(f"{w:,}/{r}" for w, r in pattern.branches) + f"; {pattern.num_heads} heads"
+        ax.set_title(f"inputs that reach position {query:,} (segment/rate: {shape})", loc="left")
     return figure
 
 
@@ -174,31 +233,28 @@ def keys_by_branch(
     return list(zip(branches, pattern.keys_of(query, head, seq_len, is_causal=is_causal), strict=True))
 
 
-def _exact_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> int:
-    """Draw the pairs of a span and return the largest multiplicity."""
+def _draw_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> int:
+    """Draw a span, pair by pair or as shares, and return the largest multiplicity of a pair, 0 for shares."""
     start, stop = span
-    seen = multiplicity(pattern, stop, head=head, is_causal=is_causal)[:, start:, start:]
-    colors = [[branch_color(i)] for i in range(len(pattern.branches))]
-    for ax, counts, shades in zip(axes, [*seen, seen.sum(0)], [*colors, _shades(len(seen))], strict=True):
-        _image(ax, counts.astype(int), ListedColormap(["white", *shades]), (-0.5, len(shades) + 0.5), span)
-    return max(1, int(seen.sum(0).max()))
-
-
-def _binned_row(axes: NDArray[Any], pattern: DilatedPattern, span: tuple[int, int], head: int, is_causal: bool) -> None:
-    found = shares(pattern, span, bins=min(_EXACT, span[1] - span[0]), head=head, is_causal=is_causal)
-    colors = [branch_color(i) for i in range(len(pattern.branches))]
-    for ax, share, color in zip(axes, [*found, found.sum(0)], [*colors, _shades(2)[-1]], strict=True):
-        # Branches differ by orders of magnitude (1 / r^2): each picture has its own scale; roots keep the faint seen.
-        share = np.sqrt(share / share.max()) if share.max() > 0 else share
-        _image(ax, share, LinearSegmentedColormap.from_list("share", ["white", color]), (0, 1), span)
-
-
-def _image(ax: Axes, values: NDArray[Any], cmap: Colormap, limits: tuple[float, float], span: tuple[int, int]) -> None:
-    start, stop = span
-    low, high = limits
-    ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", extent=(start, stop, stop, start))
-    ax.tick_params(length=2)
-    ax.locator_params(integer=True, nbins=4)
+    exact, count = stop - start <= _EXACT, len(pattern.branches)
+    if exact:
+        found = multiplicity(pattern, stop, head=head, is_causal=is_causal)[:, start:, start:].astype(int)
+    else:
+        found = shares(pattern, span, bins=_EXACT, head=head, is_causal=is_causal)
+    total = found.sum(0)
+    colors = [*([branch_color(i)] for i in range(count)), _shades(count if exact else 2)]
+    for ax, values, shades in zip(axes, [*found, total], colors, strict=True):
+        cmap: Colormap = ListedColormap(["white", *shades])
+        low, high = -0.5, len(shades) + 0.5
+        if not exact:
+            # Branches differ by orders of magnitude (1 / r^2): each picture has a scale of its own; roots keep the
+            # faint seen.
+            values = np.sqrt(values / values.max()) if values.max() > 0 else values
+            cmap, low, high = LinearSegmentedColormap.from_list("share", ["white", shades[-1]]), 0, 1
+        ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", extent=(start, stop, stop, start))
+        ax.tick_params(length=2)
+        ax.locator_params(integer=True, nbins=4)
+    return max(1, int(total.max())) if exact else 0
 
 
 def _segment_lines(ax: Axes, length: int, span: tuple[int, int]) -> None:

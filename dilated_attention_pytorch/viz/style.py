@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -24,12 +25,8 @@ _STYLE: Any = {  # mypy knows no plain dict as rc parameters
     "font.family": "DejaVu Sans",  # ships with matplotlib
     "font.size": 9,
     "axes.titlesize": 9,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "figure.facecolor": "white",
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
 }
 
 
@@ -42,6 +39,17 @@ def binned(positions: NDArray[np.int64], seq_len: int, most: int = 1024) -> tupl
 def branch_color(branch: int) -> str:
     """The colour of a branch, the same in every picture."""
     return BRANCHES[branch % len(BRANCHES)]
+
+
+def branch_label(branch: tuple[int, int]) -> str:
+    """Segment length and dilation rate of a branch."""
+    return f"w = {branch[0]:,}, r = {branch[1]}"
+
+
+def mark_query(ax: Axes, query: int) -> None:
+    """A dotted line through the middle of a position, in a frame without its upper right."""
+    ax.axvline(query + 0.5, color=INK, linewidth=0.8, linestyle=":")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def style() -> AbstractContextManager[None]:
@@ -65,8 +73,7 @@ def save(figure: Figure, path: Path | str, *, dpi: int = 150) -> Path:
     if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"expected path to end in a picture format such as .png, got {quoted(path.name)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # SVG would carry the date and random ids.
-    metadata = {"Date": None} if kind == "svg" else None
+    metadata = {"Date": None} if kind == "svg" else None  # SVG would carry the date, and random ids
     with style(), matplotlib.rc_context({"svg.hashsalt": "dilated-attention-pytorch"}):
         replace_file(path, lambda at: figure.savefig(at, format=kind, dpi=dpi, metadata=metadata))
     return path

@@ -426,3 +426,9 @@ def test_coverage_of_a_long_sequence_counts_one_period():
 def test_the_reference_takes_fake_tensors_outside_their_mode():
     fake = FakeTensorMode().from_tensor(GOOD)
     assert dilated_attention(fake, fake, fake, **ONE, backend="reference").shape == GOOD.shape
+
+
+def test_a_seed_for_fake_tensors_is_made_fake():
+    fake = FakeTensorMode().from_tensor(GOOD)
+    for seed in (3, None):
+        assert dilated_attention(fake, fake, fake, **ONE, dropout_p=0.5, seed=seed).shape == GOOD.shape

@@ -36,8 +36,7 @@ from dilated_attention_pytorch.training import (
 )
 from dilated_attention_pytorch.training.distributed import World, join
 from dilated_attention_pytorch.training.metrics import read_metrics
-from dilated_attention_pytorch.training.optimizer import adamw, learning_rate
-from dilated_attention_pytorch.training.state import load_state
+from dilated_attention_pytorch.training.state import adamw, learning_rate, load_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = TrainConfig(

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.cli.app import run
 from dilated_attention_pytorch.models import LongNetConfig, LongNetLM
 from dilated_attention_pytorch.models.sharding import ContextShards, ring_config
 from dilated_attention_pytorch.training import Corpus, Interrupted, TrainConfig, Trainer, build_corpus
-from dilated_attention_pytorch.training.parallel import RankLayout
+from dilated_attention_pytorch.training.distributed import RankLayout
 
 # Runs jobs one after another: [config, folder, step after which a signal comes, or 0].
 WORKER = """

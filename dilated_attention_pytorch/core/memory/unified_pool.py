@@ -112,7 +112,7 @@ class UnifiedMemoryPool:
         """
         sizes = _sizes(shape)
         if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
+            raise TypeError(f"expected dtype to be a torch.dtype, got {check.quoted(dtype)}")
         where = check.check_device("device", device)
         if not isinstance(purpose, str):
             raise TypeError(f"expected purpose to be a str, got {check.shown(purpose)}")
