@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import dropout, reference
+from dilated_attention_pytorch.core import dropout, reference, torch_private
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
@@ -50,7 +51,7 @@ def dilated_attention(
         segment_lengths: w_i, in positions, one per branch.
         dilation_rates: r_i, one per branch.
         is_causal: hide keys later than the query.
-        scale: factor on q . k; `D ** -0.5` by default.
+        scale: factor on q . k; `D ** -0.5` by default. At most 1.8e19 (1.3e154 for fp64), so that no logit overflows.
         offsets: which residue a head keeps: `"modulo"` (the paper) or `"blocked"` (the official code and every
             published checkpoint). Counted over key/value heads.
         dropout_p: probability of dropping an attention weight, in [0, 1). The function has no training mode: pass 0
@@ -157,19 +158,21 @@ def dilated_attention_with_lse(
         return again(QKV(q, k, v))
 
     x = check.check_qkv(QKV(*in_autocast_dtype(q, k, v)), packed=cu_seqlens is not None)
-    check.check_choice("backend", backend, BackendName)
+    if not type(x.q) is type(x.k) is type(x.v) is Tensor:
+        check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
+    backend = check.check_choice("backend", backend, BackendName)
     # Any sequence will do: the pattern checks it and makes it a tuple.
     pattern = DilatedPattern(segment_lengths, dilation_rates, x.k.shape[-2], offsets)  # type: ignore[arg-type]
     masks = Masks(key_padding_mask, row_start, cu_seqlens)
     if cu_seqlens is not None:
-        check.check_packed_alone(masks, q_start, k_start, seq_len)
         check.check_cu_seqlens(cu_seqlens)
+        check.check_packed_alone(masks, q_start, k_start, seq_len)
         x = QKV(*(y[None] for y in x))
     q_start, k_start, seq_len = check.check_range(x, q_start, k_start, seq_len)
     problem = Problem(
         pattern,
         check.check_bool("is_causal", is_causal),
-        check.check_scale(scale, x.q.shape[-1]),
+        check.check_scale(scale, x.q.shape[-1], x.q.dtype),
         check.check_probability("dropout_p", dropout_p),
         q_start,
         k_start,
@@ -177,16 +180,26 @@ def dilated_attention_with_lse(
         check.check_choice("mixing_gradient", mixing_gradient, MixingGradient),
         check.check_choice("padding", padding, Padding),
     )
-    check.check_masks(masks, x.q, seq_len)
-    if padding == "zero_keys":
-        _check_zero_keys(problem, x, masks)
     check.check_seed(seed)
-    masks = masks._replace(seed=dropout.seed_tensor(seed, problem.dropout_p, x.q.device))
+    check.check_masks(masks._replace(seed=seed if isinstance(seed, Tensor) else None), x.q, seq_len)
+    if problem.padding == "zero_keys":
+        _check_zero_keys(problem, x, masks)
+    if problem.dropout_p > 0.0:
+        drawn = partial(dropout.seed_tensor, seed, problem.dropout_p, x.q.device)
+        masks = masks._replace(seed=torch_private.called_beside(x.q, drawn))
 
     if backend == "reference":
         found = _reference(x, problem, masks)
     else:
         ops.refuse_tangents(x)
+        if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
+            given = {
+                "key_padding_mask": key_padding_mask,
+                "row_start": row_start,
+                "cu_seqlens": cu_seqlens,
+                "seed": seed,
+            }
+            check.check_savable(x._asdict() | {name: y for name, y in given.items() if isinstance(y, Tensor)})
         found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
         fast_path.remember(kind, x, problem, backend)
     return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])
@@ -198,10 +211,11 @@ def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
     row_start = masks.row_start
     if row_start is not None and type(row_start) is Tensor and not torch.compiler.is_compiling():
         check.check_row_start_values(row_start)  # a traced or fake tensor has no values to read
-    return reference.attention(
-        *x, problem, key_padding_mask=masks.key_padding, row_start=row_start, cu_seqlens=masks.cu_seqlens,
-        seed=masks.seed,
+    compute = partial(
+        reference.attention, *x, problem, key_padding_mask=masks.key_padding, row_start=row_start,
+        cu_seqlens=masks.cu_seqlens, seed=masks.seed,
     )  # fmt: skip
+    return torch_private.called_beside(x.q, compute)
 
 
 def _check_zero_keys(problem: Problem, x: QKV, masks: Masks) -> None:

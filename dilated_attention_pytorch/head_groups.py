@@ -94,7 +94,9 @@ def grouped_attention(
     """
     x = check.check_qkv(QKV(*in_autocast_dtype(*x)), packed=masks.cu_seqlens is not None)
     shape = x.q.shape
-    places = _checked_ranges(x, masks, *ranges)
+    check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
+    check.check_seed(seed)
+    places = _checked_ranges(x, masks._replace(seed=seed if isinstance(seed, Tensor) else None), *ranges)
     packing: tuple[Tensor, Tensor] | None = None  # the position of each row in its sequence, and the sequences' bounds
     if masks.cu_seqlens is not None:
         bounds = masks.cu_seqlens.long()
@@ -165,8 +167,9 @@ def _next_seed(seed: int | Tensor | None, i: int) -> int | Tensor | None:
 def _checked_ranges(x: QKV, masks: Masks, q_start: object, k_start: object, seq_len: object) -> tuple[int, int, int]:
     """Checks what a call on members would report in terms of members; returns the ranges with seq_len filled in."""
     if masks.cu_seqlens is not None:
-        check.check_packed_alone(masks, q_start, k_start, seq_len)
         check.check_cu_seqlens(masks.cu_seqlens)
+        check.check_packed_alone(masks, q_start, k_start, seq_len)
+        check.check_masks(masks, x.q, x.q.shape[0])
         check.check_cu_seqlens_values(masks.cu_seqlens.tolist(), x.q.shape[0])
         return 0, 0, x.q.shape[0]
     found = check.check_range(x, q_start, k_start, seq_len)

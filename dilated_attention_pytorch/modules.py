@@ -233,9 +233,11 @@ class MultiheadDilatedAttention(Projections):
     ) -> None:
         super().__init__()
         self._set_sizes(embed_dim, num_heads, num_kv_heads, gamma_init)
-        if batch_first is not True:
+        check.check_above_zero("rotary_base", rotary_base)
+        scale_base = check.check_above_zero("scale_base", scale_base)
+        if not check.check_bool("batch_first", batch_first):
             raise ValueError(
-                f"expected batch_first=True, got {batch_first!r}: inputs are (B, N, embed_dim); transpose them first"
+                f"expected batch_first=True, got {batch_first}: inputs are (B, N, embed_dim); transpose them first"
             )
         if positions is not None:
             check.check_choice("positions", positions, Positions)
@@ -262,6 +264,13 @@ class MultiheadDilatedAttention(Projections):
         """The rotation of rows x `(..., N, embed_dim)` from position `start` on; layers alike can share one."""
         if self.rotary is None:
             return None
+        if cu_seqlens is not None:
+            check.check_cu_seqlens(cu_seqlens)
+            check.check_readable("cu_seqlens", cu_seqlens, x.device)
+        elif row_start is not None:
+            check.check_row_start(row_start, x.shape[0])
+            check.check_readable("row_start", row_start, x.device)
+        check.check_all_or_none_fake(x, {"cu_seqlens": cu_seqlens, "row_start": row_start})
         rows = row_positions(x.shape[-2], start=start, row_start=row_start, cu_seqlens=cu_seqlens, device=x.device)
         return self.rotary.rotation(rows, x.dtype)
 
@@ -304,10 +313,19 @@ class MultiheadDilatedAttention(Projections):
         Raises:
             ValueError: shapes or options that do not fit, `need_weights=True`.
         """
-        if need_weights:
+        if check.check_bool("need_weights", need_weights):
             raise ValueError("expected need_weights=False, got True: attention weights are never formed here")
-        if query.shape[-1] != self.embed_dim:
-            raise ValueError(f"expected query of shape (..., N, {self.embed_dim}), got {tuple(query.shape)}")
+        check.check_bool("is_causal", is_causal)
+        for name, x, linear in (
+            ("query", query, self.q_proj),
+            ("key", key, self.k_proj),
+            ("value", value, self.v_proj),
+        ):
+            check.check_multiplicand(name, x, linear)
+        rank, width = 3 if cu_seqlens is None else 2, self.embed_dim
+        if query.dim() != rank or query.shape[-1] != width:
+            layout = f"(B, N, {width})" if rank == 3 else f"(total, {width}) with cu_seqlens"
+            raise ValueError(f"expected query of shape {layout}, got {tuple(query.shape)}")
         if key.shape != query.shape or value.shape != query.shape:
             raise ValueError(
                 "expected key and value of query's shape, since all three are positions of one sequence, got query "
@@ -319,8 +337,12 @@ class MultiheadDilatedAttention(Projections):
                 "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
                 "exponentially; take positions='rotary'"
             )
+        if cache is not None and not callable(getattr(cache, "append", None)):
+            raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
         where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
         q_start = 0 if cache is None else cache.length
+        if rotation is not None and not isinstance(rotation, Rotation):
+            raise TypeError(f"expected rotation to be a Rotation, got {type(rotation).__name__}")
         if rotation is None:
             rotation = self.rotation(query, start=q_start, **where)
         q, k, v = self._project(query, key, value, rotation)

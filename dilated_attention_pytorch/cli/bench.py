@@ -34,7 +34,7 @@ def bench(
     causal: options.Causal = True,
     dtype: options.Dtype = "fp32",
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, Option(min=1, help="Timed runs; the median is shown.")] = 3,
+    repeats: Annotated[int, Option(min=1, max=1000, help="Timed runs; the median is shown.")] = 3,
     backward: Annotated[bool, Option("--backward", help="Time forward and backward.")] = False,
     dense: Annotated[bool, Option("--dense/--no-dense", help="Time dense attention too.")] = True,
     as_json: options.AsJson = False,

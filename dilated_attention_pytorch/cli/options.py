@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
+from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.types import Offsets
 
@@ -37,7 +38,7 @@ def ints(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"expected {name} to be ints with commas between them, got {text!r}") from None
+        raise ValueError(f"expected {name} to be ints with commas between them, got {check.quoted(text)}") from None
 
 
 def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> DilatedPattern:
@@ -49,7 +50,7 @@ def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> Dilated
 def check_dtype(text: str) -> torch.dtype:
     """The dtype that `--dtype` names."""
     if text not in _DTYPES:
-        raise ValueError(f"expected --dtype to be one of {sorted(_DTYPES)}, got {text!r}")
+        raise ValueError(f"expected --dtype to be one of {sorted(_DTYPES)}, got {check.quoted(text)}")
     return _DTYPES[text]
 
 
@@ -57,10 +58,12 @@ def check_device(text: str) -> str:
     """A device that this machine has, as torch names it; a ValueError for any other."""
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
     if match is None:
-        raise ValueError(f"expected --device to be cpu, cuda or cuda:N, got {text!r}")
+        raise ValueError(f"expected --device to be cpu, cuda or cuda:N, got {check.quoted(text)}")
     count = torch.cuda.device_count()
     if text != "cpu" and int(match[1] or 0) >= count:
-        raise ValueError(f"expected a --device of this machine, which has {count} CUDA devices, got {text!r}")
+        raise ValueError(
+            f"expected a --device of this machine, which has {count} CUDA devices, got {check.quoted(text)}"
+        )
     return text
 
 

@@ -27,7 +27,7 @@ def plan(
     dtype: options.Dtype = "bf16",
     query: Annotated[int | None, Option(help="Also list the keys of this query.")] = None,
     head: Annotated[int, Option(help="The head of --query.")] = 0,
-    ranks: Annotated[int | None, Option(min=1, help="Also the bytes of a ring of this many ranks.")] = None,
+    ranks: Annotated[int | None, Option(min=1, max=65536, help="Also the bytes of a ring of so many ranks.")] = None,
     balanced: Annotated[bool, Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:

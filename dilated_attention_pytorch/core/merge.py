@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_all_or_none_fake, check_dense
 from dilated_attention_pytorch.types import AttentionOutput
 
 
@@ -30,9 +31,13 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
     a, b = _checked("a", a), _checked("b", b)
     if a.out.shape != b.out.shape or a.lse.shape != b.lse.shape:
         raise ValueError(
-            "expected two partials of one shape, got "
+            "expected a and b of one shape, got "
             f"out {tuple(a.out.shape)} and {tuple(b.out.shape)}, lse {tuple(a.lse.shape)} and {tuple(b.lse.shape)}"
         )
+    for x_name, x in (("a.lse", a.lse), ("b.out", b.out), ("b.lse", b.lse)):
+        if x.device != a.out.device:
+            raise ValueError(f"expected {x_name} on a.out's device {a.out.device}, got {x.device}")
+    check_all_or_none_fake(a.out, {"a.lse": a.lse, "b.out": b.out, "b.lse": b.lse})
     dtype = accumulator(a.lse.dtype)
     lse_a, lse_b = a.lse.to(dtype), b.lse.to(dtype)
     both_empty = torch.isneginf(lse_a) & torch.isneginf(lse_b)
@@ -63,6 +68,10 @@ def _checked(name: str, partial: object) -> AttentionOutput:
     """Any pair of (out, lse) is taken, such as a plain tuple."""
     if not isinstance(partial, tuple) or len(partial) != 2 or not all(isinstance(x, Tensor) for x in partial):
         raise TypeError(f"expected {name} to be an AttentionOutput (out, lse), got {type(partial).__name__}")
+    for field, x in zip(AttentionOutput._fields, partial, strict=True):
+        check_dense(f"{name}.{field}", x)
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"expected {name}.{field} to be float16, bfloat16, float32 or float64, got {x.dtype}")
     out, lse = partial
     if out.dim() not in (3, 4) or lse.shape != (*out.shape[:-3], out.shape[-2], out.shape[-3]):
         raise ValueError(

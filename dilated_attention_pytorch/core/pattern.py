@@ -6,6 +6,7 @@ head h) when `(n mod w_i) mod r_i == o_i(h)`; a query sees the members of its ow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +16,19 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.members import Members, ceil_div
-from dilated_attention_pytorch.core.validation import check_choice, check_positive_int, check_positive_ints
+from dilated_attention_pytorch.core.validation import (
+    check_bool,
+    check_choice,
+    check_dense,
+    check_index,
+    check_int,
+    check_int_range,
+    check_positive_ints,
+)
 from dilated_attention_pytorch.types import Offsets
+
+_MOST_HEADS = 1 << 16  # more than any kernel's grid has room for; every method is linear in them
+_MOST_COUNTED = 1 << 36  # (position, head, branch) triples that `coverage` goes through: minutes
 
 
 class Span(NamedTuple):
@@ -57,7 +69,7 @@ class DilatedPattern:
         offsets: `"modulo"`, the paper's `h mod r`, or `"blocked"`, the official code's `h // ceil(H / r)`.
 
     Raises:
-        ValueError: empty or unequal lists, a length or rate below 1, an unknown rule.
+        ValueError: empty or unequal lists, a length or rate below 1, more than 65,536 heads, an unknown rule.
         TypeError: a length, rate or head count that is not an int.
 
     Example:
@@ -79,10 +91,10 @@ class DilatedPattern:
                 "expected segment_lengths and dilation_rates of equal length, "
                 f"got {len(lengths)} lengths {list(lengths)} and {len(rates)} rates {list(rates)}"
             )
-        check_positive_int("num_heads", self.num_heads)
-        check_choice("offsets", self.offsets, Offsets)
         object.__setattr__(self, "segment_lengths", lengths)
         object.__setattr__(self, "dilation_rates", rates)
+        object.__setattr__(self, "num_heads", check_int("num_heads", self.num_heads, 1, _MOST_HEADS + 1))
+        object.__setattr__(self, "offsets", check_choice("offsets", self.offsets, Offsets))
 
     @property
     def branches(self) -> tuple[tuple[int, int], ...]:
@@ -91,12 +103,13 @@ class DilatedPattern:
 
     def offset(self, branch: int, head: int) -> int:
         """The residue that key/value head `head` keeps in branch `branch`."""
-        rate = self.dilation_rates[branch]
+        rate = self.dilation_rates[self._checked(branch)]
+        head = check_index("head", head, self.num_heads)
         return head % rate if self.offsets == "modulo" else head // ceil_div(self.num_heads, rate)
 
     def head_groups(self, branch: int) -> list[tuple[int, slice]]:
         """The heads of a branch by the offset they share, as (offset, slice of heads)."""
-        rate = self.dilation_rates[branch]
+        rate = self.dilation_rates[self._checked(branch)]
         if self.offsets == "modulo":
             step = min(rate, self.num_heads)  # a step beyond the heads may be near 2**63, and strides multiply it
             return [(o, slice(o, self.num_heads, step)) for o in range(step)]
@@ -106,7 +119,11 @@ class DilatedPattern:
 
     def members(self, branch: int, offset: int) -> Members:
         """The positions that the heads of one offset keep in a branch."""
-        return Members(self.segment_lengths[branch], self.dilation_rates[branch], offset)
+        length, rate = self.branches[self._checked(branch)]
+        return Members(length, rate, check_index("offset", offset, rate))
+
+    def _checked(self, branch: int) -> int:
+        return check_index("branch", branch, len(self.segment_lengths))
 
     def membership(self, positions: Tensor) -> Tensor:
         """Which positions each (branch, head) keeps.
@@ -117,6 +134,9 @@ class DilatedPattern:
         Returns:
             Bool `(num_branches, num_heads, *positions.shape)`.
         """
+        check_dense("positions", positions)
+        if positions.dtype != torch.int64:
+            raise TypeError(f"expected positions of dtype int64, got {positions.dtype}")
         rows = []
         for i in range(len(self.branches)):
             rows.append(torch.stack([self.members(i, self.offset(i, h)).of(positions) for h in range(self.num_heads)]))
@@ -135,6 +155,9 @@ class DilatedPattern:
             seq_len: N.
             is_causal: leave out later positions.
         """
+        seq_len = check_int("seq_len", seq_len, 0)
+        position = check_index("position", position, seq_len)
+        check_bool("is_causal", is_causal)
         found = []
         for i, (length, rate) in enumerate(self.branches):
             offset, start = self.offset(i, head), position // length * length
@@ -155,7 +178,9 @@ class DilatedPattern:
         Returns:
             At most nine spans, however long the ranges: all segments but those that a range's end cuts are alike.
         """
-        return _spans(self, branch, offset, q_range, k_range)
+        offset = self.members(branch, offset).offset
+        q_range, k_range = check_int_range("q_range", q_range), check_int_range("k_range", k_range)
+        return _spans(self, int(branch), offset, q_range, k_range)
 
     def repeats_from(self, start: int, stop: int) -> bool:
         """Whether the positions `[start, stop)`, counted from start, have the same segments and members.
@@ -163,6 +188,7 @@ class DilatedPattern:
         So it is where start begins a segment of each branch, or the range lies within one segment and start at a
         whole number of its rates.
         """
+        start, stop = check_int("start", start, 0), check_int("stop", stop, 0)
         return all(start % w == 0 or (start // w == (stop - 1) // w and start % w % r == 0) for w, r in self.branches)
 
     def pairs(
@@ -181,26 +207,42 @@ class DilatedPattern:
             q_range: positions `[start, stop)` of the queries, all of them by default.
             k_range: likewise for the keys.
         """
-        whole = (0, seq_len)
+        whole = (0, check_int("seq_len", seq_len, 0))
+        check_bool("is_causal", is_causal)
+        q_range, k_range = (whole if x is None else x for x in (q_range, k_range))
         return sum(
             len(range(*heads.indices(self.num_heads))) * span.pairs(is_causal)
             for i in range(len(self.branches))
             for offset, heads in self.head_groups(i)
-            for span in self.spans(i, offset, q_range or whole, k_range or whole)
+            for span in self.spans(i, offset, q_range, k_range)
         )
 
     def coverage(self, seq_len: int) -> float:
-        """The share of (position, head) pairs that belong to at least one branch."""
-        if seq_len == 0:
+        """The share of (position, head) pairs that belong to at least one branch.
+
+        Positions are counted one by one, up to the least common multiple of the segment lengths.
+        """
+        seq_len = check_int("seq_len", seq_len, 0)
+        if seq_len == 0 or 1 in self.dilation_rates:
             return 1.0
-        if 1 in self.dilation_rates:
-            return 1.0
-        covered = 0
-        step = 1 << 20  # bounds the memory at any length
-        for start in range(0, seq_len, step):
-            positions = torch.arange(start, min(start + step, seq_len))
-            covered += int(self.membership(positions).any(0).sum())
+        # Wherever all branches start a segment together, the pattern starts anew.
+        period = min(seq_len, math.lcm(*self.segment_lengths))
+        most = _MOST_COUNTED // (self.num_heads * len(self.branches))
+        if period > most:
+            raise ValueError(
+                f"expected seq_len of at most {most}, or segments whose least common multiple is, got {seq_len}: every "
+                "position up to there is looked at"
+            )
+        rest = seq_len % period
+        whole_and_rest = self._covered(0, rest), self._covered(rest, period)
+        covered = seq_len // period * sum(whole_and_rest) + whole_and_rest[0]
         return covered / (seq_len * self.num_heads)
+
+    def _covered(self, start: int, stop: int) -> int:
+        """How many (position, head) pairs of a range belong to a branch."""
+        step = 1 << 20  # bounds the memory at any length
+        parts = (torch.arange(at, min(at + step, stop)) for at in range(start, stop, step))
+        return sum(int(self.membership(positions).any(0).sum()) for positions in parts)
 
     @property
     def keys_per_query(self) -> float:

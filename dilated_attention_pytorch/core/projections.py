@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.positions import Rotation, rotate
-from dilated_attention_pytorch.core.validation import check_positive_int
 from dilated_attention_pytorch.types import QKV
 
 
@@ -15,18 +15,24 @@ class Projections(nn.Module):
     """Projections around an attention, with sub-LN; parameters are named as in the official checkpoints."""
 
     def _set_sizes(self, embed_dim: int, num_heads: int, num_kv_heads: int | None, gamma_init: float) -> None:
-        self.embed_dim = check_positive_int("embed_dim", embed_dim)
-        self.num_heads = check_positive_int("num_heads", num_heads)
+        self.embed_dim = embed_dim = check.check_width("embed_dim", embed_dim)
+        self.num_heads = num_heads = check.check_positive_int("num_heads", num_heads)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.num_kv_heads = check_positive_int("num_kv_heads", kv_heads)
+        self.num_kv_heads = check.check_positive_int("num_kv_heads", kv_heads)
         if embed_dim % num_heads:
             raise ValueError(f"expected embed_dim to be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if num_heads % self.num_kv_heads:
             raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {kv_heads}")
         self.head_dim = embed_dim // num_heads
-        self.gamma_init = gamma_init
+        self.gamma_init = check.check_float("gamma_init", gamma_init)
+        if not 0.0 <= self.gamma_init <= 1e9:  # beyond, the norm's variance overflows in fp32
+            raise ValueError(f"expected gamma_init in [0, 1e9], got {gamma_init}")
 
     def _make_parameters(self, bias: bool, layer_norm: bool, layer_norm_eps: float, **place: Any) -> None:
+        check.check_factory(place["device"], place["dtype"])
+        check.check_bool("bias", bias)
+        check.check_above_zero("layer_norm_eps", layer_norm_eps)
+        check.check_bool("layer_norm", layer_norm)
         width, kv_width = self.embed_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(width, width, bias=bias, **place)
         self.k_proj = nn.Linear(width, kv_width, bias=bias, **place)

@@ -20,6 +20,7 @@ except ImportError:  # another torch names them otherwise: tests/memory/test_poo
     set_code_exec_strategy = None  # type: ignore[assignment]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_Made = TypeVar("_Made")
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store as Store
     from torch.distributed import ProcessGroup, Work
@@ -52,6 +53,14 @@ def has_tangent(x: Tensor) -> bool:
 def is_fake(x: Tensor) -> bool:
     """True for a tensor of a tracer, which has no values to read."""
     return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def called_beside(x: Tensor, function: Callable[[], _Made]) -> _Made:
+    """What a function returns; where x is fake, the tensors that it makes are fake too."""
+    if torch.compiler.is_compiling() or not is_fake(x):
+        return function()
+    with x.fake_mode:  # type: ignore[attr-defined]
+        return function()
 
 
 def has_amx() -> bool:

@@ -3,74 +3,146 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import QKV, Masks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The square root leaves q . k as much room as scale takes, which no product of two fp16 rows fills.
+_LARGEST_SCALE = {dtype: math.sqrt(torch.finfo(accumulator(dtype)).max) for dtype in FLOAT_DTYPES}
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LONGEST = 200  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """What a message says of a value: its type and, where there is no more to it than a line, itself."""
+    kind = type(value).__name__
+    return f"{kind} of {value.dtype}" if isinstance(value, Tensor) else f"{kind} {quoted(value)}".rstrip()
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, cut where it is long; "" where it cannot be written."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python prints, or a repr that is broken
+        return ""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _number(value: object) -> str:
+    """A number in a message; of an int that Python does not print, its size."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 400 else f"{value}"
 
 
 def check_choice(name: str, value: Any, options: Any) -> Any:
     """One of the strings of the Literal `options`."""
     allowed = get_args(options)
-    if value not in allowed:
-        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {value!r}")
-    return value
+    if not isinstance(value, str) or value not in allowed:
+        got = quoted(value) if isinstance(value, str) else shown(value)
+        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {got}")
+    return value if type(value) is str else allowed[allowed.index(value)]
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
+def check_int(name: str, value: object, minimum: int, below: int = 2**63) -> int:
     """The value as an int of 64 bits; bools and floats are refused."""
-    if isinstance(value, (bool, Tensor)) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
-        raise TypeError(f"expected {name} to be an int, got {type(value).__name__} {value!r}")
     # A plain or traced int is kept as it is; other integer types (NumPy's) become one.
-    number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
+    number = value if isinstance(value, int) and not isinstance(value, bool) else _index(name, value)
     if number < minimum:
-        raise ValueError(f"expected {name} to be at least {minimum}, got {number}")
-    if number >= 2**63:
-        raise ValueError(f"expected {name} to be below 2**63, got {number}")
-    return number
+        raise ValueError(f"expected {name} to be at least {minimum}, got {_number(number)}")
+    if number >= below:
+        limit = "2**63" if below == 2**63 else below
+        raise ValueError(f"expected {name} to be below {limit}, got {_number(number)}")
+    return number if type(number) is int else int(number)
+
+
+def _index(name: str, value: object) -> int:
+    if not isinstance(value, (bool, Tensor)) and hasattr(type(value), "__index__"):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except Exception:  # an array of several, of floats or of objects
+            pass
+    raise TypeError(f"expected {name} to be an int, got {shown(value)}")
 
 
 def check_bool(name: str, value: object) -> bool:
     """True or False, and nothing that merely equals them."""
     if not isinstance(value, bool):
-        raise TypeError(f"expected {name} to be a bool, got {type(value).__name__} {value!r}")
+        raise TypeError(f"expected {name} to be a bool, got {shown(value)}")
     return value
 
 
 def check_device(name: str, value: object) -> torch.device:
     """Parse a str or torch.device; does not check that the device exists."""
     if not isinstance(value, (str, torch.device)):
-        raise TypeError(f"expected {name} to be a str or torch.device, got {type(value).__name__} {value!r}")
+        raise TypeError(f"expected {name} to be a str or torch.device, got {shown(value)}")
     try:
         return torch.device(value)
     except RuntimeError as error:
-        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {value!r}") from error
+        raise ValueError(f"expected {name} to name a device, as 'cpu' or 'cuda:0' do, got {quoted(value)}") from error
 
 
-def check_scale(scale: object, head_dim: int) -> float:
-    """The factor on q . k: a number as it was given, or `head_dim ** -0.5` for None."""
+def check_factory(device: object, dtype: object) -> None:
+    """Where parameters are made, and in which dtype; None for torch's defaults."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES):
+        raise TypeError(f"expected dtype to be float16, bfloat16, float32 or float64, got {shown(dtype)}")
+    if device is None:
+        return
+    if isinstance(device, bool) or not isinstance(device, int):
+        device = check_device("device", device)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of several types, with advice on torch's build
+        raise ValueError(f"expected device to be one that is there, got {_number(device)}") from error
+
+
+def check_float(name: str, value: object) -> float:
+    """A finite number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a float, got {shown(value)}")
+    if not abs(value) <= sys.float_info.max:  # NaN is not, either
+        raise ValueError(f"expected {name} to be finite, got {_number(value)}")
+    return float(value)
+
+
+def check_above_zero(name: str, value: object) -> float:
+    """A finite number above 0, as a float."""
+    number = check_float(name, value)
+    if number <= 0.0:
+        raise ValueError(f"expected {name} above 0, got {value}")
+    return number
+
+
+def check_scale(scale: object, head_dim: int, dtype: torch.dtype | None = None) -> float:
+    """The factor on q . k, `head_dim ** -0.5` for None; with a dtype, small enough that no logit overflows in it."""
     if scale is None:
         root: float = float(head_dim) ** -0.5
         return root
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"expected scale to be a float, got {type(scale).__name__} {scale!r}")
-    if not abs(scale) <= sys.float_info.max:  # NaN is not, either
-        raise ValueError(f"expected scale to be finite, got {scale}")
-    return float(scale)
+    number = check_float("scale", scale)
+    if dtype is not None and abs(number) > _LARGEST_SCALE[dtype]:
+        raise ValueError(
+            f"expected scale between -{_LARGEST_SCALE[dtype]:.2g} and {_LARGEST_SCALE[dtype]:.2g} for {dtype}, beyond "
+            f"which logits overflow, got {scale}"
+        )
+    return number
 
 
 def check_seed(seed: object) -> None:
     """Raises unless the seed is None, a 64-bit int or an integer scalar tensor."""
     if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
-            raise TypeError(f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {seed.shape}")
+        check_dense("seed", seed)
+        if seed.dtype not in INT_DTYPES or seed.numel() != 1:
+            raise TypeError(
+                f"expected seed to be an int or an integer scalar tensor, got {seed.dtype} {tuple(seed.shape)}"
+            )
     elif seed is not None:
         check_int("seed", seed, -(2**63))
 
@@ -84,38 +156,136 @@ def check_index(name: str, value: object, size: int) -> int:
     """An int in [0, size)."""
     number = check_int(name, value, 0)
     if number >= size:
-        raise ValueError(f"expected {name} in [0, {size}), got {number}")
+        raise ValueError(f"expected {name} in [0, {size}), got {_number(number)}")
     return number
+
+
+def check_width(name: str, value: object) -> int:
+    """The width of a layer: an int of at least 1, and no more than memory has room for."""
+    return check_int(name, value, 1, 1 << 24)
+
+
+def check_depth(name: str, value: object) -> int:
+    """A number of layers: an int of at least 1, and no more than can be made."""
+    return check_int(name, value, 1, 1 << 16)
 
 
 def check_positive_ints(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """A non-empty sequence of ints of at least 1."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise TypeError(f"expected {name} to be a sequence of ints, got {type(values).__name__} {values!r}")
+        raise TypeError(f"expected {name} to be a sequence of ints, got {shown(values)}")
     if len(values) == 0:
         raise ValueError(f"expected {name} to hold at least one branch, got an empty sequence")
     return tuple(check_positive_int(f"{name}[{i}]", v) for i, v in enumerate(values))
 
 
-def check_float(name: str, value: object) -> float:
-    """An int or float, as it was given; bools are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"expected {name} to be a float, got {type(value).__name__} {value!r}")
-    return value
+def check_int_range(name: str, value: object) -> tuple[int, int]:
+    """Two ints `(start, stop)`, neither below 0."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"expected {name} to be a tuple (start, stop), got {shown(value)}")
+    return check_int(f"{name}[0]", value[0], 0), check_int(f"{name}[1]", value[1], 0)
 
 
-def check_probability(name: str, value: object) -> float:
+def check_probability(name: str, value: float) -> float:
     """A float in [0, 1)."""
-    number = check_float(name, value)
-    if not 0.0 <= number < 1.0:
-        raise ValueError(f"expected {name} in [0, 1), got {value}")
-    return float(number)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a float, got {shown(value)}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"expected {name} in [0, 1), got {_number(value)}")
+    return float(value)
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """An ordinary tensor, whose elements lie at strides: not sparse, nested or of MKL-DNN."""
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+def check_dense(name: str, x: Any) -> None:
+    """A tensor of numbers at strides; sparse, nested and mkldnn ones have no pointer, some of them no shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
+    is_nested = not torch.compiler.is_compiling() and x.is_nested  # a traced one says so by its layout
+    if x.layout != torch.strided or is_nested:
+        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if is_nested else x.layout}")
+
+
+def check_values(name: str, x: Any) -> None:
+    """A dense tensor whose values can be looked at: no meta and no fake one."""
+    check_dense(name, x)
+    if x.is_meta or (not torch.compiler.is_compiling() and torch_private.is_fake(x)):
+        raise TypeError(f"expected {name} with values to look at, got a {'meta' if x.is_meta else 'fake'} tensor")
+
+
+def check_readable(name: str, x: Tensor, device: torch.device) -> None:
+    """On the device, or on a CPU from which it can be brought there."""
+    if x.device != device and x.device.type != "cpu":
+        raise ValueError(f"expected {name} on q's device {device} or on the CPU, got {x.device}")
+
+
+def _is_usual(x: Tensor) -> bool:
+    return type(x) is Tensor and not x.is_inference()
+
+
+def check_all_or_none_fake(first: Tensor, others: Mapping[str, object]) -> None:
+    """Fake tensors, which have no values, come only with others of their kind."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in others.items():
+        if isinstance(x, Tensor) and torch_private.is_fake(x) != torch_private.is_fake(first):
+            raise TypeError(f"expected {name} to be a fake tensor like all others or none, got {type(x).__name__}")
+
+
+def check_savable(named: Mapping[str, Tensor], *others: Tensor) -> None:
+    """None made in inference mode where any or another requires a gradient: autograd keeps them for the backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if any(x.requires_grad for x in (*named.values(), *others)):
+        for name, x in named.items():
+            if x.is_inference():
+                raise ValueError(
+                    f"expected {name} made outside inference mode where a gradient is wanted; clone it outside"
+                )
+
+
+def check_multiplicand(name: str, x: Any, *modules: nn.Module) -> None:
+    """A dense tensor of the device and dtype of the weights that plain modules multiply it by.
+
+    Modules of other classes, or with hooks, may bring the tensor there themselves: adapters, FSDP, offloading.
+    """
+    check_dense(name, x)
+    if torch.compiler.is_compiling():
+        return
+    weight = modules[0]._parameters.get("weight")
+    if weight is None or (x.dtype == weight.dtype and x.device == weight.device and _is_usual(x)):
+        return  # the common case, once per layer: it costs a microsecond
+    if _are_plain(modules):
+        check_beside(name, x, weight)
+        if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"expected {name} of the parameters' dtype {weight.dtype}, got {x.dtype}")
+
+
+def check_looked_up(name: str, x: Any, embedding: nn.Module) -> None:
+    """A dense tensor on the device of the table that it looks up."""
+    check_dense(name, x)
+    if _are_plain((embedding,)):
+        check_beside(name, x, embedding.weight)  # type: ignore[arg-type]
+
+
+def check_beside(name: str, x: Tensor, parameter: Tensor) -> None:
+    """A tensor on a parameter's device, not fake beside a real one, nor of inference mode beside one that learns."""
+    if x.device != parameter.device:
+        raise ValueError(f"expected {name} on the model's device {parameter.device}, got {x.device}")
+    if not torch.compiler.is_compiling() and not torch_private.is_watched():
+        check_all_or_none_fake(parameter, {name: x})
+        check_savable({name: x}, parameter)
+
+
+def _are_plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules compute what their classes say, of what they are given; never said while compiling."""
+    if torch.compiler.is_compiling() or torch_private.is_watched():
+        return False
+    return all(
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
+        and type(module.weight) is nn.Parameter
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+        for module in modules
+    )
 
 
 def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
@@ -124,8 +294,7 @@ def check_qkv(inputs: QKV, *, packed: bool = False) -> QKV:
     layout = "(total, H, D)" if packed else "(B, N, H, D)"
     rank = 3 if packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
+        check_dense(name, x)
         if x.dim() != rank:
             raise ValueError(f"expected {name} of shape {layout}, got {x.dim()} dimensions {tuple(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
@@ -157,6 +326,11 @@ def check_range(x: QKV, q_start: object, k_start: object, seq_len: object) -> tu
     q_start, k_start = check_int("q_start", q_start, 0), check_int("k_start", k_start, 0)
     q_end, k_end = q_start + x.q.shape[1], k_start + x.k.shape[1]
     end = max(q_end, k_end)
+    if (q_start or k_start) and end >= 2**63:
+        raise ValueError(
+            f"expected q_start and k_start to leave every position below 2**63, got {q_start} with {x.q.shape[1]} "
+            f"queries and {k_start} with {x.k.shape[1]} keys"
+        )
     if seq_len is None:
         return q_start, k_start, end
     seq_len = check_int("seq_len", seq_len, 0)
@@ -170,7 +344,8 @@ def check_range(x: QKV, q_start: object, k_start: object, seq_len: object) -> tu
 
 def check_packed_alone(masks: Masks, q_start: object, k_start: object, seq_len: object) -> None:
     """Raises where packed sequences come with what describes padded or partial ones."""
-    if any(x is not None for x in (masks.key_padding, masks.row_start, seq_len)) or q_start or k_start:
+    starts = check_int("q_start", q_start, 0), check_int("k_start", k_start, 0)
+    if any(x is not None for x in (masks.key_padding, masks.row_start, seq_len)) or any(starts):
         raise ValueError(
             "expected cu_seqlens alone: key_padding_mask, row_start, q_start, k_start and seq_len describe "
             "padded or partial sequences, packed ones are whole and have no padding"
@@ -183,12 +358,21 @@ def check_masks(masks: Masks, q: Tensor, seq_len: int) -> None:
         check_key_padding_mask(masks.key_padding, q.shape[0], seq_len, q.device)
     if masks.row_start is not None:
         check_row_start(masks.row_start, q.shape[0])
+        check_readable("row_start", masks.row_start, q.device)
+    if masks.cu_seqlens is not None:
+        check_readable("cu_seqlens", masks.cu_seqlens, q.device)
+    if isinstance(masks.seed, Tensor):
+        check_readable("seed", masks.seed, q.device)
+    if any(x is not None for x in masks):
+        check_all_or_none_fake(
+            q,
+            {"key_padding_mask": masks.key_padding, "row_start": masks.row_start, "cu_seqlens": masks.cu_seqlens,
+             "seed": masks.seed},
+        )  # fmt: skip
 
 
 def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
     """A bool (B, N) mask over the whole sequence, True = real."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"expected key_padding_mask to be a Tensor, got {type(mask).__name__}")
     check_dense("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype torch.bool (True = real), got {mask.dtype}")
@@ -200,8 +384,7 @@ def check_key_padding_mask(mask: Tensor, batch: int, seq_len: int, device: torch
 
 def check_row_start(row_start: Tensor, batch: int) -> None:
     """Shape and dtype; the values are checked by `check_row_start_values` where they may be read."""
-    if not isinstance(row_start, Tensor):
-        raise TypeError(f"expected row_start to be a Tensor, got {type(row_start).__name__}")
+    check_dense("row_start", row_start)
     if row_start.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected row_start of dtype int32 or int64, got {row_start.dtype}")
     if tuple(row_start.shape) != (batch,):
@@ -218,8 +401,7 @@ def check_row_start_values(row_start: Tensor) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
     """Shape and dtype; the values are checked by `check_cu_seqlens_values` where they may be read."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"expected cu_seqlens to be a Tensor, got {type(cu_seqlens).__name__}")
+    check_dense("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected cu_seqlens of dtype int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

@@ -38,9 +38,12 @@ def kind_of(
         return None
     if not isinstance(segment_lengths, list | tuple) or not isinstance(dilation_rates, list | tuple):
         return None
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:  # a kernel may be compiled for less alignment
+    try:
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:  # a kernel may be compiled for less alignment
+            return None
+        tensors = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype
+    except RuntimeError:  # a layout without pointer or shape: validation has an opinion on it
         return None
-    tensors = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype
     # Types too: 8.0 and True equal 8 and 1, and validation tells them apart.
     values = *segment_lengths, *dilation_rates, *settings
     kind = (tensors, q.device, k.device, v.device, len(segment_lengths), values, tuple(map(type, values)))
@@ -74,6 +77,9 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or torch_private.is_watched()
+        or q.is_neg()  # a kernel reads what stands in memory, whose sign is the other one; the dispatcher mends it
+        or k.is_neg()
+        or v.is_neg()
         or q.is_meta  # before autocast, which does not know the device
         or torch.is_autocast_enabled(q.device.type)
         or (q.is_cuda and q.device.index != torch.cuda.current_device())

@@ -7,6 +7,7 @@ is Skilling's (AIP Conf. Proc. 707, 381, 2004), read off tables that take severa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -21,6 +22,8 @@ Curve = Literal["raster", "snake", "morton", "hilbert"]
 
 CURVES: tuple[Curve, ...] = get_args(Curve)
 _MAX_BITS = {2: 31, 3: 20}  # of one coordinate, so that an index fits an int64
+_MOST_TOKENS = 1 << 30  # whose coordinates alone take 16 GiB
+_INTEGERS = (*check.INT_DTYPES, torch.uint16, torch.uint32, torch.uint64)
 _FLOAT_BITS = {2: 26, 3: 20}  # finer than any scanner's coordinates
 
 
@@ -72,8 +75,8 @@ def hilbert_encode(coords: Tensor, num_bits: int) -> Tensor:
     _check_numbers("coords", coords, "to be of integers")
     if coords.dim() == 0 or coords.shape[-1] not in _MAX_BITS:
         raise ValueError(f"expected coords of shape (..., 2) or (..., 3), got {tuple(coords.shape)}")
-    _check_bits(num_bits, coords.shape[-1])
-    axes = _within("coordinates", coords, num_bits).unbind(-1)  # D tensors (...)
+    num_bits = _check_bits(num_bits, coords.shape[-1])
+    axes = _within("coords", coords, num_bits).unbind(-1)  # D tensors (...)
     index = hilbert_tables.encode_with_hilbertsfc(axes, num_bits)
     return hilbert_tables.encode(axes, num_bits) if index is None else index
 
@@ -97,9 +100,10 @@ def hilbert_decode(index: Tensor, num_dims: int, num_bits: int) -> Tensor:
         >>> hilbert_decode(torch.arange(4), 2, 1).tolist()
         [[0, 0], [0, 1], [1, 1], [1, 0]]
     """
-    if check.check_positive_int("num_dims", num_dims) not in _MAX_BITS:
-        raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims!r}")
-    _check_bits(num_bits, num_dims)
+    num_dims = check.check_positive_int("num_dims", num_dims)  # NumPy's ints would overflow in eight bits
+    if num_dims not in _MAX_BITS:
+        raise ValueError(f"expected num_dims to be 2 or 3, got {num_dims}")
+    num_bits = _check_bits(num_bits, num_dims)
     _check_numbers("index", index, "to be of integers")
     index = _within("index", index, num_dims * num_bits)
     return torch.stack(hilbert_tables.decode(index, num_dims, num_bits), -1)  # (..., D)
@@ -150,10 +154,13 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
     if coords is not None:
         return _order(name, _cells(coords))
     if isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Sequence):
-        raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {type(grid).__name__} {grid!r}")
+        raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {check.shown(grid)}")
     if len(grid) not in _MAX_BITS:
         raise ValueError(f"expected grid of 2 or 3 sizes, got {len(grid)}: {tuple(grid)}")
-    return _grid_order(name, tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid)))
+    sizes = tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid))
+    if math.prod(sizes) > _MOST_TOKENS:
+        raise ValueError(f"expected grid of at most {_MOST_TOKENS} tokens, got {sizes}")
+    return _grid_order(name, sizes)
 
 
 @lru_cache(maxsize=32)
@@ -245,10 +252,9 @@ def _along_bits(name: Curve, cells: Tensor) -> Tensor:
     return torch.argsort(index, stable=True)
 
 
-def _check_numbers(name: str, x: object, kind: str, *, floats: bool = False) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
-    if x.dtype == torch.bool or x.is_complex() or (x.is_floating_point() and not floats):
+def _check_numbers(name: str, x: Tensor, kind: str, *, floats: bool = False) -> None:
+    check.check_values(name, x)
+    if x.dtype not in _INTEGERS and not (floats and x.dtype in check.FLOAT_DTYPES):
         raise TypeError(f"expected {name} {kind}, got {x.dtype}")
 
 
@@ -261,9 +267,11 @@ def _within(name: str, x: Tensor, num_bits: int) -> Tensor:
     return x
 
 
-def _check_bits(num_bits: int, num_dims: int) -> None:
-    if check.check_positive_int("num_bits", num_bits) > _MAX_BITS[num_dims]:
+def _check_bits(num_bits: int, num_dims: int) -> int:
+    num_bits = check.check_positive_int("num_bits", num_bits)
+    if num_bits > _MAX_BITS[num_dims]:
         raise ValueError(f"expected num_bits of at most {_MAX_BITS[num_dims]} in {num_dims}-D, got {num_bits}")
+    return num_bits
 
 
 def _permuted(x: Tensor, dim: int, order: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dilated_attention_pytorch.core.files import replace_file
+from dilated_attention_pytorch.core.validation import check_factory, quoted
 from dilated_attention_pytorch.models import weights
 from dilated_attention_pytorch.models.config import Model
 from dilated_attention_pytorch.models.layers import has_head_groups
@@ -84,9 +85,10 @@ def load_pretrained(
         ImportError: safetensors is not installed.
     """
     architecture, values = weights.read_config(Path(folder))
-    if architecture not in _ARCHITECTURES:
-        known = list(_ARCHITECTURES)
-        raise ValueError(f"expected architecture in {weights.CONFIG} to be one of {known}, got {architecture!r}")
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        known, got = list(_ARCHITECTURES), quoted(architecture)
+        raise ValueError(f"expected architecture in {weights.CONFIG} to be one of {known}, got {got}")
+    check_factory(device, dtype)
     # Built without memory: the file's tensors become the parameters.
     kind = _ARCHITECTURES[architecture]
     model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")

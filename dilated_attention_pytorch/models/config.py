@@ -14,18 +14,12 @@ from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions
 from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
 
-
-def check_above_zero(name: str, value: Any) -> float:
-    """A number above 0."""
-    if not check.check_float(name, value) > 0:
-        raise ValueError(f"expected {name} above 0, got {value}")
-    return float(value)
-
-
 Activation = Literal["relu", "gelu"]
 Probability = Annotated[float, check.check_probability]
-AboveZero = Annotated[float, check_above_zero]
-Count = Annotated[int, lambda name, value: check.check_int(name, value, 0)]
+AboveZero = Annotated[float, check.check_above_zero]
+Width = Annotated[int, check.check_width]
+Depth = Annotated[int, check.check_depth]
+Count = Annotated[int, lambda name, value: check.check_int(name, value, 0, 1 << 24)]
 
 
 def _checked(name: str, value: Any, annotation: Any) -> Any:
@@ -57,8 +51,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The config that `to_dict` wrote; absent fields take their defaults, any other key is a ValueError."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"expected values to be a mapping, got {check.shown(values)}")
         known = sorted(field.name for field in fields(cls))
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, set(values) - set(known))):
             raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
         return cls(**values)
 
@@ -89,11 +85,12 @@ class Model(nn.Module, Generic[Config]):
         super().__init__()
         kind: Any = self.config_class
         if config is not None and not isinstance(config, kind):
-            raise TypeError(f"expected config to be a {kind.__name__}, got {type(config).__name__} {config!r}")
+            raise TypeError(f"expected config to be a {kind.__name__}, got {check.shown(config)}")
         check.check_bool("gradient_checkpointing", gradient_checkpointing)
+        check.check_factory(device, dtype)
         self.config: Config = replace(config or kind(), **overrides)
         self.gradient_checkpointing = gradient_checkpointing
-        self._backend: BackendName = backend
+        self._backend: BackendName = check.check_choice("backend", backend, BackendName)
         self._build(device=device, dtype=dtype)
 
     def _build(self, **factory: Any) -> None:  # device and dtype of the parameters
@@ -138,12 +135,12 @@ class LongNetConfig(ModelConfig):
         True
     """
 
-    d_model: int = 768
-    nhead: int = 12
-    num_kv_heads: int | None = None
-    num_encoder_layers: int = 12
-    num_decoder_layers: int = 12
-    dim_feedforward: int = 3072
+    d_model: Width = 768
+    nhead: Width = 12
+    num_kv_heads: Width | None = None
+    num_encoder_layers: Depth = 12
+    num_decoder_layers: Depth = 12
+    dim_feedforward: Width = 3072
     segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
     dropout: Probability = 0.0
@@ -156,7 +153,7 @@ class LongNetConfig(ModelConfig):
     offsets: Offsets = "modulo"
     mixing_gradient: MixingGradient = "exact"
     padding: Padding = "none"
-    vocab_size: int | None = None
+    vocab_size: Width | None = None
     tie_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -177,8 +174,8 @@ class LongNetConfig(ModelConfig):
 class VisionConfig(ModelConfig):
     """The base of configs of slide encoders and vision transformers, which have timm's names."""
 
-    depth: int = 12
-    num_heads: int = 16
+    depth: Depth = 12
+    num_heads: Width = 16
     dilation_rates: tuple[int, ...] = (1, 2, 4, 8, 16)
     drop_path: Probability = 0.1
     offsets: Offsets = "blocked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -32,9 +33,13 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
     if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size):
         raise ValueError(f"expected tokens in [0, {vocab_size}), got {int(prompt.min())} to {int(prompt.max())}")
     if (row_start := sampling.get("row_start")) is not None:
+        check.check_values("row_start", row_start)
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
             raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
+    generator = sampling.get("generator")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected generator to be a torch.Generator, got {check.shown(generator)}")
     if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
         raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
     temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
@@ -45,9 +50,9 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
     eos_token, seed = sampling.get("eos_token"), sampling.get("seed")
     if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        check.check_float(name, 1.0 if value is None else value)
-    if not 0.0 < temperature < float("inf"):
+    if top_p is not None:
+        check.check_float("top_p", top_p)
+    if check.check_float("temperature", temperature) <= 0.0:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
@@ -62,7 +67,8 @@ def sample(model: Any, cache: Any, prompt: Tensor, max_new_tokens: int, sampling
     filters: Any = {name: sampling.get(name) for name in ("temperature", "top_k", "top_p") if name in sampling}
     eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
     if (seed := sampling.get("seed")) is not None:
-        generator = torch.Generator(prompt.device).manual_seed(seed)
+        generator = torch.Generator(prompt.device).manual_seed(operator.index(seed))
+    eos_token = None if eos_token is None else operator.index(eos_token)
     finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
     tokens = prompt
     try:
@@ -97,11 +103,11 @@ def token_probabilities(
     The temperature divides the logits; of the `top_k` likeliest tokens the fewest stay that together have at least the
     probability `top_p`, always one.
     """
-    logits = logits.to(accumulator(logits.dtype)) / temperature
+    logits = logits.to(accumulator(logits.dtype)) / float(temperature)
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     size = logits.shape[-1]
-    best, tokens = logits.topk(size if top_k is None else min(top_k, size), -1)  # the likeliest first
+    best, tokens = logits.topk(size if top_k is None else min(int(top_k), size), -1)  # the likeliest first
     probabilities = best.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.core.positions import Rotation
+from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_dense, check_multiplicand
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
@@ -105,6 +106,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         """`(B, N, d_model)`, or `(total, d_model)` with `cu_seqlens`, to the same; the memory is like x.
         `scales` `(2, ...)` are factors that broadcast to x, on the outputs of self-attention and feed-forward."""
+        check_multiplicand("x", x, self.self_attn.q_proj, self.self_attn_layer_norm)
         # Under autocast the norm's output is fp32: cast once, or each of the three projections keeps a cast of its own.
         (h,) = in_autocast_dtype(self.self_attn_layer_norm(x))
         h, _ = self.self_attn(h, h, h, is_causal=is_causal, rotation=rotation, cache=cache, **rows)
@@ -160,6 +162,13 @@ class LayerStack(nn.Module):
         There is one cache and one pair of scales per layer; `options` are further arguments of `Layer.forward`. `start`
         is the position of the first row.
         """
+        check_dense("x", x)
+        rank, width = 3 if options.get("cu_seqlens") is None else 2, self.layer_norm.normalized_shape[0]
+        if x.dim() != rank or x.shape[-1] != width:
+            layout = f"(total, {width}) with cu_seqlens" if rank == 2 else f"(B, N, {width})"
+            raise ValueError(f"expected x of shape {layout}, got {tuple(x.shape)}")
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"expected x to be float16, bfloat16, float32 or float64, got {x.dtype}")
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}

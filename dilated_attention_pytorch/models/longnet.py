@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
-from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.core.validation import check_int, check_looked_up, quoted
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
@@ -164,6 +164,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
                 raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
             if tokens.shape[1] == 0:
                 raise ValueError("expected at least one token with a cache, got none")
+            if not callable(getattr(cache, "begin", None)):  # transformers' one is wrapped in a class of its own
+                raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
             cache.check(tokens.shape[0], self.config.num_decoder_layers)
             cache.begin(tokens.shape[1])
             options = {"start": cache.length, "row_start": cache.row_start, "caches": cache.layers}
@@ -206,7 +208,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         vocab_size = self.config.vocab_size
         assert vocab_size is not None
         check_int("max_new_tokens", max_new_tokens, 0)
-        self._check(prompt, packed=False)
+        with torch.no_grad():  # a prompt of inference mode is as good as any
+            self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)
         cache = self.make_cache(row_start=sampling.get("row_start"))
         return sample(self, cache, prompt, max_new_tokens, sampling)
@@ -215,7 +218,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         """The position of the first token: 0 without shards."""
         if self._shards is None:
             if seq_len is not None:
-                raise ValueError(f"expected no seq_len without shard_context, got {seq_len}: tokens are whole")
+                raise ValueError(f"expected no seq_len without shard_context, got {quoted(seq_len)}: tokens are whole")
             return 0
         if given - {"key_padding_mask"} or cache is not None:
             raise ValueError(
@@ -225,8 +228,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         return self._shards.start(tokens.shape[1], seq_len)
 
     def _check(self, tokens: Tensor, packed: bool) -> None:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"expected tokens to be a Tensor, got {type(tokens).__name__}")
+        check_looked_up("tokens", tokens, self.embed_tokens)
         if tokens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"expected tokens of dtype int32 or int64, got {tokens.dtype}")
         if tokens.dim() != (1 if packed else 2):

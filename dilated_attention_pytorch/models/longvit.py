@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.functional import in_autocast_dtype
-from dilated_attention_pytorch.models.config import Count, Model, Probability, VisionConfig
+from dilated_attention_pytorch.models.config import Count, Depth, Model, Probability, VisionConfig, Width
 from dilated_attention_pytorch.models.layers import LayerStack, stochastic_depth
 from dilated_attention_pytorch.models.slide.positions import sincos_table
 
@@ -37,10 +38,10 @@ class LongViTConfig(VisionConfig):
         layer_norm_eps: epsilon of every LayerNorm.
     """
 
-    in_chans: int = 3
-    patch_size: int = 32
-    embed_dim: int = 384
-    ffn_dim: int = 1536
+    in_chans: Width = 3
+    patch_size: Depth = 32
+    embed_dim: Width = 384
+    ffn_dim: Width = 1536
     segment_lengths: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144)
     positions: PatchPositions = "learned"
     position_grid: tuple[int, int] = (32, 32)
@@ -55,7 +56,9 @@ class LongViTConfig(VisionConfig):
         if width % 4 or width % heads:
             raise ValueError(f"expected embed_dim to be a multiple of 4 and of num_heads, got {width} and {heads}")
         if len(self.position_grid) != 2:
-            raise ValueError(f"expected position_grid to be (rows, columns), got {self.position_grid}")
+            raise ValueError(f"expected position_grid to be (rows, columns), got {check.quoted(self.position_grid)}")
+        for i, side in enumerate(self.position_grid):
+            check.check_depth(f"position_grid[{i}]", side)
         _ = self.layers  # checks the rest
 
 
@@ -121,10 +124,10 @@ class LongViT(Model[LongViTConfig]):
             TypeError: no tensor, or one of another dtype; under autocast it may be any that autocast converts.
         """
         config, size = self.config, self.config.patch_size
-        if not isinstance(images, Tensor):
-            raise TypeError(f"expected images to be a Tensor, got {type(images).__name__}")
+        check.check_dense("images", images)
         if images.dim() != 4 or images.shape[1] != config.in_chans:
             raise ValueError(f"expected images of shape (B, {config.in_chans}, H, W), got {tuple(images.shape)}")
+        check.check_beside("images", images, self.cls_token)
         images, like = in_autocast_dtype(images, self.cls_token)
         if images.dtype != like.dtype:
             raise TypeError(f"expected images of the parameters' dtype {like.dtype}, got {images.dtype}")

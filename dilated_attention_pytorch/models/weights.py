@@ -120,6 +120,11 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         for key, value in wanted.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [
+        f"{key} of {value.dtype}, expected a floating dtype"
+        for key, value in state.items()
+        if key in wanted and not value.is_floating_point()
+    ]
     if problems:
         raise ValueError(f"expected the weights of a {type(model).__name__}, got: " + "; ".join(problems))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -81,9 +82,16 @@ class RingAttentionConfig:
             raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
         object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))
         validation.check_scale(self.scale, 1)
-        if (dtype := self.gradient_dtype) is not None and dtype not in validation.FLOAT_DTYPES:
-            raise TypeError(f"expected gradient_dtype to be a floating torch.dtype or None, got {dtype!r}")
-        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float | None):
-            raise TypeError(f"expected timeout to be a number of seconds or None, got {self.timeout!r}")
-        if self.timeout is not None and not 0 < self.timeout < float("inf"):
-            raise ValueError(f"expected timeout to be positive and finite, got {self.timeout}")
+        wire = self.gradient_dtype
+        if wire is not None and not (isinstance(wire, torch.dtype) and wire in validation.FLOAT_DTYPES):
+            raise TypeError(
+                f"expected gradient_dtype to be a floating torch.dtype or None, got {validation.quoted(wire)}"
+            )
+        if self.timeout is None:
+            return
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float):
+            got = validation.quoted(self.timeout)
+            raise TypeError(f"expected timeout to be a number of seconds or None, got {got}")
+        if not 0 < self.timeout <= sys.float_info.max:
+            got = validation.quoted(self.timeout)
+            raise ValueError(f"expected timeout to be positive and finite, got {got}")

@@ -65,10 +65,10 @@ def balanced_bounds(
         >>> balanced_bounds(DilatedPattern((64, 1024), (1, 1), 4), 1024, 2)
         (0, 704, 1024)
     """
-    check_int("seq_len", seq_len, 0)
-    check_positive_int("world_size", world_size)
+    seq_len = check_int("seq_len", seq_len, 0)
+    world_size = check_positive_int("world_size", world_size)
     if multiple is not None:
-        check_positive_int("multiple", multiple)
+        multiple = check_positive_int("multiple", multiple)
     else:
         fitting = [w for w in pattern.segment_lengths if w * 8 * world_size <= seq_len]
         multiple = max(fitting, default=max(1, seq_len // (16 * world_size)))

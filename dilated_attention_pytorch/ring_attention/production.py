@@ -76,7 +76,7 @@ class RingDilatedAttention(BaseRingAttention):
         # The op's arguments, tensors taken away: settings, and how rows travel.
         lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
         pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)
-        scale = validation.check_scale(config.scale, query.shape[-1])
+        scale = validation.check_scale(config.scale, query.shape[-1], query.dtype)
         problem = Problem(pattern, is_causal, scale, dropout_p, padding=config.padding)
         requires_grad = torch.is_grad_enabled() and any(y.requires_grad for y in x)
         gradient_dtype = "" if config.gradient_dtype is None else str(config.gradient_dtype).removeprefix("torch.")
@@ -103,7 +103,9 @@ def group_of(group: GroupOrMesh, mesh_dim: str | None) -> ProcessGroup | None:
             )
         return group.get_group(mesh_dim)
     if mesh_dim is not None:
-        raise ValueError(f"expected a DeviceMesh with mesh_dim={mesh_dim!r}, got {type(group).__name__}")
+        raise ValueError(
+            f"expected a DeviceMesh with mesh_dim={validation.quoted(mesh_dim)}, got {type(group).__name__}"
+        )
     # None is no group at all: the world is rarely the group that shares a sequence.
     if group is not None and not isinstance(group, ProcessGroup):
         raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -50,9 +51,11 @@ class Settings:
     def of(cls, function: str, given: dict[str, Any]) -> Self:
         """From the keyword arguments of one of the public functions."""
         for name, default in REFUSED.items():
-            if (value := given.get(name, default)) is not default and value != default:
+            value = given.get(name, default)
+            # An array or tensor would compare element by element.
+            if value is not default and not (isinstance(value, (int, float, str)) and value == default):
                 words = "dilated_attention computes it, on sequences that fit the device"
-                raise NotImplementedError(f"streaming has no {name}={value!r}: {words}")
+                raise NotImplementedError(f"streaming has no {name}={check.quoted(value)}: {words}")
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in names and name not in REFUSED]:
             raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
@@ -75,13 +78,15 @@ class StreamedCall:
 
     def plan(self) -> RangePlan:
         """Its ranges."""
-        limit = self.settings.device_limit
+        # Plain ints: NumPy's overflow.
+        given = self.settings.device_limit, self.settings.range_length
+        limit, length = (None if x is None else operator.index(x) for x in given)
         if limit is None and self.device.type == "cuda":
             # What torch holds without using it is free to torch.
             idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             limit = int(_SHARE * (torch.cuda.mem_get_info(self.device)[0] + idle))
         limit = CPU_LIMIT if limit is None else limit
-        return plan_ranges(self.problem, self.sizes, limit, self.settings.range_length)
+        return plan_ranges(self.problem, self.sizes, limit, length)
 
     def work(self) -> Pass:
         """The walk over its ranges."""
@@ -131,8 +136,8 @@ def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | Non
     (batch, n, heads, width), kv_heads = meta.q.shape, meta.k.shape[2]
     if meta.k.shape[1] != n:
         raise ValueError(
-            f"expected as many keys as queries, got {meta.k.shape[1]} and {n}: dilated_attention computes ranges of a "
-            "sequence (q_start, k_start)"
+            f"expected k and v of as many positions as q, got {meta.k.shape[1]} and {n}: dilated_attention computes "
+            "ranges of a sequence (q_start, k_start)"
         )
     problem = _problem(settings, meta)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device is None else settings.device
@@ -148,6 +153,7 @@ def prepare(settings: Settings, inputs: dict[str, AnySource], mask: Tensor | Non
     for name, spec in specs.items():
         sources.check_spec(name, spec, call.spec(name))
     if mask is not None:
+        check.check_values("key_padding_mask", mask)
         check.check_key_padding_mask(mask, batch, n, torch.device("cpu"))
     return call
 
@@ -157,7 +163,7 @@ def _problem(settings: Settings, x: QKV) -> Problem:
     lengths, rates = settings.segment_lengths, settings.dilation_rates
     pattern = DilatedPattern(lengths, rates, x.k.shape[2], settings.offsets)  # type: ignore[arg-type]
     is_causal = check.check_bool("is_causal", settings.is_causal)
-    scale = check.check_scale(settings.scale, x.q.shape[3])
+    scale = check.check_scale(settings.scale, x.q.shape[3], x.q.dtype)
     check.check_bool("progress", settings.progress)
     if settings.pool is not None and not callable(getattr(settings.pool, "borrow", None)):
         raise TypeError(f"expected pool to be a UnifiedMemoryPool, got {type(settings.pool).__name__}")

@@ -213,6 +213,7 @@ def check_source(name: str, x: object) -> Spec:
             raise ValueError(
                 f"expected {name} in host memory, got it on {x.device}: dilated_attention computes what lies there"
             )
+        check.check_values(name, x)
         return Spec.of(x)
     if missing := [part for part in ("shape", "dtype", "read") if not hasattr(x, part)]:
         raise TypeError(
@@ -248,6 +249,8 @@ def check_target(name: str, x: object, want: Spec, taken: Sequence[object]) -> N
         return
     check.check_dense(name, x)
     check_spec(name, Spec.of(x), want)
+    if x.device.type == "cpu":
+        check.check_values(name, x)
     for is_wrong, words in (
         (x.device.type != "cpu", f"in host memory, got it on {x.device}"),
         (x.requires_grad, "without requires_grad: it is overwritten"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig, check_above_zero
+from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
 VOCAB_SIZE = 256  # bytes; a zero byte ends each document
@@ -105,7 +105,7 @@ class TrainConfig(ModelConfig):
             for name in names:
                 check.check_int(name, getattr(self, name), minimum)
         for name in ("learning_rate", "grad_clip"):
-            check_above_zero(name, getattr(self, name))
+            check.check_above_zero(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             check.check_probability(name, getattr(self, name))
         for name, most, words in (("final_rate", 1, "in [0, 1]"), ("weight_decay", math.inf, "of at least 0")):

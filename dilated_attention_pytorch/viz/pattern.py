@@ -32,7 +32,7 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
     Returns:
         Bool `(num_branches, N, N)`, queries before keys; summed over branches, the multiplicity of a key.
     """
-    check.check_positive_int("seq_len", seq_len)
+    seq_len = check.check_positive_int("seq_len", seq_len)
     check.check_index("head", head, pattern.num_heads)
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)[:, head]
@@ -89,7 +89,7 @@ def pattern_figure(
     Raises:
         ValueError: a head or span out of range.
     """
-    check.check_positive_int("seq_len", seq_len)
+    seq_len = check.check_positive_int("seq_len", seq_len)
     chosen = list(spans) if spans is not None else [(0, seq_len)]
     for start, stop in chosen:
         if not 0 <= start < stop <= seq_len:
@@ -132,7 +132,9 @@ def neighbours_figure(
         query: its position.
         head: key/value head.
     """
-    check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
+    seq_len = check.check_positive_int("seq_len", seq_len)
+    query = check.check_index("query", query, seq_len)
+    check.check_index("head", head, pattern.num_heads)
     with style():
         count = len(pattern.branches)
         figure = Figure(figsize=(8.2, 0.42 * count + 1.9), layout="constrained")
@@ -173,8 +175,9 @@ def receptive_field(
     Returns:
         Bool `(num_layers + 1, N)`; row 0 is the query alone.
     """
-    check.check_positive_int("num_layers", num_layers)
-    check.check_index("query", query, check.check_positive_int("seq_len", seq_len))
+    num_layers = check.check_positive_int("num_layers", num_layers)
+    seq_len = check.check_positive_int("seq_len", seq_len)
+    query = check.check_index("query", query, seq_len)
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)
     reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)

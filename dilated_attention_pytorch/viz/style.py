@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dilated_attention_pytorch.core.files import replace_file
+from dilated_attention_pytorch.core.validation import quoted
 
 INK = "#263238"
 GRID = "#cfd8dc"
@@ -70,7 +71,7 @@ def save(figure: Figure, path: Path | str, *, dpi: int = 150) -> Path:
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"expected a file name that ends in a picture format such as .png, got {path.name!r}")
+        raise ValueError(f"expected path to end in a picture format such as .png, got {quoted(path.name)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if kind == "svg" else None  # SVG would carry the date, and random ids
     with style(), matplotlib.rc_context({"svg.hashsalt": "dilated-attention-pytorch"}):

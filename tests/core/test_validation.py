@@ -1,7 +1,11 @@
 """Every case of `docs/spec.md`, section 7: the error, and what its message says."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse
 from dilated_attention_pytorch.core.problem import one_segment
@@ -245,6 +249,104 @@ def test_bad_input(tensors, options, error, message, backend):
         dilated_attention(*tensors, **{"backend": backend, **options})
 
 
+_DENSE = "expected {} to be a dense tensor, got"
+
+
+def _nested(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: a prototype
+        return torch.nested.nested_tensor([x(16, 4, 8), x(16, 4, 8)], layout=layout)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: GOOD.to_sparse(), id="sparse"),
+        pytest.param(lambda: GOOD.to_sparse(2), id="hybrid"),
+        pytest.param(lambda: GOOD.to_mkldnn(), id="mkldnn"),
+        pytest.param(lambda: _nested(torch.strided), id="nested"),
+        pytest.param(lambda: _nested(torch.jagged), id="jagged"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_layout_without_strides_is_named(make, place):
+    tensors = [GOOD, GOOD, GOOD]
+    tensors[place] = make()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=_DENSE.format("qkv"[place])):
+            dilated_attention(*tensors, **ONE)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"key_padding_mask": torch.ones(2, 16, dtype=torch.bool).to_sparse()}, "key_padding_mask"),
+        ({"row_start": torch.tensor([0, 1]).to_sparse()}, "row_start"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([3]).to_sparse()}, "seed"),
+    ],
+)
+def test_a_sparse_option_is_named(options, name):
+    with pytest.raises(TypeError, match=_DENSE.format(name)):
+        dilated_attention(GOOD, GOOD, GOOD, **ONE, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"row_start": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "row_start on q's device cpu or"),
+        (
+            {"dropout_p": 0.1, "seed": torch.tensor(1, device="meta")},
+            ValueError,
+            "seed on q's device cpu or on the CPU",
+        ),
+        ({"q_start": 2**63 - 1}, ValueError, r"q_start and k_start to leave every position below 2\*\*63"),
+        ({"k_start": 2**63 - 1, "seq_len": 2**63 - 1}, ValueError, "q_start and k_start to leave every position"),
+        ({"q_start": np.array([8, 16])}, TypeError, r"q_start to be an int, got ndarray array\(\[ 8, 16\]\)"),
+        ({"offsets": np.array(["modulo", "blocked"])}, ValueError, "offsets to be one of .* got ndarray"),
+        ({"padding": torch.zeros(2)}, ValueError, "padding to be one of .* got Tensor of torch.float32"),
+        ({"backend": ["sdpa"]}, ValueError, r"backend to be one of .* got list \['sdpa'\]"),
+        ({"q_start": 10**5000}, ValueError, r"q_start to be below 2\*\*63, got an int of 16610 bits"),
+        ({"segment_lengths": [10**5000]}, ValueError, r"segment_lengths\[0\] to be below 2\*\*63, got an int of"),
+        ({"scale": 10**5000}, ValueError, "scale to be finite, got an int of 16610 bits"),
+        ({"scale": 1e308}, ValueError, r"scale between -1.8e\+19 and 1.8e\+19 for torch.float32, .* got 1e\+308"),
+        ({"is_causal": "x" * 5000}, TypeError, r"is_causal to be a bool, got str '(x{199})\.\.\.$"),
+    ],
+)
+def test_an_argument_that_torch_or_python_would_refuse_without_a_name(options, error, message):
+    with pytest.raises(error, match=message):
+        dilated_attention(GOOD, GOOD, GOOD, **{**ONE, **options})
+
+
+def test_a_packed_call_checks_its_starts_before_it_asks_for_none():
+    with pytest.raises(TypeError, match="q_start to be an int, got Tensor"):
+        dilated_attention(GOOD[0], GOOD[0], GOOD[0], **ONE, cu_seqlens=torch.tensor([0, 16]), q_start=torch.zeros(2))
+
+
+def test_fake_tensors_come_with_fake_tensors():
+    fake = FakeTensorMode().from_tensor(GOOD)
+    assert dilated_attention(fake, fake, fake, **ONE).shape == GOOD.shape
+    with pytest.raises(TypeError, match="k to be a fake tensor like all others or none, got FakeTensor"):
+        dilated_attention(GOOD, fake, GOOD, **ONE)
+    with pytest.raises(TypeError, match="row_start to be a fake tensor like all others or none, got Tensor"):
+        dilated_attention(fake, fake, fake, **ONE, row_start=torch.tensor([0, 1]))
+
+
+def test_a_tensor_of_inference_mode_cannot_be_kept_for_a_gradient():
+    with torch.inference_mode():
+        k = x(2, 16, 4, 8)
+    assert dilated_attention(GOOD, k, k, **ONE).shape == GOOD.shape
+    with pytest.raises(ValueError, match="k made outside inference mode where a gradient is wanted"):
+        dilated_attention(GOOD.clone().requires_grad_(), k, k, **ONE)
+
+
+def test_words_and_numbers_by_inheritance_are_taken():
+    got = dilated_attention(
+        GOOD, GOOD, GOOD, segment_lengths=[np.int32(8)], dilation_rates=(np.uint8(1),), offsets=np.str_("modulo"),
+        q_start=np.int64(0), backend=np.str_("sdpa"), scale=np.float64(8**-0.5),
+    )  # fmt: skip
+    assert torch.equal(got, dilated_attention(GOOD, GOOD, GOOD, **ONE, backend="sdpa"))
+
+
 def test_a_named_backend_never_falls_back():
     double = GOOD.double()  # what the kernels have no room for
     with pytest.raises(NotImplementedError, match="backend='sdpa' computes"):
@@ -268,8 +370,65 @@ def test_arguments_after_the_tensors_are_keyword_only():
         (((8,), (1,), 2.0), TypeError, "num_heads to be an int, got float"),
         (("88", (1,), 2), TypeError, "segment_lengths to be a sequence of ints, got str"),
         (((8,), (1,), 2, "mod"), ValueError, "offsets to be one of"),
+        (((8,), (1,), 2**62), ValueError, "num_heads to be below 65537, got 4611686018427387904"),
+        (((8,), np.array([1]), 2), TypeError, r"dilation_rates to be a sequence of ints, got ndarray array\(\[1\]\)"),
     ],
 )
 def test_bad_pattern(arguments, error, message):
     with pytest.raises(error, match=message):
         DilatedPattern(*arguments)
+
+
+PATTERN = DilatedPattern((6, 8), (2, 3), np.int64(4), np.str_("blocked"))
+
+
+def test_a_pattern_keeps_plain_values():
+    assert [type(value) for value in (*PATTERN.segment_lengths, PATTERN.num_heads, PATTERN.offsets)] == [int] * 3 + [
+        str
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: PATTERN.offset(1.0, 0), TypeError, "branch to be an int, got float 1.0"),
+        (lambda: PATTERN.offset(0, 4), ValueError, r"head in \[0, 4\), got 4"),
+        (lambda: PATTERN.offset(-1, 0), ValueError, "branch to be at least 0, got -1"),
+        (lambda: PATTERN.head_groups("0"), TypeError, "branch to be an int, got str '0'"),
+        (lambda: PATTERN.members(2, 0), ValueError, r"branch in \[0, 2\), got 2"),
+        (lambda: PATTERN.slots(0, 10**30), ValueError, r"offset to be below 2\*\*63, got 1000000"),
+        (lambda: PATTERN.membership([1]), TypeError, "positions to be a Tensor, got list"),
+        (lambda: PATTERN.membership(torch.rand(2)), TypeError, "positions of dtype int64, got torch.float32"),
+        (lambda: PATTERN.keys_of(8, 0, 8), ValueError, r"position in \[0, 8\), got 8"),
+        (lambda: PATTERN.keys_of(0.5, 0, 8), TypeError, "position to be an int, got float 0.5"),
+        (lambda: PATTERN.keys_of(0, 0, 8, is_causal=1), TypeError, "is_causal to be a bool, got int 1"),
+        (lambda: PATTERN.spans(0, 0, (0, 1.5), (0, 8)), TypeError, r"q_range\[1\] to be an int, got float 1.5"),
+        (lambda: PATTERN.spans(0, 0, (0, 8), 8), TypeError, r"k_range to be a tuple \(start, stop\), got int 8"),
+        (lambda: PATTERN.repeats_from("a", 8), TypeError, "start to be an int, got str 'a'"),
+        (lambda: PATTERN.pairs(10**30), ValueError, r"seq_len to be below 2\*\*63, got 1000000"),
+        (lambda: PATTERN.pairs(8, q_range=(-1, 8)), ValueError, r"q_range\[0\] to be at least 0, got -1"),
+        (lambda: PATTERN.coverage(2.0), TypeError, "seq_len to be an int, got float 2.0"),
+        (lambda: DilatedPattern((2**62,), (2,), 1).coverage(2**62), ValueError, "seq_len of at most .* got 46116860"),
+    ],
+)
+def test_bad_questions_to_a_pattern(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_coverage_of_a_long_sequence_counts_one_period():
+    period, rest = 24, 7
+    short = PATTERN.coverage(period) * period
+    want = (short * 10**9 + PATTERN.coverage(rest) * rest) / (period * 10**9 + rest)
+    assert PATTERN.coverage(period * 10**9 + rest) == pytest.approx(want, rel=1e-12)
+
+
+def test_the_reference_takes_fake_tensors_outside_their_mode():
+    fake = FakeTensorMode().from_tensor(GOOD)
+    assert dilated_attention(fake, fake, fake, **ONE, backend="reference").shape == GOOD.shape
+
+
+def test_a_seed_for_fake_tensors_is_made_fake():
+    fake = FakeTensorMode().from_tensor(GOOD)
+    for seed in (3, None):
+        assert dilated_attention(fake, fake, fake, **ONE, dropout_p=0.5, seed=seed).shape == GOOD.shape

@@ -130,3 +130,10 @@ def test_kinds_are_bounded(known, monkeypatch):
     for n in range(1, 7):
         dilated_attention(*inputs(n=n), **PATTERN)
     assert len(known) == 3
+
+
+def test_a_negative_bit_goes_through_the_op():
+    """A kernel reads what stands in memory, whose sign is the other one; the dispatcher mends that."""
+    negative = [torch._neg_view(-x) for x in inputs(3)]
+    assert through_the_op(lambda: dilated_attention(*negative, **PATTERN))
+    assert torch.equal(dilated_attention(*negative, **PATTERN), dilated_attention(*inputs(3), **PATTERN))

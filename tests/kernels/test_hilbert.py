@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hilbertcurve.hilbertcurve import HilbertCurve
@@ -257,7 +258,7 @@ class TestHilbertsfc:
         (lambda: hilbert_order(torch.zeros(3, 2, dtype=torch.bool)), TypeError, "expected coords of integers"),
         (lambda: hilbert_order(torch.tensor([[0.0, torch.nan]])), ValueError, "expected finite coords"),
         (lambda: hilbert_order(torch.tensor([[0, 0], [1, 1], [2, 1 << 40]])), ValueError, "at most"),
-        (lambda: hilbert_encode(torch.tensor([[0, 4]]), 2), ValueError, r"expected coordinates in \[0, 2"),
+        (lambda: hilbert_encode(torch.tensor([[0, 4]]), 2), ValueError, r"expected coords in \[0, 2 \*\* 2\), got"),
         (lambda: hilbert_encode(torch.tensor([[0, -1]]), 2), ValueError, "got -1 to 0"),
         (lambda: hilbert_encode(torch.tensor([[0.0, 1.0]]), 2), TypeError, "expected coords to be of integers"),
         (lambda: hilbert_encode(torch.zeros(5, dtype=torch.int64), 2), ValueError, "expected coords of shape"),
@@ -275,3 +276,10 @@ class TestHilbertsfc:
 def test_bad_input_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_of_numpy_are_no_eight_bit_arithmetic():
+    index = torch.arange(64)
+    got = hilbert_decode(index, np.uint8(3), np.uint8(2))
+    assert torch.equal(got, hilbert_decode(index, 3, 2))
+    assert torch.equal(hilbert_encode(got, np.uint8(2)), index)

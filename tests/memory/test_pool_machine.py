@@ -212,3 +212,8 @@ def test_the_machine_sees_a_broken_pool(broken: str, monkeypatch: pytest.MonkeyP
     quick = settings(max_examples=300, stateful_step_count=60, phases=[Phase.generate])
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Machine, settings=quick)
+
+
+def test_a_size_of_more_digits_than_python_prints_is_named():
+    with pytest.raises(ValueError, match=r"expected shape\[0\] to be below 2\*\*63, got an int of 16610 bits"):
+        UnifiedMemoryPool("simple").borrow((10**5000,), torch.float32, "cpu")

@@ -264,3 +264,25 @@ class TestLegacyMode:
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
         )
         assert done.stdout == "True\n" and done.stderr.count("FutureWarning") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"seed": torch.tensor([3]).to_sparse()},
+            TypeError,
+            "seed to be a dense tensor, got torch.sparse_coo",
+        ),
+        (
+            {"seed": torch.tensor(3, device="meta")},
+            ValueError,
+            "seed on q's device cpu or on the CPU, got meta",
+        ),
+        ({"row_start": torch.zeros(1, device="meta").long()}, ValueError, "expected row_start on q's device cpu or on"),
+    ],
+)
+def test_tensors_that_cannot_be_read_are_named(options, error, message):
+    attention = DilatedAttention([4, 8], [1, 2], attention_dropout=0.1, head_groups=True)
+    with pytest.raises(error, match=message):
+        attention(*(torch.zeros(1, 8, 2, 4),) * 3, **options)

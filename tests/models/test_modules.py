@@ -225,7 +225,7 @@ class TestMultihead:
             ValueError, match=r"expected key and value of query's shape.*\(1, 20, 32\), key \(1, 19, 32\)"
         ):
             module(x, x[:, 1:], x[:, 1:])
-        with pytest.raises(ValueError, match=r"expected query of shape \(\.\.\., N, 32\), got \(1, 20, 31\)"):
+        with pytest.raises(ValueError, match=r"expected query of shape \(B, N, 32\), got \(1, 20, 31\)"):
             module(x[..., 1:], x, x)
         with pytest.raises(TypeError, match=r"expected key_padding_mask of dtype torch.bool \(True = real\)"):
             module(x, x, x, key_padding_mask=torch.ones(1, 20))

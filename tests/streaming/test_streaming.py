@@ -211,3 +211,16 @@ def test_modes_of_torch_change_nothing() -> None:
     assert leaf.grad is not None and torch.equal(leaf.grad, gradients["dq"])
     with torch.inference_mode():
         assert torch.equal(dilated_attention_streamed(q, k, v, **PATTERN, range_length=48), want)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": -1e308}, ValueError, r"expected scale between .* for torch.float32, .* got -1e\+308"),
+        ({"dropout_p": torch.zeros(2)}, NotImplementedError, "streaming has no dropout_p=tensor"),
+    ],
+)
+def test_options_that_python_or_torch_would_refuse_without_a_name(options, error, message):
+    x = torch.zeros(1, 8, 2, 4)
+    with pytest.raises(error, match=message):
+        dilated_attention_streamed(x, x, x, segment_lengths=[4], dilation_rates=[1], **options)

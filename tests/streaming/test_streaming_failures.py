@@ -116,7 +116,7 @@ class TestErrors:
     def test_inputs(self) -> None:
         q, k, v = draw_qkv(64)
         for inputs, error, words in (
-            ((q, k[:, :5], v[:, :5]), ValueError, "as many keys"),
+            ((q, k[:, :5], v[:, :5]), ValueError, "k and v of as many positions as q"),
             ((q, k.float(), v), (TypeError, ValueError), "dtype"),
             ((q, object(), v), TypeError, "expected k to be a Tensor or a source"),
             ((q.to("meta"), k, v), ValueError, "expected q in host memory"),

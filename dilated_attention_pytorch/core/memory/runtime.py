@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory import topology
 from dilated_attention_pytorch.core.memory.blocks import Place
+from dilated_attention_pytorch.core.validation import shown
 
 # What has to come after a block's last use. "none": the processor is done when a call returns. "stream": work is
 # queued, and later work of the same stream comes after it by itself. "host": devices may still read or write the
@@ -92,7 +93,7 @@ class Runtime:
     def record(self, stream: Hashable) -> Any:
         """An event behind everything queued on the stream."""
         if not isinstance(stream, torch.cuda.Stream):
-            raise TypeError(f"expected stream to be a torch.cuda.Stream, got {type(stream).__name__} {stream!r}")
+            raise TypeError(f"expected stream to be a torch.cuda.Stream, got {shown(stream)}")
         return stream.record_event()
 
     def finished(self, event: Any) -> bool:

@@ -63,7 +63,7 @@ class UnifiedMemoryPool:
     @uncompiled
     def __init__(self, strategy: str = "adaptive", limit: int | None = None, *, runtime: Runtime | None = None) -> None:
         if not isinstance(strategy, str) or strategy not in STRATEGIES:
-            raise ValueError(f"expected strategy to be one of {list(STRATEGIES)}, got {strategy!r}")
+            raise ValueError(f"expected strategy to be one of {list(STRATEGIES)}, got {check.quoted(strategy)}")
         if limit is not None:
             limit = check.check_positive_int("limit", limit)
         self.strategy = strategy
@@ -112,10 +112,10 @@ class UnifiedMemoryPool:
         """
         sizes = _sizes(shape)
         if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
+            raise TypeError(f"expected dtype to be a torch.dtype, got {check.quoted(dtype)}")
         where = check.check_device("device", device)
         if not isinstance(purpose, str):
-            raise TypeError(f"expected purpose to be a str, got {type(purpose).__name__} {purpose!r}")
+            raise TypeError(f"expected purpose to be a str, got {check.shown(purpose)}")
         check.check_bool("pinned", pinned)
         check.check_bool("zero", zero)
         place = self._runtime.place(where, pinned)
@@ -154,8 +154,7 @@ class UnifiedMemoryPool:
             ValueError: a tensor that this pool does not lend, or no longer does.
             TypeError: an object that is not a tensor, or not a stream.
         """
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected tensor to be a Tensor, got {type(tensor).__name__} {tensor!r}")
+        check.check_dense("tensor", tensor)
         handle = self._handles.get(id(tensor))
         if handle is None or handle.released or handle.tensor is not tensor:
             raise ValueError(
@@ -275,15 +274,13 @@ class UnifiedMemoryPool:
 def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(shape, Sequence) and not isinstance(shape, str | bytes):
         return tuple(
-            n if type(n) is int and n >= 0 else check.check_int(f"shape[{i}]", n, 0)  # a borrow is short
+            n if type(n) is int and 0 <= n < 1 << 63 else check.check_int(f"shape[{i}]", n, 0)  # a borrow is short
             for i, n in enumerate(shape)
         )
     try:
         return (check.check_int("shape", shape, 0),)
     except TypeError as error:
-        raise TypeError(
-            f"expected shape to be an int or a sequence of ints, got {type(shape).__name__} {shape!r}"
-        ) from error
+        raise TypeError(f"expected shape to be an int or a sequence of ints, got {check.shown(shape)}") from error
 
 
 _pools: weakref.WeakSet[UnifiedMemoryPool] = weakref.WeakSet()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.models import weights
-from dilated_attention_pytorch.models.config import AboveZero, Probability, VisionConfig
+from dilated_attention_pytorch.models.config import AboveZero, Probability, VisionConfig, Width
 from dilated_attention_pytorch.models.slide.positions import sincos
 from dilated_attention_pytorch.types import MixingGradient, Padding
 
@@ -87,12 +87,12 @@ class SlideEncoderConfig(VisionConfig):
         (1024, 4870, 23170, 110217, 524288)
     """
 
-    in_chans: int = 1536
-    embed_dim: int = 768
-    ffn_dim: int = 3072
+    in_chans: Width = 1536
+    embed_dim: Width = 768
+    ffn_dim: Width = 3072
     segment_lengths: tuple[int, ...] = slide_segment_lengths()
     tile_size: int = 256
-    slide_ngrids: int = 1000
+    slide_ngrids: Width = 1000
     global_pool: bool = False
     dropout: Probability = 0.25
     padding: Padding = "none"

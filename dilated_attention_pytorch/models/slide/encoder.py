@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_beside, check_dense, check_int
 from dilated_attention_pytorch.models.layers import LayerStack, has_head_groups, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
@@ -272,18 +272,16 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
         given = {"tiles": tiles, "coords": coords} | ({} if mask is None else {"mask": mask})
         for name, x in given.items():
-            if not isinstance(x, Tensor):
-                raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
-        if not tiles.is_floating_point():
+            check_dense(name, x)
+        if tiles.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected tiles of a floating dtype, got {tiles.dtype}")
         if tiles.dim() != 3 or tiles.shape[-1] != self.config.in_chans:
             raise ValueError(f"expected tiles of shape (B, L, {self.config.in_chans}), got {tuple(tiles.shape)}")
-        shape, device = tuple(tiles.shape[:2]), self.cls_token.device
+        shape = tuple(tiles.shape[:2])
         if coords.shape != (*shape, 2):
             raise ValueError(f"expected coords of shape {(*shape, 2)}, got {tuple(coords.shape)}")
         for name, x in given.items():
-            if x.device != device:
-                raise ValueError(f"expected {name} on the model's device {device}, got {x.device}")
+            check_beside(name, x, self.cls_token)
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"expected mask of dtype torch.bool (True = real), got {mask.dtype}")
         if mask is not None and mask.shape != shape:

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.validation import INT_DTYPES
+
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """`[sin, cos]` of positions `(...)` times `10000 ** (-i / (width / 2))`, fp64 `(..., width)`.
@@ -34,7 +36,7 @@ def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int,
     Tile (x, y) has the number `floor(x / tile_size) * slide_ngrids + floor(y / tile_size)` in a square grid, so a y
     beyond the grid runs over into the next x, there and here. Tiles that are not `real`, bool `(...)`, may be anywhere.
     """
-    if coords.dtype in (torch.float16, torch.bfloat16) or coords.is_complex() or coords.dtype == torch.bool:
+    if coords.dtype not in (torch.float32, torch.float64, *INT_DTYPES):
         raise TypeError(
             f"expected coords of an int dtype, float32 or float64, got {coords.dtype}: a slide's pixels need 18 bits"
         )

@@ -1,0 +1,1 @@
+"""Calls of every public function with right, odd and wrong arguments: see `judge.py` for what may come of one."""
