@@ -125,35 +125,18 @@ class DilatedAttention(nn.Module):
         Returns:
             `(B, N, H, D)`.
         """
-        settings: dict[str, Any] = {
-            "is_causal": is_causal,
-            "scale": self.scale,
-            "dropout_p": self.attention_dropout if self.training else 0.0,
-            "seed": seed,
-            "backend": self.backend,
-        }
+        dropout_p = self.attention_dropout if self.training else 0.0
+        call: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "seed": seed}
+        call |= {"scale": self.scale, "backend": self.backend}
         if self.head_groups:
             branches = list(zip(self.segment_lengths, self.dilation_rates, strict=True))
             masks = Masks(key_padding_mask, row_start, cu_seqlens)
-            ranges = q_start, k_start, seq_len
-            return grouped_attention(QKV(query, key, value), branches, masks, ranges, **settings)
-        return dilated_attention(
-            query,
-            key,
-            value,
-            segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates,
-            offsets=self.offsets,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            q_start=q_start,
-            k_start=k_start,
-            seq_len=seq_len,
-            mixing_gradient=self.mixing_gradient,
-            padding=self.padding,
-            **settings,
-        )
+            return grouped_attention(QKV(query, key, value), branches, masks, (q_start, k_start, seq_len), **call)
+        call |= {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
+        call |= {"q_start": q_start, "k_start": k_start, "seq_len": seq_len}
+        call |= {"segment_lengths": self.segment_lengths, "dilation_rates": self.dilation_rates}
+        call |= {"offsets": self.offsets, "mixing_gradient": self.mixing_gradient, "padding": self.padding}
+        return dilated_attention(query, key, value, **call)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -247,17 +230,10 @@ class MultiheadDilatedAttention(nn.Module):
             check.check_choice("positions", positions, Positions)
         self.head_dim = embed_dim // num_heads
         self.gamma_init = gamma_init
-        self.attention = DilatedAttention(
-            segment_lengths,
-            dilation_rates,
-            scale=scale,
-            offsets=offsets,
-            attention_dropout=check.check_probability("dropout", dropout),
-            mixing_gradient=mixing_gradient,
-            padding=padding,
-            backend=backend,
-            head_groups=head_groups,
-        )
+        options: dict[str, Any] = {"scale": scale, "attention_dropout": check.check_probability("dropout", dropout)}
+        options |= {"offsets": offsets, "mixing_gradient": mixing_gradient, "padding": padding}
+        options |= {"backend": backend, "head_groups": head_groups}
+        self.attention = DilatedAttention(segment_lengths, dilation_rates, **options)
         self.positions: Positions | None = positions
         self.rotary = RotaryPositions.named(
             positions, self.head_dim, self.attention.segment_lengths, rotary_base, scale_base
