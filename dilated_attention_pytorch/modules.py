@@ -115,12 +115,7 @@ class DilatedAttention(nn.Module):
             value: like key.
             is_causal: hide later keys.
             key_padding_mask: bool `(B, N)`, **True = real** (`nn.MultiheadAttention` has it the other way round).
-            row_start: int `(B,)`, first real position of each left-padded row.
-            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
-            q_start: position of the first query.
-            k_start: position of the first key.
-            seq_len: length of the whole sequence.
-            seed: of the dropout mask.
+            row_start, cu_seqlens, q_start, k_start, seq_len, seed: as in `dilated_attention`.
 
         Returns:
             `(B, N, H, D)`.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 try:
     import libcst as cst
-    from libcst.helpers import get_full_name_for_node
+    from libcst.helpers import get_absolute_module_for_import, get_full_name_for_node
     from libcst.metadata import MetadataWrapper
 except ImportError as error:
     raise ImportError(
@@ -21,7 +21,7 @@ except ImportError as error:
 
 from dilated_attention_pytorch._deprecated import PACKAGE
 from dilated_attention_pytorch._old.migrate.clues import MODULES, OLD, Clues
-from dilated_attention_pytorch._old.migrate.survey import CORE, Finding, Survey, Visitor, from_module, settle
+from dilated_attention_pytorch._old.migrate.survey import CORE, Finding, Survey, Visitor, settle
 
 
 class Migrated(NamedTuple):
@@ -141,7 +141,7 @@ class Rewrite(Visitor):
 
     def _sorted_aliases(self, statement: cst.ImportFrom) -> tuple[list[cst.ImportAlias], list[cst.ImportAlias]]:
         """What an import keeps, and what it takes from the package instead; each name once."""
-        module = from_module(statement)
+        module = get_absolute_module_for_import(None, statement)
         stay: list[cst.ImportAlias] = []
         move: list[cst.ImportAlias] = []
         seen: set[tuple[str, str | None]] = set()
