@@ -206,7 +206,7 @@ def _piece_views(piece: Piece, tensors: list[tuple[str, Tensor]]) -> Iterator[Op
     if piece.queries is None:
         views["q"] = torch.zeros_like(views["out"], dtype=views["k"].dtype)
     batch, segments = views["k"].shape[:2]
-    if all(x.stride(0) == segments * x.stride(1) or 1 in (batch, segments) for x in views.values()):
+    if 1 in (batch, segments) or all(x.stride(0) == segments * x.stride(1) for x in views.values()):
         yield Operands(**{n: x.view(batch * segments, *x.shape[2:]).transpose(1, 2) for n, x in views.items()})
     elif batch <= segments:
         for b in range(batch):
