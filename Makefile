@@ -89,7 +89,7 @@ test-floor: ## the CPU tests on the lowest torch that the metadata allows, where
 	@grep -vE '^(torch|triton)==' constraints.txt >$(FLOOR_VENV)/constraints.txt
 	@$(FLOOR_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(FLOOR_VENV)/constraints.txt hatchling
 	@$(FLOOR_VENV)/bin/python -m pip install -q --disable-pip-version-check $(FLOOR_PIP) -c $(FLOOR_VENV)/constraints.txt \
-	    --no-build-isolation -e '.[cli]' pytest pytest-xdist hypothesis hilbertcurve triton
+	    --no-build-isolation -e '.[cli,viz]' pytest pytest-xdist hypothesis hilbertcurve triton
 	$(call step,pytest on torch $(FLOOR),$(ONE_THREAD) $(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(FLOOR_TESTS) $(PYTEST_ARGS))
 
 fuzz: $(STAMP) ## draw calls of every public function for SECONDS=600; prints the seed, what failed, and a count

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, rotate, row_positions
+from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, row_positions
+from dilated_attention_pytorch.core.projections import Projections
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.head_groups import grouped_attention, head_groups_by_default
 from dilated_attention_pytorch.types import QKV, BackendName, Masks, MixingGradient, Offsets, Padding
@@ -166,7 +167,7 @@ class DilatedAttention(nn.Module):
 
 
 @takes_old_call("_old.calls:MULTIHEAD")  # 0.4.0: goes with _old
-class MultiheadDilatedAttention(nn.Module):
+class MultiheadDilatedAttention(Projections):
     """Projections around dilated attention, with MAGNETO's sub-LN (arXiv 2210.06423, section 2 and figure 2).
 
     A LayerNorm over the whole width stands between the attention and `out_proj`. Weights start as xavier-normal, with
@@ -231,30 +232,15 @@ class MultiheadDilatedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.embed_dim = embed_dim = check.check_width("embed_dim", embed_dim)
-        self.num_heads = num_heads = check.check_positive_int("num_heads", num_heads)
-        check.check_factory(device, dtype)
-        for name, flag in (("bias", bias), ("layer_norm", layer_norm)):
-            check.check_bool(name, flag)
-        for name, number in (("layer_norm_eps", layer_norm_eps), ("rotary_base", rotary_base)):
-            check.check_above_zero(name, number)
+        self._set_sizes(embed_dim, num_heads, num_kv_heads, gamma_init)
+        rotary_base = check.check_above_zero("rotary_base", rotary_base)
         scale_base = check.check_above_zero("scale_base", scale_base)
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.num_kv_heads = check.check_positive_int("num_kv_heads", kv_heads)
-        if embed_dim % num_heads:
-            raise ValueError(f"expected embed_dim to be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        if num_heads % self.num_kv_heads:
-            raise ValueError(f"expected num_heads to be a multiple of num_kv_heads, got {num_heads} and {kv_heads}")
         if not check.check_bool("batch_first", batch_first):
             raise ValueError(
                 f"expected batch_first=True, got {batch_first}: inputs are (B, N, embed_dim); transpose them first"
             )
         if positions is not None:
             check.check_choice("positions", positions, Positions)
-        self.head_dim = embed_dim // num_heads
-        self.gamma_init = check.check_float("gamma_init", gamma_init)
-        if not 0.0 <= self.gamma_init <= 1e9:  # beyond, the norm's variance overflows in fp32
-            raise ValueError(f"expected gamma_init in [0, 1e9], got {gamma_init}")
         self.attention = DilatedAttention(
             segment_lengths,
             dilation_rates,
@@ -270,24 +256,7 @@ class MultiheadDilatedAttention(nn.Module):
         self.rotary = RotaryPositions.named(
             positions, self.head_dim, self.attention.segment_lengths, rotary_base, scale_base
         )
-        kv_dim = self.num_kv_heads * self.head_dim
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **place)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **place)
-        self.inner_attn_ln = nn.LayerNorm(embed_dim, eps=layer_norm_eps, **place) if layer_norm else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **place)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """MAGNETO's initialisation (arXiv 2210.06423, figure 2)."""
-        gains = {self.q_proj: 1.0, self.k_proj: 1.0, self.v_proj: self.gamma_init, self.out_proj: self.gamma_init}
-        for linear, gain in gains.items():
-            nn.init.xavier_normal_(linear.weight, gain=gain)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        if self.inner_attn_ln is not None:
-            self.inner_attn_ln.reset_parameters()
+        self._make_parameters(bias, layer_norm, layer_norm_eps, device=device, dtype=dtype)
 
     def rotation(
         self, x: Tensor, *, start: int = 0, row_start: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -370,26 +339,20 @@ class MultiheadDilatedAttention(nn.Module):
             )
         if cache is not None and not callable(getattr(cache, "append", None)):
             raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
-        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
         where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
         q_start = 0 if cache is None else cache.length
         if rotation is not None and not isinstance(rotation, Rotation):
             raise TypeError(f"expected rotation to be a Rotation, got {type(rotation).__name__}")
         if rotation is None:
             rotation = self.rotation(query, start=q_start, **where)
-        if rotation is not None:
-            q, k = rotate(q, rotation.q_cos, rotation.q_sin), rotate(k, rotation.k_cos, rotation.k_sin)
+        q, k, v = self._project(query, key, value, rotation)
         k_start = 0
         if cache is not None:
             k, v, k_start = cache.append(k, v)
         out = self.attention(
             q, k, v, is_causal, key_padding_mask=key_padding_mask, q_start=q_start, k_start=k_start, **where
-        ).flatten(-2)
-        if self.inner_attn_ln is not None:
-            out = self.inner_attn_ln(out)
-        return self.out_proj(out), None
+        )
+        return self._leave(out), None
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -10,6 +10,7 @@ Offsets = Literal["modulo", "blocked"]
 MixingGradient = Literal["exact", "detached"]
 Padding = Literal["none", "zero_keys"]
 BackendName = Literal["auto", "reference", "sdpa", "triton"]
+Seed = int | Tensor | None
 
 
 class QKV(NamedTuple):

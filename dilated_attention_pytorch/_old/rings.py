@@ -150,13 +150,7 @@ class _OldRingMultihead(OldArguments, RingDistributedDilatedAttention):
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
         """The new module attends a sequence over itself; the old ones had a query, a key and a value."""
-        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(key).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(value).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        out = self.attention(q, k, v, **options).flatten(-2)
-        if self.inner_attn_ln is not None:
-            out = self.inner_attn_ln(out)
-        return self.out_proj(out), None
+        return self._leave(self.attention(*self._project(query, key, value), **options)), None
 
 
 class RingDistributedDilatedAttention02(_OldRingMultihead):

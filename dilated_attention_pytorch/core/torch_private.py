@@ -22,7 +22,7 @@ except ImportError:  # another torch names them otherwise: tests/memory/test_poo
 F = TypeVar("F", bound=Callable[..., Any])
 _Made = TypeVar("_Made")
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from torch._C._distributed_c10d import Store as Store
     from torch.distributed import ProcessGroup, Work
 
 

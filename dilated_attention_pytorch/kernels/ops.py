@@ -78,42 +78,36 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in arguments[4:7])
 
 
-class _Attention(torch.autograd.Function):
-    """The op's derivative: the backward op, given the inputs, the masks and what the forward returned."""
+def derivative(
+    op: Any, backward_op: Any, num_tensors: int, *, is_exchange: bool = False
+) -> type[torch.autograd.Function]:
+    """The Function of an op: its derivative is the backward op, given what the forward returned, out and lse first,
+    then its `num_tensors` tensors, q, k and v first. Other ranks wait for an exchange, so it happens always."""
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with torch_private.below_autograd():
-            output: tuple[Tensor, Tensor] = attention(*arguments)
-        ctx.save_for_backward(*output, *arguments[:7])
-        ctx.settings = arguments[7:]
-        ctx.set_materialize_grads(False)  # an unused lse costs nothing
-        return output
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            with torch_private.below_autograd():
+                output: tuple[Tensor, ...] = op(*arguments)
+            ctx.save_for_backward(*output, *arguments[:num_tensors])
+            ctx.settings = arguments[num_tensors:]
+            ctx.mark_non_differentiable(*output[2:])
+            ctx.set_materialize_grads(False)  # an unused lse costs nothing
+            return output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_out, grad_lse = grads
-        saved, nothing = ctx.saved_tensors, (None,) * (4 + len(ctx.settings))
-        if grad_out is None and grad_lse is None:
-            return None, None, None, *nothing
-        grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
-        return *attention_backward(grad_out, grad_lse, *saved, *ctx.settings), *nothing
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            grad_out, grad_lse, *_ = grads
+            saved, nothing = ctx.saved_tensors, (None,) * (num_tensors - 3 + len(ctx.settings))
+            if grad_out is None and grad_lse is None and not is_exchange:
+                return None, None, None, *nothing
+            grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
+            return *backward_op(grad_out, grad_lse, *saved, *ctx.settings), *nothing
 
-
-class _AttentionBackward(torch.autograd.Function):
-    """The end of the road: the backward op has no derivative, and says so only to whoever asks for it."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch_private.below_autograd():
-            return attention_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError("expected first derivatives only; backend='reference' computes second ones")
+    return Derivative
 
 
-def at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What an op does at the Autograd key: its Function where a gradient is wanted, else the op itself."""
 
     def differentiable(*arguments: Any) -> Any:
@@ -125,10 +119,30 @@ def at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..
     return differentiable
 
 
-LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention", at_autograd(attention, _Attention), "Autograd")
-LIBRARY.impl("attention_backward", at_autograd(attention_backward, _AttentionBackward), "Autograd")
-torch.library.register_fake(f"{NAMESPACE}::attention", _fake_forward, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::attention_backward", _fake_backward, lib=LIBRARY)
+def end_of_the_road(op: Any, message: str) -> type[torch.autograd.Function]:
+    """The Function of a backward op: it has no derivative, and says so only to whoever asks for it."""
+
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            with torch_private.below_autograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> None:
+            raise NotImplementedError(message)
+
+    return End
+
+
+def register(name: str, op: Any, kernel: Any, fake: Any, function: type[torch.autograd.Function]) -> None:
+    """Gives an op its kernel, what a tracer sees of it, and its derivative."""
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _at_autograd(op, function), "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+_END = end_of_the_road(attention_backward, "expected first derivatives only; backend='reference' computes second ones")
+register("attention", attention, _forward, _fake_forward, derivative(attention, attention_backward, 7))
+register("attention_backward", attention_backward, _backward, _fake_backward, _END)
 flops.register_when_counted()

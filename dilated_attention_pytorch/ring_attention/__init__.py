@@ -26,22 +26,19 @@ if TYPE_CHECKING:
     )
 
 __path__ = pkgutil.extend_path(__path__, __name__)  # 0.4.0: goes with _old
-_HERE = "dilated_attention_pytorch.ring_attention"
-_LAZY = {
-    "BaseRingAttention": f"{_HERE}.base",
-    "HilbertMixin": f"{_HERE}.variants.hilbert",
-    "HilbertRingAttention": f"{_HERE}.variants.hilbert",
-    "LSEAccumulator": f"{_HERE}.utils.lse",
-    "RingAttentionConfig": f"{_HERE}.config",
-    "RingDilatedAttention": f"{_HERE}.production",
-    "RingDilatedAttentionHilbert": f"{_HERE}.variants.hilbert",
-    "RingDistributedDilatedAttention": f"{_HERE}.distributed",
-    "RingError": f"{_HERE}.utils.communication",
-    "RingPlan": f"{_HERE}.plan",
-    "balanced_bounds": f"{_HERE}.forecast",
-    "counting": f"{_HERE}.utils.communication",
-    "exchange_pool": f"{_HERE}.utils.buffers",
+_MODULES = {
+    "base": "BaseRingAttention",
+    "config": "RingAttentionConfig",
+    "distributed": "RingDistributedDilatedAttention",
+    "forecast": "balanced_bounds",
+    "plan": "RingPlan",
+    "production": "RingDilatedAttention",
+    "utils.buffers": "exchange_pool",
+    "utils.communication": "RingError counting",
+    "utils.lse": "LSEAccumulator",
+    "variants.hilbert": "HilbertMixin HilbertRingAttention RingDilatedAttentionHilbert",
 }
+_LAZY = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "BaseRingAttention",

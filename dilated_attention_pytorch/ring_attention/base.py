@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
-from dilated_attention_pytorch.types import QKV, AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
 
 
 class BaseRingAttention(nn.Module, ABC):
@@ -29,14 +29,7 @@ class BaseRingAttention(nn.Module, ABC):
 
     @abstractmethod
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        key_padding_mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, key_padding_mask: Tensor | None, seed: Seed
     ) -> AttentionOutput:
         """Attention of this rank's queries over the whole sequence's keys; arguments as in `forward`, checked."""
 
@@ -48,7 +41,7 @@ class BaseRingAttention(nn.Module, ABC):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         *,
-        seed: int | Tensor | None = None,
+        seed: Seed = None,
         row_start: None = None,
         cu_seqlens: None = None,
         q_start: int = 0,
@@ -65,10 +58,8 @@ class BaseRingAttention(nn.Module, ABC):
             is_causal: hide keys later than the query in the whole sequence.
             key_padding_mask: bool `(B, n)` for this rank's positions, True = real.
             seed: of the dropout mask, the same on every rank; drawn on the first rank when absent.
-            row_start: only None: left padding is not sharded.
-            cu_seqlens: only None: packed sequences are not sharded.
-            q_start: only 0: where a shard starts follows from the ranks before it.
-            k_start: likewise.
+            row_start, cu_seqlens: only None: neither left-padded nor packed rows are sharded.
+            q_start, k_start: only 0: where a shard starts follows from the ranks before it.
 
         Returns:
             `(B, n, H, D)` in the query's dtype: what one device would give for these positions.
@@ -93,7 +84,7 @@ class BaseRingAttention(nn.Module, ABC):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         *,
-        seed: int | Tensor | None = None,
+        seed: Seed = None,
     ) -> AttentionOutput:
         """`forward` together with the log-sum-exp `(B, H, n)`; both are differentiable."""
         # What a rank can check alone; the ranks compare the rest in a handshake.

@@ -30,27 +30,17 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True)
 class RingCall:
-    """What one rank does in one call.
+    """What one rank does in one call."""
 
-    Attributes:
-        plan: which rows travel.
-        problem: the settings, with this rank's range.
-        mode: "sparse", "ring" or "gather".
-        backend: what computes, the rank's own keys and the rows that arrive.
-        channel: what exchanges go through.
-        wire_dtype: what gradients travel in.
-        keep: the forward gives back what arrived, for the backward.
-        zero_keys: softmaxes count the official code's zero keys. The backward does not ask: their values and
-            gradients are 0, and the lse that it is given counts them.
-    """
-
-    plan: RingPlan
-    problem: Problem
-    mode: str
-    backend: Backend
-    channel: Channel
-    wire_dtype: torch.dtype
-    keep: bool
+    plan: RingPlan  # which rows travel
+    problem: Problem  # the settings, with this rank's range
+    mode: str  # "sparse", "ring" or "gather"
+    backend: Backend  # what computes, the rank's own keys and the rows that arrive
+    channel: Channel  # what exchanges go through
+    wire_dtype: torch.dtype  # what gradients travel in
+    keep: bool  # the forward gives back what arrived, for the backward
+    # Softmaxes count the official code's zero keys. The backward does not ask: their values and gradients are 0, and
+    # the lse that it is given counts them.
     zero_keys: bool
 
     def hops(self) -> list[Hop]:

@@ -75,11 +75,9 @@ class RingAttentionConfig:
         pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
-        validation.check_choice("padding", self.padding, Padding)
-        validation.check_choice("mode", self.mode, Mode)
-        validation.check_choice("remote_rows", self.remote_rows, RemoteRows)
-        validation.check_choice("check", self.check, Check)
-        validation.check_choice("backend", self.backend, BackendName)
+        options = {"padding": Padding, "mode": Mode, "remote_rows": RemoteRows, "check": Check, "backend": BackendName}
+        for name, allowed in options.items():
+            validation.check_choice(name, getattr(self, name), allowed)
         if self.backend == "reference":
             raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
         object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))

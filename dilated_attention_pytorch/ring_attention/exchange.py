@@ -24,12 +24,7 @@ from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputG
 
 def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tensor]:
     """Attention of this rank's queries over all ranks' keys, and what arrived (flat; empty unless it is kept).
-
-    Args:
-        call: what to do.
-        x: this rank's shard, q `(B, n, H, D)`.
-        masks: key_padding `(B, n)` of this shard, and the seed.
-    """
+    Inputs and masks are of this rank's shard: q `(B, n, H, D)`, key_padding `(B, n)`."""
     kept = x.k.new_empty(0)
     if call.mode == "gather":
         whole, kept = gathered.forward(call, x, masks)
@@ -71,7 +66,9 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     seen = saved._replace(lse=saved.lse.masked_fill(torch.isneginf(saved.lse), torch.inf))
     of_queries: list[remote.QueryGradient] = []
     homeward: list[tuple[Hop, Pending]] = []
-    for hop, units in _kept_rows(call, x, hops, kept) if is_kept else _arrivals(call, x, hops, flying):
+    # Rows are kept in mode "sparse" alone, whose only hop has them all.
+    as_kept = ((hop, kept.view(sum(hop.received), x.k.shape[0], 2, x.k.shape[3])) for hop in hops)
+    for hop, units in as_kept if is_kept else _arrivals(call, x, hops, flying):
         grads, more = remote.differentiate(call, hop.owners, grad, x.q, units, seen, bits_of_all)
         of_queries += more
         homeward.append((hop, _send_home(call, grads, hop)))
@@ -101,23 +98,13 @@ def _local_backward(call: RingCall, grad: OutputGradient, x: QKV, saved: Attenti
 
 
 def _arrivals(call: RingCall, x: QKV, hops: list[Hop], flying: Pending | None) -> Iterator[tuple[Hop, Tensor]]:
-    """The units `(U, B, 2, D)` of each hop; the next hop's rows fly meanwhile.
-
-    Args:
-        flying: the first hop's exchange.
-    """
+    """The units `(U, B, 2, D)` of each hop, the first of which is flying; the next hop's rows fly meanwhile."""
     for hop, following in itertools.zip_longest(hops, hops[1:]):
         assert flying is not None
         arrived, units = flying, flying.wait()
         flying = None if following is None else _fetch(call, x, following)
         yield hop, units
         arrived.release()
-
-
-def _kept_rows(call: RingCall, x: QKV, hops: list[Hop], kept: Tensor) -> Iterator[tuple[Hop, Tensor]]:
-    """The units that the forward kept."""
-    for hop in hops:
-        yield hop, kept.view(sum(hop.received), x.k.shape[0], 2, x.k.shape[3])
 
 
 def _fetch(call: RingCall, x: QKV, hop: Hop) -> Pending:

@@ -12,49 +12,27 @@ from dilated_attention_pytorch.ring_attention.plan import RingPlan, unit_bytes
 
 
 class Share(NamedTuple):
-    """One rank's part of one layer's forward.
-
-    Attributes:
-        start: first position of the shard.
-        stop: the position after its last.
-        received: bytes of K and V that arrive. The backward sends as many gradients back, at their own width.
-        sent: bytes of K and V that leave.
-        dense: bytes that would arrive if every rank fetched all K and V.
-        pairs: (query, key) pairs that the rank computes.
-    """
+    """One rank's part of one layer's forward: positions `[start, stop)`, and bytes of K and V."""
 
     start: int
     stop: int
-    received: int
+    received: int  # the backward sends as many gradients back, at their own width
     sent: int
-    dense: int
-    pairs: int
+    dense: int  # what would arrive if every rank fetched all K and V
+    pairs: int  # of queries and keys, which the rank computes
 
 
 def forecast(
     pattern: DilatedPattern, bounds: Sequence[int], head_dim: int, *, batch: int = 1, element_size: int = 2,
     is_causal: bool = False,
 ) -> list[Share]:  # fmt: skip
-    """Each rank's part of a forward over shards with these bounds.
-
-    Args:
-        pattern: the branches, for the key/value heads.
-        bounds: where the shards start; one more entry holds the sequence's length.
-        head_dim: D.
-        batch: B.
-        element_size: bytes of a K or V element.
-        is_causal: queries see no later keys.
-    """
-    bounds = tuple(bounds)
-    seq_len = bounds[-1]
-    shares = []
+    """Each rank's part of a forward over shards with these bounds; pattern and bounds as in `RingPlan`."""
+    size, seq_len, shares = (batch, head_dim, element_size), bounds[-1], []
     for rank, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        plan = RingPlan(pattern, bounds, rank, is_causal)
-        dense = (seq_len - stop + start) * pattern.num_heads * unit_bytes(batch, head_dim, element_size)
-        moved = plan.received_bytes(batch, head_dim, element_size), plan.sent_bytes(batch, head_dim, element_size)
-        shares.append(
-            Share(start, stop, *moved, dense, pattern.pairs(seq_len, is_causal=is_causal, q_range=(start, stop)))
-        )
+        plan = RingPlan(pattern, tuple(bounds), rank, is_causal)
+        dense = (seq_len - stop + start) * pattern.num_heads * unit_bytes(*size)
+        pairs = pattern.pairs(seq_len, is_causal=is_causal, q_range=(start, stop))
+        shares.append(Share(start, stop, plan.received_bytes(*size), plan.sent_bytes(*size), dense, pairs))
     return shares
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,7 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     parts = list(homecoming.wait().to(exact).split([n for p, n in enumerate(received) if p != plan.rank]))
     parts.insert(plan.rank, own)
     # In rank order, so that the sum does not depend on who was first.
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
+    total = functools.reduce(Tensor.add_, parts[1:], parts[0].clone())
     homecoming.release()
     # Of their own each: an op may not return two views of one tensor.
     dk, dv = (total[:, :, i].transpose(0, 1).clone(memory_format=torch.contiguous_format) for i in (0, 1))
@@ -59,9 +59,12 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
 
 def start_masks(call: RingCall, masks: Masks) -> Pending | None:
     """Starts to gather every rank's mask bits, one byte per position, padded to the longest shard."""
-    if masks.key_padding is None:
+    if (mask := masks.key_padding) is None:
         return None
-    return call.channel.gather(buffers.padded_mask(masks.key_padding, max(call.plan.lengths)), "mask")
+    # Nobody reads the padding, which is cut off after the gather.
+    padded = buffers.borrow((mask.shape[0], max(call.plan.lengths)), mask.dtype, mask.device, "mask sent", zero=True)
+    padded.tensor[:, : mask.shape[1]] = mask
+    return call.channel.gather(padded, "mask")
 
 
 def whole_masks(call: RingCall, masks: Masks, bits: Pending | None) -> Masks:

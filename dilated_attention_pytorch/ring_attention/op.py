@@ -18,7 +18,7 @@ from dilated_attention_pytorch.core import torch_private, zero_keys
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import SCHEMA, Problem
 from dilated_attention_pytorch.kernels.choice import backend_for
-from dilated_attention_pytorch.kernels.ops import INPUTS, LIBRARY, NAMESPACE, at_autograd
+from dilated_attention_pytorch.kernels.ops import INPUTS, LIBRARY, derivative, end_of_the_road, register
 from dilated_attention_pytorch.ring_attention import exchange
 from dilated_attention_pytorch.ring_attention.call import RingCall, choose_mode
 from dilated_attention_pytorch.ring_attention.plan import plan_for, unit_bytes
@@ -28,29 +28,17 @@ from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, M
 
 
 class Wire(NamedTuple):
-    """How the ranks exchange rows: the op's arguments after those of `Problem.pack`, in the order of `WIRE_SCHEMA`.
-
-    Attributes:
-        group_name: the process group's.
-        mode: of `RingAttentionConfig`.
-        gradient_dtype: name of a torch dtype, or "" for the accumulator's.
-        keep_rows: keep what arrives for the backward.
-        requires_grad: whether a backward will follow; the ranks compare it.
-        same_seed: the caller gave the seed, so the ranks compare it; else the first rank's is taken.
-        check: of `RingAttentionConfig`.
-        timeout: seconds; None for the group's own.
-        backend: "sdpa" or "triton".
-    """
+    """How the ranks exchange rows: the op's arguments after those of `Problem.pack`, in the order of `WIRE_SCHEMA`."""
 
     group_name: str
-    mode: str
-    gradient_dtype: str
-    keep_rows: bool
-    requires_grad: bool
-    same_seed: bool
+    mode: str  # of `RingAttentionConfig`, like check
+    gradient_dtype: str  # name of a torch dtype, or "" for the accumulator's
+    keep_rows: bool  # keep what arrives for the backward
+    requires_grad: bool  # whether a backward will follow; the ranks compare it
+    same_seed: bool  # the caller gave the seed, so the ranks compare it; else the first rank's is taken
     check: str
-    timeout: float | None
-    backend: str
+    timeout: float | None  # seconds; None for the group's own
+    backend: str  # "sdpa" or "triton"
 
 
 WIRE_SCHEMA = (
@@ -130,48 +118,10 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in arguments[7:10])
 
 
-class _Ring(torch.autograd.Function):
-    """The op's derivative: the backward op, given what the forward took and returned."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch_private.below_autograd():
-            output: tuple[Tensor, ...] = ring_attention(*arguments)
-        ctx.save_for_backward(*output, *arguments[:5])
-        ctx.settings = arguments[5:]
-        ctx.mark_non_differentiable(*output[2:])
-        # An unused lse costs nothing.
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        # No early return: the other ranks wait for this one's part of the exchange, whatever it uses itself.
-        grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
-        grads = ring_attention_backward(grad_out, grad_lse, *saved, *ctx.settings)
-        return *grads, *(None,) * (2 + len(ctx.settings))
-
-
-class _RingBackward(torch.autograd.Function):
-    """The end of the road: the backward op has no derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch_private.below_autograd():
-            return ring_attention_backward(*arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError("expected first derivatives only of ring attention")
-
-
-LIBRARY.impl("ring_attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("ring_attention_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("ring_attention", at_autograd(ring_attention, _Ring), "Autograd")
-LIBRARY.impl("ring_attention_backward", at_autograd(ring_attention_backward, _RingBackward), "Autograd")
-torch.library.register_fake(f"{NAMESPACE}::ring_attention", _fake_forward, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::ring_attention_backward", _fake_backward, lib=LIBRARY)
+_DERIVATIVE = derivative(ring_attention, ring_attention_backward, 5, is_exchange=True)
+_END = end_of_the_road(ring_attention_backward, "expected first derivatives only of ring attention")
+register("ring_attention", ring_attention, _forward, _fake_forward, _DERIVATIVE)
+register("ring_attention_backward", ring_attention_backward, _backward, _fake_backward, _END)
 
 
 def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
@@ -179,7 +129,7 @@ def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
     (q, k, _), masks, problem, wire = given
     batch, length, heads, width = q.shape
     # Lengths are told, not compared: shards may differ ("n").
-    fingerprint: dict[str, Any] = {
+    told: dict[str, Any] = {
         "the shape of query (B, n, H, D)": [batch, "n", heads, width],
         "the shape of key and value (B, n, H_kv, D)": [k.shape[0], "n", *k.shape[2:]],
         "dtype": str(q.dtype),
@@ -197,8 +147,7 @@ def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
         **{name: getattr(wire, name) for name in ("requires_grad", "mode", "gradient_dtype", "check", "backend")},
     }
     row = unit_bytes(batch, width, k.element_size()) * k.shape[2]
-    group = torch_private.process_group(wire.group_name)
-    return handshake.begin(group, fingerprint, length, row, phase=phase, check=wire.check, timeout=wire.timeout)
+    return handshake.begin(wire.group_name, told, length, row, phase=phase, check=wire.check, timeout=wire.timeout)
 
 
 def _call(channel: Channel, lengths: tuple[int, ...], x: QKV, problem: Problem, wire: Wire) -> RingCall:

@@ -8,8 +8,8 @@ follows from the pattern, the shard bounds, the rank and causality alone, so eve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
@@ -31,15 +31,11 @@ class Meeting(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Units that travel between two ranks, ordered by head and then by position.
+    """Units that travel between two ranks, ordered by head and then by position."""
 
-    Attributes:
-        positions: for each key/value head its positions, int64 ascending; heads that keep the same share a tensor.
-        starts: where each head's units start in the message; one more entry holds the total.
-    """
-
+    # For each key/value head its positions, int64 ascending; heads that keep the same share a tensor.
     positions: tuple[Tensor, ...]
-    starts: tuple[int, ...]
+    starts: tuple[int, ...]  # where each head's units start in the message; one more entry holds the total
 
     @property
     def count(self) -> int:
@@ -53,19 +49,12 @@ class Units:
 
 
 class Rectangle(NamedTuple):
-    """Plain attention: queries of one segment over its remote keys, for heads with equally many of both.
-
-    Attributes:
-        branch: the branch it belongs to.
-        heads: `(h,)`, key/value heads.
-        queries: `(h, Lq)`, rows of this rank's shard.
-        keys: `(h, Lk)`, units of what arrived.
-    """
+    """Plain attention: queries of one segment over its remote keys, for heads with equally many of both."""
 
     branch: int
-    heads: Tensor
-    queries: Tensor
-    keys: Tensor
+    heads: Tensor  # (h,), key/value heads
+    queries: Tensor  # (h, Lq), rows of this rank's shard
+    keys: Tensor  # (h, Lk), units of what arrived
 
 
 @dataclass(frozen=True)
@@ -165,11 +154,8 @@ class RingPlan:
     @cached_property
     def largest_arrival(self) -> int:
         """Units that come to the rank to which most come: the same answer on every rank."""
-        # Units by receiver.
-        totals = [0] * self.world_size
-        for receiver, owner in itertools.permutations(range(self.world_size), 2):
-            totals[receiver] += travelling(self.pattern, self.bounds, receiver, owner, self.is_causal).count
-        return max(totals)
+        plans = (replace(self, rank=rank) for rank in range(self.world_size))
+        return max(sum(units.count for units in plan.arriving.values()) for plan in plans)
 
     def received_bytes(self, batch: int, head_dim: int, element_size: int) -> int:
         """Bytes of K and V that come to this rank in a forward; gradients go the other way, at their own width."""
@@ -179,22 +165,15 @@ class RingPlan:
         """Bytes of K and V that leave this rank in a forward."""
         return sum(u.count for u in self.leaving.values()) * unit_bytes(batch, head_dim, element_size)
 
-    def rectangles(self, owners: tuple[int, ...]) -> tuple[Rectangle, ...]:
-        """The attention over the units of some peers, which lie one peer after another in what arrived."""
-        found = self._rectangles
-        if owners not in found:
-            found[owners] = tuple(self._find_rectangles(owners))
-        return found[owners]
-
     @cached_property
-    def _rectangles(self) -> dict[tuple[int, ...], tuple[Rectangle, ...]]:
-        return {}
+    def rectangles(self) -> Callable[[tuple[int, ...]], tuple[Rectangle, ...]]:
+        """The attention over the units of some peers, which lie one peer after another in what arrived; found once."""
+        return cache(lambda owners: tuple(self._find_rectangles(owners)))
 
     def _find_rectangles(self, owners: tuple[int, ...]) -> Iterator[Rectangle]:
-        counts = (self.arriving[o].count for o in owners)
-        firsts = dict(
-            zip(owners, itertools.accumulate(counts, initial=0), strict=False)
-        )  # where an owner's units begin
+        # Where each owner's units begin.
+        starts = itertools.accumulate((self.arriving[o].count for o in owners), initial=0)
+        firsts = dict(zip(owners, starts, strict=False))
         for branch in range(len(self.pattern.branches)):
             # Heads of other offsets may keep one row more or less; those alike share a call.
             alike: dict[tuple[int, int, int], list[tuple[int, Tensor, Tensor]]] = {}

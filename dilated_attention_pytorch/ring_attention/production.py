@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -18,7 +20,9 @@ from dilated_attention_pytorch.kernels.ops import refuse_tangents
 from dilated_attention_pytorch.ring_attention import op
 from dilated_attention_pytorch.ring_attention.base import BaseRingAttention
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
-from dilated_attention_pytorch.types import QKV, AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
+
+GroupOrMesh = ProcessGroup | DeviceMesh | None
 
 
 @takes_old_call("_old.calls:RING")  # 0.4.0: goes with _old
@@ -47,11 +51,7 @@ class RingDilatedAttention(BaseRingAttention):
     """
 
     def __init__(
-        self,
-        config: RingAttentionConfig,
-        process_group: ProcessGroup | DeviceMesh | None = None,
-        *,
-        mesh_dim: str | None = None,
+        self, config: RingAttentionConfig, process_group: GroupOrMesh = None, *, mesh_dim: str | None = None
     ) -> None:
         super().__init__(config)
         group = group_of(process_group, mesh_dim)
@@ -62,33 +62,15 @@ class RingDilatedAttention(BaseRingAttention):
 
     @override
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        key_padding_mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, key_padding_mask: Tensor | None, seed: Seed
     ) -> AttentionOutput:
         config, dropout_p = self.config, self.dropout_p()
         # Nothing to exchange: what one device computes.
         if self.world_size == 1:
-            return dilated_attention_with_lse(
-                query,
-                key,
-                value,
-                segment_lengths=config.segment_lengths,
-                dilation_rates=config.dilation_rates,
-                is_causal=is_causal,
-                scale=config.scale,
-                offsets=config.offsets,
-                dropout_p=dropout_p,
-                seed=seed,
-                key_padding_mask=key_padding_mask,
-                padding=config.padding,
-                backend=config.backend,
-            )
+            shared = ("segment_lengths", "dilation_rates", "scale", "offsets", "padding", "backend")
+            settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
+            settings |= {"is_causal": is_causal, "dropout_p": dropout_p, "key_padding_mask": key_padding_mask}
+            return dilated_attention_with_lse(query, key, value, seed=seed, **settings)
         x = QKV(*in_autocast_dtype(query, key, value))
         refuse_tangents(x)
         # The op's arguments, tensors taken away: settings, and how rows travel.
@@ -97,17 +79,10 @@ class RingDilatedAttention(BaseRingAttention):
         scale = validation.check_scale(config.scale, query.shape[-1], query.dtype)
         problem = Problem(pattern, is_causal, scale, dropout_p, padding=config.padding)
         requires_grad = torch.is_grad_enabled() and any(y.requires_grad for y in x)
-        wire = op.Wire(
-            group_name=self.group_name,
-            mode=config.mode,
-            gradient_dtype="" if config.gradient_dtype is None else str(config.gradient_dtype).removeprefix("torch."),
-            keep_rows=requires_grad and config.remote_rows == "keep",
-            requires_grad=requires_grad,
-            same_seed=seed is not None,
-            check=config.check,
-            timeout=config.timeout,
-            backend=choose_backend(x, problem, config.backend).backend,
-        )
+        gradient_dtype = "" if config.gradient_dtype is None else str(config.gradient_dtype).removeprefix("torch.")
+        keep_rows, same_seed = requires_grad and config.remote_rows == "keep", seed is not None
+        how = config.mode, gradient_dtype, keep_rows, requires_grad, same_seed, config.check, config.timeout
+        wire = op.Wire(self.group_name, *how, choose_backend(x, problem, config.backend).backend)
         # Where a shard starts, and how long the sequence is, the ranks find out together: the problem says neither.
         masks = key_padding_mask, dropout.seed_tensor(seed, dropout_p, query.device)
         out, lse, *_ = op.ring_attention(*x, *masks, *problem.pack(), *wire)
@@ -118,7 +93,7 @@ class RingDilatedAttention(BaseRingAttention):
         return f"{super().extra_repr()}, rank={self.rank}, world_size={self.world_size}"
 
 
-def group_of(group: ProcessGroup | DeviceMesh | None, mesh_dim: str | None) -> ProcessGroup | None:
+def group_of(group: GroupOrMesh, mesh_dim: str | None) -> ProcessGroup | None:
     """The process group meant."""
     if isinstance(group, DeviceMesh):
         if mesh_dim is None and group.ndim != 1:

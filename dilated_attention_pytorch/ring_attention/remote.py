@@ -75,11 +75,7 @@ def differentiate(
     masks: Masks,
 ) -> tuple[Handle, list[QueryGradient]]:  # fmt: skip
     """Gradients of the units of some peers, `(U, B, 2, D)` in fp32 (fp64), to be sent; and what they add to dq.
-
-    Args:
-        grad: of this rank's out and lse.
-        saved: out and lse over all keys; lse +inf where a query sees no key.
-    """
+    The gradient and what was saved are over all keys; lse +inf where a query sees no key."""
     buffer = buffers.borrow(units.shape, accumulator(q.dtype), q.device, "gradients sent", zero=True)
     of_queries: list[QueryGradient] = []
     for rectangle in call.plan.rectangles(owners):

@@ -318,9 +318,9 @@ def missing_wait() -> Iterator[None]:
     """The buffer is read as it is when the exchange starts: as uninitialised memory, which is made to show."""
     start, wait = communication.Pending.start, communication.Pending.wait
 
-    def snapshot(self: communication.Pending, launch: Any) -> None:
+    def snapshot(self: communication.Pending, launch: Any) -> communication.Pending:
         self._before = torch.full_like(self.result, 1)
-        start(self, launch)
+        return start(self, launch)
 
     def too_early(self: communication.Pending) -> Tensor:
         result = wait(self)  # so that the ranks stay in step

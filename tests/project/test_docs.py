@@ -224,7 +224,7 @@ class TestTheReaderItself:
 def test_the_ranges_in_the_readme_are_the_results() -> None:
     """The sentences that say in words what the tables say."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    (result,) = load(ROOT / "docs" / "tables.py").results("gpu")
+    result = max(load(ROOT / "docs" / "tables.py").results("gpu"), key=lambda result: result["date"])
     ours = [row for row in result["rows"] if row["who"] == "auto" and row["case"].endswith("N=1M")]
     for passes, words in (("fwd", "forward"), ("fwd+bwd", "in training")):
         ratios = [row["ratio"] for row in ours if f" {passes} " in row["case"]]

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.handle import Handle
 from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
@@ -35,11 +34,3 @@ def borrow(
 ) -> Handle:
     """A buffer for one exchange."""
     return exchange_pool().borrow(shape, dtype, device, purpose, zero=zero)
-
-
-def padded_mask(mask: Tensor, length: int) -> Handle:
-    """A mask `(B, n)` with False up to a length, in a buffer to be sent."""
-    # False is no real key: nobody reads the padding, which is cut off after the gather.
-    buffer = borrow((mask.shape[0], length), mask.dtype, mask.device, "mask sent", zero=True)
-    buffer.tensor[:, : mask.shape[1]] = mask
-    return buffer

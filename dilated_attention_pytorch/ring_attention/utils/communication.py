@@ -32,22 +32,11 @@ class RingError(RuntimeError):
 
 @dataclass
 class Traffic:
-    """Bytes this rank sent to and received from other ranks, by purpose: "rows", "gradients", "mask", "seed".
-
-    Attributes:
-        sent: bytes by purpose.
-        received: bytes by purpose.
-        calls: exchanges by purpose.
-    """
+    """Bytes this rank sent to and received from other ranks, by purpose: "rows", "gradients", "mask", "seed"."""
 
     sent: dict[str, int] = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-
-    def count(self, purpose: str, sent: int, received: int) -> None:
-        """Adds one exchange."""
-        for table, amount in ((self.sent, sent), (self.received, received), (self.calls, 1)):
-            table[purpose] = table.get(purpose, 0) + amount
+    calls: dict[str, int] = field(default_factory=dict)  # how many exchanges
 
 
 # On CUDA the backward runs in a thread of its own.
@@ -72,18 +61,12 @@ def counting() -> Iterator[Traffic]:
 def _count(purpose: str, sent: int, received: int) -> None:
     with _lock:
         for traffic in _counters:
-            traffic.count(purpose, sent, received)
+            for table, amount in ((traffic.sent, sent), (traffic.received, received), (traffic.calls, 1)):
+                table[purpose] = table.get(purpose, 0) + amount
 
 
 class Channel:
-    """One process group as one call of ring attention uses it.
-
-    Args:
-        group: the process group.
-        timeout: seconds.
-        label: what the call is doing, for errors: "forward, step 3".
-        explain: called with a failure's message and returns what the ranks know about it.
-    """
+    """One process group as one call of ring attention uses it."""
 
     def __init__(
         self, group: dist.ProcessGroup, timeout: float, label: str, explain: Callable[[str], str] | None = None
@@ -92,8 +75,8 @@ class Channel:
         self.rank: int = group.rank()
         self.world_size: int = group.size()
         self.timeout = timedelta(seconds=timeout)
-        self.label = label
-        self._explain = explain
+        self.label = label  # what the call is doing, for errors: "forward, step 3"
+        self._explain = explain  # takes a failure's message and returns what the ranks know about it
 
     def exchange(
         self, buffer: Handle, sent: Sequence[int], received: Sequence[int], purpose: str, keep: bool = False
@@ -101,14 +84,10 @@ class Channel:
         """Starts one all-to-all; the caller goes on computing and asks the result to `wait`.
 
         Args:
-            buffer: rows for all ranks, one rank after another; released once they are sent.
-            sent: how many rows go to each rank.
-            received: how many come from each.
+            buffer: rows for all ranks, one rank after another, as they arrive too; released once they are sent.
+            sent, received: how many rows go to each rank and come from it.
             purpose: what they are counted as.
             keep: whether the result outlives the call; it is an ordinary tensor then.
-
-        Returns:
-            Rows from all ranks, one after another, once they are there.
         """
         send = buffer.tensor
         lent, result = _receiver((sum(received), *send.shape[1:]), send, purpose, keep)
@@ -117,30 +96,25 @@ class Channel:
         outgoing, incoming = [n * row for n in sent], [n * row for n in received]
         _count(purpose, sum(outgoing) - outgoing[self.rank], sum(incoming) - incoming[self.rank])
         pending = Pending(self, result, purpose, dict(enumerate(incoming)), buffer, lent)
-        result, send = as_bytes(result), as_bytes(send)
-        pending.start(lambda: torch_private.all_to_all(self.group, result, send, incoming, outgoing, self.timeout))
-        return pending
+        both = as_bytes(result), as_bytes(send)
+        return pending.start(lambda: torch_private.all_to_all(self.group, *both, incoming, outgoing, self.timeout))
 
     def gather(self, buffer: Handle, purpose: str, *, keep: bool = False) -> Pending:
         """Starts an all-gather of equally shaped tensors; the result has the ranks in a new first dimension."""
         x = buffer.tensor
         lent, result = _receiver((self.world_size, *x.shape), x, purpose, keep)
-        size = x.numel() * x.element_size()
-        _count(purpose, size * (self.world_size - 1), size * (self.world_size - 1))
-        pending = Pending(self, result, purpose, dict.fromkeys(range(self.world_size), size), buffer, lent)
-        result, x = as_bytes(result), as_bytes(x)
-        pending.start(lambda: torch_private.all_gather(self.group, result, x, self.timeout))
-        return pending
+        others = x.nbytes * (self.world_size - 1)
+        _count(purpose, others, others)
+        pending = Pending(self, result, purpose, dict.fromkeys(range(self.world_size), x.nbytes), buffer, lent)
+        both = as_bytes(result), as_bytes(x)
+        return pending.start(lambda: torch_private.all_gather(self.group, *both, self.timeout))
 
     def broadcast(self, x: Tensor, purpose: str) -> Pending:
         """Starts a broadcast of the first rank's tensor; the result is an ordinary one, which a backward may read."""
-        result = x.clone()
-        size = x.numel() * x.element_size()
-        first = self.rank == 0
-        _count(purpose, size * (self.world_size - 1) * first, size * (not first))
-        pending = Pending(self, result, purpose, {0: size})
-        pending.start(lambda: torch_private.broadcast(self.group, as_bytes(result), self.timeout))
-        return pending
+        result, is_first = x.clone(), self.rank == 0
+        _count(purpose, x.nbytes * (self.world_size - 1) * is_first, x.nbytes * (not is_first))
+        pending = Pending(self, result, purpose, {0: x.nbytes})
+        return pending.start(lambda: torch_private.broadcast(self.group, as_bytes(result), self.timeout))
 
     def failed(self, purpose: str, incoming: dict[int, int], cause: BaseException) -> RingError:
         """The error for an exchange that did not come to its end."""
@@ -171,21 +145,22 @@ class Pending:
     receives: Handle | None = None
     work: Any = None
 
-    def start(self, launch: Callable[[], Any]) -> None:
+    def start(self, launch: Callable[[], Any]) -> Pending:
         """Launches the collective."""
         _flying.add(self)
+        self.work = self._tried(launch)
+        return self
+
+    def _tried(self, step: Callable[[], Any]) -> Any:
         try:
-            self.work = launch()
+            return step()
         except RuntimeError as error:
             raise self.channel.failed(self.purpose, self.incoming, error) from error
 
     def wait(self) -> Tensor:
         """The result; on CUDA the current stream waits, not the host."""
         if self.work is not None:
-            try:
-                self.work.wait()
-            except RuntimeError as error:
-                raise self.channel.failed(self.purpose, self.incoming, error) from error
+            self._tried(self.work.wait)
             self.work = None
             _flying.discard(self)
             # Sent: the pool may lend that memory again. What arrived is read until `release`.
@@ -219,8 +194,7 @@ def priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     An exchange then takes multiprocessors as attention's tiles free them, where it would else wait for the kernel to
     end. Collective over the group.
     """
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    if device.type != "cuda" or "nccl" not in dist.get_backend(group):
+    if not torch.cuda.is_available() or "nccl" not in dist.get_backend(group):
         return group
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     ranks = dist.get_process_group_ranks(group)

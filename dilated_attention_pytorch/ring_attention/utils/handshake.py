@@ -6,8 +6,10 @@ the store outlives a rank that dies (torchrun keeps it in the agent).
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel, RingError
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from dilated_attention_pytorch.core.torch_private import Store
 
 # Seconds in which ranks that failed together hear of one another.
 _GRACE = 1.0
@@ -27,21 +29,13 @@ _GRACE = 1.0
 
 @dataclass
 class GroupState:
-    """What a rank remembers of a group between calls.
+    """What a rank remembers of a group between calls."""
 
-    Attributes:
-        store: the group's store, on a connection of its own where the store allows it.
-        step: exchanges begun.
-        handshakes: fingerprints compared.
-        previous: the fingerprint of the last exchange.
-        lengths: the shards' lengths then.
-    """
-
-    store: Store
-    step: int = 0
-    handshakes: int = 0
-    previous: str = ""
-    lengths: tuple[int, ...] = ()
+    store: Store  # the group's, on a connection of its own where the store allows it
+    step: int = 0  # exchanges begun
+    handshakes: int = 0  # fingerprints compared
+    previous: str = ""  # the fingerprint of the last exchange
+    lengths: tuple[int, ...] = ()  # of the shards then
 
 
 _states: WeakKeyDictionary[dist.ProcessGroup, GroupState] = WeakKeyDictionary()
@@ -55,39 +49,25 @@ def state_of(group: dist.ProcessGroup) -> GroupState:
 
 
 def begin(
-    group: dist.ProcessGroup,
-    fingerprint: dict[str, Any],
-    length: int,
-    row_bytes: int,
-    *,
-    phase: str,
-    check: str,
-    timeout: float | None,
+    group_name: str, told: dict[str, Any], length: int, row_bytes: int, *, phase: str, check: str, timeout: float | None
 ) -> tuple[Channel, tuple[int, ...]]:
-    """Opens an exchange: compares fingerprints where `check` asks for it.
+    """Opens an exchange: the channel to exchange through, and every rank's length.
+
+    Ranks compare what they tell where `check` asks for it (as in `RingAttentionConfig`): `RingError` on every rank
+    alike where they differ; on those that wait, for ranks that do not come.
 
     Args:
-        group: the process group.
-        fingerprint: everything that must be the same on every rank, by the name an error will give it.
-        length: positions of this rank's shard.
-        row_bytes: bytes of K and V per position.
-        phase: "forward" or "backward".
-        check: as in `RingAttentionConfig`.
-        timeout: seconds; None for the group's own.
-
-    Returns:
-        The channel to exchange through, and every rank's length.
-
-    Raises:
-        RingError: on every rank alike, for fingerprints that differ; on those that wait, for ranks that do not come.
+        told: everything that must be the same on every rank, by the name an error will give it.
+        length, row_bytes: positions of this rank's shard, and bytes of K and V per position.
     """
+    group = torch_private.process_group(group_name)
     state = state_of(group)
     state.step += 1
     label = f"{phase}, step {state.step}"
     if timeout is None:
         timeout = torch_private.group_timeout(group).total_seconds()
     channel = Channel(group, timeout, label, lambda message: _explain(state, group, message))
-    told = {"phase": phase, **fingerprint, "length": length}
+    told = {"phase": phase, **told, "length": length}
     mine = json.dumps(told)
     # Nobody asks, so nobody hears of other lengths.
     if check == "never":
@@ -126,9 +106,8 @@ def _compare(
         raise RingError(f"{name} on rank {rank} failed: the group's store is gone ({error})") from error
     lengths = tuple(one.pop("length") for one in all_of_them)
     # Every rank reads the same fingerprints, so all of them raise the same error, or none does.
-    differing = [field for field in _fields(all_of_them) if len({_shown(one, field) for one in all_of_them}) > 1]
-    if differing:
-        raise RingError(f"{name}: ranks disagree on " + "; on ".join(_who_says_what(all_of_them, f) for f in differing))
+    if differing := "; on ".join(_disagreements(all_of_them)):
+        raise RingError(f"{name}: ranks disagree on {differing}")
     return lengths
 
 
@@ -142,19 +121,14 @@ def _late(state: GroupState, key: str, name: str, missing: list[int], size: int,
     return RingError(state.store.compare_set(key, "", message).decode())
 
 
-def _fields(fingerprints: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for one in fingerprints for name in one))
-
-
-def _shown(fingerprint: dict[str, Any], name: str) -> str:
-    return repr(fingerprint[name]) if name in fingerprint else "nothing"
-
-
-def _who_says_what(fingerprints: list[dict[str, Any]], name: str) -> str:
-    ranks: dict[str, list[int]] = {}
-    for rank, one in enumerate(fingerprints):
-        ranks.setdefault(_shown(one, name), []).append(rank)
-    return f"{name}: " + ", ".join(f"{value} on ranks {who}" for value, who in ranks.items())
+def _disagreements(fingerprints: list[dict[str, Any]]) -> Iterator[str]:
+    """What each rank says, for everything that some say differently."""
+    for name in dict.fromkeys(itertools.chain.from_iterable(fingerprints)):
+        ranks: dict[str, list[int]] = {}
+        for rank, one in enumerate(fingerprints):
+            ranks.setdefault(repr(one[name]) if name in one else "nothing", []).append(rank)
+        if len(ranks) > 1:
+            yield f"{name}: " + ", ".join(f"{value} on ranks {who}" for value, who in ranks.items())
 
 
 def _explain(state: GroupState, group: dist.ProcessGroup, message: str) -> str:

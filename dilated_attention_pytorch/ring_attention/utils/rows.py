@@ -13,31 +13,18 @@ from dilated_attention_pytorch.ring_attention.utils.communication import Channel
 
 
 class Move(NamedTuple):
-    """What one rank does to lay rows out in another order; read backwards, to put them where they were.
+    """What one rank does to lay rows out in another order; read backwards, to put them where they were."""
 
-    Attributes:
-        leaving: int64 `(n,)`, this rank's rows, those for the first rank first.
-        sent: how many go to each rank.
-        received: how many come from each rank.
-        arriving: int64 `(n,)`, where each row that comes belongs.
-        is_local: no row changes ranks, on any rank.
-    """
-
-    leaving: Tensor
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    arriving: Tensor
-    is_local: bool
+    leaving: Tensor  # int64 (n,), this rank's rows, those for the first rank first
+    sent: tuple[int, ...]  # how many go to each rank
+    received: tuple[int, ...]  # how many come from each rank
+    arriving: Tensor  # int64 (n,), where each row that comes belongs
+    is_local: bool  # no row changes ranks, on any rank
 
     @staticmethod
     def plan(index: Tensor, bounds: tuple[int, ...], rank: int) -> Move:
-        """The move after which row p of the whole sequence is what was row `index[p]`.
-
-        Args:
-            index: int64 `(N,)`, a permutation, the same on every rank.
-            bounds: where each rank's shard starts, and the end.
-            rank: this one.
-        """
+        """The move after which row p of the whole sequence is what was row `index[p]`, of a permutation int64 `(N,)`
+        that is the same on every rank."""
         start, stop = bounds[rank], bounds[rank + 1]
         ends = torch.tensor(bounds[1:], device=index.device)
         # Of each row of the new order: the rank that has it, and the rank that gets it.

@@ -9,17 +9,16 @@ call, on any backend, and the branches merge by log-sum-exp (docs/spec.md, 4).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from dilated_attention_pytorch.core import torch_private, validation
+from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.core.members import segment_and_residue
 from dilated_attention_pytorch.core.merge import merge_attention
 from dilated_attention_pytorch.core.precision import accumulator
@@ -27,10 +26,10 @@ from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.kernels.hilbert import Curve, CurveOrder, curve_order
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.ring_attention.plan import equal_bounds
-from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
+from dilated_attention_pytorch.ring_attention.production import GroupOrMesh, RingDilatedAttention
 from dilated_attention_pytorch.ring_attention.utils import handshake, rows
 from dilated_attention_pytorch.ring_attention.utils.communication import Channel
-from dilated_attention_pytorch.types import QKV, AttentionOutput
+from dilated_attention_pytorch.types import QKV, AttentionOutput, Seed
 
 CausalAlong = Literal["original", "curve"]
 # Odd, so no two branches of one seed share a dropout mask.
@@ -65,7 +64,7 @@ class HilbertMixin(_Ring):
     def __init__(
         self,
         config: RingAttentionConfig,
-        process_group: ProcessGroup | DeviceMesh | None = None,
+        process_group: GroupOrMesh = None,
         *,
         grid: Sequence[int] | None = None,
         coords: Tensor | None = None,
@@ -118,14 +117,7 @@ class HilbertMixin(_Ring):
 
     @override
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        key_padding_mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, key_padding_mask: Tensor | None, seed: Seed
     ) -> AttentionOutput:
         # Causality by original position sorts each branch's rows its own way: a call per branch.
         by_branch = is_causal and self.causal_along == "original"
@@ -136,16 +128,15 @@ class HilbertMixin(_Ring):
         x = QKV(*in_autocast_dtype(query, key, value))
         if not by_branch:
             return self._attend_moved(None, plain, x, key_padding_mask)
-        merged: AttentionOutput | None = None
-        for i, branch in enumerate(self.branches):
-            assert isinstance(branch, RingDilatedAttention)
+
+        def part(i: int, branch: Any) -> AttentionOutput:
             attend = functools.partial(branch.attend, is_causal=True, seed=_branch_seed(seed, i))
-            part = self._attend_moved(i, attend, x, key_padding_mask)
-            # Merged in the accumulator's dtype, rounded once, at the end.
-            part = AttentionOutput(part.out.to(accumulator(part.out.dtype)), part.lse)
-            merged = part if merged is None else merge_attention(merged, part)
-        assert merged is not None
-        return AttentionOutput(merged.out.to(x.q.dtype), merged.lse)
+            out, lse = self._attend_moved(i, attend, x, key_padding_mask)
+            return AttentionOutput(out.to(accumulator(out.dtype)), lse)
+
+        # Merged in the accumulator's dtype, one after the other, and rounded once, at the end.
+        out, lse = functools.reduce(merge_attention, itertools.starmap(part, enumerate(self.branches)))
+        return AttentionOutput(out.to(x.q.dtype), lse)
 
     def _attend_moved(
         self, branch: int | None, attend: Callable[..., AttentionOutput], x: QKV, mask: Tensor | None
@@ -173,9 +164,8 @@ class HilbertMixin(_Ring):
         # Compared once per order, not per call.
         if self._agreed or self.world_size == 1 or self.config.check == "never":
             return
-        fingerprint = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
-        group = torch_private.process_group(self.group_name)
-        handshake.begin(group, fingerprint, length, 0, phase="order", check="always", timeout=self.config.timeout)
+        told = {"curve order": _checksum(self.order.order), "causal_along": self.causal_along}
+        self._begin(told, length, phase="order", check="always")
         self._agreed = True
 
     def _move(self, branch: int | None, device: torch.device) -> rows.Move:
@@ -192,8 +182,10 @@ class HilbertMixin(_Ring):
         return self._moves[branch, device]
 
     def _channel(self) -> Channel:
-        group, timeout = torch_private.process_group(self.group_name), self.config.timeout
-        return handshake.begin(group, {}, 0, 0, phase="layout", check="never", timeout=timeout)[0]
+        return self._begin({}, 0, phase="layout", check="never")
+
+    def _begin(self, told: dict[str, Any], length: int, **how: str) -> Channel:
+        return handshake.begin(self.group_name, told, length, 0, **how, timeout=self.config.timeout)[0]
 
     @override
     def extra_repr(self) -> str:
@@ -266,18 +258,12 @@ def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
     return layout
 
 
-def _branch_seed(seed: int | Tensor | None, branch: int) -> int | Tensor | None:
+def _branch_seed(seed: Seed, branch: int) -> Seed:
     """A seed for each branch, since each is a call whose only branch is its first."""
     if seed is None or branch == 0:
         return seed
-    if isinstance(seed, Tensor):
-        return seed.to(torch.int64) + torch.tensor(_wrapped(branch * _SEED_STEP), device=seed.device)
-    return _wrapped(seed + branch * _SEED_STEP)
-
-
-def _wrapped(number: int) -> int:
-    """As int64 arithmetic has it."""
-    return (number + 2**63) % 2**64 - 2**63
+    # As a tensor: int64 wraps around where a Python int grows.
+    return torch.as_tensor(seed, dtype=torch.int64) + torch.tensor(branch) * _SEED_STEP
 
 
 def _checksum(order: Tensor) -> int:
