@@ -337,7 +337,7 @@ class MultiheadDilatedAttention(Projections):
                 "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
                 "exponentially; take positions='rotary'"
             )
-        if cache is not None and not callable(getattr(cache, "append", None)):
+        if cache is not None and not hasattr(cache, "length"):
             raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
         where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
         q_start = 0 if cache is None else cache.length
