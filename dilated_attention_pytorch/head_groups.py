@@ -136,16 +136,11 @@ def _ranged(
     q_rows = members.rows(q_start, heads.q.shape[1], heads.q.device)
     k_rows = members.rows(k_start, heads.k.shape[1], heads.q.device)
     out = torch.zeros_like(heads.q)
-    out[:, q_rows] = dilated_attention(
-        heads.q[:, q_rows],
-        heads.k[:, k_rows],
-        heads.v[:, k_rows],
-        key_padding_mask=None if mask is None else mask[:, members.rows(0, seq_len, mask.device)],
-        q_start=members.before(q_start),
-        k_start=members.before(k_start),
-        seq_len=members.before(seq_len),
-        **options,
-    )
+    options = {**options, "key_padding_mask": mask if mask is None else mask[:, members.rows(0, seq_len, mask.device)]}
+    options |= {"q_start": members.before(q_start), "k_start": members.before(k_start)}
+    options["seq_len"] = members.before(seq_len)
+    q, k, v = heads.q[:, q_rows], heads.k[:, k_rows], heads.v[:, k_rows]
+    out[:, q_rows] = dilated_attention(q, k, v, **options)
     return out
 
 

@@ -116,45 +116,23 @@ class DilatedAttention(nn.Module):
             value: like key.
             is_causal: hide later keys.
             key_padding_mask: bool `(B, N)`, **True = real** (`nn.MultiheadAttention` has it the other way round).
-            row_start: int `(B,)`, first real position of each left-padded row.
-            cu_seqlens: int `(sequences + 1,)`, bounds of packed sequences.
-            q_start: position of the first query.
-            k_start: position of the first key.
-            seq_len: length of the whole sequence.
-            seed: of the dropout mask.
+            row_start, cu_seqlens, q_start, k_start, seq_len, seed: as in `dilated_attention`.
 
         Returns:
             `(B, N, H, D)`.
         """
-        settings: dict[str, Any] = {
-            "is_causal": is_causal,
-            "scale": self.scale,
-            "dropout_p": self.attention_dropout if self.training else 0.0,
-            "seed": seed,
-            "backend": self.backend,
-        }
+        dropout_p = self.attention_dropout if self.training else 0.0
+        call: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "seed": seed}
+        call |= {"scale": self.scale, "backend": self.backend}
         if self.head_groups:
             branches = list(zip(self.segment_lengths, self.dilation_rates, strict=True))
             masks = Masks(key_padding_mask, row_start, cu_seqlens)
-            ranges = q_start, k_start, seq_len
-            return grouped_attention(QKV(query, key, value), branches, masks, ranges, **settings)
-        return dilated_attention(
-            query,
-            key,
-            value,
-            segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates,
-            offsets=self.offsets,
-            key_padding_mask=key_padding_mask,
-            row_start=row_start,
-            cu_seqlens=cu_seqlens,
-            q_start=q_start,
-            k_start=k_start,
-            seq_len=seq_len,
-            mixing_gradient=self.mixing_gradient,
-            padding=self.padding,
-            **settings,
-        )
+            return grouped_attention(QKV(query, key, value), branches, masks, (q_start, k_start, seq_len), **call)
+        call |= {"key_padding_mask": key_padding_mask, "row_start": row_start, "cu_seqlens": cu_seqlens}
+        call |= {"q_start": q_start, "k_start": k_start, "seq_len": seq_len}
+        call |= {"segment_lengths": self.segment_lengths, "dilation_rates": self.dilation_rates}
+        call |= {"offsets": self.offsets, "mixing_gradient": self.mixing_gradient, "padding": self.padding}
+        return dilated_attention(query, key, value, **call)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

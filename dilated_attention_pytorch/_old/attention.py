@@ -16,8 +16,11 @@ class OldArguments(nn.Module):
     """Stands before a class of today, which is then constructed with old arguments."""
 
     call: ClassVar[OldCall]
+    place: ClassVar[str] = ""  # of an old module whose class may be had without importing it, so that the class warns
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if self.place:
+            warn_of_module(self.place)
         super().__init__(**self.construction(args, kwargs))
 
     def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -54,10 +57,7 @@ class DilatedAttention01(OldAttention, DilatedAttention):
     """`dilated_attention_pytorch.dilated_attention.DilatedAttention`."""
 
     call = DILATED.call
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        warn_of_module("dilated_attention")  # it may have come as an attribute of the function
-        super().__init__(*args, **kwargs)
+    place = "dilated_attention"
 
 
 class ImprovedDilatedAttention(OldAttention, DilatedAttention):
@@ -83,9 +83,9 @@ class MultiheadDilatedAttention01(OldArguments, MultiheadDilatedAttention):
     """0.1's `MultiheadDilatedAttention`: `forward` takes three tensors and `is_causal`, and returns a pair."""
 
     call = MULTIHEAD.call
+    place = "dilated_attention"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        warn_of_module("dilated_attention")
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_old_norm)  # type: ignore[no-untyped-call]
 
@@ -151,10 +151,6 @@ def forward_arguments(
     _no_mask("attn_mask", attn_mask)
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise TypeError(f"expected key_padding_mask of dtype bool, got {key_padding_mask.dtype}")
-    return {
-        "query": query,
-        "key": query if key is None else key,
-        "value": query if value is None else value,
-        "key_padding_mask": None if key_padding_mask is None else ~key_padding_mask,
-        "is_causal": is_causal,
-    }
+    real = None if key_padding_mask is None else ~key_padding_mask
+    key, value = query if key is None else key, query if value is None else value
+    return {"query": query, "key": key, "value": value, "key_padding_mask": real, "is_causal": is_causal}

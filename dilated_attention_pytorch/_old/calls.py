@@ -94,15 +94,12 @@ def old_call(name: str, order: str, kept: str, keywords: str = "") -> OldCall:
     return OldCall(name, tuple(order.split()), {old: new or old for old, _, new in pairs}, tuple(keywords.split()))
 
 
-def activation_name(activation: Any) -> Any:
-    """The name of an activation that 0.1 took as a function."""
+def named_activation(values: dict[str, Any]) -> dict[str, Any]:
+    """Arguments whose activation is a name: 0.1 took a function, relu by default."""
     relu, gelu = torch.nn.functional.relu, torch.nn.functional.gelu
     functions = {relu: "relu", torch.relu: "relu", gelu: "gelu"}
-    return functions.get(activation, activation) if callable(activation) else activation
-
-
-def _named_activation(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "activation": activation_name(values.get("activation", "relu"))}
+    activation = values.get("activation", "relu")
+    return {**values, "activation": functions.get(activation, activation) if callable(activation) else activation}
 
 
 def with_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +136,7 @@ LONGNET_ORDER = (
 )
 LONGNET = KeptName(
     old_call("LongNet", LONGNET_ORDER, kept=LONGNET_ORDER), 0, int, "LongNet",
-    finish=_named_activation,
+    finish=named_activation,
 )  # fmt: skip
 # 0.2's configuration, and the flags that its ring classes took beside it.
 RING_CONFIG = KeptName(

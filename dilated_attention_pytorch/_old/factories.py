@@ -47,8 +47,7 @@ def create_dilated_attention(
     **kwargs: Any,
 ) -> Any:
     """A `DilatedAttention`, or a `RingDilatedAttention` for `"ring"`."""
-    _check_type(attention_type)
-    pattern = _pattern(segment_lengths, dilation_rates)
+    pattern = _pattern(attention_type, segment_lengths, dilation_rates)
     if attention_type == "ring":
         return load("_old.rings:RingDilatedAttentionProduction")(**pattern, **kwargs)
     if "attention_dropout" in kwargs:
@@ -67,8 +66,8 @@ def create_multihead_dilated_attention(
     **kwargs: Any,
 ) -> Any:
     """A `MultiheadDilatedAttention`, or a `RingDistributedDilatedAttention` for `"ring"`."""
-    _check_type(attention_type)
-    values = {"embed_dim": embed_dim, "num_heads": num_heads, **_pattern(segment_lengths, dilation_rates)}
+    pattern = _pattern(attention_type, segment_lengths, dilation_rates)
+    values = {"embed_dim": embed_dim, "num_heads": num_heads, **pattern}
     for config in (attention_config, multihead_config):
         if config is not None:
             # What says nothing about the module is left out, so that it need not be ignored aloud.
@@ -86,17 +85,11 @@ def create_multihead_dilated_attention(
     return load(f"_old.attention:{kind}")(**values)
 
 
-def _check_type(attention_type: str) -> None:
-    if attention_type not in _TYPES:
+def _pattern(kind: str, lengths: Sequence[int] | None, rates: Sequence[int] | None) -> dict[str, Any]:
+    """The pattern's arguments by name, of a kind that exists."""
+    if kind not in _TYPES:
         sparse = ": block-sparse attention is not dilated attention and has no successor"
-        raise ValueError(
-            f"expected attention_type to be one of {_TYPES}, got {attention_type!r}"
-            f"{sparse if str(attention_type).startswith('block_sparse') else ''}"
-        )
-
-
-def _pattern(segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None) -> dict[str, Any]:
-    return {
-        "segment_lengths": [2048, 4096, 8192] if segment_lengths is None else segment_lengths,
-        "dilation_rates": [1, 2, 4] if dilation_rates is None else dilation_rates,
-    }
+        why = sparse if str(kind).startswith("block_sparse") else ""
+        raise ValueError(f"expected attention_type to be one of {_TYPES}, got {kind!r}{why}")
+    lengths, rates = [2048, 4096, 8192] if lengths is None else lengths, [1, 2, 4] if rates is None else rates
+    return {"segment_lengths": lengths, "dilation_rates": rates}

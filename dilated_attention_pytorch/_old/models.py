@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._old.attention import OldArguments
-from dilated_attention_pytorch._old.calls import LONGNET_ORDER, activation_name, old_call
+from dilated_attention_pytorch._old.calls import LONGNET_ORDER, named_activation, old_call
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import Layer
 from dilated_attention_pytorch.models.longnet import LongNetLM
@@ -25,8 +25,7 @@ class LongNetLM01(OldArguments, LongNetLM):
     )
 
     def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        values = super().construction(args, kwargs)
-        return {**values, "activation": activation_name(values.get("activation", "relu"))}
+        return named_activation(super().construction(args, kwargs))
 
     def forward(self, x: Tensor, is_causal: bool = True, **new: Any) -> Tensor:  # type: ignore[override]
         """`LongNetLM.forward`; without `is_causal` every position sees later ones, as in a masked language model."""
@@ -50,15 +49,8 @@ class _OldLayer(OldArguments, Layer):
     )
 
     def construction(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "gamma": 1.0,
-            "dim_feedforward": 2048,
-            "dropout": 0.1,
-            "activation": "relu",
-            "positions": None,
-        }
-        values |= super().construction(args, kwargs)
-        values["activation"] = activation_name(values["activation"])
+        defaults = {"gamma": 1.0, "dim_feedforward": 2048, "dropout": 0.1, "positions": None}
+        values = defaults | named_activation(super().construction(args, kwargs))
         own = {name: values.pop(name, None) for name in ("gamma", "device", "dtype")}
         return {"config": LongNetConfig(**values), "cross_attention": self.cross, **own}
 

@@ -122,11 +122,11 @@ def warn_of_module(place: str) -> None:
     warn_once(place, f"the module {PACKAGE}.{place} is deprecated and goes with {REMOVED_IN}: {moves}")
 
 
-def old_module(module: str, *, warn_now: bool = True) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def old_module(module: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of an old module, which warns while it is imported, or when a name is first taken."""
     place = module.removeprefix(f"{PACKAGE}.")
     names = BY_PLACE[place]
-    if warn_now:
+    if place != "dilated_attention":  # which the package itself imports
         warn_of_module(place)
 
     def get(name: str) -> Any:

@@ -44,56 +44,34 @@ class _OldRingArguments(OldAttention):
         return {"config": config, **group}
 
 
-# The old rings without parameters differ in the order of their arguments alone.
 class OldRing(_OldRingArguments, RingDilatedAttention):  # type: ignore[misc]
     pass
 
 
-class RingDilatedAttention01(OldRing):
-    call = ring_call("RingDilatedAttention", f"{_FIRST} use_tf32 block_size ring_size use_checkpointing device dtype")
+def _ring(name: str, order: str = "") -> type[OldRing]:
+    """An old ring without parameters: they differ in the order of their arguments alone."""
+    return type(name, (OldRing,), {"call": ring_call(name.removesuffix("01"), order), "__module__": __name__})
 
 
-class RingDilatedAttentionProduction(OldRing):
-    call = ring_call("RingDilatedAttentionProduction")
+RingDilatedAttention01 = _ring(
+    "RingDilatedAttention01", f"{_FIRST} use_tf32 block_size ring_size use_checkpointing device dtype"
+)
+RingDilatedAttentionProduction = _ring("RingDilatedAttentionProduction")
+RingDilatedAttentionHybrid = _ring(
+    "RingDilatedAttentionHybrid", f"{_POOL} memory_pool_threshold_mb use_flash_attention use_bucketed"
+)
+RingDilatedAttentionTrue = _ring("RingDilatedAttentionTrue", f"{_FIRST} bucket_size ring_size device dtype")
+TrueRingDilatedAttention = _ring("TrueRingDilatedAttention", f"{_FIRST} ring_size chunk_size_kv device dtype")
+SimulatedRingDilatedAttention = _ring("SimulatedRingDilatedAttention", f"{_FIRST} ring_size chunk_k_v device dtype")
+RingDilatedAttentionV2 = _ring("RingDilatedAttentionV2", _POOL)
+RingDilatedAttentionV2Collective = _ring("RingDilatedAttentionV2Collective", " ".join(RING.call.order))
+RingDilatedAttentionV2Flash = _ring("RingDilatedAttentionV2Flash", " ".join(RING.call.order))
+RingDilatedAttentionV3 = _ring("RingDilatedAttentionV3", f"{_POOL} cache_on_gpu")
 
 
-def create_production_ring_attention(
-    segment_lengths: list[int], dilation_rates: list[int], **kwargs: Any
-) -> RingDilatedAttentionProduction:
+def create_production_ring_attention(segment_lengths: list[int], dilation_rates: list[int], **kwargs: Any) -> OldRing:
     """0.2's factory: further arguments are those of its `RingAttentionConfig`."""
     return RingDilatedAttentionProduction(segment_lengths, dilation_rates, **kwargs)
-
-
-class RingDilatedAttentionHybrid(OldRing):
-    call = ring_call("RingDilatedAttentionHybrid", f"{_POOL} memory_pool_threshold_mb use_flash_attention use_bucketed")
-
-
-class RingDilatedAttentionTrue(OldRing):
-    call = ring_call("RingDilatedAttentionTrue", f"{_FIRST} bucket_size ring_size device dtype")
-
-
-class TrueRingDilatedAttention(OldRing):
-    call = ring_call("TrueRingDilatedAttention", f"{_FIRST} ring_size chunk_size_kv device dtype")
-
-
-class SimulatedRingDilatedAttention(OldRing):
-    call = ring_call("SimulatedRingDilatedAttention", f"{_FIRST} ring_size chunk_k_v device dtype")
-
-
-class RingDilatedAttentionV2(OldRing):
-    call = ring_call("RingDilatedAttentionV2", _POOL)
-
-
-class RingDilatedAttentionV2Collective(OldRing):
-    call = ring_call("RingDilatedAttentionV2Collective", " ".join(RING.call.order))
-
-
-class RingDilatedAttentionV2Flash(OldRing):
-    call = ring_call("RingDilatedAttentionV2Flash", " ".join(RING.call.order))
-
-
-class RingDilatedAttentionV3(OldRing):
-    call = ring_call("RingDilatedAttentionV3", f"{_POOL} cache_on_gpu")
 
 
 class _OldHilbertRing(_OldRingArguments, HilbertRingAttention):

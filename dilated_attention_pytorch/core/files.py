@@ -12,25 +12,26 @@ from pathlib import Path
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:
     """Replace a file at once: a reader, or a crash, finds the old file or the new one, whole.
 
     Args:
         path: the file.
         write: writes the new content to the path it is given, in the same folder.
+        mode: of the new file; what the umask leaves by default.
 
     Raises:
         OSError: the new content could not be written; the old file stays, and nothing is left beside it.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     # O_EXCL follows no link that waits under the name; the system takes the umask off the mode.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = temporary.stat().st_mode
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600))
+    mode = temporary.stat().st_mode if mode is None else mode
     try:
         write(temporary)
-        temporary.chmod(mode)  # safetensors puts a file of its own there, which only the owner may read
         with temporary.open("r+b") as stream:
             os.fsync(stream.fileno())
+        temporary.chmod(mode)  # safetensors puts a file of its own there, which only the owner may read
         os.replace(temporary, path)
     except Exception as error:  # on a full disk torch and safetensors raise errors of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]

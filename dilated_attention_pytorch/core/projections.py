@@ -29,10 +29,10 @@ class Projections(nn.Module):
             raise ValueError(f"expected gamma_init in [0, 1e9], got {gamma_init}")
 
     def _make_parameters(self, bias: bool, layer_norm: bool, layer_norm_eps: float, **place: Any) -> None:
+        check.check_factory(place["device"], place["dtype"])
         check.check_bool("bias", bias)
-        check.check_bool("layer_norm", layer_norm)
         check.check_above_zero("layer_norm_eps", layer_norm_eps)
-        check.check_factory(place.get("device"), place.get("dtype"))
+        check.check_bool("layer_norm", layer_norm)
         width, kv_width = self.embed_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(width, width, bias=bias, **place)
         self.k_proj = nn.Linear(width, kv_width, bias=bias, **place)

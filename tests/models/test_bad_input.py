@@ -174,7 +174,7 @@ def test_what_inference_mode_made_gets_no_gradient_but_text() -> None:
     ("options", "message"),
     [
         ({"temperature": 10**400}, "temperature to be finite, got an int of"),
-        ({"temperature": 5e-324}, "temperature above 0, 1e-30 at least, got 5e-324"),
+        ({"temperature": 5e-324}, "temperature of at least 1e-30, got 5e-324"),
         ({"top_p": float("nan")}, "top_p to be finite, got nan"),
         ({"generator": "x"}, "generator to be a torch.Generator, got str 'x'"),
         ({"seed": 2**64}, r"seed to be below 2\*\*63, got 18446744073709551616"),

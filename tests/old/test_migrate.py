@@ -19,7 +19,7 @@ pytest.importorskip("libcst")
 from dilated_attention_pytorch._deprecated import load
 from dilated_attention_pytorch._old import names
 from dilated_attention_pytorch._old.migrate.clues import OLD
-from dilated_attention_pytorch._old.migrate.files import python_files, write_atomically
+from dilated_attention_pytorch._old.migrate.command import python_files, write_atomically
 from dilated_attention_pytorch._old.migrate.program import Migrated, migrate
 from dilated_attention_pytorch.cli.app import app
 

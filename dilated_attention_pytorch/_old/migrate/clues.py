@@ -26,6 +26,7 @@ _RENAMED = {row.name for row in OLD.values() if not row.by_hand and row.now != r
 # Their old `forward` took an `attention_mask`, after `is_causal`.
 _TOOK_MASK = {"DilatedAttention", "RingDilatedAttention"}
 _ASKS = {"isinstance", "issubclass", "register"}
+_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def at(path: str, line: int) -> str:
@@ -65,17 +66,15 @@ class Clues:
             nodes = list(ast.walk(ast.parse(source)))
         imports = dict(_imports(nodes))
         self.present |= set(imports.values())
-        bound = {name.id for name in nodes if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load)}
-        definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        bound |= {node.name for node in nodes if isinstance(node, definitions)}
-        bound |= {node.arg for node in nodes if isinstance(node, ast.arg)} | set(imports)
         used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+        bound |= {node.name for node in nodes if isinstance(node, _DEFINITIONS)}
+        bound |= {node.arg for node in nodes if isinstance(node, ast.arg)} | set(imports)
 
         def dotted(node: ast.AST) -> str:
-            if isinstance(node, ast.Name):
-                return imports.get(node.id, "")
-            owner = dotted(node.value) if isinstance(node, ast.Attribute) else ""
-            return f"{owner}.{node.attr}" if isinstance(node, ast.Attribute) and owner else ""
+            if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
+                return f"{owner}.{node.attr}"
+            return imports.get(node.id, "") if isinstance(node, ast.Name) else ""
 
         def stays(name: str, node: ast.AST, reason: str) -> None:
             if name in _RENAMED:
@@ -137,35 +136,37 @@ def _names_in(text: str) -> set[str]:
     return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
+def _called(call: ast.Call) -> str:
+    """The last part of what a call calls."""
+    return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
+
+
 def _gives_mask(call: ast.Call) -> bool:
     """Whether a call may be one of an old `forward`, with its `attention_mask`: `(q, k, v, is_causal, mask)`."""
-    args, keywords = call.args, {keyword.arg for keyword in call.keywords}
-    last = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    args, keywords, last = call.args, {keyword.arg for keyword in call.keywords}, _called(call)
     tensors = [*args[:3], *(keywords & {"query", "key", "value"})]
     data = (ast.Constant, ast.List, ast.Tuple, ast.Dict)
     if len(tensors) < 3 or last == "__init__" or last[:1].isupper() or any(isinstance(x, data) for x in tensors):
         return False
-    if "attention_mask" in keywords:
-        return True
-    if len(args) != 5:
-        return False
+    if "attention_mask" in keywords or len(args) != 5:
+        return "attention_mask" in keywords
     flag, mask = (ast.unparse(arg).lower() for arg in args[3:])
     return "causal" in flag or flag in {"true", "false"} or "mask" in mask or mask == "none"
 
 
-def _told_apart(node: ast.AST) -> list[ast.AST]:
+def _told_apart(node: ast.AST) -> list[ast.expr]:
     """The parts of a node whose meaning changes where two classes become one."""
-    found: list[ast.AST | None] = []
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in _ASKS:
-        found += node.args
-    elif isinstance(node, ast.Compare):
-        found += [node.left, *node.comparators]
-    elif isinstance(node, ast.Dict):
-        found += node.keys
-    elif isinstance(node, ast.Set | ast.List | ast.Tuple):
-        found += [one for one in node.elts if isinstance(one, ast.Name | ast.Attribute)]
-    elif isinstance(node, ast.MatchClass):
-        found.append(node.cls)
-    elif isinstance(node, ast.ClassDef) and len(node.bases) > 1:
-        found += node.bases
-    return [one for one in found if one is not None]
+    match node:
+        case ast.Call() if _called(node) in _ASKS:
+            return node.args
+        case ast.Compare():
+            return [node.left, *node.comparators]
+        case ast.Dict():
+            return [key for key in node.keys if key is not None]
+        case ast.Set() | ast.List() | ast.Tuple():
+            return [one for one in node.elts if isinstance(one, ast.Name | ast.Attribute)]
+        case ast.MatchClass():
+            return [node.cls]
+        case ast.ClassDef(bases=[_, _, *_]):
+            return node.bases
+    return []

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import libcst as cst
-from libcst.helpers import get_full_name_for_node
+from libcst.helpers import get_absolute_module_for_import
 from libcst.metadata import PositionProvider, QualifiedNameProvider, QualifiedNameSource, Scope, ScopeProvider
 
 from dilated_attention_pytorch._deprecated import PACKAGE
@@ -40,11 +40,6 @@ class Visitor(cst.CSTTransformer):
         names = self.get_metadata(QualifiedNameProvider, node, set())
         found = {name.name for name in names if name.source is QualifiedNameSource.IMPORT}
         return found.pop() if len(names) == 1 and found else ""
-
-
-def from_module(node: cst.ImportFrom) -> str:
-    """The module of `from module import ...`; empty for a relative one."""
-    return "" if node.relative or node.module is None else get_full_name_for_node(node.module) or ""
 
 
 def _now(old: str) -> str:
@@ -103,7 +98,7 @@ class Survey(Visitor):
                     self.taken.add(assignment.name)
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
-        module = from_module(node)
+        module = get_absolute_module_for_import(None, node) or ""  # nothing for a relative one
         if module.partition(".")[0] != PACKAGE:
             return False
         if isinstance(node.names, cst.ImportStar):

@@ -1,3 +1,1 @@
-from dilated_attention_pytorch._old.names import old_module
-
-__getattr__, __dir__ = old_module(__name__)
+__getattr__, __dir__ = __import__("dilated_attention_pytorch._old.names", fromlist=["old_module"]).old_module(__name__)
