@@ -211,7 +211,7 @@ class MultiheadDilatedAttention(Projections):
     ) -> None:
         super().__init__()
         self._set_sizes(embed_dim, num_heads, num_kv_heads, gamma_init)
-        check.check_above_zero("rotary_base", rotary_base)
+        rotary_base = check.check_above_zero("rotary_base", rotary_base)
         scale_base = check.check_above_zero("scale_base", scale_base)
         if not check.check_bool("batch_first", batch_first):
             raise ValueError(
@@ -315,7 +315,7 @@ class MultiheadDilatedAttention(Projections):
                 "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
                 "exponentially; take positions='rotary'"
             )
-        if cache is not None and not callable(getattr(cache, "append", None)):
+        if cache is not None and not hasattr(cache, "length"):
             raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
         where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
         q_start = 0 if cache is None else cache.length

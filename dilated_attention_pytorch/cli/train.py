@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeE
 from typer import Exit, Option
 
 from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes
+from dilated_attention_pytorch.core.validation import quoted
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.training import TrainConfig
@@ -92,7 +93,7 @@ def train(
 def _pairs(settings: list[str]) -> dict[str, str]:
     for setting in settings:
         if "=" not in setting:
-            raise ValueError(f"expected --set NAME=VALUE, got {setting!r}")
+            raise ValueError(f"expected --set NAME=VALUE, got {quoted(setting)}")
     return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
 
 

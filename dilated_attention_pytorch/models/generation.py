@@ -54,6 +54,8 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
         check.check_float("top_p", top_p)
     if check.check_float("temperature", temperature) <= 0.0:
         raise ValueError(f"expected temperature above 0, got {temperature}; greedy=True takes the likeliest token")
+    if temperature < 1e-30:  # logits would overflow
+        raise ValueError(f"expected temperature of at least 1e-30, got {temperature}; greedy=True takes the likeliest")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
     if seed is not None and sampling.get("generator") is not None:

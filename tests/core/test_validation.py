@@ -186,6 +186,13 @@ GOOD = x(2, 16, 4, 8)
             id="cu_seqlens end",
         ),
         pytest.param(
+            (GOOD[0, :0],) * 3,
+            {**ONE, "cu_seqlens": torch.tensor([0, 9])},
+            ValueError,
+            "cu_seqlens to run from 0 to 0, got 0 to 9",
+            id="cu_seqlens of no rows",
+        ),
+        pytest.param(
             (GOOD[0],) * 3,
             {**ONE, "cu_seqlens": torch.tensor([0])},
             ValueError,

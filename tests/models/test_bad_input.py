@@ -82,6 +82,7 @@ def test_a_module_that_torch_would_not_make(options: dict[str, Any], error: type
         ({"query": fake(X)}, TypeError, "query to be a fake tensor like all others or none, got FakeTensor"),
         ({"query": X[0]}, ValueError, r"query of shape \(B, N, 16\), got \(9, 16\)"),
         ({"rotation": 0}, TypeError, "rotation to be a Rotation, got int"),
+        ({"cache": []}, TypeError, "cache to be a store of keys and values, got list"),
         ({"cache": "x"}, TypeError, "cache to be a store of keys and values, got str"),
         ({"need_weights": np.array([0, 1])}, TypeError, "need_weights to be a bool, got ndarray"),
         ({"row_start": 3}, TypeError, "row_start to be a Tensor, got int"),
@@ -173,6 +174,7 @@ def test_what_inference_mode_made_gets_no_gradient_but_text() -> None:
     ("options", "message"),
     [
         ({"temperature": 10**400}, "temperature to be finite, got an int of"),
+        ({"temperature": 5e-324}, "temperature of at least 1e-30, got 5e-324"),
         ({"top_p": float("nan")}, "top_p to be finite, got nan"),
         ({"generator": "x"}, "generator to be a torch.Generator, got str 'x'"),
         ({"seed": 2**64}, r"seed to be below 2\*\*63, got 18446744073709551616"),

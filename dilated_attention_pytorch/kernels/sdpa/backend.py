@@ -218,11 +218,12 @@ def _piece_views(piece: Piece, tensors: list[tuple[str, Tensor]]) -> Iterator[Op
 
 def _parts(x: QKV, problem: Problem, masks: Masks) -> Iterator[BatchPart]:
     num_queries = x.q.shape[1]
+    bounds = None if masks.cu_seqlens is None else masks.cu_seqlens.tolist()
+    if bounds is not None:
+        check_cu_seqlens_values(bounds, num_queries)
     if x.q.shape[0] == 0 or num_queries == 0:
         return
-    if masks.cu_seqlens is not None:
-        bounds = masks.cu_seqlens.tolist()
-        check_cu_seqlens_values(bounds, num_queries)
+    if bounds is not None:
         for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if start < stop:
                 rows = slice(start, stop)

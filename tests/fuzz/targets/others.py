@@ -94,7 +94,9 @@ def _streamed(draw: st.DrawFn) -> Call:
     names = pick(draw, list(given))
     spoil(draw, given, [name for name in names if name != "progress"])
     if "progress" in names:
-        given["progress"] = draw(anything.filter(lambda x: x is not True))  # it would draw a bar
+        given["progress"] = draw(anything)
+        if given["progress"] is True:  # it would draw a bar
+            given["progress"] = None
 
     def check(result: Tensor) -> None:
         assert result is given["out"] or given["out"] is None
