@@ -36,7 +36,7 @@ def test_every_range_of_a_short_segment(causal):
             assert max(errors.values()) <= 1e-10, (a, b, c, d, errors)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.4, -3])
+@pytest.mark.parametrize("scale", [0.0, -0.4, -3, 5e-324, -5e-324])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("engine", ["flash", "eager"])
 def test_scales_that_are_not_above_zero(scale, causal, engine):

@@ -125,7 +125,7 @@ def test_dropout():
     check(1, 37, 2, 16, (16, 40), (1, 2), dropout_p=0.3, **CAUSAL)
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 5e-324])
 def test_scale(scale):
     check(1, 29, 3, 16, (8, 24), (1, 2), scale=scale)
 

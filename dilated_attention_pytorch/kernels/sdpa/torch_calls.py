@@ -17,6 +17,7 @@ from dilated_attention_pytorch.core import dropout, torch_private
 from dilated_attention_pytorch.core.precision import accumulator, without_autocast
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
+_TINY = torch.finfo(torch.float32).tiny  # a scale below it is 0 to kernels that compute in fp32
 _TILE_ELEMENTS = 1 << 23  # logits that the eager engine holds at a time: 32 MiB in fp32
 
 
@@ -79,7 +80,7 @@ def forward(x: QKV, how: Softmax) -> AttentionOutput:
     Returns:
         out `(b, H, Lq, D)`, 0 where no key is seen, and lse `(b, H, Lq, 1)`, -inf there.
     """
-    if how.scale <= 0:
+    if how.scale < _TINY:
         sign, scale = _above_zero(how.scale)
         return forward(x._replace(q=x.q * sign), how._replace(scale=scale))
     engine, scale, causal = name(x.q, how), how.scale, how.is_causal
@@ -114,7 +115,7 @@ def backward(grad: OutputGradient, x: QKV, saved: AttentionOutput, how: Softmax)
             a query that sees no key, so that its weights vanish.
         how: as in `forward`.
     """
-    if how.scale <= 0:
+    if how.scale < _TINY:
         sign, scale = _above_zero(how.scale)
         dq, dk, dv = backward(grad, x._replace(q=x.q * sign), saved, how._replace(scale=scale))
         return QKV(dq * sign, dk, dv)
@@ -164,7 +165,7 @@ def _above_zero(scale: float) -> tuple[float, float]:
     torch's kernels take the largest logit, and hide keys, before they scale: there a scale below 0 turns the smallest
     into the largest and a hidden -inf into inf, and 0 turns it into NaN.
     """
-    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+    return (-1.0, -scale) if -scale >= _TINY else (0.0, 1.0)
 
 
 def _has_flash(device: torch.device) -> bool:

@@ -136,7 +136,7 @@ def forward(work: Work, tape: Tape, config: Config) -> AttentionOutput:
     args = (
         q, k, v, views.a, views.b, out, lse, *strides_of(q, k, v, out), *lse.stride()[:2],
         n, plan.num_keys, plan.num_keys // plan.rate, heads, k.shape[2], num_tiles,
-        abs(work.logit_scale) or 1e-30,
+        max(abs(work.logit_scale), 1e-30),
     )  # fmt: skip
     flags = _flags(work, plan, config, views)
     flags |= {"NEGATE": work.problem.scale < 0, "CAUSAL": work.problem.is_causal}

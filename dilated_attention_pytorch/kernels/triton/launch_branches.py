@@ -59,7 +59,7 @@ def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | No
         args = (
             q, k, v, pair.a, pair.b, out, lse, *_masks(work, grid),
             *strides_of(q, k, v, out), *lse.stride()[:2], _mask_stride(work), *_sizes(work, branch, grid),
-            abs(work.logit_scale) or 1e-30, *_dropout(work),
+            max(abs(work.logit_scale), 1e-30), *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, config) | {
             "FIRST": covered and branch == order[0], "NEGATE": work.problem.scale < 0, "VIEW": pair.kind,
