@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models import LongNetLM
 from dilated_attention_pytorch.testing import relative_norm
-from dilated_attention_pytorch.training import TrainConfig, Trainer, build_corpus, parallel, standard_library
+from dilated_attention_pytorch.training import TrainConfig, Trainer, build_corpus, distributed, standard_library
 from dilated_attention_pytorch.training.distributed import World, join
 from dilated_attention_pytorch.training.metrics import peak_memory
 
@@ -86,7 +86,7 @@ def peaks(world: World) -> list[float]:
     return world.sum(mine).tolist()
 
 
-def gradient(model: LongNetLM, tokens: Tensor, layout: parallel.Layout) -> Tensor:
+def gradient(model: LongNetLM, tokens: Tensor, layout: distributed.RankLayout) -> Tensor:
     """Of the mean loss over all tokens, whole on every rank; computed as a training step does."""
     inputs, labels, whole = layout.shard(tokens)
     dtype = model.embed_tokens.weight.dtype
@@ -94,7 +94,7 @@ def gradient(model: LongNetLM, tokens: Tensor, layout: parallel.Layout) -> Tenso
         logits = model(inputs, **whole)
     share = (tokens.shape[1] - 1) / layout.context_size  # the mean over ranks is that over tokens
     (F.cross_entropy(logits[0].to(dtype), labels[0], reduction="sum") / share).backward()
-    return torch.cat([parallel.complete(p.grad).flatten() for p in model.parameters() if p.grad is not None])
+    return torch.cat([distributed.complete(p.grad).flatten() for p in model.parameters() if p.grad is not None])
 
 
 def check(world: World) -> list[str]:
@@ -102,11 +102,11 @@ def check(world: World) -> list[str]:
     torch.manual_seed(0)
     model = LongNetLM(CHECKED.model_config(), gradient_checkpointing=True).to(world.device)
     tokens = torch.randint(256, (1, CHECKED.context + 1)).to(world.device)
-    alone, layout = parallel.Layout(0, 1), parallel.arrange(world, world.size)
+    alone, layout = distributed.RankLayout(0, 1), distributed.arrange(world, world.size)
     exact = gradient(copy.deepcopy(model).double(), tokens, alone)
     bound = 2 * relative_norm(gradient(copy.deepcopy(model), tokens, alone), exact)
     if layout.mesh is not None:
-        parallel.shard_model(model, layout.mesh)
+        distributed.shard_model(model, layout.mesh)
     error = relative_norm(gradient(model, tokens, layout), exact)
     red = world.any(not error <= bound)
     return [f"rank {world.rank}: the gradient is off by {error:.1e}, expected {bound:.1e}"] if red else []
