@@ -199,5 +199,5 @@ PRESETS: Mapping[str, TrainConfig] = {
 def preset(name: str) -> TrainConfig:
     """A preset by name; an unknown one is a ValueError."""
     if name not in PRESETS:
-        raise ValueError(f"expected preset to be one of {sorted(PRESETS)}, got {name!r}")
+        raise ValueError(f"expected preset to be one of {sorted(PRESETS)}, got {check.quoted(name)}")
     return PRESETS[name]
