@@ -43,7 +43,8 @@ class Members(NamedTuple):
 
     def of(self, positions: Tensor) -> Tensor:
         """True for the positions that are members; negative positions (left padding) are not."""
-        return (positions % self.length % self.rate == self.offset) & (positions >= 0)
+        length, rate, offset = self  # torch 2.9 traces no arithmetic of tensors with attributes of a NamedTuple
+        return (positions % length % rate == offset) & (positions >= 0)
 
     def rows(self, start: int, count: int, device: torch.device) -> slice | Tensor:
         """Their rows in a tensor of the positions `[start, start + count)`."""
@@ -51,7 +52,9 @@ class Members(NamedTuple):
             return slice((self.offset - start) % self.rate, count, self.rate)
         # Counted, not searched for: nothing here waits for the device.
         members = torch.arange(self.before(start), self.before(start + count), device=device)
-        return members // self.slots * self.length + members % self.slots * self.rate + self.offset - start
+        length, rate, offset = self
+        slots = ceil_div(length - offset, rate)
+        return members // slots * length + members % slots * rate + offset - start
 
 
 def segment_and_residue(positions: Tensor, length: int, rate: int) -> Tensor:
