@@ -3,7 +3,7 @@
 One op with a `backend` argument: `torch.ops.dilated_attention_pytorch.attention`. Name it in a selective
 checkpointing policy to keep its result instead of computing it twice.
 
-Registered by `define`, `impl` and an `autograd.Function`: 17 us per call without gradients and 29 with, where
+Registered by `define`, `impl` and an `autograd.Function`: 17 us per call without gradients and 30 with, where
 `custom_op` and `register_autograd` take 24 and 117 (`benchmarks/dispatch.py`, docs/log.md).
 """
 
