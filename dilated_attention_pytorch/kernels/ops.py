@@ -3,8 +3,8 @@
 One op with a `backend` argument: `torch.ops.dilated_attention_pytorch.attention`. Name it in a selective
 checkpointing policy to keep its result instead of computing it twice.
 
-Registered by `define`, `impl` and an `autograd.Function`: 17 us per call without gradients and 30 with, where
-`custom_op` and `register_autograd` take 24 and 117 (`benchmarks/dispatch.py`, docs/log.md).
+Registered by `define`, `impl` and an `autograd.Function`: 20 us per call without gradients and 32 with, where
+`custom_op` and `register_autograd` take 25 and 120 (`benchmarks/dispatch.py`, docs/log.md).
 """
 
 from __future__ import annotations
