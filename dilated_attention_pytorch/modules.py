@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ class KeyValueStore(Protocol):
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
         """Takes in `(B, n, H_kv, D)`; gives back all keys and values still in sight and the first one's position."""
+
+
+@runtime_checkable
+class DecodingStore(Protocol):
+    """One layer's cache that attends itself, a position at a time; `models.decoding` has ours."""
+
+    def attend(self, x: QKV, rotation: Rotation | None, scale: float) -> Tensor:
+        """Attention `(B, 1, H, D)` of a new position; takes queries and keys before they are rotated."""
 
 
 @takes_old_call("_old.calls:DILATED")  # 0.4.0: goes with _old
@@ -264,7 +272,7 @@ class MultiheadDilatedAttention(Projections):
         row_start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         rotation: Rotation | None = None,
-        cache: KeyValueStore | None = None,
+        cache: KeyValueStore | DecodingStore | None = None,
     ) -> tuple[Tensor, None]:
         """Attention of query over key and value, which are positions of one sequence.
 
@@ -315,12 +323,15 @@ class MultiheadDilatedAttention(Projections):
                 "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
                 "exponentially; take positions='rotary'"
             )
-        if cache is not None and not hasattr(cache, "length"):
+        if cache is not None and not isinstance(cache, DecodingStore) and not hasattr(cache, "length"):
             raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
-        where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
-        q_start = 0 if cache is None else cache.length
         if rotation is not None and not isinstance(rotation, Rotation):
             raise TypeError(f"expected rotation to be a Rotation, got {type(rotation).__name__}")
+        if isinstance(cache, DecodingStore):
+            scale = self.head_dim**-0.5 if self.attention.scale is None else self.attention.scale
+            return self._leave(cache.attend(self._project(query, key, value), rotation, scale)), None
+        where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
+        q_start = 0 if cache is None else cache.length
         if rotation is None:
             rotation = self.rotation(query, start=q_start, **where)
         q, k, v = self._project(query, key, value, rotation)

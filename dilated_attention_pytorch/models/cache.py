@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,17 @@ class KeyValueCache:
         held = self.layers[0].keys if self.layers else None
         if held is not None and held.shape[0] != batch:
             raise ValueError(f"expected {held.shape[0]} rows of tokens, as the cache has, got {batch}")
+
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """What the layers are called with for new rows x `(B, N, d_model)`."""
+        return {"start": self.length, "row_start": self.row_start, "caches": self.layers}
+
+    def held_rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values `(B, rows_held, H_kv, D)` of each layer, from position `start` on."""
+        rows = slice(self.start - self._base, self.length - self._base)
+        if not all(isinstance(x, Tensor) for layer in self.layers for x in (layer.keys, layer.values)):
+            raise ValueError("expected a cache that has seen tokens, got an empty one")
+        return [(layer.keys[:, rows], layer.values[:, rows]) for layer in self.layers]  # type: ignore[index]
 
     def begin(self, num_new: int) -> None:
         """Plans for `num_new` further positions; every layer then appends once, and `commit` ends the step."""

@@ -154,13 +154,14 @@ class LayerStack(nn.Module):
         start: int = 0,
         caches: Sequence[KeyValueStore] | None = None,
         scales: Tensor | None = None,
+        rotation: Rotation | None = None,
         gradient_checkpointing: bool = False,
         **options: Any,
     ) -> Iterator[Tensor]:
         """The output of each layer, shaped like x, one after the other, without the final LayerNorm.
 
         There is one cache and one pair of scales per layer; `options` are further arguments of `Layer.forward`. `start`
-        is the position of the first row.
+        is the position of the first row, `rotation` that of all rows where the caller knows them better.
         """
         check_dense("x", x)
         rank, width = 3 if options.get("cu_seqlens") is None else 2, self.layer_norm.normalized_shape[0]
@@ -172,7 +173,7 @@ class LayerStack(nn.Module):
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
-        options["rotation"] = first.rotation(x, start=start, **where)
+        options["rotation"] = rotation or first.rotation(x, start=start, **where)
         again = gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             cache, scale = None if caches is None else caches[i], None if scales is None else scales[i]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core.validation import check_int, check_looked_up, quoted
+from dilated_attention_pytorch.models import decoding
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
@@ -168,7 +169,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
                 raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
             cache.check(tokens.shape[0], self.config.num_decoder_layers)
             cache.begin(tokens.shape[1])
-            options = {"start": cache.length, "row_start": cache.row_start, "caches": cache.layers}
+            options = cache.options(x)
         out: Tensor = self.decoder(x, is_causal=True, **options)
         if cache is not None:
             cache.commit()
@@ -191,7 +192,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             prompt: int `(B, N)`, N >= 1; of different lengths: `left_pad` gives one batch and its `row_start`.
             max_new_tokens: how many tokens to add, at most.
             sampling: `temperature=1.0`, `top_k`, `top_p`, `greedy=False`, `seed` or `generator`, `eos_token`,
-                `row_start`; `models.generation.Sampling` describes them.
+                `row_start`, `prefill_chunk`, `graphed`; `models.generation.Sampling` describes them.
 
         Returns:
             int64 `(B, T)`, T <= max_new_tokens, without the prompt.
@@ -211,8 +212,9 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         with torch.no_grad():  # a prompt of inference mode is as good as any
             self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)
-        cache = self.make_cache(row_start=sampling.get("row_start"))
-        return sample(self, cache, prompt, max_new_tokens, sampling)
+        if sampling.get("graphed") and (reasons := decoding.why_not(self, prompt)):
+            raise ValueError(f"expected graphed=True only where a token can be one replay, got {'; '.join(reasons)}")
+        return sample(self, prompt, max_new_tokens, sampling) if max_new_tokens else iter(())
 
     def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
         """The position of the first token: 0 without shards."""

@@ -72,6 +72,12 @@ def test_train_again_finds_it_done_and_refuses_another_config(
     assert "got 'sede'" in fails(capsys, monkeypatch, *same, "--set", "sede=1")
 
 
+def test_a_terminal_is_not_steered_by_what_a_model_writes() -> None:
+    from dilated_attention_pytorch.cli.generate import printable
+
+    assert printable("a\tb\n\x1b[2J\r\x07é漢") == "a\tb\n\\x1b[2J\\r\\x07é漢"
+
+
 def test_generate(
     trained: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
