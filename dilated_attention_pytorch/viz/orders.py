@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.kernels.hilbert import CurveOrder
 from dilated_attention_pytorch.viz.pattern import keys_by_branch
-from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, branch_label, style
+from dilated_attention_pytorch.viz.style import FAINT, INK, branch_colors, branch_label, style
 
 _MOST_STEPS = 20_000  # of a walk drawn as a line
 _MOST_TILES = 64_000_000  # of a slide's grid
@@ -73,14 +73,15 @@ def neighbourhood_figure(
     shown, cells = _plane(coords, None if coords.shape[1] == 2 else int(coords[query, 0]))
     with style():
         figure, axes = _axes(orders, cells, legend=True)
+        shades = branch_colors(len(pattern.branches))
         for ax, (name, found) in zip(axes, orders.items(), strict=True):
             branch, count = first_branch(pattern, found, query, head)
-            colors = ListedColormap([FAINT, *(branch_color(i) for i in range(len(pattern.branches)))])
+            colors = ListedColormap([FAINT, *shades])
             _image(ax, cells, (branch[shown] + 1).double().numpy(), cmap=colors, vmin=-0.5, vmax=colors.N - 0.5)
             row, column = coords[query, -2:].tolist()
             ax.plot(column, row, marker="o", markersize=4, markerfacecolor="white", markeredgecolor=INK)
             ax.set_title(f"{name}: {count:,} keys")
-        handles = [Patch(facecolor=branch_color(i), label=branch_label(b)) for i, b in enumerate(pattern.branches)]
+        handles = [Patch(facecolor=c, label=branch_label(b)) for c, b in zip(shades, pattern.branches, strict=True)]
         figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     return figure
 
