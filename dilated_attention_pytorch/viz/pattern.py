@@ -291,7 +291,7 @@ def _draw_shares(
     cmap = ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.13, 1, 256)))
     end = start + found.shape[-1] * size
     for ax, values in zip(axes, [*found, found.sum(0)], strict=True):
-        values = np.ma.masked_equal(values, 0).clip(scale.vmin, None)  # what no pair attends stays white
+        values = np.where(values > 0, values.clip(scale.vmin), np.nan)  # what no pair attends stays white
         image = ax.imshow(values, cmap=cmap, norm=scale, interpolation="nearest", extent=(start, end, end, start))
         ax.set(xlim=(start, stop), ylim=(stop, start))
     bar = axes[0].figure.colorbar(image, ax=axes, pad=0.01, shrink=0.9, label="times a pair counts (mean)")
