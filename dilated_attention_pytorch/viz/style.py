@@ -41,14 +41,15 @@ def binned(positions: NDArray[np.int64], seq_len: int, most: int = 1024) -> tupl
     return np.histogram(positions, bins=edges)[0] / np.diff(edges), edges
 
 
-def branch_colors(count: int) -> list[str]:
+def branch_colors(count: int, *, on_dark: bool = False) -> list[str]:
     """One colour per branch, none of them twice.
 
     More than six go from dark to light (viridis), so that lightness alone tells neighbouring branches apart.
     """
     if count <= len(_FEW_BRANCHES):
         return list(_FEW_BRANCHES[:count])
-    return [to_hex(c) for c in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))]
+    low, high = (0.3, 1) if on_dark else (0, 0.9)
+    return [to_hex(c) for c in matplotlib.colormaps["viridis"](np.linspace(low, high, count))]
 
 
 def branch_label(branch: tuple[int, int]) -> str:
@@ -82,11 +83,11 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE)
 
 
-def check_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
+def check_format(path: Path, formats: Sequence[str] = FORMATS, name: str = "path") -> str:
     """The ending of a path in lower case; a ValueError for one that names no format written here."""
     if path.suffix.lower() not in formats:
-        *most, last = formats
-        raise ValueError(f"expected path to end in {', '.join(most)} or {last}, got {quoted(path.name)}")
+        expected = " or ".join(filter(None, (", ".join(formats[:-1]), formats[-1])))
+        raise ValueError(f"expected {name} to end in {expected}, got {quoted(path.name)}")
     return path.suffix.lower()
 
 
