@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LogNorm, to_rgb
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
 from dilated_attention_pytorch.kernels.hilbert import CURVES, CurveOrder, curve_order, grid_coords
@@ -234,6 +234,42 @@ class TestOrders:
         assert segments.shape == (41, 2, 2)
         assert np.array_equal(np.abs(np.diff(segments, axis=1)).sum((1, 2)), np.ones(41))
 
+    def test_only_shown_tokens_are_drawn_and_fill_the_picture(self) -> None:
+        orders, shown = self.orders(), (self.COORDS[:, 0] > 1) & (self.COORDS[:, 1] < 4)  # four of six rows and columns
+        figures = [
+            orders_figure(orders, self.COORDS, shown=shown),
+            neighbourhood_figure(PATTERN, orders, self.COORDS, query=17, shown=shown),
+            heat_figure({"a": torch.rand(42)}, self.COORDS, shown=shown),
+        ]
+        for figure in figures:
+            assert figure.axes[0].images[0].get_array().shape == (4, 4)
+        for ax, order in zip(figures[0].axes, orders.values(), strict=True):
+            steps = self.COORDS[order.order].diff(dim=0)
+            whole = shown[order.order[:-1]] & shown[order.order[1:]]
+            assert len(ax.collections[0].get_segments()) == int(whole.sum()) < len(steps)
+        whole = neighbourhood_figure(PATTERN, orders, self.COORDS, query=17)
+        assert [ax.get_title() for ax in figures[1].axes] == [ax.get_title() for ax in whole.axes]
+
+    def test_maps_of_one_label_share_a_scale(self) -> None:
+        torch.manual_seed(0)
+        values = {
+            "colours": torch.rand(42, 3),
+            "a": 10 ** (-6 * torch.rand(42)),
+            "b": torch.rand(42),
+            "c": torch.randn(42),
+        }
+        values["b"][7] = torch.nan
+        figure = heat_figure(values, self.COORDS, labels={"a": "weight", "b": "weight", "c": "error"})
+        pictures = [ax for ax in figure.axes if ax.get_title()]
+        bars = [ax.get_ylabel() for ax in figure.axes if ax not in pictures and ax.axison]
+        assert [ax.get_title() for ax in pictures] == list(values) and bars == ["weight", "weight", "error"]
+        a, b, c = (ax.images[-1].norm for ax in pictures[1:])
+        assert (a.vmin, a.vmax) == (b.vmin, b.vmax) and isinstance(a, LogNorm)
+        high = max(float(values["a"].max()), float(values["b"][values["b"].isfinite()].max()))
+        assert a.vmax == pytest.approx(high) and a.vmin == pytest.approx(high / 1e4)  # four decades of six
+        assert not isinstance(c, LogNorm) and c.vmin == pytest.approx(float(values["c"].min()))
+        assert not np.isfinite(pictures[2].images[-1].get_array().filled(np.nan)[1, 0])
+
     def test_bad_input_is_named(self) -> None:
         orders = self.orders()
         with pytest.raises(ValueError, match=r"expected orders\['raster'\] of 3 tokens, got 42"):
@@ -248,5 +284,9 @@ class TestOrders:
             heat_figure({"a": torch.zeros(41)}, self.COORDS)
         with pytest.raises(ValueError, match="expected coords of integers"):
             heat_figure({"a": torch.zeros(42)}, self.COORDS.double())
+        with pytest.raises(ValueError, match=r"expected shown of bools, shape \(42,\), got torch.int64 \(42,\)"):
+            orders_figure(orders, self.COORDS, shown=torch.ones(42, dtype=torch.int64))
+        with pytest.raises(ValueError, match="expected shown to hold tokens of the plane, got none"):
+            orders_figure(orders, self.COORDS, shown=torch.zeros(42, dtype=torch.bool))
         with pytest.raises(ValueError, match="expected a plane that holds tokens, got 9"):
             heat_figure({"a": torch.zeros(60)}, grid_coords((3, 4, 5)), plane=9)
