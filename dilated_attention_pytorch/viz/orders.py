@@ -122,14 +122,14 @@ def heat_figure(
     plane: int | None = None,
     shown: Tensor | None = None,
 ) -> Figure:
-    """Values over tokens, three pictures a row, each with a colour bar; tokens without a value (nan) stay grey.
+    """Values over tokens, three pictures a row, with colour bars; tokens without a value (nan) stay grey.
 
     A scale is logarithmic, over at most four decades, if its values are positive and span more than two.
 
     Args:
         values: float `(N,)` in original order, by title; or `(N, 3)` colours in [0, 1].
         coords: int `(N, 2)` or `(N, 3)`.
-        labels: of the colour bars, by title; maps of one label share their scale.
+        labels: of the colour bars, by title; maps of one label share one bar. The title by default.
         mark: a token to circle, by original index.
         plane: as in `orders_figure`; the marked token's by default.
         shown: as in `orders_figure`.
@@ -147,33 +147,34 @@ def heat_figure(
     if plane is None and mark is not None and coords.shape[1] == 3:
         plane = int(coords[mark, 0])
     drawn, cells = _drawn(coords, plane, shown)
-    unit = {name: (labels or {}).get(name, name) for name, x in values.items() if x.dim() == 1}
-    scales = {
-        label: _scale([values[name][drawn] for name, mine in unit.items() if mine == label]) for label in unit.values()
-    }
+    groups: dict[str, list[str]] = {}  # the maps of one label
+    for name in (name for name, x in values.items() if x.dim() == 1):
+        groups.setdefault((labels or {}).get(name, name), []).append(name)
     with style():
         figure, axes = _axes(values, cells, columns=3, bars=True)
-        for ax, (name, x) in zip(axes, values.items(), strict=True):
-            _image(ax, cells, torch.full((len(drawn),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
-            image = _image(
-                ax, cells, x[drawn].detach().double().numpy(), norm=scales.get(unit.get(name, "")), cmap="magma"
-            )
-            if name in unit:
-                figure.colorbar(image, ax=ax, pad=0.02, label=(labels or {}).get(name, ""))
-            if mark is not None:
-                row, column = coords[mark, -2:].tolist()
-                ax.plot(column, row, marker="o", markersize=11, markerfacecolor="none", markeredgecolor="white", mew=3)
-                ax.plot(
-                    column, row, marker="o", markersize=11, markerfacecolor="none", markeredgecolor="#0072b2", mew=1.3
-                )
+        at = dict(zip(values, axes, strict=True))
+        for name, x in values.items():
+            _image(at[name], cells, torch.full((len(drawn),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
+            if x.dim() == 2:
+                _image(at[name], cells, x[drawn].detach().double().numpy())
+        for label, names in groups.items():
+            maps = [np.asarray(values[name][drawn].detach().double().numpy()) for name in names]
+            scale = _scale(np.concatenate(maps))
+            images = [_image(at[name], cells, x, norm=scale, cmap="magma") for name, x in zip(names, maps, strict=True)]
+            bar = figure.colorbar(images[-1], ax=[at[name] for name in names], pad=0.02, label=label)
+            bar.ax.yaxis.set_major_formatter("{x:g}")
+        if mark is not None:
+            row, column = coords[mark, -2:].tolist()
+            for ax in axes:  # a ring around the neighbours, not over them
+                for color, width in (("white", 2.6), ("#0072b2", 1.2)):
+                    ax.plot(column, row, marker="o", markersize=17, mfc="none", markeredgecolor=color, mew=width)
     return figure
 
 
-def _scale(maps: list[Tensor]) -> Normalize:
-    """From colours to values for all maps of one unit."""
-    found = torch.cat([x.detach().double().flatten() for x in maps])
-    found = found[found.isfinite()]
-    low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
+def _scale(values: NDArray[np.float64]) -> Normalize:
+    """From colours to the values of all maps of one label."""
+    found = values[np.isfinite(values)]
+    low, high = (found.min(), found.max()) if len(found) else (0.0, 1.0)
     if 0 < 100 * low < high:
         return LogNorm(max(low, high / 1e4), high, clip=True)
     return Normalize(low, high)
@@ -277,7 +278,7 @@ def _axes(
     height, width = (cells.amax(0) - cells.amin(0) + 1).tolist()
     # Pictures 2.5 inches wide, with room for titles; long strips are narrower.
     tall = min(6.0, 2.5 * height / width)
-    wide = tall * width / height + 0.15 + 0.7 * bars
+    wide = tall * width / height + 0.15 + 0.35 * bars
     figure = Figure(figsize=(wide * columns, (tall + 0.3) * rows + 0.15 + 0.35 * legend), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[len(names) :]:

@@ -262,7 +262,7 @@ class TestOrders:
         figure = heat_figure(values, self.COORDS, labels={"a": "weight", "b": "weight", "c": "error"})
         pictures = [ax for ax in figure.axes if ax.get_title()]
         bars = [ax.get_ylabel() for ax in figure.axes if ax not in pictures and ax.axison]
-        assert [ax.get_title() for ax in pictures] == list(values) and bars == ["weight", "weight", "error"]
+        assert [ax.get_title() for ax in pictures] == list(values) and bars == ["weight", "error"]
         a, b, c = (ax.images[-1].norm for ax in pictures[1:])
         assert (a.vmin, a.vmax) == (b.vmin, b.vmax) and isinstance(a, LogNorm)
         high = max(float(values["a"].max()), float(values["b"][values["b"].isfinite()].max()))
