@@ -24,7 +24,7 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.viz import neighbours_figure
+from dilated_attention_pytorch.viz import neighbours_figure, save_page
 from dilated_attention_pytorch.viz.style import FAINT, GRID, INK, STYLE, branch_colors
 
 HERE = Path(__file__).parent
@@ -201,7 +201,9 @@ def main(folder: Path = HERE / "img") -> list[Path]:
             # The date is the one thing matplotlib would add that differs from run to run.
             draw().savefig(path, metadata={"Date": None})
             written.append(path)
-    return written
+    # The pattern of docs/concepts.md, to explore.
+    pattern = DilatedPattern((8, 32), (1, 4), num_heads=4)
+    return [*written, save_page(pattern, 64, folder / "pattern.html", is_causal=True)]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from dilated_attention_pytorch.viz import (
 )
 from dilated_attention_pytorch.viz.orders import first_branch
 from dilated_attention_pytorch.viz.pattern import shares
-from dilated_attention_pytorch.viz.style import branch_colors, position_label
+from dilated_attention_pytorch.viz.style import FORMATS, branch_colors, position_label
 
 PATTERN = DilatedPattern((6, 16, 40), (1, 2, 5), num_heads=4)  # not nesting, rates that do not divide
 
@@ -169,6 +169,9 @@ def test_pictures_are_reproducible(tmp_path: Path) -> None:
     for name, draw in draws.items():
         first, second = (save(draw(), tmp_path / f"{name}{i}.png", dpi=40).read_bytes() for i in range(2))
         assert first == second and first.startswith(b"\x89PNG")
+    for ending in FORMATS:
+        first, second = (save(draws["pattern"](), tmp_path / f"again{i}{ending}").read_bytes() for i in range(2))
+        assert first == second and b"CreationDate" not in first and b"<dc:date>" not in first
     assert not list(tmp_path.glob(".*"))  # written whole, nothing left beside
 
 
