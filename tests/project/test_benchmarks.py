@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +131,38 @@ def test_pairs_of_keys_taken_once(heads: int, monkeypatch: pytest.MonkeyPatch) -
     line = patterns.Line("nested", (16, 32, 64), (1, 2, 4), 128, heads, 16, False)
     sets = (set().union(*line.pattern.keys_of(i, h, 128)) for h in range(heads) for i in range(128))
     assert line.distinct() == sum(map(len, sets)) < line.pairs()
+
+
+def test_the_gpu_chart_says_what_its_result_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = load("gpu", monkeypatch)
+    kept = ROOT / "benchmarks" / "results" / "gpu_NVIDIA_H200.json"
+    figure = gpu.picture(json.loads(kept.read_text(encoding="utf-8")))
+    title = figure.get_suptitle()
+    assert all(words in title for words in ("NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "cuDNN 9.19", "2026-11-28"))
+    said = [text.get_text() for text in figure.axes[0].texts]
+    rows = [r for r in json.loads(kept.read_text())["rows"] if r["case"].endswith("N=1M")]
+    ratios = {who: [f"{r['ratio']:.0%}" for r in rows if r["who"] == who] for who in ("auto", "sdpa")}
+    assert said == ratios["auto"] + ratios["sdpa"] and len(said) == 16
+    names = [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
+    assert "triton" in names and "auto" not in " ".join(names)
+    (tmp_path / "x.json").write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
+    assert gpu.redraw(tmp_path / "x.json").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "y.json").write_text('{"benchmark": "cpu"}', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"expected a result of benchmarks/gpu\.py, got one of 'cpu'"):
+        gpu.redraw(tmp_path / "y.json")
+
+
+def test_the_committed_chart_is_drawn_from_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    results = ROOT / "benchmarks" / "results"
+    charts = list(results.glob("gpu_*.png"))
+    assert charts
+    for chart in charts:
+        outcome = json.loads(chart.with_suffix(".json").read_text(encoding="utf-8"))
+        figure = load("gpu", monkeypatch).picture(outcome)
+        figure.set_dpi(150)
+        canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+        canvas.draw()
+        drawn, kept = np.asarray(canvas.buffer_rgba())[..., :3] / 255, image.imread(chart)[..., :3]
+        # Another matplotlib may move a label by a pixel; another number moves a bar.
+        assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1e-3

@@ -165,6 +165,14 @@ def test_show_writes_a_picture(what: str, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_help_of_show_names_the_formats_that_it_writes(tmp_path: Path) -> None:
+    help_text = call("show", "--help")
+    for ending in (".png", ".svg", ".pdf", ".html"):
+        assert ending in help_text
+        path = tmp_path / f"x{ending.upper()}"
+        assert "wrote" in call("show", "--out", path) and path.stat().st_size > 1000
+
+
 def test_bench_checks_and_times() -> None:
     options = ("bench", "-n", "256", "-w", "64,256", "-r", "1,2", "--heads", "2", "--head-dim", "16", "--repeats", "1")
     found = json.loads(call(*options, "--json"))
@@ -206,7 +214,14 @@ def test_info() -> None:
         (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected --query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
         (("show", "neighbours", "--head", "9"), "expected --head in [0, 4), got 9"),
-        (("show", "pattern", "--out", "x.doc"), "expected path to end in a picture format"),
+        (("show", "pattern", "--out", "x.gif"), "expected --out to end in .png, .svg, .pdf or .html, got 'x.gif'"),
+        (("show", "receptive", "--out", "x.html"), "expected --out to end in .png, .svg or .pdf, got 'x.html'"),
+        (
+            ("show", "--head", "0", "--head", "1", "--out", "x.html"),
+            "expected one --head with an --out that ends in .html",
+        ),
+        (("show", "--out", "x.html", "-n", "16385"), "expected --length to be below 16385, got 16385"),
+        (("show", "--out", "x.html", "--heads", "129"), "expected --heads to be below 129, got 129"),
         (("bench", "--dtype", "int8"), "expected --dtype to be one of"),
         (("bench", "--device", "tpu"), "expected --device to be cpu, cuda or cuda:N, got 'tpu'"),
         (("train", "--out", "nowhere", "--device", "cuda:99"), "expected a --device of this machine"),
