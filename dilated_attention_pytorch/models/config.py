@@ -55,7 +55,8 @@ class ModelConfig:
             raise TypeError(f"expected values to be a mapping, got {check.shown(values)}")
         known = sorted(field.name for field in fields(cls))
         if unknown := sorted(map(str, set(values) - set(known))):
-            raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
+            got = check.listed(map(repr, unknown))
+            raise ValueError(f"expected fields of {cls.__name__}, got unknown keys [{got}]; known are {known}")
         return cls(**values)
 
 

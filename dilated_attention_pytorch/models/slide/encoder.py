@@ -150,7 +150,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: keys or shapes that are not the model's, every one of them named; a stored position table that
+            ValueError: keys or shapes that are not the model's, with the first of them; a stored position table that
                 is not the one computed here.
         """
         config, state = config_and_state(source, max_wsi_size, tile_size, overrides)
