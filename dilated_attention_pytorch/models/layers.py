@@ -164,14 +164,14 @@ class LayerStack(nn.Module):
         is the position of the first row, `rotation` that of all rows where the caller knows them better.
         """
         check_dense("x", x)
-        rank, width = 3 if options.get("cu_seqlens") is None else 2, self.layer_norm.normalized_shape[0]
+        # Rows stand at the same positions in every layer, so the tables of cosines are made once.
+        first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
+        rank, width = 3 if options.get("cu_seqlens") is None else 2, first.embed_dim
         if x.dim() != rank or x.shape[-1] != width:
             layout = f"(total, {width}) with cu_seqlens" if rank == 2 else f"(B, N, {width})"
             raise ValueError(f"expected x of shape {layout}, got {tuple(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected x to be float16, bfloat16, float32 or float64, got {x.dtype}")
-        # Rows stand at the same positions in every layer, so the tables of cosines are made once.
-        first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
         options["rotation"] = rotation or first.rotation(x, start=start, **where)
         again = gradient_checkpointing and torch.is_grad_enabled()
