@@ -200,10 +200,10 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
         SlideReader(patch_size_level0=0)
     with pytest.raises(ValueError, match="expected coords_folder to be a folder"):
         SlideReader(coords_folder=tmp_path / "none")
-    with pytest.raises(ValueError, match="found none$"):
+    with pytest.raises(ValueError, match=r"found none$"):
         find_slides(tmp_path)
     write.clam(tmp_path, "a", write.features(4), write.tissue(4), downsample=1)
-    with pytest.raises(ValueError, match="found none; there are some in .*h5_files"):
+    with pytest.raises(ValueError, match=r"found none; there are some in .*h5_files"):
         find_slides(tmp_path)
 
 
