@@ -93,6 +93,15 @@ class Model(nn.Module, Generic[Config]):
         self._backend: BackendName = check.check_choice("backend", backend, BackendName)
         self._build(device=device, dtype=dtype)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A setting that is given to a built model would be an attribute that nothing reads.
+        if name in self.config_class.__dataclass_fields__ and not isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(
+                f"expected {name} to be given before {type(self).__name__} is built, got {check.quoted(value)} for a "
+                f"built one: make it with {name}=..., or from replace(model.config, {name}=...)"
+            )
+        super().__setattr__(name, value)
+
     def _build(self, **factory: Any) -> None:  # device and dtype of the parameters
         raise NotImplementedError
 

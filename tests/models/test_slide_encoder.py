@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -243,19 +244,90 @@ class TestPositions:
         x, y = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         for coords in (torch.stack((x, y), -1) * 256 + 255, torch.stack((x, y), -1) * 256.0 + 0.5):
             assert torch.equal(position_rows(coords.flatten(0, 1), width, 256, side), table)
-        assert torch.equal(position_rows(torch.tensor([[0, 256 * side]]), width, 256, side)[0], table[side])
 
     def test_coordinates_that_cannot_be(self) -> None:
         tiles, coords = slide(5)
         encoder = tiny()
-        for wrong, message in ((coords + 256 * 1001, "tile numbers from"), (coords - 256_000, "tile numbers from -")):
-            with pytest.raises(ValueError, match=message):
-                encoder(tiles, wrong)
+        outside = [(256, -256), (-1, 0), (256_000, 0), (0, 256_000)]
+        for x, y in outside:
+            wrong = coords.clone()
+            wrong[0, 3] = torch.tensor((x, y))
+            for kind in (torch.int64, torch.float64):
+                got = re.escape(f"got {tuple(wrong[0, 3].to(kind).tolist())}")
+                with pytest.raises(ValueError, match=r"expected coords \(x, y\) in \[0, 256000\) pixels.*" + got):
+                    encoder(tiles, wrong.to(kind))
+        with pytest.raises(ValueError, match=r"got \(.*\) and 4 more outside"):
+            encoder(tiles, coords - 256_000)
         with pytest.raises(ValueError, match="expected finite coords, got inf or nan"):
             encoder(tiles, torch.where(coords == coords[0, 2, 1], torch.nan, coords.double()))
         with pytest.raises(TypeError, match="a slide's pixels need 18 bits"):
             encoder(tiles, coords.bfloat16())
         assert torch.equal(encoder(tiles, coords).pooled, encoder(tiles, coords.double()).pooled)
+
+    def test_tiles_that_share_their_places_are_told(self) -> None:
+        encoder, tiles = tiny(), torch.randn(1, 600, 12)
+        indices = torch.cartesian_prod(torch.arange(20), torch.arange(30))[None]
+        with pytest.warns(UserWarning, match="got 600 tiles on 1 places of 256 x 256 pixels.*neither column and row"):
+            encoder(tiles, indices)
+        encoder.tile_size = 512
+        with pytest.warns(UserWarning, match="got 600 tiles on 150 places of 512 x 512 pixels"):
+            encoder(tiles, indices * 256)
+        # Slides of a batch have their own places, padding has none; TRIDENT overlaps tiles by 64 of 256 pixels.
+        encoder.tile_size = 256
+        mask = torch.ones(2, 600, dtype=torch.bool)
+        mask[1, 1:] = False
+        both = torch.stack((indices[0] * 192, torch.zeros(600, 2, dtype=torch.long)))
+        assert encoder(tiles.expand(2, -1, -1), both, mask).pooled.isfinite().all()
+
+    def test_the_distance_of_tiles_scales_coordinates_and_leaves_segments(self, tmp_path: Path) -> None:
+        encoder, (tiles, coords) = tiny(), slide(50)
+        want, segments = encoder(tiles, coords).pooled, encoder.config.segment_lengths
+        assert encoder.tile_size == 256
+        encoder.tile_size = 128  # as TRIDENT sets it, slide by slide
+        assert torch.equal(encoder(tiles, coords // 2).pooled, want)
+        assert not torch.equal(encoder(tiles, coords // 4).pooled, want)
+        assert encoder.config.tile_size == 256 and encoder.config.segment_lengths == segments
+        save_pretrained(encoder, tmp_path)
+        assert torch.equal(load_pretrained(tmp_path)(tiles, coords // 2).pooled, want)
+        state = {"source": encoder.state_dict(), "num_heads": 4}
+        given = SlideEncoder.from_pretrained(**state, level0_tile_size=512)
+        assert given.tile_size == 512 and given.config.segment_lengths == SlideEncoderConfig().segment_lengths
+        assert given.config.tile_size == 256
+        for wrong in (0, -1, 2.5, None, "512"):
+            with pytest.raises((TypeError, ValueError), match="expected tile_size to be"):
+                encoder.tile_size = wrong
+            if wrong is not None:
+                with pytest.raises((TypeError, ValueError), match="expected level0_tile_size to be"):
+                    tiny(level0_tile_size=wrong)
+
+    def test_settings_of_a_built_model_act_or_are_refused(self) -> None:
+        encoder, (tiles, coords) = tiny(), slide(50)
+        encoder.global_pool = True  # the official model's attribute
+        twin = tiny(global_pool=True)
+        twin.load_state_dict(encoder.state_dict())
+        assert torch.equal(encoder(tiles, coords).pooled, twin(tiles, coords).pooled)
+        for name, value in (("slide_ngrids", 10), ("padding", "zero_keys"), ("segment_lengths", [8])):
+            with pytest.raises(AttributeError, match=f"expected {name} to be given before SlideEncoder is built"):
+                setattr(encoder, name, value)
+
+
+class TestOfficialOutputs:
+    """The official model returns a list: of one embedding, or of those of all layers."""
+
+    def test_first_and_last_of_the_outputs_are_the_slides_embedding(self) -> None:
+        encoder, (tiles, coords) = tiny(), slide(50)
+        out = encoder(tiles, coords)
+        pooled, layers, per_tile = out
+        assert out[0] is out[-1] is out.pooled is pooled
+        assert layers is out.layers and per_tile is out.tiles
+        made = torch.compile(lambda x: SlideOutput(x, x + 1, x + 2)[-1], backend="eager")
+        assert torch.equal(made(pooled.detach()), pooled)
+
+    def test_all_layers(self) -> None:
+        encoder, (tiles, coords) = tiny(), slide(50)
+        out, each = encoder(tiles, coords), encoder(tiles, coords, all_layer_embed=True)
+        assert isinstance(each, list) and len(each) == encoder.config.depth + 1
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(each, out.layers, strict=True))
 
 
 class TestDtypes:

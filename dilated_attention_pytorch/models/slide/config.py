@@ -65,7 +65,11 @@ class SlideEncoderConfig(VisionConfig):
         ffn_dim: width inside the feed-forward network.
         segment_lengths: w_i, one per branch; `slide_segment_lengths` gives those of another slide size.
         dilation_rates: r_i, one per branch.
-        tile_size: pixels between neighbouring tiles, at the level the coordinates are given in.
+        tile_size: side of a tile in pixels, at the level that the tile encoder saw. In `from_pretrained` segment
+            lengths follow from it.
+        level0_tile_size: pixels between neighbouring tiles, at the level the coordinates are given in; `tile_size` by
+            default. For a slide scanned at 40x and cut at 20x, with level-0 coordinates, that is 512. It scales
+            coordinates alone.
         slide_ngrids: side of the grid of positions, in tiles.
         global_pool: a slide's embedding is the mean over its tiles; otherwise the cls token's.
         dropout: of embeddings and of what each sublayer adds, in training mode.
@@ -92,6 +96,7 @@ class SlideEncoderConfig(VisionConfig):
     ffn_dim: Width = 3072
     segment_lengths: tuple[int, ...] = slide_segment_lengths()
     tile_size: int = 256
+    level0_tile_size: int | None = None
     slide_ngrids: Width = 1000
     global_pool: bool = False
     dropout: Probability = 0.25

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_beside, check_dense, check_int
+from dilated_attention_pytorch.core.validation import (
+    FLOAT_DTYPES,
+    check_beside,
+    check_dense,
+    check_int,
+    check_positive_int,
+)
 from dilated_attention_pytorch.models import hub
 from dilated_attention_pytorch.models.layers import LayerStack, has_head_groups, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
@@ -25,8 +32,11 @@ from dilated_attention_pytorch.types import BackendName
 class SlideOutput(NamedTuple):
     """The output of `SlideEncoder` for a batch of slides.
 
+    The official code returns a list of one embedding, which its users take as `outputs[0]` or `outputs[-1]`: both are
+    `pooled` here. Take the others by name.
+
     Attributes:
-        pooled: `(B, embed_dim)`, each slide's embedding: the official code's last output.
+        pooled: `(B, embed_dim)`, each slide's embedding: the official code's output.
         layers: `(depth + 1, B, embed_dim)`, the same of every hidden state, the embeddings' first: the official code's
             output with `all_layer_embed=True`. They pass only the outer norm and skip the encoder's own, so the last
             of them differs from `pooled`.
@@ -37,6 +47,9 @@ class SlideOutput(NamedTuple):
     layers: Tensor
     tiles: Tensor
 
+    def __getitem__(self, index: Any) -> Any:
+        return tuple.__getitem__(self, 0 if index == -1 else index)
+
 
 class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     """A LongNet over the tiles of a slide, as in Prov-GigaPath (Nature 630, 181-188, 2024).
@@ -45,6 +58,9 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
     when needed: there is no table to store or load. Under autocast the sum that runs through the layers stays fp32,
     as in the official code. The feed-forward network keeps little for the backward, and has first derivatives only.
     The other arguments are those of `LongNet`.
+
+    `tile_size` and `global_pool` may be set on the built model, as on the official one: `encoder.tile_size = 512` is
+    `level0_tile_size` of the config, so coordinates are scaled and segments stay.
 
     After `shard_context` a rank holds some tiles of every slide, as many as it likes. With `padding="zero_keys"` it
     takes no mask, so the slides of a batch are of one length; and not several segments of a w that r does not divide,
@@ -84,6 +100,24 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         nn.init.normal_(self.cls_token, std=0.02)
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels between neighbouring tiles, at the level the coordinates are given in."""
+        return self.config.level0_tile_size or self.config.tile_size
+
+    @tile_size.setter
+    def tile_size(self, pixels: int) -> None:
+        self.config = replace(self.config, level0_tile_size=check_positive_int("tile_size", pixels))
+
+    @property
+    def global_pool(self) -> bool:
+        """Whether a slide's embedding is the mean over its tiles, in place of the cls token's."""
+        return self.config.global_pool
+
+    @global_pool.setter
+    def global_pool(self, mean: bool) -> None:
+        self.config = replace(self.config, global_pool=mean)
 
     @classmethod
     def from_pretrained(
@@ -128,18 +162,22 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
         return model.eval()
 
-    def forward(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> SlideOutput:
+    def forward(
+        self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None, *, all_layer_embed: bool = False
+    ) -> SlideOutput | list[Tensor]:
         """Encodes a batch of slides.
 
         Args:
             tiles: `(B, L, in_chans)`, floating; taken into the parameters' dtype. A NumPy array is taken to the
                 parameters' device, as are the next two.
-            coords: `(B, L, 2)`, x and y of each tile in pixels; ints, fp32 or fp64.
+            coords: `(B, L, 2)`, x and y of each tile's corner in pixels; ints, fp32 or fp64. A UserWarning tells of
+                tiles that share their places in the grid, as all do where column and row numbers were given.
             mask: bool `(B, L)`, True = real. Padded on the right, each slide gives what it gives alone, in either
                 padding mode. Holes hide tiles and move no position; `padding="zero_keys"` refuses them.
+            all_layer_embed: the official code's argument; its list is then returned.
 
         Returns:
-            `SlideOutput(pooled, layers, tiles)`.
+            `SlideOutput(pooled, layers, tiles)`; with `all_layer_embed` the list of `layers`, each `(B, embed_dim)`.
 
         Raises:
             ValueError: shapes or coordinates that do not fit; a slide without tiles with `global_pool`.
@@ -154,6 +192,8 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         h = self.encoder.layer_norm(h)
         summary.append(self._summary(h, rows))
         pooled = self._outer_norm(self._over_ranks(torch.stack(summary)))
+        if all_layer_embed:
+            return list(pooled[:-1])
         return SlideOutput(pooled[-1], pooled[:-1], rows.tiles(self.norm(h)))
 
     def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, SlideRows]:
@@ -179,7 +219,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         if mask is not None:
             tiles = tiles.masked_fill(~mask[..., None], 0.0)  # padding may hold anything, NaN too
         x = self.patch_embed(tiles.to(self.cls_token.dtype))
-        positions = position_rows(coords, config.embed_dim, config.tile_size, config.slide_ngrids, mask)
+        positions = position_rows(coords, config.embed_dim, self.tile_size, config.slide_ngrids, mask)
         x = (x + positions).to(self.cls_token.dtype)
         if rows.has_cls:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)

@@ -111,7 +111,7 @@ class SlideReader:
     @classmethod
     def of(cls, config: SlideEncoderConfig, **options: Any) -> Self:
         """The reader for an encoder's config; `options` are the other fields."""
-        size = getattr(config, "level0_tile_size", None) or config.tile_size
+        size = config.level0_tile_size or config.tile_size
         return cls(in_chans=config.in_chans, tile_size=size, slide_ngrids=config.slide_ngrids, **options)
 
     def count(self, path: Path) -> int:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch._deprecated import warn_user
 from dilated_attention_pytorch.core.validation import INT_DTYPES
 
 
@@ -31,31 +32,50 @@ def sincos_table(size: int, width: int, device: torch.device) -> Tensor:
 
 
 def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> Tensor:
-    """The rows of the official position table for tiles at coords `(..., 2)`, x and y in pixels: fp32 `(..., width)`.
+    """The rows of the official position table for tiles at coords `(..., L, 2)`, x and y in pixels: fp32
+    `(..., L, width)`. Tiles that are not `real`, bool `(..., L)`, may be anywhere.
 
-    Tile (x, y) has the number `floor(x / tile_size) * slide_ngrids + floor(y / tile_size)` in a square grid, so a y
-    beyond the grid runs over into the next x, there and here. Tiles that are not `real`, bool `(...)`, may be anywhere.
+    Tile (x, y) has the number `floor(x / tile_size) * slide_ngrids + floor(y / tile_size)` in a square grid. The
+    official code has no border between columns: a y beyond the grid, or below 0, is a place in another column there,
+    and an error here.
     """
     if coords.dtype not in (torch.float32, torch.float64, *INT_DTYPES):
         raise TypeError(
             f"expected coords of an int dtype, float32 or float64, got {coords.dtype}: a slide's pixels need 18 bits"
         )
+    if real is not None:
+        coords = coords.masked_fill(~real[..., None], 0)
     if coords.is_floating_point():
-        finite = coords.isfinite() if real is None else coords.isfinite() | ~real[..., None]
-        if not bool(finite.all()):
+        if not bool(coords.isfinite().all()):
             raise ValueError("expected finite coords, got inf or nan")
         tile = torch.floor(coords / tile_size).long()
     else:
         tile = coords.long() // tile_size
-    number = tile[..., 0] * slide_ngrids + tile[..., 1]
-    if real is not None:
-        number = number.masked_fill(~real, 0)
-    if number.numel():
-        least, most = (int(x) for x in torch.aminmax(number))
-        if least < 0 or most >= slide_ngrids**2:
-            raise ValueError(
-                f"expected coords within a grid of {slide_ngrids} x {slide_ngrids} tiles of {tile_size} pixels, got "
-                f"tile numbers from {least} to {most}; are coords (x, y) in pixels of the level that tile_size is in?"
-            )
+    if tile.numel():
+        _check_places(coords, tile, tile_size, slide_ngrids, real)
     table = sincos_table(slide_ngrids, width // 2, coords.device)
-    return torch.cat((table[number % slide_ngrids], table[number // slide_ngrids]), -1)
+    return torch.cat((table[tile[..., 1]], table[tile[..., 0]]), -1)
+
+
+def _check_places(coords: Tensor, tile: Tensor, tile_size: int, slide_ngrids: int, real: Tensor | None) -> None:
+    """Raises a ValueError for a tile outside the grid; warns where more than two tiles, on average, share a place."""
+    least, most = (int(x) for x in torch.aminmax(tile))
+    if least < 0 or most >= slide_ngrids:
+        outside = ((tile < 0) | (tile >= slide_ngrids)).any(-1)
+        wrong = tuple(coords[outside][0].tolist())
+        raise ValueError(
+            f"expected coords (x, y) in [0, {slide_ngrids * tile_size}) pixels, a grid of {slide_ngrids} x "
+            f"{slide_ngrids} tiles of {tile_size}, got {wrong} and {int(outside.sum()) - 1} more outside; are they in "
+            "pixels of the level that tile_size is in?"
+        )
+    number = (tile[..., 0] * slide_ngrids + tile[..., 1]).view(-1, tile.shape[-2])
+    number = number + slide_ngrids**2 * torch.arange(len(number), device=number.device)[:, None]  # by slide
+    number = number.flatten() if real is None else number[real.view_as(number)]
+    places = number.unique().numel()
+    if 2 * places < number.numel():
+        warn_user(
+            f"expected about one tile on each place of the grid, got {number.numel()} tiles on {places} places of "
+            f"{tile_size} x {tile_size} pixels: coords are pixels, neither column and row numbers nor pixels of "
+            "another level (tile_size, or level0_tile_size, is their distance)",
+            UserWarning,
+        )
