@@ -3,7 +3,7 @@
     python benchmarks/slide_folder.py [--slides 200] [--most 60000] [--size small|full] [--kills 3] [--out FOLDER]
 
 Slides have 500 to `--most` tiles, evenly in the logarithm, and are written with h5py as TRIDENT does, in half
-precision. `small` is 64 -> 64, 2 layers, 4 heads; `full` is Prov-GigaPath's 1,536 -> 768, 12 layers, 16 heads; weights
+precision. `small` is 64 -> 64, 1 layer, 2 heads; `full` is Prov-GigaPath's 1,536 -> 768, 12 layers, 16 heads; weights
 are random, the pattern is the published one with its keys of zeros. The whole command is timed, its start included, and
 its memory is the process's peak. Then the same command is killed after each of `--kills` shares of the slides and goes
 on; what it leaves has to be the same bytes, or no number is printed.
@@ -31,7 +31,7 @@ from common import ROOT, announce, refuse, write
 from dilated_attention_pytorch.models import SlideEncoder, save_pretrained
 
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"in_chans": 64, "embed_dim": 64, "depth": 2, "num_heads": 4, "ffn_dim": 256},
+    "small": {"in_chans": 64, "embed_dim": 64, "depth": 1, "num_heads": 2, "ffn_dim": 256},
     "full": {},
 }
 LEAST = 500
