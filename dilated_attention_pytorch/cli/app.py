@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import typer
 
@@ -14,6 +15,7 @@ from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
 from dilated_attention_pytorch.cli.plan import plan
 from dilated_attention_pytorch.cli.show import show
+from dilated_attention_pytorch.cli.slide import slide
 from dilated_attention_pytorch.cli.train import train
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 for command in (train, generate, convert, plan, show, bench, info):
     app.command()(command)
+app.add_typer(slide, name="slide")
 app.command()(migrate)  # 0.4.0: goes with _old
 
 # Errors of the library for a user's mistake, a missing package or a missing file.
@@ -36,6 +39,7 @@ _RENAMED = {
     "num_heads": "--heads",
     "seq_len": "--length",
     "greedy": "--temperature 0",
+    "coords_folder": "--coords",
 }
 # An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore outside
 # a path.
@@ -47,14 +51,16 @@ def run() -> None:
     try:
         app()
     except USER_ERRORS as error:
-        print(f"error: {in_options(str(error), next(iter(sys.argv[1:]), ''))}", file=sys.stderr)
+        print(f"error: {in_options(str(error), *sys.argv[1:3])}", file=sys.stderr)
         sys.exit(2)
 
 
-def in_options(message: str, command: str) -> str:
-    """A message of the library with the options of a command in place of its argument names."""
-    known = getattr(typer.main.get_command(app), "commands", {}).get(command)
-    options = {parameter.name: max(parameter.opts, key=len) for parameter in (known.params if known else ())}
+def in_options(message: str, *command: str) -> str:
+    """A message of the library with the options of a command, named by its words, in place of its argument names."""
+    known: Any = typer.main.get_command(app)
+    for word in command:
+        known = getattr(known, "commands", {}).get(word, known)
+    options = {parameter.name: max(parameter.opts, key=len) for parameter in known.params}
     words = {name: option for name, option in options.items() if option.startswith("--")}
     words |= {name: option for name, option in _RENAMED.items() if option.split()[0] in options.values()}
     return _ARGUMENT.sub(lambda found: words.get(found[1] or found[2], found[0]), message)

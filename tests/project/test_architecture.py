@@ -58,6 +58,10 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "tensorboard": (),
     "hilbertsfc": (),
     "libcst": ("_old/migrate/",),
+    "h5py": (),
+    "pandas": (),
+    "pyarrow": (),
+    "huggingface_hub": ("integrations/",),
 }
 
 

@@ -127,7 +127,7 @@ def dilated_attention_problem(arguments: list[str]) -> str | None:
     from dilated_attention_pytorch.cli.app import app
 
     command: Any = typer.main.get_command(app)
-    if arguments and not arguments[0].startswith("-"):
+    while hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
         if arguments[0] not in command.commands:
             return f"no command {arguments[0]!r}, there are {sorted(command.commands)}"
         command, arguments = command.commands[arguments[0]], arguments[1:]
@@ -206,6 +206,7 @@ class TestTheReaderItself:
         "line",
         [
             "make no-such-target", "pip install 'dilated-attention-pytorch[nothing]'", "dilated-attention fly",
+            "dilated-attention slide fly",
             "dilated-attention plan --no-such-option 3", "python benchmarks/nothing.py", "python -m benchmarks nothing",
             "torchrun --nproc-per-node 2 benchmarks/ring.py --no-such-option", "rm -rf x",
         ],

@@ -8,10 +8,14 @@ import sys
 
 PACKAGE = "dilated_attention_pytorch"
 OPTIONAL = {
+    "h5py",
     "hilbertsfc",
+    "huggingface_hub",
     "libcst",
     "matplotlib",
     "numpy",
+    "pandas",
+    "pyarrow",
     "rich",
     "safetensors",
     "tensorboard",

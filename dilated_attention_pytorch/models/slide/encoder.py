@@ -18,12 +18,13 @@ from dilated_attention_pytorch.core.validation import (
     check_int,
     check_positive_int,
 )
+from dilated_attention_pytorch.models import hub
 from dilated_attention_pytorch.models.layers import LayerStack, has_head_groups, stochastic_depth
 from dilated_attention_pytorch.models.sharding import ShardedModel, sum_over_ranks
 from dilated_attention_pytorch.models.slide.attention import AttentionMap, layer_attention, query_rows
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig, config_and_state
 from dilated_attention_pytorch.models.slide.positions import position_rows
-from dilated_attention_pytorch.models.slide.rows import SlideRows
+from dilated_attention_pytorch.models.slide.rows import SlideRows, as_tensor
 from dilated_attention_pytorch.models.weights import WeightsSource, load_into
 from dilated_attention_pytorch.types import BackendName
 
@@ -140,7 +141,8 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
 
         Args:
             source: a checkpoint, `.pth` or `.safetensors`: `{"model": state_dict}` or the state dict itself; or that
-                mapping; or a folder that `save_pretrained` wrote, whose config then holds.
+                mapping; or a folder that `save_pretrained` wrote, whose config then holds; or `"hf-hub:ORG/NAME"`,
+                a repository with `slide_encoder.pth` or such a folder's files (`@REVISION` may follow).
             max_wsi_size: side of the largest slide in pixels, which decides the segment lengths; 262,144 by default.
             tile_size: side of a tile in pixels; 256 by default.
             backend, gradient_checkpointing: as in the constructor.
@@ -149,10 +151,12 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
             overrides: fields of `SlideEncoderConfig` by name, such as `global_pool` and `padding`.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or no access to it.
+            ImportError: `hf-hub:` without huggingface_hub.
             ValueError: keys or shapes that are not the model's, with the first of them; a stored position table that
                 is not the one computed here.
         """
+        source = hub.local(source)
         config, state = config_and_state(source, max_wsi_size, tile_size, overrides)
         model = cls(config, backend=backend, gradient_checkpointing=gradient_checkpointing, device="meta")
         load_into(model, state, copy=isinstance(source, Mapping), device=device, dtype=dtype)
@@ -164,7 +168,8 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         """Encodes a batch of slides.
 
         Args:
-            tiles: `(B, L, in_chans)`, floating; taken into the parameters' dtype.
+            tiles: `(B, L, in_chans)`, floating; taken into the parameters' dtype. A NumPy array is taken to the
+                parameters' device, as are the next two.
             coords: `(B, L, 2)`, x and y of each tile's corner in pixels; ints, fp32 or fp64. A UserWarning tells of
                 tiles that share their places in the grid, as all do where column and row numbers were given.
             mask: bool `(B, L)`, True = real. Padded on the right, each slide gives what it gives alone, in either
@@ -193,6 +198,9 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
 
     def embed(self, tiles: Tensor, coords: Tensor, mask: Tensor | None = None) -> tuple[Tensor, SlideRows]:
         """The first layer's input, and how slides lie in its rows; arguments as in `forward`."""
+        device = self.cls_token.device
+        tiles, coords = as_tensor("tiles", tiles, device), as_tensor("coords", coords, device)
+        mask = None if mask is None else as_tensor("mask", mask, device)
         self._check(tiles, coords, mask)
         config = self.config
         if self._shards is not None:
@@ -259,6 +267,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         for name, number, stop in (("layer", layer, config.depth), ("head", one, config.num_heads)):
             if check_int(name, number, 0) >= stop:
                 raise ValueError(f"expected {name} in [0, {stop}), got {number}")
+        tiles = as_tensor("tiles", tiles, self.cls_token.device)
         if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
             raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
         x, _ = self.embed(tiles, coords)  # checks both

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.models.layers import RowMask
+
+
+def as_tensor(name: str, x: Any, device: torch.device) -> Any:
+    """A NumPy array as a tensor on the device; anything else as it is, for the checks that follow."""
+    if isinstance(x, Tensor) or not hasattr(x, "__array_interface__"):
+        return x
+    try:
+        return torch.tensor(x, device=device)  # a copy: an array may be read-only
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected {name} of a dtype that torch has, got an array of {x.dtype}") from error
 
 
 class SlideRows(NamedTuple):

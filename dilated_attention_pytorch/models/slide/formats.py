@@ -1,0 +1,192 @@
+"""What feature files hold, format by format: HDF5, torch, NumPy, and AnnData and zarr where their readers are there.
+
+`opened` gives features, coordinates and attributes as they are stored; `files.py` makes a slide of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FEATURES = ("features", "feats", "embeddings", "x")
+COORDS = ("coords", "coordinates", "positions")
+
+
+@dataclass
+class Stored:
+    """What a file holds. Features have a `shape`, and are read where they are sliced."""
+
+    features: Any
+    coords: np.ndarray | None = None  # (N, 2), or (N, 4) with the far corner
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Stored]:
+    """A feature file, open: `.h5`, `.pt`, `.npz`, `.npy`, `.h5ad` or `.zarr`.
+
+    Raises:
+        ValueError: another ending, a file without features.
+        ImportError: a reader that is not installed.
+        OSError, RuntimeError: a damaged file, as its reader says it.
+    """
+    with _READERS[path.suffix.lower()](path) as stored:
+        yield stored
+
+
+def _named(group: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
+    found = next((group[name] for name in names if name in group), None)
+    if found is None and what:
+        raise ValueError(f"expected {what} under one of {list(names)}, got {sorted(map(str, group))}")
+    return found
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[Stored]:
+    with package("h5py").File(path, "r") as file:
+        features, coords = _named(file, FEATURES, "features"), _named(file, COORDS, "")
+        attributes: dict[str, Any] = dict(file.attrs) | dict(features.attrs)
+        attributes |= {} if coords is None else dict(coords.attrs)
+        yield Stored(features, None if coords is None else coords[()], attributes)
+
+
+@contextlib.contextmanager
+def _torch(path: Path) -> Iterator[Stored]:
+    # Tensors and plain containers alone: a pickle can hold any code.
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(loaded, torch.Tensor):
+        yield Stored(loaded)
+        return
+    if not isinstance(loaded, dict):
+        raise ValueError(f"expected a tensor or a dictionary of tensors, got {type(loaded).__name__}")
+    coords = _named(loaded, COORDS, "")
+    others = {key: value for key, value in loaded.items() if isinstance(value, int | float | str)}
+    yield Stored(_named(loaded, FEATURES, "features"), None if coords is None else np.asarray(coords), others)
+
+
+@contextlib.contextmanager
+def _npz(path: Path) -> Iterator[Stored]:
+    with np.load(path) as archive:
+        names = {name: name for name in archive.files}
+        coords = _named(names, COORDS, "")
+        others = {name: archive[name].item() for name in names if archive[name].ndim == 0}
+        features = _Member(archive, _named(names, FEATURES, "features"))
+        yield Stored(features, None if coords is None else archive[coords], others)
+
+
+class _Member:
+    """An array of an open `.npz`, of which the header alone is read until it is sliced."""
+
+    def __init__(self, archive: Any, name: str) -> None:
+        self._archive, self._name = archive, name
+        with archive.zip.open(f"{name}.npy") as stream:
+            layout: Any = np.lib.format
+            first = layout.read_magic(stream) == (1, 0)
+            header = layout.read_array_header_1_0 if first else layout.read_array_header_2_0
+            self.shape: tuple[int, ...] = header(stream)[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._archive[self._name][index]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _npy(path: Path) -> Iterator[Stored]:
+    """Owkin's table: level, column, row, features; or features alone."""
+    table = np.load(path, mmap_mode="r")
+    if table.ndim == 2 and table.shape[1] > 3 and bool((table[:, :3] == np.rint(table[:, :3])).all()):
+        yield Stored(table[:, 3:], np.asarray(table[:, 1:3]), {"tile_size_lv0": 1})
+    else:
+        yield Stored(table)
+
+
+@contextlib.contextmanager
+def _anndata(path: Path) -> Iterator[Stored]:
+    table = package("anndata").read_h5ad(path)
+    if "spatial" not in table.obsm:
+        raise ValueError(f"expected coordinates in obsm['spatial'], got {sorted(table.obsm)}")
+    others = {key: value for key, value in table.uns.items() if np.ndim(value) == 0}
+    yield Stored(_dense(table.X), np.asarray(table.obsm["spatial"]), others)
+
+
+@contextlib.contextmanager
+def _zarr(path: Path) -> Iterator[Stored]:
+    """Arrays of tiatoolbox, or LazySlide's tables of a SpatialData."""
+    group = package("zarr").open_group(path, mode="r")
+    if not (path / "tables").is_dir():
+        coords = _named(group, COORDS, "")
+        yield Stored(_named(group, FEATURES, "features"), None if coords is None else coords[:], dict(group.attrs))
+        return
+    tables = sorted((path / "tables").glob("*_tiles"))
+    if len(tables) != 1:
+        raise ValueError(f"expected one table of tiles, got {[table.name for table in tables]}")
+    table = package("anndata").io.read_zarr(tables[0])
+    tiles = package("pandas").read_parquet(path / "shapes" / "tiles" / "shapes.parquet", columns=["tile_id", "x", "y"])
+    corners = tiles.set_index("tile_id").loc[table.obs["tile_id"], ["x", "y"]].to_numpy()
+    spec = dict(group.attrs).get("tile_spec", {}).get("tiles", {})
+    size = int(spec["width"] * spec["base_downsample"]) if {"width", "base_downsample"} <= set(spec) else None
+    yield Stored(_dense(table.X), corners, {} if size is None else {"tile_size_lv0": size})
+
+
+def _dense(x: Any) -> Any:
+    return x.toarray() if hasattr(x, "toarray") else x
+
+
+_READERS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Stored]]] = {
+    ".h5": _hdf5, ".hdf5": _hdf5, ".pt": _torch, ".pth": _torch, ".npz": _npz, ".npy": _npy,
+    ".h5ad": _anndata, ".zarr": _zarr,
+}  # fmt: skip
+ENDINGS = tuple(_READERS)
+
+
+def coordinates_file(path: Path, folder: Path | None) -> Path | None:
+    """The file beside a feature file that holds its coordinates or their attributes; None where there is none.
+
+    With a folder: TRIDENT's or CLAM's `patches`, or slide2vec's `tiles`. Without: where CLAM and slide2vec put them.
+    """
+    name, up = path.stem, path.parent.parent
+    # CLAM's patches tell the tile's size, its h5_files do not.
+    spots = [base / f"{name}.h5" for base in (up / "patches", up.parent / "patches", up / "h5_files")]
+    spots += [up / "tiles" / f"{name}.coordinates.npz", up / "coordinates" / f"{name}.npy"]
+    if folder is not None:
+        spots = [folder / f"{name}{end}" for end in (".h5", "_patches.h5", ".coordinates.npz", ".npz", ".npy")]
+    return next((spot for spot in spots if spot.is_file() and spot != path), None)
+
+
+def read_coordinates(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Coordinates `(N, 2)` and attributes of a file that holds no features."""
+    if path.suffix == ".h5":
+        with package("h5py").File(path, "r") as file:
+            coords = _named(file, COORDS, "coordinates")
+            return coords[()], dict(file.attrs) | dict(coords.attrs)
+    loaded = np.load(path)
+    if isinstance(loaded, np.ndarray):  # slide2vec 2: a structured array
+        if loaded.dtype.names is None:
+            return loaded, {}
+        others = {name: loaded[name][0] for name in loaded.dtype.names if len(loaded) and name not in ("x", "y")}
+        return np.stack((loaded["x"], loaded["y"]), 1), others
+    with loaded as archive:
+        if {"x", "y"} <= set(archive.files):
+            coords = np.stack((archive["x"], archive["y"]), 1)
+        else:
+            coords = archive[_named({name: name for name in archive.files}, COORDS, "coordinates")]
+    meta = next(path.parent.glob(path.name.removesuffix(".npz").removesuffix(".coordinates") + "*.meta.json"), None)
+    values = {} if meta is None else json.loads(meta.read_text(encoding="utf-8"))
+    return coords, values.get("tiling", values)
+
+
+def package(name: str) -> Any:
+    """An optional package, or an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = name in ("h5py", "pandas", "pyarrow")
+        how = "pip install 'dilated-attention-pytorch[slides]'" if extra else f"pip install {name}"
+        raise ImportError(f"expected {name}, which this file needs, found none: {how}") from error
