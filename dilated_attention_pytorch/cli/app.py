@@ -35,6 +35,7 @@ _RENAMED = {
     "dilation_rates": "--rates",
     "num_heads": "--heads",
     "seq_len": "--length",
+    "segment_shift": "--shift",
     "greedy": "--temperature 0",
 }
 # An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore outside
