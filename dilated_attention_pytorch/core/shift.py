@@ -62,7 +62,7 @@ def two_parts(branches: Sequence[tuple[int, int]], shift: int) -> int | None:
     return (largest - inside) % largest if nested and plain else None
 
 
-def moved(masks: Masks, shift: int, seq_len: int) -> Masks:
+def shifted_masks(masks: Masks, shift: int, seq_len: int) -> Masks:
     """The masks of a sequence of N whose first position is the shift: bits `(B, shift + N)`, False before it.
 
     Rows of left padding stand before their first real position, which no longer makes their positions negative: they
