@@ -15,6 +15,7 @@ from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
 from dilated_attention_pytorch.models.layers import LayerStack, RowMask
+from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.models.sharding import ShardedModel
 
 
@@ -182,7 +183,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `forward`; `row_start`, int `(B,)`, has each left-padded row's first real position."""
-        return KeyValueCache(self.config.segment_lengths, self.config.num_decoder_layers, row_start=row_start)
+        layers, shifts = self.config.num_decoder_layers, self.config.shifts(self.config.num_decoder_layers)
+        return KeyValueCache(self.config.segment_lengths, layers, shifts=shifts, row_start=row_start)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
         """Continues a prompt and returns the new tokens.
@@ -211,6 +213,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         with torch.no_grad():  # a prompt of inference mode is as good as any
             self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)
+        shifts = self.config.shifts(self.config.num_decoder_layers)
+        warn_out_of_reach(self.config.pattern, shifts, prompt.shape[1] + max_new_tokens)
         cache = self.make_cache(row_start=sampling.get("row_start"))
         return sample(self, cache, prompt, max_new_tokens, sampling)
 

@@ -41,8 +41,9 @@ def warn_out_of_reach(
     pattern: DilatedPattern, shifts: Sequence[int], seq_len: int, *, is_causal: bool = True
 ) -> None:
     """Gives one UserWarning per process and pattern, at the user's line; arguments as in `out_of_reach`."""
-    if max(pattern.segment_lengths) >= seq_len + max(shifts):
-        return  # one segment holds all: nothing is looked at, call by call
+    # A traced length is not looked at; and where one segment holds all, nothing is, call by call.
+    if type(seq_len) is not int or max(pattern.segment_lengths) >= seq_len + max(shifts, default=0) or not shifts:
+        return
     key = pattern, tuple(shifts), is_causal
     if key in _warned:
         return
