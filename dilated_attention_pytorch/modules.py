@@ -92,8 +92,8 @@ class DilatedAttention(nn.Module):
         usual = offsets == "modulo" and padding == "none" and self.segment_shift == 0
         if head_groups and not usual:
             raise ValueError(
-                "expected offsets='modulo', padding='none' and segment_shift=0 with head_groups=True, whose offsets are "
-                f"its own, got {offsets!r}, {padding!r} and {segment_shift}"
+                "expected offsets='modulo', padding='none' and segment_shift=0 with head_groups=True, whose offsets "
+                f"are its own, got {offsets!r}, {padding!r} and {segment_shift}"
             )
         # Legacy mode does not apply to modules for published checkpoints.
         self.head_groups = (usual and head_groups_by_default()) if head_groups is None else head_groups
@@ -144,7 +144,13 @@ class DilatedAttention(nn.Module):
         """What `print` shows."""
         parts = [f"segment_lengths={list(self.segment_lengths)}", f"dilation_rates={list(self.dilation_rates)}"]
         usual = {"scale": None, "offsets": "modulo", "attention_dropout": 0.0, "mixing_gradient": "exact"}
-        for name, default in {**usual, "padding": "none", "segment_shift": 0, "backend": "auto", "head_groups": False}.items():
+        for name, default in {
+            **usual,
+            "padding": "none",
+            "segment_shift": 0,
+            "backend": "auto",
+            "head_groups": False,
+        }.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)

@@ -30,7 +30,9 @@ def plan(
     dtype: options.Dtype = "bf16",
     layers: options.Layers = 12,
     shift: options.Shift = "0",
-    suggest_for: Annotated[int | None, Option("--suggest", help="Compare a few patterns for so many positions.")] = None,
+    suggest_for: Annotated[
+        int | None, Option("--suggest", help="Compare a few patterns for so many positions.")
+    ] = None,
     query: Annotated[int | None, Option(help="Also list the keys of this query.")] = None,
     head: Annotated[int, Option(help="The head of --query.")] = 0,
     ranks: Annotated[int | None, Option(min=1, max=65536, help="Also the bytes of a ring of so many ranks.")] = None,

@@ -67,7 +67,7 @@ def show(
             f"through {layers} layers the best position reaches {found.best:,} away, the median {found.median:,}, the "
             f"worst {found.worst:,}, with {found.out_of_reach:,} positions out of its reach"
         )
-        how = {"num_layers": layers, "is_causal": causal, "segment_shift": options.shift(shift)}
+        how: dict[str, Any] = {"num_layers": layers, "is_causal": causal, "segment_shift": options.shift(shift)}
         figure = receptive_figure(pattern, length, query=last, **how)
     else:
         figure = _in_space(what, options.ints("--grid", grid), pattern, query, first if head else None)

@@ -12,9 +12,7 @@ from dilated_attention_pytorch.core.pattern import DilatedPattern
 _FASTEST_RATE = 64  # of the kernels: larger rates take another, slower one
 
 
-def suggest(
-    length: int, num_layers: int, heads: int, head_dim: int, rule: str, causal: bool
-) -> list[dict[str, Any]]:
+def suggest(length: int, num_layers: int, heads: int, head_dim: int, rule: str, causal: bool) -> list[dict[str, Any]]:
     """Patterns for N, with what each costs and reaches."""
     rows: dict[tuple[DilatedPattern, str], dict[str, Any]] = {}  # short lengths give some of them twice
 

@@ -258,9 +258,7 @@ class DilatedPattern:
         parts = (torch.arange(at, min(at + step, stop)) for at in range(start, stop, step))
         return sum(int(self.membership(positions).any(0).sum()) for positions in parts)
 
-    def reach(
-        self, num_layers: int, seq_len: int, *, is_causal: bool = True, segment_shift: object = 0
-    ) -> reach.Reach:
+    def reach(self, num_layers: int, seq_len: int, *, is_causal: bool = True, segment_shift: object = 0) -> reach.Reach:
         """How far information travels through so many layers of this pattern, exactly.
 
         Args:

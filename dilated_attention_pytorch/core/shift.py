@@ -14,6 +14,7 @@ import torch
 from dilated_attention_pytorch.core.validation import check_int, quoted
 from dilated_attention_pytorch.types import Masks
 
+_LONGEST = 1 << 31  # bits of a mask that stand for no position
 # One number for all layers, one per layer, or half of the largest segment in every other layer.
 SegmentShift = int | tuple[int, ...] | Literal["alternate"]
 
@@ -32,7 +33,7 @@ def check_segment_shift(name: str, value: object) -> SegmentShift:
 
 
 def layer_shifts(segment_shift: object, segment_lengths: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The shift of each layer; `"alternate"` is 0 in the first, third, .. and half of the largest segment in the others.
+    """The shift of each layer; `"alternate"` is half of the largest segment in the second, fourth, .. and else 0.
 
     Raises:
         ValueError: as many numbers as there are layers are wanted, a number below 0, another word.
@@ -45,7 +46,7 @@ def layer_shifts(segment_shift: object, segment_lengths: Sequence[int], num_laye
         return (shift,) * num_layers
     if len(shift) != num_layers:
         raise ValueError(f"expected segment_shift of one int per layer, {num_layers}, got {len(shift)}")
-    return tuple(shift)  # type: ignore[arg-type]
+    return shift
 
 
 def two_parts(branches: Sequence[tuple[int, int]], shift: int) -> int | None:
@@ -75,4 +76,8 @@ def shifted_masks(masks: Masks, shift: int, seq_len: int) -> Masks:
         shown_rows = real if shown_rows is None else shown_rows & real
     if shown_rows is None:
         return masks
+    if shift >= _LONGEST:
+        raise ValueError(
+            f"expected segment_shift below {_LONGEST} beside a mask, which has a bit for each, got {shift}"
+        )
     return masks._replace(key_padding=torch.nn.functional.pad(shown_rows, (shift, 0)))

@@ -37,9 +37,7 @@ def out_of_reach(
     )
 
 
-def warn_out_of_reach(
-    pattern: DilatedPattern, shifts: Sequence[int], seq_len: int, *, is_causal: bool = True
-) -> None:
+def warn_out_of_reach(pattern: DilatedPattern, shifts: Sequence[int], seq_len: int, *, is_causal: bool = True) -> None:
     """Gives one UserWarning per process and pattern, at the user's line; arguments as in `out_of_reach`."""
     # A traced length is not looked at; and where one segment holds all, nothing is, call by call.
     if type(seq_len) is not int or max(pattern.segment_lengths) >= seq_len + max(shifts, default=0) or not shifts:

@@ -219,7 +219,7 @@ def receptive_figure(
 
     Arguments are those of `receptive_field`; a long sequence is drawn as shares of bins.
     """
-    how = {"num_layers": num_layers, "is_causal": is_causal, "segment_shift": segment_shift}
+    how: dict[str, Any] = {"num_layers": num_layers, "is_causal": is_causal, "segment_shift": segment_shift}
     field = receptive_field(pattern, seq_len, query=query, **how)
     reachable = query + 1 if is_causal else seq_len
     with style():

@@ -19,7 +19,9 @@ patterns = st.builds(
     st.integers(1, 7),
     st.sampled_from(["modulo", "blocked"]),
 )
-shifts = st.one_of(st.just(0), st.integers(0, 50), st.just("alternate"), st.lists(st.integers(0, 50), min_size=3, max_size=3))
+shifts = st.one_of(
+    st.just(0), st.integers(0, 50), st.just("alternate"), st.lists(st.integers(0, 50), min_size=3, max_size=3)
+)
 
 
 def shift_of(given_shift, layer, pattern):
@@ -93,9 +95,7 @@ def test_the_patterns_of_the_benchmarks():
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    seq_len=st.integers(1, 10_000), times=st.integers(1, 40), factor=st.integers(2, 12), heads=st.integers(1, 20)
-)
+@given(seq_len=st.integers(1, 10_000), times=st.integers(1, 40), factor=st.integers(2, 12), heads=st.integers(1, 20))
 def test_geometric_patterns_nest_and_reach_everything(seq_len, times, factor, heads):
     shortest = times * factor
     pattern = DilatedPattern.geometric(seq_len, shortest, factor, num_heads=heads)

@@ -152,7 +152,6 @@ class TestMasks:
     def test_packed(self, changes):
         check(1, 47, 2, 16, (16, 40), (1, 3), layout={"cu_seqlens": torch.tensor([0, 17, 17, 18, 47])}, **changes)
 
-
     @pytest.mark.parametrize("start", [5, 16, 61])
     def test_packed_with_a_segment_shift(self, start):
         """Every sequence starts at the same position, inside a segment or at its border."""
