@@ -20,11 +20,11 @@ _OUT = "File to write: .png, .svg or .pdf; with pattern also .html, a page on wh
 _GRID = "Tokens along each axis, h,w or d,h,w (orders and neighbourhood only)."
 # Options that a picture has no use for. To give one is a mistake, not something to pass over.
 UNUSED = {
-    "pattern": ("query", "layers", "grid"),
-    "neighbours": ("layers", "grid"),
+    "pattern": ("query", "layers", "shift", "grid"),
+    "neighbours": ("layers", "shift", "grid"),
     "receptive": ("head", "grid"),
-    "orders": ("query", "head", "layers", "length", "causal", "segments", "rates", "heads", "offsets"),
-    "neighbourhood": ("layers", "length", "causal"),
+    "orders": ("query", "head", "layers", "shift", "length", "causal", "segments", "rates", "heads", "offsets"),
+    "neighbourhood": ("layers", "shift", "length", "causal"),
 }
 
 
@@ -41,6 +41,7 @@ def show(
     head: Annotated[list[int] | None, Option(help="Head to draw; repeat for more (pattern only).")] = None,
     query: Annotated[int | None, Option(help="Position that looks; the last by default.")] = None,
     layers: Annotated[int, Option(help="Layers of the LongNet (receptive only).")] = 4,
+    shift: options.Shift = "0",
     grid: Annotated[str, Option(help=_GRID)] = "32,32",
 ) -> None:
     """Draw who attends to whom, or how far a LongNet sees through its layers."""
@@ -70,7 +71,13 @@ def show(
     elif what == "neighbours":
         figure = neighbours_figure(pattern, length, query=last, head=first, is_causal=causal)
     elif what == "receptive":
-        figure = receptive_figure(pattern, length, query=last, num_layers=layers, is_causal=causal)
+        found = pattern.reach(layers, length, is_causal=causal, segment_shift=options.shift(shift))
+        console.print(
+            f"through {layers} layers the best position reaches {found.best:,} away, the median {found.median:,}, the "
+            f"worst {found.worst:,}, with {found.out_of_reach:,} positions out of its reach"
+        )
+        how: dict[str, Any] = {"num_layers": layers, "is_causal": causal, "segment_shift": options.shift(shift)}
+        figure = receptive_figure(pattern, length, query=last, **how)
     else:
         figure = _in_space(what, options.ints("--grid", grid), pattern, query, first if head else None)
     console.print(f"wrote {save(figure, path)}")

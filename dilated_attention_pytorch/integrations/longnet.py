@@ -60,6 +60,7 @@ class LongNetHFConfig(PreTrainedConfig):
     scale_base: float = 512.0
     offsets: str = "modulo"
     mixing_gradient: str = "exact"
+    segment_shift: int | list[int] | tuple[int, ...] | str = 0
     tie_weights: bool = False
     backend: str = "auto"
     use_cache: bool = True

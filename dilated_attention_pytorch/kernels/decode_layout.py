@@ -24,10 +24,12 @@ class DecodeLayout:
     Args:
         pattern: the branches, for the key/value heads.
         longest: number of positions that the sequence may come to.
+        shift: segment shift of the layer.
     """
 
     pattern: DilatedPattern
     longest: int
+    shift: int = 0
 
     @cached_property
     def branches(self) -> tuple[tuple[int, int], ...]:
@@ -39,7 +41,7 @@ class DecodeLayout:
         """The first slot of each branch in a compact buffer, and behind them the number of slots."""
         bases = [0]
         for length, rate in self.branches:
-            bases.append(bases[-1] + ceil_div(min(length, self.longest), rate))
+            bases.append(bases[-1] + ceil_div(min(length, self.longest + self.shift), rate))
         return tuple(bases)
 
     @cached_property
@@ -72,8 +74,8 @@ class DecodeLayout:
             buffer[b, :, positions[b, m] % self.ring] = rows[b, m]
             return
         for (length, rate), base in zip(self.branches, self.bases, strict=False):
-            place, branch = positions % length, self.pattern.branches.index((length, rate))
-            open_here = seen & (positions // length == following // length)
+            at, branch = positions + self.shift, self.pattern.branches.index((length, rate))
+            place, open_here = at % length, seen & (at // length == (following + self.shift) // length)
             for offset, heads in self.pattern.head_groups(branch):
                 b, m = (open_here & (place % rate == offset)).nonzero(as_tuple=True)
                 slots = (base + place[b, m] // rate)[:, None]

@@ -79,25 +79,23 @@ class DecodingCache:
     """
 
     def __init__(self, model: Any, cache: KeyValueCache, longest: int) -> None:
-        attention = model.decoder.layers[0].self_attn
-        inner, heads = attention.attention, attention.num_kv_heads
-        pattern = DilatedPattern(inner.segment_lengths, inner.dilation_rates, heads, inner.offsets)
-        self.layout = DecodeLayout(pattern, longest)
-        self._rotary = attention.rotary
+        attentions = [layer.self_attn for layer in model.decoder.layers]
+        self._rotary = attentions[0].rotary
         rows = cache.held_rows()
-        held: Tensor = rows[0][0]
-        batch, device = held.shape[0], held.device
+        batch, device = rows[0][0].shape[0], rows[0][0].device
         starts = 0 if cache.row_start is None else cache.row_start.to(device, torch.int64)
         self.positions = torch.full((batch,), cache.length, device=device) - starts
         own = torch.arange(cache.start, cache.length, device=device) - (cache.length - self.positions)[:, None]
-        shape = batch, heads, self.layout.rows, attention.head_dim
         self.layers = []
-        for keys, values in rows:
-            buffers = keys.new_empty(shape), values.new_empty(shape)
+        for attention, held in zip(attentions, rows, strict=True):
+            inner, heads = attention.attention, attention.num_kv_heads
+            pattern = DilatedPattern(inner.segment_lengths, inner.dilation_rates, heads, inner.offsets)
+            layout = DecodeLayout(pattern, longest, inner.segment_shift)
+            keys, values = (x.new_empty(batch, heads, layout.rows, attention.head_dim) for x in held)
             if own.shape[1]:
-                self.layout.write(buffers[0], keys, own)
-                self.layout.write(buffers[1], values, own)
-            self.layers.append(_Layer(self, *buffers))
+                layout.write(keys, held[0], own)
+                layout.write(values, held[1], own)
+            self.layers.append(_Layer(self, layout, keys, values))
 
     @property
     def nbytes(self) -> int:
@@ -132,15 +130,14 @@ class _Layer:
 
     length = 0  # positions are the cache's, on the device
 
-    def __init__(self, cache: DecodingCache, keys: Tensor, values: Tensor) -> None:
-        self._cache, self.keys, self.values = cache, keys, values
+    def __init__(self, cache: DecodingCache, layout: DecodeLayout, keys: Tensor, values: Tensor) -> None:
+        self._cache, self.layout, self.keys, self.values = cache, layout, keys, values
 
     def attend(self, x: QKV, rotation: Rotation | None, scale: float) -> Tensor:
         """Attention `(B, 1, H, D)` of a new position, whose key and value are kept."""
         from dilated_attention_pytorch.kernels.triton import launch_decode
 
-        cache = self._cache
-        return launch_decode.step(x, rotation, cache.positions, (self.keys, self.values), cache.layout, scale)
+        return launch_decode.step(x, rotation, self._cache.positions, (self.keys, self.values), self.layout, scale)
 
 
 class Steps(Protocol):

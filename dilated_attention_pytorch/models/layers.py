@@ -16,6 +16,7 @@ from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_dense, check_multiplicand
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import BackendName
@@ -72,6 +73,7 @@ class Layer(nn.Module):
         *,
         cross_attention: bool = False,
         recompute: bool = False,
+        segment_shift: int = 0,
         backend: BackendName = "auto",
         **factory: Any,
     ) -> None:
@@ -79,7 +81,7 @@ class Layer(nn.Module):
 
         def attention(gain: float) -> MultiheadDilatedAttention:
             options: dict[str, Any] = {name: getattr(config, name) for name in _OF_ATTENTION}
-            options |= {"gamma_init": gain, "backend": backend, **factory}
+            options |= {"gamma_init": gain, "segment_shift": segment_shift, "backend": backend, **factory}
             return MultiheadDilatedAttention(config.d_model, config.nhead, config.attention_dropout, **options)
 
         def norm() -> nn.LayerNorm:
@@ -139,7 +141,10 @@ class LayerStack(nn.Module):
         self, config: LongNetConfig, num_layers: int, gamma: float, factory: dict[str, Any], **options: Any
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, gamma, **options, **factory) for _ in range(num_layers))
+        self.config = config
+        self.layers = nn.ModuleList(
+            Layer(config, gamma, segment_shift=shift, **options, **factory) for shift in config.shifts(num_layers)
+        )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
@@ -164,7 +169,6 @@ class LayerStack(nn.Module):
         is the position of the first row, `rotation` that of all rows where the caller knows them better.
         """
         check_dense("x", x)
-        # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         rank, width = 3 if options.get("cu_seqlens") is None else 2, first.embed_dim
         if x.dim() != rank or x.shape[-1] != width:
@@ -172,6 +176,10 @@ class LayerStack(nn.Module):
             raise ValueError(f"expected x of shape {layout}, got {tuple(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected x to be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if rank == 3 and not torch.compiler.is_compiling():
+            shifts, causal = self.config.shifts(len(self.layers)), options.get("is_causal", False)
+            warn_out_of_reach(self.config.pattern, shifts, start + x.shape[1], is_causal=causal)
+        # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
         options["rotation"] = rotation or first.rotation(x, start=start, **where)
         again = gradient_checkpointing and torch.is_grad_enabled()

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
 from dilated_attention_pytorch.models.layers import LayerStack, RowMask
+from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.models.sharding import ShardedModel
 
 
@@ -183,7 +184,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `forward`; `row_start`, int `(B,)`, has each left-padded row's first real position."""
-        return KeyValueCache(self.config.segment_lengths, self.config.num_decoder_layers, row_start=row_start)
+        layers, shifts = self.config.num_decoder_layers, self.config.shifts(self.config.num_decoder_layers)
+        return KeyValueCache(self.config.segment_lengths, layers, shifts=shifts, row_start=row_start)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
         """Continues a prompt and returns the new tokens.
@@ -214,6 +216,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         check_sampling(prompt, sampling, vocab_size)
         if sampling.get("graphed") and (reasons := decoding.why_not(self, prompt)):
             raise ValueError(f"expected graphed=True only where a token can be one replay, got {'; '.join(reasons)}")
+        shifts = self.config.shifts(self.config.num_decoder_layers)
+        warn_out_of_reach(self.config.pattern, shifts, prompt.shape[1] + max_new_tokens)
         return sample(self, prompt, max_new_tokens, sampling) if max_new_tokens else iter(())
 
     def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.shift import layer_shifts
 from dilated_attention_pytorch.viz.style import (
     FAINT,
     INK,
@@ -191,7 +192,13 @@ def neighbours_figure(
 
 
 def receptive_field(
-    pattern: DilatedPattern, seq_len: int, *, query: int, num_layers: int, is_causal: bool = True
+    pattern: DilatedPattern,
+    seq_len: int,
+    *,
+    query: int,
+    num_layers: int,
+    is_causal: bool = True,
+    segment_shift: object = 0,
 ) -> NDArray[np.bool_]:
     """The inputs that can change the output at one position, after each number of layers.
 
@@ -202,6 +209,7 @@ def receptive_field(
         pattern, seq_len, is_causal: as in `pattern_figure`, of every layer.
         query: the output's position.
         num_layers: L.
+        segment_shift: of all layers, one per layer, or `"alternate"`.
 
     Returns:
         Bool `(num_layers + 1, N)`; row 0 is the query alone.
@@ -209,32 +217,41 @@ def receptive_field(
     num_layers = check.check_positive_int("num_layers", num_layers)
     seq_len = check.check_positive_int("seq_len", seq_len)
     query = check.check_index("query", query, seq_len)
-    positions = torch.arange(seq_len)
-    member = pattern.membership(positions)
+    shifts = layer_shifts(segment_shift, pattern.segment_lengths, num_layers)
     reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)
     reached[0, query] = True
-    for before, after in pairwise(reached):
+    # From the output down: the last layer is the first step.
+    for (before, after), shift in zip(pairwise(reached), reversed(shifts), strict=True):
+        positions = torch.arange(shift, shift + seq_len)
+        member = pattern.membership(positions)
         after |= before
         for branch, (length, _) in enumerate(pattern.branches):
-            segment = positions // length
+            segment = positions // length - shift // length
             for _, heads in pattern.head_groups(branch):
                 rows = member[branch, heads.start]  # heads of one offset keep the same rows
                 # The last reached member of each segment: it sees the members up to it (causal), or all of them.
                 last = torch.full((int(segment[-1]) + 1,), -1)
                 queries = positions[rows & before]
-                last.scatter_reduce_(0, queries // length, queries, "amax")
+                last.scatter_reduce_(0, segment[rows & before], queries, "amax")
                 after |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
     return np.asarray(reached.numpy())
 
 
 def receptive_figure(
-    pattern: DilatedPattern, seq_len: int, *, query: int, num_layers: int, is_causal: bool = True
+    pattern: DilatedPattern,
+    seq_len: int,
+    *,
+    query: int,
+    num_layers: int,
+    is_causal: bool = True,
+    segment_shift: object = 0,
 ) -> Figure:
     """The receptive field, one row per number of layers, with its share of the positions.
 
     Arguments are those of `receptive_field`; a long sequence is drawn as shares of bins.
     """
-    field = receptive_field(pattern, seq_len, query=query, num_layers=num_layers, is_causal=is_causal)
+    how: dict[str, Any] = {"num_layers": num_layers, "is_causal": is_causal, "segment_shift": segment_shift}
+    field = receptive_field(pattern, seq_len, query=query, **how)
     reachable = query + 1 if is_causal else seq_len
     with style():
         figure = Figure(figsize=(8.2, 0.45 * (num_layers + 1) + 1.1), layout="constrained")

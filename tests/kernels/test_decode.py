@@ -36,6 +36,7 @@ class Case(NamedTuple):
     positions: tuple[int, ...]
     offsets: str = "modulo"
     pads: tuple[int, ...] = (0,)
+    shift: int = 0
 
 
 CASES = {
@@ -43,6 +44,8 @@ CASES = {
     "blocked, grouped, padded": Case((16, 64), (1, 4), 8, 2, 16, 40, (63, 64, 71, 94), "blocked", (0, 7, 30)),
     "not nested": Case((6, 16, 40), (1, 2, 3), 4, 4, 8, 5, (5, 11, 40, 47, 48, 79, 80, 81), pads=(0, 3)),
     "a ring": Case((24, 30), (1, 1), 2, 2, 8, 50, (50, 59, 60, 71, 72, 89), pads=(0, 3)),
+    "shifted": Case((16, 64), (1, 4), 4, 2, 16, 30, (30, 39, 40, 41, 55, 56, 103, 104), pads=(0, 9), shift=24),
+    "shifted, a ring": Case((24, 30), (1, 1), 2, 2, 8, 50, (50, 52, 53, 64, 65, 89), shift=7),
     "no dense branch": Case((12, 50), (3, 4), 6, 6, 24, 0, (0, 1, 12, 49, 50, 60)),
     "a segment beyond the sequence": Case((16, 1 << 40), (1, 5), 4, 2, 24, 20, (20, 32, 77)),
 }  # fmt: skip
@@ -65,11 +68,11 @@ def test_each_position_equals_the_reference(name: str, rotary: bool) -> None:
     pattern = DilatedPattern(case.lengths, case.rates, case.kv_heads, case.offsets)  # type: ignore[arg-type]
     want = dilated_attention(
         seen_q, seen_k, v, segment_lengths=case.lengths, dilation_rates=case.rates, offsets=case.offsets,
-        is_causal=True, row_start=pads, key_padding_mask=own >= 0, backend="reference",
+        is_causal=True, row_start=pads, key_padding_mask=own >= 0, segment_shift=case.shift, backend="reference",
     )  # fmt: skip
 
-    layout = DecodeLayout(pattern, total)
-    assert layout.compact == (name != "a ring")
+    layout = DecodeLayout(pattern, total, case.shift)
+    assert layout.compact == (not name.endswith("a ring"))
     buffers = tuple(torch.full((batch, case.kv_heads, layout.rows, case.width), torch.nan, device=DEVICE) for _ in "kv")
     write(layout, buffers, seen_k[:, : case.prompt], v[:, : case.prompt], own[:, : case.prompt])
     for n in range(case.prompt, total):

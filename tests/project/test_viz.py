@@ -152,6 +152,18 @@ def test_receptive_field_is_where_gradients_come_from() -> None:
     assert np.array_equal(receptive_field(PATTERN, 45, query=37, num_layers=2)[2], reached)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shift", [0, 7, "alternate", [3, 0, 11]])
+def test_receptive_fields_end_where_reach_says(is_causal: bool, shift: object) -> None:
+    fields = [
+        receptive_field(PATTERN, 60, query=q, num_layers=3, is_causal=is_causal, segment_shift=shift)[3]
+        for q in range(60)
+    ]
+    distances = [max(abs(q - np.flatnonzero(field)[[0, -1]])) for q, field in enumerate(fields)]
+    found = PATTERN.reach(3, 60, is_causal=is_causal, segment_shift=shift)
+    assert (found.best, found.median) == (max(distances), sorted(distances)[29])
+
+
 def test_receptive_field_without_causality_is_symmetric() -> None:
     fields = np.stack([receptive_field(PATTERN, 45, query=q, num_layers=1, is_causal=False)[1] for q in range(45)])
     assert np.array_equal(fields, fields.T)

@@ -18,14 +18,16 @@ from dilated_attention_pytorch.kernels.triton import geometry
 
 @triton.jit
 def reaches_at(
-    position, kv_head, num_kv_heads, LENGTHS: tl.constexpr, RATES: tl.constexpr, MODULO: tl.constexpr
+    position, kv_head, num_kv_heads, LENGTHS: tl.constexpr, RATES: tl.constexpr, SHIFT: tl.constexpr,
+    MODULO: tl.constexpr,
 ):  # fmt: skip
     """How far back each branch sees: a distance, -1 where the head takes no part."""
     reaches = ()
     for i in tl.static_range(len(RATES)):
-        place = position % LENGTHS[i]
+        place = (position + SHIFT) % LENGTHS[i]
         member = place % RATES[i] == geometry.head_offset(kv_head, RATES[i], num_kv_heads, MODULO)
-        reaches = reaches + (tl.where(member, place, -1).to(tl.int32),)
+        # A first segment that the shift has cut begins at position 0.
+        reaches = reaches + (tl.where(member, tl.minimum(place, position), -1).to(tl.int32),)
     return reaches
 
 
@@ -65,8 +67,8 @@ def load_turned(x, d, mask, cos, sin, batch, D: tl.constexpr, ROTARY: tl.constex
 def decode_split(
     q, k, v, q_cos, q_sin, k_cos, k_sin, keys, values, positions, part, part_lse,
     q_row, k_row, v_row, cache_batch, cache_head, qk_scale,
-    LENGTHS: tl.constexpr, RATES: tl.constexpr, BASES: tl.constexpr, RING: tl.constexpr, MODULO: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    LENGTHS: tl.constexpr, RATES: tl.constexpr, BASES: tl.constexpr, RING: tl.constexpr, SHIFT: tl.constexpr,
+    MODULO: tl.constexpr,     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, ROTARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The share of one split: part `[B, H, SPLITS, D]` and its lse, in units of log2. RING is 0 for compact buffers."""
@@ -74,7 +76,7 @@ def decode_split(
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     split = tl.program_id(1)
     position = tl.load(positions + batch)
-    reaches = reaches_at(position, kv_head, NUM_KV_HEADS, LENGTHS, RATES, MODULO)
+    reaches = reaches_at(position, kv_head, NUM_KV_HEADS, LENGTHS, RATES, SHIFT, MODULO)
     firsts, ends, total = steps_of(reaches, RATES, BN)
     share = tl.cdiv(total, SPLITS)
     first_tile = split * share
@@ -101,7 +103,7 @@ def decode_split(
             takes_part = reaches[i] >= 0
             times += takes_part.to(tl.int32)
             if RING == 0:
-                at = cache + (BASES[i] + (position % LENGTHS[i]) // RATES[i]) * D + d
+                at = cache + (BASES[i] + (position + SHIFT) % LENGTHS[i] // RATES[i]) * D + d
                 tl.store(keys + at, k_new, mask=inside & takes_part)
                 tl.store(values + at, v_new, mask=inside & takes_part)
         if RING > 0:
@@ -129,7 +131,7 @@ def decode_split(
                 if j < i and RATES[i] % RATES[j] != 0:
                     mine = mine & (shown == 0)
             if RING == 0:
-                slot = BASES[i] + ((position % LENGTHS[i]).to(tl.int32) // RATES[i]) - step
+                slot = BASES[i] + ((position + SHIFT) % LENGTHS[i]).to(tl.int32) // RATES[i] - step
             else:
                 slot = (position % RING).to(tl.int32) - distance
                 slot = tl.where(slot < 0, slot + RING, slot)

@@ -56,7 +56,7 @@ def step(x: QKV, rotation: Rotation | None, positions: Tensor, buffers: tuple[Te
     decode.decode_split[(batch * kv_heads, splits)](
         q, k, v, *tables, keys, values, positions, part, part_lse,
         q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), scale * LOG2E,
-        LENGTHS=lengths, RATES=rates, BASES=layout.bases, RING=0 if layout.compact else layout.ring,
+        LENGTHS=lengths, RATES=rates, BASES=layout.bases, RING=0 if layout.compact else layout.ring, SHIFT=layout.shift,
         MODULO=layout.pattern.offsets == "modulo", NUM_KV_HEADS=kv_heads, GROUP=heads // kv_heads,
         # tl.dot asks for 16 rows; the rows that are no head cost nothing that is not there already.
         BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)), D=width, BLOCK_D=block_d, BN=tile, SPLITS=splits,
