@@ -68,8 +68,8 @@ def decode_split(
     q, k, v, q_cos, q_sin, k_cos, k_sin, keys, values, positions, part, part_lse,
     q_row, k_row, v_row, cache_batch, cache_head, qk_scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, BASES: tl.constexpr, RING: tl.constexpr, SHIFT: tl.constexpr,
-    MODULO: tl.constexpr,     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BN: tl.constexpr, SPLITS: tl.constexpr, ROTARY: tl.constexpr, PRECISION: tl.constexpr,
+    MODULO: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, ROTARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The share of one split: part `[B, H, SPLITS, D]` and its lse, in units of log2. RING is 0 for compact buffers."""
     batch = (tl.program_id(0) // NUM_KV_HEADS).to(tl.int64)
