@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -166,3 +167,20 @@ def test_the_committed_chart_is_drawn_from_the_committed_result(monkeypatch: pyt
         drawn, kept = np.asarray(canvas.buffer_rgba())[..., :3] / 255, image.imread(chart)[..., :3]
         # Another matplotlib may move a label by a pixel; another number moves a bar.
         assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1e-3
+
+
+def test_an_interrupted_quality_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a planted line is where it is said to be, with its answer at the window's end."""
+    quality = load("quality", monkeypatch)
+    setup = quality.replace(quality.SMOKE, steps=3, width=16, step_bytes=512, contexts=(128,))
+    run, text = quality.Run("geometric+shift", 128, 0), torch.randint(97, 122, (4000,), dtype=torch.uint8)
+    whole, _ = quality.train(run, setup, text, tmp_path, float("inf"))
+    ticks = iter([0.0, 0.0, 1.0])  # the third step is past the deadline
+    monkeypatch.setattr(quality.time, "monotonic", lambda: next(ticks, 0.0))
+    assert quality.train(run, setup, text, tmp_path, 0.5) is None
+    again, _ = quality.train(run, setup, text, tmp_path, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    window = bytes(quality.batch(text, run, 0, setup)[0].tolist())
+    answer = window[-8:]
+    assert window.count(b"# key ") == 2 and window.count(b" = " + answer) == 2
+    assert quality.judge(again, run, text, setup)["retrieved"].keys() == {"128"}
