@@ -55,7 +55,7 @@ def embed(
     """
     from dilated_attention_pytorch.core.validation import check_choice
     from dilated_attention_pytorch.models import SlideEncoder
-    from dilated_attention_pytorch.models.slide.embed import SlideEmbedder, run_settings
+    from dilated_attention_pytorch.models.slide.embed import EmbedOptions, SlideEmbedder, run_settings
     from dilated_attention_pytorch.models.slide.files import SlideReader, find_slides
     from dilated_attention_pytorch.models.slide.results import TABLES, Format, ResultFolder
     from dilated_attention_pytorch.models.slide.work import Ranks, scan
@@ -75,14 +75,10 @@ def embed(
         chosen = tuple(range(depth + 1)) if layers == "all" else options.ints("--layers", layers) if layers else ()
         reading: dict[str, Any] = {"grid": grid, "strict": strict, "patch_size_level0": patch_size_level0}
         reader = SlideReader.of(encoder.config, coords_folder=coords, **reading)
-        results = ResultFolder(
-            out, form, run_settings(encoder, reader, checkpoint, dtype=dtype, layers=chosen, tiles=tiles)
-        )
+        how = EmbedOptions(dtype=kind, layers=chosen, tiles=tiles, batch_tokens=batch_tokens, ring_above=ring_above)
+        results = ResultFolder(out, form, run_settings(encoder, reader, checkpoint, how))
         ranks = Ranks(world.rank, world.size)
-        embedder = SlideEmbedder(
-            encoder, reader, results, dtype=kind, layers=chosen, tiles=tiles, batch_tokens=batch_tokens,
-            ring_above=ring_above, ranks=ranks,
-        )  # fmt: skip
+        embedder = SlideEmbedder(encoder, reader, results, how, ranks)
         world.first(lambda: held.enter_context(results.held()))
         found = ranks.from_first(scan(paths, reader) if world.is_main else None)
         with _Report(found, world.is_main, ranks.size) as report:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dilated_attention_pytorch.models import SlideEncoder
-from dilated_attention_pytorch.models.slide.embed import SlideEmbedder, run_settings
+from dilated_attention_pytorch.models.slide.embed import EmbedOptions, SlideEmbedder, run_settings
 from dilated_attention_pytorch.models.slide.files import SlideReader, find_slides
 from dilated_attention_pytorch.models.slide.results import ResultFolder
 from dilated_attention_pytorch.models.slide.work import Outcome, Ranks, scan
@@ -19,10 +19,9 @@ def embed(groups: Any, folder: str, checkpoint: str, out: str, ring_above: int |
     ranks = Ranks(dist.get_rank(), dist.get_world_size()) if groups else Ranks()
     encoder = SlideEncoder.from_pretrained(checkpoint)
     reader = SlideReader.of(encoder.config)
-    results = ResultFolder(Path(out), "npz", run_settings(encoder, reader, "tiny", layers=(1,), tiles=True))
-    embedder = SlideEmbedder(
-        encoder, reader, results, layers=(1,), tiles=True, batch_tokens=200, ring_above=ring_above, ranks=ranks
-    )
+    how = EmbedOptions(layers=(1,), tiles=True, batch_tokens=200, ring_above=ring_above)
+    results = ResultFolder(Path(out), "npz", run_settings(encoder, reader, "tiny", how))
+    embedder = SlideEmbedder(encoder, reader, results, how, ranks)
     if ranks.rank == 0:
         with results.held():
             pass

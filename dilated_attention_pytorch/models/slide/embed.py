@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,56 @@ def tokens_that_fit(encoder: SlideEncoder, dtype: torch.dtype) -> int | None:
     return int(0.8 * torch.cuda.mem_get_info(device)[0] / each)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """How slides are embedded.
+
+    Args:
+        dtype: of the computation: fp32, or bf16 and fp16 under autocast.
+        layers: hidden states to write, 0 (the embeddings) to the encoder's `depth`.
+        tiles: whether to write each tile's output.
+        batch_tokens: most tokens of a batch.
+        ring_above: slides of more tiles are shared by all ranks; by default those that no device has room for.
+
+    Raises:
+        ValueError: another dtype; a number out of range.
+    """
+
+    dtype: torch.dtype = torch.float32
+    layers: tuple[int, ...] = ()
+    tiles: bool = False
+    batch_tokens: int = 16_384
+    ring_above: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {self.dtype}")
+        check_int("batch_tokens", self.batch_tokens, 1)
+        if self.ring_above is not None:
+            check_int("ring_above", self.ring_above, 1)
+
+
+def run_settings(encoder: SlideEncoder, reader: SlideReader, checkpoint: str, options: EmbedOptions) -> dict[str, Any]:
+    """Everything that decides a run's numbers, in types that JSON has."""
+    from dilated_attention_pytorch import __version__
+
+    numpy = importlib.import_module("numpy").__version__
+    versions = {"dilated_attention_pytorch": __version__, "torch": str(torch.__version__), "numpy": numpy}
+    return {
+        "checkpoint": checkpoint,
+        "weights": weights_digest(encoder),
+        "config": encoder.config.to_dict(),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "layers": list(options.layers),
+        "tiles": options.tiles,
+        "batch_tokens": options.batch_tokens,
+        "grid": reader.grid,
+        "patch_size_level0": reader.patch_size_level0,
+        "device": encoder.cls_token.device.type,
+        "versions": versions | {"python": platform.python_version()},
+    }
+
+
 class SlideEmbedder:
     """Embeds the slides of files into a folder.
 
@@ -57,11 +108,7 @@ class SlideEmbedder:
         encoder: in evaluation mode, on the device that computes.
         reader: of the files, for this encoder.
         folder: where results go.
-        dtype: of the computation: fp32, or bf16 and fp16 under autocast.
-        layers: hidden states to write, 0 (the embeddings) to `depth`.
-        tiles: whether to write each tile's output.
-        batch_tokens: most tokens of a batch.
-        ring_above: slides of more tiles are shared by all ranks; by default those that no device has room for.
+        options: how; `EmbedOptions()` by default.
         ranks: the processes that share the work.
 
     Raises:
@@ -73,23 +120,18 @@ class SlideEmbedder:
         encoder: SlideEncoder,
         reader: SlideReader,
         folder: ResultFolder,
-        *,
-        dtype: torch.dtype = torch.float32,
-        layers: Sequence[int] = (),
-        tiles: bool = False,
-        batch_tokens: int = 16_384,
-        ring_above: int | None = None,
+        options: EmbedOptions | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         if encoder.training:
             raise ValueError("expected an encoder in evaluation mode, got one in training: call eval() first")
-        if dtype not in _DTYPES:
-            raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {dtype}")
-        self.layers = tuple(check_int("layers", layer, 0, encoder.config.depth + 1) for layer in layers)
-        self.encoder, self.reader, self.folder, self.dtype, self.tiles = encoder, reader, folder, dtype, tiles
-        self.batch_tokens = check_int("batch_tokens", batch_tokens, 1)
-        self.ranks = ranks or Ranks()
-        self.ring_above = tokens_that_fit(encoder, dtype) if ring_above is None else ring_above
+        self.options, self.ranks = options or EmbedOptions(), ranks or Ranks()
+        for layer in self.options.layers:
+            check_int("layers", layer, 0, encoder.config.depth + 1)
+        self.encoder, self.reader, self.folder = encoder, reader, folder
+        # Ranks with less memory than others decide: all have to agree.
+        fits = self.ranks.gather(self.options.ring_above or tokens_that_fit(encoder, self.options.dtype))
+        self._ring_above = None if self.ranks.size == 1 or None in fits else min(fits)
         self._over_ranks: SlideEncoder | None = None
 
     def run(self, found: Scan) -> Iterator[Outcome]:
@@ -101,10 +143,8 @@ class SlideEmbedder:
         done = set(self.ranks.from_first([path for path in sizes if self.folder.has(path)]))
         yield from found.failed if first else ()
         yield from (Outcome(path.stem, sizes[path], was_there=True) for path in sizes if path in done and first)
-        most = (
-            self.ring_above if self.ring_above is not None and self.ranks.size > 1 else max(sizes.values(), default=0)
-        )
-        tokens = min(self.batch_tokens, most + 1)
+        most = max(sizes.values(), default=0) if self._ring_above is None else self._ring_above
+        tokens = min(self.options.batch_tokens, most + 1)
         alone = {path: tiles for path, tiles in sizes.items() if tiles <= most}
         for path in sizes:
             if path not in alone and path not in done:
@@ -144,14 +184,14 @@ class SlideEmbedder:
                 yield Outcome(path.stem, sizes[path], slide)
         if not good:
             return
+        there = {path.stem for path in done}
+        new = [(i, slide) for i, slide in enumerate(good) if slide.name not in there]
         try:
             pooled, layers, tiles = self._encode(self.encoder, *pad_slides(good))
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            yield from (Outcome(slide.name, slide.tiles.shape[1], reason(error)) for slide in good)
-            return
-        there = {path.stem for path in done}
-        for i, slide in enumerate(good):
-            if slide.name not in there:
+            yield from (Outcome(slide.name, slide.tiles.shape[1], reason(error)) for _, slide in new)
+        else:
+            for i, slide in new:
                 own = None if tiles is None else tiles[i, : slide.tiles.shape[1]]
                 yield self._written(slide, pooled[i], layers[:, i], own)
 
@@ -174,7 +214,7 @@ class SlideEmbedder:
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 problem = reason(error)
             problem = next((one for one in self.ranks.gather(problem) if one), None)
-        if problem is None and self.tiles:
+        if problem is None and self.options.tiles:
             parts = self.ranks.gather(result[2])
             result = (*result[:2], torch.cat(parts, 1))
         if self.ranks.rank == 0:
@@ -190,19 +230,19 @@ class SlideEmbedder:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embeddings `(B, D)`, layers `(n, B, D)` and tiles `(B, L, D)` on the CPU, in fp32."""
         device = encoder.cls_token.device
-        cast = nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
+        cast = nullcontext() if self.options.dtype == torch.float32 else torch.autocast(device.type, self.options.dtype)
         with cast, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "expected about one tile on each place")  # the reader has said it
-            given = [None if x is None else x.to(device, non_blocking=True) for x in (tiles, coords, mask)]
+            given = [None if x is None else x.to(device) for x in (tiles, coords, mask)]
             out = encoder(*given)
-        layers = out.layers[list(self.layers)] if self.layers else out.layers[:0]
-        own = out.tiles.float().cpu() if self.tiles else None
+        layers = out.layers[list(self.options.layers)] if self.options.layers else out.layers[:0]
+        own = out.tiles.float().cpu() if self.options.tiles else None
         return out.pooled.float().cpu(), layers.float().cpu(), own
 
     def _written(self, slide: Slide, pooled: Tensor, layers: Tensor, tiles: Tensor | None) -> Outcome:
         count = slide.tiles.shape[1]
         if not all(bool(x.isfinite().all()) for x in (pooled, layers)):
-            return Outcome(slide.name, count, f"expected a finite embedding, got NaN or inf in {self.dtype}")
+            return Outcome(slide.name, count, f"expected a finite embedding, got NaN or inf in {self.options.dtype}")
         about = {"slide": slide.name, "num_tiles": count, "tile_size": slide.tile_size, "coordinates": slide.said}
         corners = None if tiles is None else slide.corners
         try:
@@ -210,21 +250,3 @@ class SlideEmbedder:
         except OSError as error:
             return Outcome(slide.name, count, reason(error))
         return Outcome(slide.name, count, said=slide.said, doubts=slide.doubts)
-
-
-def run_settings(encoder: SlideEncoder, reader: SlideReader, checkpoint: str, **options: Any) -> dict[str, Any]:
-    """Everything that decides a run's numbers, in types that JSON has; `options` are those of the embedder."""
-    from dilated_attention_pytorch import __version__
-
-    numpy = importlib.import_module("numpy").__version__
-    versions = {"dilated_attention_pytorch": __version__, "torch": str(torch.__version__), "numpy": numpy}
-    return {
-        "checkpoint": checkpoint,
-        "weights": weights_digest(encoder),
-        "config": encoder.config.to_dict(),
-        "grid": reader.grid,
-        "patch_size_level0": reader.patch_size_level0,
-        "device": encoder.cls_token.device.type,
-        "versions": versions | {"python": platform.python_version()},
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
-    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -204,7 +205,8 @@ def pad_slides(slides: Sequence[Slide]) -> tuple[Tensor, Tensor, Tensor | None]:
     lengths = torch.tensor([slide.tiles.shape[1] for slide in slides])
     if len(slides) == 1:
         return slides[0].tiles, slides[0].coords, None
-    tiles = torch.nn.utils.rnn.pad_sequence([slide.tiles[0].float() for slide in slides], batch_first=True)
+    dtype = reduce(torch.promote_types, (slide.tiles.dtype for slide in slides))
+    tiles = torch.nn.utils.rnn.pad_sequence([slide.tiles[0].to(dtype) for slide in slides], batch_first=True)
     coords = torch.nn.utils.rnn.pad_sequence([slide.coords[0] for slide in slides], batch_first=True)
     mask = torch.arange(tiles.shape[1]) < lengths[:, None]
     return tiles, coords, None if bool(mask.all()) else mask

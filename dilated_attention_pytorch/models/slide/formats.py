@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FEATURES = ("features", "feats", "embeddings", "x")
+FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates", "positions")
 
 
@@ -75,11 +75,10 @@ def _torch(path: Path) -> Iterator[Stored]:
 @contextlib.contextmanager
 def _npz(path: Path) -> Iterator[Stored]:
     with np.load(path) as archive:
-        names = {name: name for name in archive.files}
-        coords = _named(names, COORDS, "")
-        others = {name: archive[name].item() for name in names if archive[name].ndim == 0}
-        features = _Member(archive, _named(names, FEATURES, "features"))
-        yield Stored(features, None if coords is None else archive[coords], others)
+        arrays = {name: _Member(archive, name) for name in archive.files}
+        coords = _named(arrays, COORDS, "")
+        others = {name: array[()] for name, array in arrays.items() if array.shape == ()}
+        yield Stored(_named(arrays, FEATURES, "features"), None if coords is None else coords[:], others)
 
 
 class _Member:
@@ -140,8 +139,7 @@ def _dense(x: Any) -> Any:
 
 
 _READERS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Stored]]] = {
-    ".h5": _hdf5, ".hdf5": _hdf5, ".pt": _torch, ".pth": _torch, ".npz": _npz, ".npy": _npy,
-    ".h5ad": _anndata, ".zarr": _zarr,
+    ".h5": _hdf5, ".pt": _torch, ".npz": _npz, ".npy": _npy, ".h5ad": _anndata, ".zarr": _zarr,
 }  # fmt: skip
 ENDINGS = tuple(_READERS)
 
