@@ -27,7 +27,7 @@ from dilated_attention_pytorch.integrations.reach import check_config, layer_shi
 from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
@@ -36,9 +36,22 @@ except ImportError as error:
         "pip install 'dilated-attention-pytorch[hf]'"
     ) from error
 
-from dilated_attention_pytorch.integrations.longnet import LongNetForCausalLM, LongNetHFConfig
+from dilated_attention_pytorch.integrations.longnet import (
+    LongNetForCausalLM,
+    LongNetForMaskedLM,
+    LongNetForSequenceClassification,
+    LongNetHFConfig,
+    register_longnet,
+)
 
-__all__ = ["LongNetForCausalLM", "LongNetHFConfig", "register", "use_dilated_attention"]
+__all__ = [
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetHFConfig",
+    "register",
+    "use_dilated_attention",
+]
 
 NAME = "dilated"
 _WITH = f"with attn_implementation={NAME!r}"
@@ -78,8 +91,7 @@ def register() -> None:
             raise ValueError(f"expected the attention name {NAME!r} to be free, got {known!r} registered under it")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    AutoConfig.register(LongNetHFConfig.model_type, LongNetHFConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM, exist_ok=True)
+    register_longnet()
 
 
 def use_dilated_attention(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TypedDict, Unpack
@@ -147,9 +146,18 @@ class LayerStack(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
-        """The last of `states` after the final LayerNorm; arguments are those of `states`."""
-        return self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, *, kept: list[Tensor] | None = None, **options: Any
+    ) -> Tensor:
+        """The last of `states` after the final LayerNorm; arguments are those of `states`.
+        `kept` is a list that takes x and all states."""
+        if kept is not None:
+            kept.append(x)
+        last = x
+        for last in self.states(x, memory, **options):
+            if kept is not None:
+                kept.append(last)
+        return self.layer_norm(last)  # type: ignore[no-any-return]
 
     def states(
         self,
