@@ -361,6 +361,10 @@ class _Cache:
             raise ValueError(f"expected attention_mask of {total} tokens, old and new ones, got {given.shape[1]}")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """What the layers are called with for new rows x."""
+        return {"start": self.length, "row_start": self.row_start, "caches": self.layers}
+
     # Steps of LongNetLM's own cache that this one does not need: layers are made on demand, batches may be reordered.
 
     def check(self, *_: int) -> None: ...
