@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import official_rules
@@ -10,7 +11,7 @@ import torch
 from official_rules import SLIDE, SLIDE_250000, Branches
 from torch import Tensor
 
-from dilated_attention_pytorch import dilated_attention
+from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
 from dilated_attention_pytorch.models import SlideEncoder, slide_segment_lengths
 from dilated_attention_pytorch.testing import gradient_scale, relative_norm
 
@@ -117,3 +118,21 @@ def test_the_exact_gradient_is_another() -> None:
         out = dilated_attention(q, k, v, mixing_gradient=mixing, **ours(SLIDE))
         (grads[mixing],) = torch.autograd.grad(out.square().sum(), q)
     assert relative_norm(grads["exact"], grads["detached"]) > 0.05
+
+
+def test_the_harness_names_all_that_it_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/official_parity.py without the official package, and the attention that it lends it on a CPU."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import official_parity
+
+    there = ("torch", "numpy")
+    monkeypatch.setattr(official_parity.importlib.util, "find_spec", lambda name: name if name in there else None)
+    with pytest.raises(SystemExit, match="found no gigapath, timm, fairscale, einops, huggingface_hub, flash_attn: "):
+        official_parity.check_needs("cuda")
+    with pytest.raises(SystemExit, match="found no gigapath, timm, fairscale, einops, huggingface_hub: "):
+        official_parity.check_needs("cpu")
+    q, k, v = (torch.randn(2, 33, 4, 8) for _ in range(3))
+    out, lse = official_parity.plain_attention(q, k, v, is_causal=True)
+    want = dilated_attention_with_lse(q, k, v, segment_lengths=[33], dilation_rates=[1], is_causal=True, backend="sdpa")
+    torch.testing.assert_close(out, want.out)
+    torch.testing.assert_close(lse, want.lse)
