@@ -1,6 +1,7 @@
 """The op on one GPU beside torch's dense attention, in one run: correctness first, then one table and one picture.
 
     python benchmarks/gpu.py [--out benchmarks/results] [--only TEXT] [--seconds 500]
+    python benchmarks/gpu.py --redraw benchmarks/results/gpu_NVIDIA_H200.json
 
 Every line gives milliseconds (median), the rate in TFLOP/s that the pairs of the pattern come to (4 D a pair forward,
 2.5 times that backward; causal pairs counted as they are), and that rate against dense cuDNN attention at 65,536 tokens
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 import torch
@@ -28,6 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse
 from dilated_attention_pytorch.testing import relative_norm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], int, int, str]
 # Segment lengths, rates, heads, width, offsets.
@@ -274,41 +281,74 @@ def flex_attention(table: Table) -> None:
     table.add(case=case, who="flex", ms=time_ms, tflops=flops("D=64", n, False, False) / time_ms / 1e9, peak_gib=peak)
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+COLOURS = {"auto": "#0072b2", "sdpa": "#e69f00", "dense flash": "#cc79a7", "dense cuDNN": "#777777"}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    million = [row for row in rows if row["case"].endswith("N=1M")]
-    cases = list(dict.fromkeys(row["case"] for row in million))
-    colours = {"auto": "#0072b2", "sdpa": "#e69f00", "dense cuDNN": "#999999"}
-    names = {"auto": "triton", "sdpa": "sdpa", "dense cuDNN": "dense cuDNN, 64k tokens"}
-    for i, who in enumerate(colours):
-        values = [next((r["tflops"] for r in million if r["case"] == c and r["who"] == who), 0.0) for c in cases]
-        axes[0].barh(
-            [y + 0.27 * (i - 1) for y in range(len(cases))], values, 0.25, color=colours[who], label=names[who]
-        )
-    axes[0].set_yticks(range(len(cases)), [case.removesuffix(" N=1M") for case in cases])
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("TFLOP/s, one million tokens, bf16")
-    axes[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=3, fontsize=8)
-    lines = {"auto": "#0072b2", "sdpa": "#e69f00", "dense flash": "#cc79a7", "dense cuDNN": "#999999"}
-    for who, colour in lines.items():
-        points = [
-            (int(r["case"].split("N=")[1]), r["ms"])
-            for r in rows
-            if r["who"] == who and r["case"].startswith("D=64 full fwd N=") and r["case"].split("N=")[1].isdigit()
-        ]
-        if points:
-            axes[1].loglog(*zip(*sorted(points), strict=True), "o-", color=colour, label=who.replace("auto", "triton"))
-    axes[1].set_xlabel("tokens")
-    axes[1].set_ylabel("ms, forward, full, D=64, H=12")
-    axes[1].legend(frameon=False, fontsize=8)
-    for axis in axes:
+def picture(outcome: dict[str, Any]) -> Figure:
+    """The chart of a run, from what its JSON holds: rates at a million tokens, and times by length."""
+    from matplotlib.figure import Figure
+
+    machine, versions, rows = outcome["machine"], outcome["versions"], outcome["rows"]
+    major, minor = versions["cudnn"] // 10_000, versions["cudnn"] // 100 % 100
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(
+        f"{machine['gpu']}: torch {versions['torch']}, triton {versions['triton']}, cuDNN {major}.{minor}; bf16, "
+        f"{outcome['date']}",
+        fontsize=10,
+    )
+    rates, times = figure.subplots(1, 2)
+    _draw_rates(rates, [row for row in rows if row["case"].endswith("N=1M")])
+    _draw_times(times, [row for row in rows if re.fullmatch(r"D=64 full fwd N=\d+", row["case"])])
+    for axis in (rates, times):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def _draw_rates(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    """TFLOP/s of a million tokens, each with its percentage of dense cuDNN's."""
+    names = {"auto": "triton", "sdpa": "sdpa", "dense cuDNN": "dense cuDNN, 65,536 tokens"}
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for i, (who, name) in enumerate(names.items()):
+        mine = [row for row in rows if row["who"] == who]
+        heights = [cases.index(row["case"]) + 0.27 * (i - 1) for row in mine]
+        bars = axis.barh(heights, [row["tflops"] for row in mine], 0.25, color=COLOURS[who], label=name)
+        if who != "dense cuDNN":
+            axis.bar_label(bars, [f"{row['ratio']:.0%}" for row in mine], padding=2, fontsize=7)
+    words = {" N=1M": "", "full": "bidirectional", "fwd": "forward", "bwd": "backward"}
+    labels = [functools.reduce(lambda text, pair: text.replace(*pair), words.items(), case) for case in cases]
+    axis.set_yticks(range(len(cases)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("TFLOP/s at 1,048,576 tokens; percent of dense cuDNN's", fontsize=9)
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.35, 1.0), ncols=3, fontsize=8)
+
+
+def _draw_times(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    """Milliseconds of a forward pass by length, as called and, dashed, as a replayed CUDA graph."""
+    for who in dict.fromkeys(row["who"] for row in rows):
+        name = who.removesuffix(" *")
+        if name not in COLOURS:
+            continue
+        points = sorted((int(row["case"].split("N=")[1]), row["ms"]) for row in rows if row["who"] == who)
+        label, line = name.replace("auto", "triton"), "o-"
+        if name != who:
+            label, line = f"{label}, CUDA graph", ".--"
+        axis.loglog(*zip(*points, strict=True), line, color=COLOURS[name], label=label, markersize=5)
+    lengths = sorted({int(row["case"].split("N=")[1]) for row in rows})
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=8)
+    axis.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
+    axis.minorticks_off()
+    axis.grid(color="#cfd8dc", linewidth=0.5)
+    axis.set(xlabel="tokens", ylabel="ms, forward, bidirectional, D=64, H=12")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def redraw(path: Path) -> Path:
+    """Draws the chart beside a result; no GPU is needed."""
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    if outcome.get("benchmark") != "gpu":
+        sys.exit(f"expected a result of benchmarks/gpu.py, got one of {outcome.get('benchmark')!r}: {path}")
+    picture(outcome).savefig(path.with_suffix(".png"), dpi=150)
+    return path.with_suffix(".png")
 
 
 def main() -> None:
@@ -316,7 +356,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", default="", help="lines whose name holds this text")
     parser.add_argument("--seconds", type=float, default=500.0, help="start no line after so long")
+    parser.add_argument("--redraw", type=Path, help="draw the chart of a result's JSON anew, without a GPU")
     arguments = parser.parse_args()
+    if arguments.redraw is not None:
+        print(f"drawn: {redraw(arguments.redraw)}")
+        return
     if not torch.cuda.is_available():
         sys.exit("expected a CUDA device, found none; benchmarks/cpu.py times the CPU path")
     table = Table(arguments.seconds, arguments.only)
@@ -330,8 +374,7 @@ def main() -> None:
     )
     path = common.write(arguments.out, "gpu", table.rows, check=said)
     assert path is not None
-    picture(table.rows, path.with_suffix(".png"))
-    print(f"and {path.with_suffix('.png').name}; lines left out: {table.left_out}")
+    print(f"and {redraw(path).name}; lines left out: {table.left_out}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def warn_user(message: str, category: type[Warning]) -> None:
 
 
 def _is_inner(module: str) -> bool:
-    return module.partition(".")[0] in {PACKAGE, "importlib", "_frozen_importlib", "_frozen_importlib_external"}
+    # A module is called through torch's, and a Hugging Face model through transformers'.
+    inner = {PACKAGE, "torch", "transformers", "importlib", "_frozen_importlib", "_frozen_importlib_external"}
+    return module.partition(".")[0] in inner
 
 
 def load(place: str) -> Any:

@@ -12,6 +12,7 @@ from dilated_attention_pytorch.core import dropout, reference, torch_private
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core.shift import shifted_masks, two_parts
 from dilated_attention_pytorch.kernels import fast_path, ops
 from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Masks, MixingGradient, Offsets, Padding
 
@@ -34,6 +35,7 @@ def dilated_attention(
     q_start: int = 0,
     k_start: int = 0,
     seq_len: int | None = None,
+    segment_shift: int = 0,
     mixing_gradient: MixingGradient = "exact",
     padding: Padding = "none",
     backend: BackendName = "auto",
@@ -68,6 +70,8 @@ def dilated_attention(
         q_start: position of the first query, where q is a slice of the sequence.
         k_start: position of the first key.
         seq_len: N, the length of the whole sequence; by default the later end of the two ranges.
+        segment_shift: c, in positions: moves the borders of all segments, as if the first position were c. Where two
+            plain calls on parts give it (`core.shift.two_parts`), they are made.
         mixing_gradient: `"exact"` differentiates through the branch weights, `"detached"` holds them constant, as the
             official code does.
         padding: `"none"`, or `"zero_keys"` for the numbers of published checkpoints (non-causal, whole sequences).
@@ -103,6 +107,7 @@ def dilated_attention(
         q_start=q_start,
         k_start=k_start,
         seq_len=seq_len,
+        segment_shift=segment_shift,
         mixing_gradient=mixing_gradient,
         padding=padding,
         backend=backend,
@@ -127,6 +132,7 @@ def dilated_attention_with_lse(
     q_start: int = 0,
     k_start: int = 0,
     seq_len: int | None = None,
+    segment_shift: int = 0,
     mixing_gradient: MixingGradient = "exact",
     padding: Padding = "none",
     backend: BackendName = "auto",
@@ -151,7 +157,7 @@ def dilated_attention_with_lse(
     if key_padding_mask is None and row_start is None and cu_seqlens is None and seed is None:
         kind = fast_path.kind_of(
             q, k, v, segment_lengths, dilation_rates, is_causal, scale, offsets, dropout_p, q_start, k_start, seq_len,
-            mixing_gradient, padding, backend,
+            segment_shift, mixing_gradient, padding, backend,
         )  # fmt: skip
     again = fast_path.repeat(kind)
     if again is not None:
@@ -184,6 +190,10 @@ def dilated_attention_with_lse(
     check.check_masks(masks._replace(seed=seed if isinstance(seed, Tensor) else None), x.q, seq_len)
     if problem.padding == "zero_keys":
         _check_zero_keys(problem, x, masks)
+    parts = None
+    if (shift := check.check_int("segment_shift", segment_shift, 0)) > 0:
+        parts = _plain_parts(problem, x, masks, shift)
+        problem, masks = _shifted(problem, masks, shift)
     if problem.dropout_p > 0.0:
         drawn = partial(dropout.seed_tensor, seed, problem.dropout_p, x.q.device)
         masks = masks._replace(seed=torch_private.called_beside(x.q, drawn))
@@ -200,6 +210,8 @@ def dilated_attention_with_lse(
                 "seed": seed,
             }
             check.check_savable(x._asdict() | {name: y for name, y in given.items() if isinstance(y, Tensor)})
+        if parts is not None:
+            return _in_parts(parts, x, problem, key_padding_mask, backend)
         found = AttentionOutput(*ops.attention(*x, *masks, *problem.pack(), backend))
         fast_path.remember(kind, x, problem, backend)
     return found if cu_seqlens is None else AttentionOutput(found.out[0], found.lse[0])
@@ -216,6 +228,44 @@ def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
         cu_seqlens=masks.cu_seqlens, seed=masks.seed,
     )  # fmt: skip
     return torch_private.called_beside(x.q, compute)
+
+
+def _shifted(problem: Problem, masks: Masks, shift: int) -> tuple[Problem, Masks]:
+    """The same call as a range that starts at the shift; packed, each sequence starts there."""
+    if problem.padding == "zero_keys":
+        raise ValueError(
+            f"expected segment_shift=0 with padding='zero_keys', got {shift}: the official code's numbers know no shift"
+        )
+    end = problem.seq_len + shift
+    if end >= 2**63:
+        raise ValueError(f"expected segment_shift to leave every position below 2**63, got {shift}")
+    moved = problem.at(problem.q_start + shift, problem.k_start + shift, end)
+    return moved, shifted_masks(masks, shift, problem.seq_len)
+
+
+def _plain_parts(problem: Problem, x: QKV, masks: Masks, shift: int) -> list[int] | None:
+    """The lengths of the one or two plain sequences that a shifted one falls into; None where it does not."""
+    n = problem.seq_len
+    is_whole = x.q.shape[1] == x.k.shape[1] == n and masks.row_start is None and masks.cu_seqlens is None
+    border = two_parts(problem.pattern.branches, shift)
+    if border is None or not is_whole or problem.dropout_p > 0.0:  # dropout's mask follows positions
+        return None
+    return [border, n - border] if 0 < border < n else [n]
+
+
+def _in_parts(
+    parts: list[int], x: QKV, problem: Problem, key_padding_mask: Tensor | None, backend: BackendName
+) -> AttentionOutput:
+    """Attention of plain sequences one behind another in each row."""
+    rows = zip(*(y.split(parts, 1) for y in x), strict=True)
+    bits = [None] * len(parts) if key_padding_mask is None else key_padding_mask.split(parts, 1)
+    found = [
+        ops.attention(*part, *Masks(shown), *problem.at(0, 0, n).pack(), backend)
+        for part, shown, n in zip(rows, bits, parts, strict=True)
+    ]
+    if len(found) == 1:
+        return AttentionOutput(*found[0])
+    return AttentionOutput(torch.cat([out for out, _ in found], 1), torch.cat([lse for _, lse in found], 2))
 
 
 def _check_zero_keys(problem: Problem, x: QKV, masks: Masks) -> None:

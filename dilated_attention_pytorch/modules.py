@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ class KeyValueStore(Protocol):
         """Takes in `(B, n, H_kv, D)`; gives back all keys and values still in sight and the first one's position."""
 
 
+@runtime_checkable
+class DecodingStore(Protocol):
+    """One layer's cache that attends itself, a position at a time; `models.decoding` has ours."""
+
+    def attend(self, x: QKV, rotation: Rotation | None, scale: float) -> Tensor:
+        """Attention `(B, 1, H, D)` of a new position; takes queries and keys before they are rotated."""
+
+
 @takes_old_call("_old.calls:DILATED")  # 0.4.0: goes with _old
 class DilatedAttention(nn.Module):
     """Dilated attention (LongNet, arXiv 2307.02486, sections 2.2 and 2.3) as a module without parameters.
@@ -41,6 +49,7 @@ class DilatedAttention(nn.Module):
         attention_dropout: probability of dropping an attention weight, in training mode only.
         mixing_gradient: `"exact"`, or `"detached"` as in the official code.
         padding: `"none"`, or `"zero_keys"` for the numbers of published checkpoints.
+        segment_shift: c, in positions: moves the borders of all segments, as in `dilated_attention`.
         backend: `"auto"`, `"reference"`, `"sdpa"` or `"triton"`.
         head_groups: each head takes one branch instead of all, the layout of 0.1: the key/value heads are cut into as
             many consecutive runs as there are branches, the first runs one head longer where they do not divide, and
@@ -48,7 +57,7 @@ class DilatedAttention(nn.Module):
 
     Raises:
         ValueError: lists that do not fit together, an unknown option, a probability outside [0, 1), `head_groups` with
-            what it does not go with: `offsets="blocked"` or `padding="zero_keys"`.
+            what it does not go with: `offsets="blocked"`, `padding="zero_keys"` or a shift.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -68,6 +77,7 @@ class DilatedAttention(nn.Module):
         attention_dropout: float = 0.0,
         mixing_gradient: MixingGradient = "exact",
         padding: Padding = "none",
+        segment_shift: int = 0,
         backend: BackendName = "auto",
         head_groups: bool | None = None,
     ) -> None:
@@ -81,14 +91,17 @@ class DilatedAttention(nn.Module):
         self.attention_dropout = check.check_probability("attention_dropout", attention_dropout)
         self.mixing_gradient: MixingGradient = check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
         self.padding: Padding = check.check_choice("padding", padding, Padding)
+        self.segment_shift = check.check_int("segment_shift", segment_shift, 0)
+        if self.segment_shift and self.padding == "zero_keys":
+            raise ValueError(f"expected segment_shift=0 with padding='zero_keys', got {self.segment_shift}")
         self.backend: BackendName = check.check_choice("backend", backend, BackendName)
         if head_groups is not None and not isinstance(head_groups, bool):
             raise TypeError(f"expected head_groups to be a bool or None, got {type(head_groups).__name__}")
-        usual = offsets == "modulo" and padding == "none"
+        usual = offsets == "modulo" and padding == "none" and self.segment_shift == 0
         if head_groups and not usual:
             raise ValueError(
-                "expected offsets='modulo' and padding='none' with head_groups=True, whose offsets are its own, got "
-                f"{offsets!r} and {padding!r}"
+                "expected offsets='modulo', padding='none' and segment_shift=0 with head_groups=True, whose offsets "
+                f"are its own, got {offsets!r}, {padding!r} and {segment_shift}"
             )
         # Legacy mode does not apply to modules for published checkpoints.
         self.head_groups = (usual and head_groups_by_default()) if head_groups is None else head_groups
@@ -132,13 +145,20 @@ class DilatedAttention(nn.Module):
         call |= {"q_start": q_start, "k_start": k_start, "seq_len": seq_len}
         call |= {"segment_lengths": self.segment_lengths, "dilation_rates": self.dilation_rates}
         call |= {"offsets": self.offsets, "mixing_gradient": self.mixing_gradient, "padding": self.padding}
+        call |= {"segment_shift": self.segment_shift}
         return dilated_attention(query, key, value, **call)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
         parts = [f"segment_lengths={list(self.segment_lengths)}", f"dilation_rates={list(self.dilation_rates)}"]
         usual = {"scale": None, "offsets": "modulo", "attention_dropout": 0.0, "mixing_gradient": "exact"}
-        for name, default in {**usual, "padding": "none", "backend": "auto", "head_groups": False}.items():
+        for name, default in {
+            **usual,
+            "padding": "none",
+            "segment_shift": 0,
+            "backend": "auto",
+            "head_groups": False,
+        }.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
@@ -167,7 +187,7 @@ class MultiheadDilatedAttention(Projections):
         rotary_base: longest wavelength over 2 pi.
         scale_base: xPos's decay length, in positions.
         scale: factor on q . k; `head_dim ** -0.5` by default.
-        offsets, mixing_gradient, padding, backend, head_groups: as in `DilatedAttention`.
+        offsets, mixing_gradient, padding, segment_shift, backend, head_groups: as in `DilatedAttention`.
         batch_first: only True; the argument is here so that code for `nn.MultiheadAttention` says what it means.
         device: of the parameters.
         dtype: of the parameters.
@@ -203,6 +223,7 @@ class MultiheadDilatedAttention(Projections):
         offsets: Offsets = "modulo",
         mixing_gradient: MixingGradient = "exact",
         padding: Padding = "none",
+        segment_shift: int = 0,
         backend: BackendName = "auto",
         head_groups: bool | None = None,
         batch_first: bool = True,
@@ -227,6 +248,7 @@ class MultiheadDilatedAttention(Projections):
             attention_dropout=check.check_probability("dropout", dropout),
             mixing_gradient=mixing_gradient,
             padding=padding,
+            segment_shift=segment_shift,
             backend=backend,
             head_groups=head_groups,
         )
@@ -264,7 +286,7 @@ class MultiheadDilatedAttention(Projections):
         row_start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         rotation: Rotation | None = None,
-        cache: KeyValueStore | None = None,
+        cache: KeyValueStore | DecodingStore | None = None,
     ) -> tuple[Tensor, None]:
         """Attention of query over key and value, which are positions of one sequence.
 
@@ -315,12 +337,15 @@ class MultiheadDilatedAttention(Projections):
                 "expected is_causal=True with positions='xpos', got False: xPos makes the weight of later keys grow "
                 "exponentially; take positions='rotary'"
             )
-        if cache is not None and not hasattr(cache, "length"):
+        if cache is not None and not isinstance(cache, DecodingStore) and not hasattr(cache, "length"):
             raise TypeError(f"expected cache to be a store of keys and values, got {type(cache).__name__}")
-        where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
-        q_start = 0 if cache is None else cache.length
         if rotation is not None and not isinstance(rotation, Rotation):
             raise TypeError(f"expected rotation to be a Rotation, got {type(rotation).__name__}")
+        if isinstance(cache, DecodingStore):
+            scale = self.head_dim**-0.5 if self.attention.scale is None else self.attention.scale
+            return self._leave(cache.attend(self._project(query, key, value), rotation, scale)), None
+        where = {"row_start": row_start, "cu_seqlens": cu_seqlens}
+        q_start = 0 if cache is None else cache.length
         if rotation is None:
             rotation = self.rotation(query, start=q_start, **where)
         q, k, v = self._project(query, key, value, rotation)

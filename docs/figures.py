@@ -24,30 +24,20 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.viz import neighbours_figure, save_page
+from dilated_attention_pytorch.viz.style import FAINT, GRID, INK, STYLE, branch_colors
 
 HERE = Path(__file__).parent
 N = 32
 PATTERN = DilatedPattern((8, 16, 32), (1, 2, 4), num_heads=4)
 
-INK = "#263238"
-GRID = "#cfd8dc"
-FAINT = "#eceff1"
-BRANCHES = ("#0072b2", "#e69f00", "#009e73")  # distinct to colour-blind readers as well (Okabe and Ito)
+BRANCHES = branch_colors(len(PATTERN.branches))
 COUNTS = ("#c5cae9", "#7986cb", "#1a237e")
 SHARDS = ("#0072b2", "#d55e00")
 
-STYLE = {
+FIXED = STYLE | {
     "svg.hashsalt": "dilated-attention-pytorch",  # element ids are random without it
     "svg.fonttype": "path",  # looks the same whatever fonts the reader has
-    "font.family": "DejaVu Sans",  # ships with matplotlib
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "white",  # legible on the dark theme too
 }
 
 
@@ -144,30 +134,9 @@ def attention() -> Figure:
     return figure
 
 
-def multiset(query: int = 20, head: int = 0) -> Figure:
-    """The keys of one query in each branch, and how often each counts in the one softmax."""
-    figure = Figure(figsize=(8.2, 2.5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2.4))
-    counts = multiplicity(head)[:, query]
-    frame(top, len(counts), N)
-    for i in range(len(counts)):
-        layer = np.zeros_like(counts)
-        layer[i] = counts[i]
-        squares(top, layer > 0, BRANCHES[i])
-        below = counts[:i].sum(0)
-        bottom.bar(np.arange(N) + 0.5, counts[i], bottom=below, width=0.88, color=BRANCHES[i])
-    names = [f"w = {w}, r = {r}" for w, r in PATTERN.branches]
-    top.set_yticks(np.arange(len(counts)) + 0.5, names)
-    top.set_title(f"keys of query {query}, head {head}", loc="left")
-    top.tick_params(labelbottom=False)
-    top.set_aspect("auto")
-    bottom.set(xlim=(0, N), ylim=(0, 3.3), ylabel="times", xlabel="key")
-    bottom.set_yticks([1, 2, 3])
-    bottom.set_xticks([t + 0.5 for t in range(0, N, 4)], [str(t) for t in range(0, N, 4)])
-    for ax in (top, bottom):
-        ax.axvline(query + 0.5, color=INK, linewidth=0.8, linestyle=":")
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure
+def multiset() -> Figure:
+    """The keys of one query in each branch, and how often each counts: what `show neighbours` draws."""
+    return neighbours_figure(PATTERN, N, query=20)
 
 
 def partial() -> Figure:
@@ -226,13 +195,15 @@ def main(folder: Path = HERE / "img") -> list[Path]:
     """Draws every figure and returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIXED):
         for draw in FIGURES:
             path = folder / f"{draw.__name__}.svg"
             # The date is the one thing matplotlib would add that differs from run to run.
             draw().savefig(path, metadata={"Date": None})
             written.append(path)
-    return written
+    # The pattern of docs/concepts.md, to explore.
+    pattern = DilatedPattern((8, 32), (1, 4), num_heads=4)
+    return [*written, save_page(pattern, 64, folder / "pattern.html", is_causal=True)]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,38 @@ class OldArguments(nn.Module):
         """The new class's arguments."""
         return self.call.arguments(args, kwargs)
 
+    def _first(self, name: str) -> Any:
+        """An attribute of the module, or of the first in it that has one; None where none has."""
+        return next((getattr(one, name) for one in self.modules() if hasattr(one, name)), None)
+
+    @property
+    def num_groups(self) -> int:
+        """The number of branches: 0.2 gave each a group of heads."""
+        settings: Any = self._first("config") or self._first("attention") or self
+        return len(settings.segment_lengths)
+
+    @property
+    def ring_size(self) -> int:
+        """How many ranks share a sequence: those of the process group. The old argument changes nothing."""
+        return int(self._first("world_size") or 1)
+
+    @property
+    def mode(self) -> str:
+        """`"single"`, or `"distributed"` for a ring whose process group has several ranks."""
+        return "single" if self.ring_size == 1 else "distributed"
+
+    def get_memory_stats(self) -> dict[str, Any]:
+        """What 0.2 told and still exists: no index or mask is cached; memory of the CUDA device in GiB."""
+        stats: dict[str, Any] = {"cached_indices": 0, "cached_masks": 0}
+        if torch.cuda.is_available():
+            stats["gpu_memory_allocated_gb"] = torch.cuda.memory_allocated() / 1024**3
+            stats["gpu_memory_reserved_gb"] = torch.cuda.memory_reserved() / 1024**3
+        return stats
+
+    def clear_caches(self) -> None:
+        """Gives memory that torch keeps back to the CUDA device, as 0.2 did; there are no caches here."""
+        torch.cuda.empty_cache()
+
 
 class OldAttention(OldArguments):
     """`OldArguments` for attention without parameters, whose old `forward` took a mask and did not apply it."""

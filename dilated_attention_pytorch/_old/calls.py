@@ -10,6 +10,38 @@ import torch
 
 from dilated_attention_pytorch._deprecated import REMOVED_IN, warn_once
 
+# Arguments of 0.2 that mean nothing now, whichever class or factory they are given to.
+MEANINGLESS = frozenset(
+    [
+        "enable_memory_pool",
+        "enable_profiling",
+        "enable_buffer_manager",
+        "lightweight_pool",
+        "memory_pool_size",
+        "memory_pool_threshold_mb",
+        "use_memory_pool",
+        "use_pattern_cache",
+        "use_tf32",
+        "use_flash_attention",
+        "flash_chunk_size",
+        "use_xformers",
+        "use_bucketed",
+        "bucket_size",
+        "chunk_size_kv",
+        "cache_on_gpu",
+        "grad_checkpoint_buckets",
+        "max_cached_buffers",
+        "precompute_patterns",
+        "overlap_communication",
+        "ring_size",
+        "use_gradient_checkpointing",
+        "use_checkpointing",
+        "enable_error_recovery",
+        "mixed_precision",
+        "log_memory_usage",
+    ]
+)
+
 
 class OldCall(NamedTuple):
     """The arguments of an old constructor."""
@@ -38,7 +70,7 @@ class OldCall(NamedTuple):
         Names that the old constructor did not have pass through, for the new one to judge.
         """
         given = self.given(args, kwargs)
-        known = {*self.order, *self.keywords}
+        known = {*self.order, *self.keywords, *MEANINGLESS}
         ignored = [key for key in given if key in known and key not in self.kept]
         values = {self.kept.get(key, key): value for key, value in given.items() if key not in ignored}
         return values, ", ".join(ignored)
@@ -82,7 +114,7 @@ class KeptName(NamedTuple):
 def _only_old(call: OldCall, construct: Callable[..., None]) -> set[str]:
     """The old names that the new constructor does not have."""
     parameters = inspect.signature(construct).parameters
-    old = {*call.order, *call.keywords} - set(parameters)
+    old = {*call.order, *call.keywords, *MEANINGLESS} - set(parameters)
     # Where it takes any keyword, one that has kept its name is no sign of age.
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name for name in old if call.kept.get(name) != name} if takes_any else old

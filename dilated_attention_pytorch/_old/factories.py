@@ -25,6 +25,11 @@ class DilatedAttentionConfig:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
 
+    @property
+    def num_groups(self) -> int:
+        """The number of branches."""
+        return len(self.segment_lengths)
+
 
 @dataclass
 class MultiheadConfig:
@@ -38,6 +43,11 @@ class MultiheadConfig:
     gamma_init: float = 1.0
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.embed_dim // self.num_heads
 
 
 def create_dilated_attention(

@@ -66,6 +66,10 @@ TABLE: tuple[OldName, ...] = (
     _row("create_dilated_attention", _DILATED, f"{_ATTENTION}:DilatedAttention01", "dilated_attention"),
     _row("create_multihead_dilated_attention", _MULTIHEAD, f"{_ATTENTION}:MultiheadDilatedAttention02",
          "multihead_dilated_attention", _MASKS),
+    _row("create_improved_dilated_attention", _DILATED, f"{_ATTENTION}:ImprovedDilatedAttention",
+         "improved_dilated_attention", "dropout is attention_dropout"),
+    _row("create_improved_multihead_dilated_attention", _MULTIHEAD, f"{_ATTENTION}:ImprovedMultiheadDilatedAttention",
+         "improved_multihead_dilated_attention", "masks are True where real"),
     _row("DilatedAttentionConfig", _DILATED, "_old.factories", "core", _FIELDS),
     _row("MultiheadConfig", _MULTIHEAD, "_old.factories", "core", _FIELDS),
     # 0.2's rings
@@ -76,6 +80,12 @@ TABLE: tuple[OldName, ...] = (
          "ring_distributed_dilated_attention", _TENSOR),
     _row("RingMultiheadDilatedAttentionHybrid", _RING_MULTIHEAD, _RINGS, ". ring_multihead_dilated_attention_hybrid",
          _TENSOR),
+    _row("create_ring_multihead_attention_hybrid", _RING_MULTIHEAD, f"{_RINGS}:RingMultiheadDilatedAttentionHybrid",
+         ". ring_multihead_dilated_attention_hybrid", _TENSOR),
+    _row("RingMultiheadDilatedAttentionV3", _RING_MULTIHEAD, _RINGS, ". ring_dilated_attention_v3", _TENSOR),
+    _row("TrueRingMultiheadDilatedAttention", _RING_MULTIHEAD, _RINGS, "ring_dilated_attention_true", _TENSOR),
+    _row("create_ring_dilated_attention_v2_collective", _RING, f"{_RINGS}:RingDilatedAttentionV2Collective",
+         "ring_dilated_attention_v2_collective"),
     _row("create_production_ring_attention", _RING, _RINGS, ". ring_dilated_attention_production"),
     _row("RingDilatedAttentionProduction", _RING, _RINGS, ". ring_dilated_attention_production"),
     _row("RingDilatedAttentionHybrid", _RING, _RINGS, ". ring_dilated_attention_hybrid"),
@@ -131,7 +141,9 @@ def old_module(module: str) -> tuple[Callable[[str], Any], Callable[[], list[str
 
     def get(name: str) -> Any:
         if name not in names:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+            raise AttributeError(
+                f"module {module!r} has no attribute {name!r}; what is left of 0.2's is {sorted(names)}"
+            )
         found = load(names[name].stand_in)
         warn_of_module(place)
         return found

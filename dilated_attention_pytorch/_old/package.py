@@ -7,7 +7,8 @@ from typing import Any
 
 from dilated_attention_pytorch import core, functional
 from dilated_attention_pytorch._deprecated import PACKAGE, REMOVED_IN, load, warn_once
-from dilated_attention_pytorch._old.names import BY_PLACE, NOT_REPLACED, OLD_MODULES
+from dilated_attention_pytorch._old.gone import install, why_gone
+from dilated_attention_pytorch._old.names import BY_PLACE, OLD_MODULES
 
 
 def old_name(name: str, place: str = "") -> Any:
@@ -20,10 +21,8 @@ def old_name(name: str, place: str = "") -> Any:
         found = load(row.stand_in)
         warn_once(f"{place}.{name}", f"{owner}.{name} is deprecated and goes with {REMOVED_IN}: it is now {row.moved}")
         return found
-    if name.startswith(NOT_REPLACED):
-        raise AttributeError(
-            f"module {owner!r} has no attribute {name!r}: 0.2's {name} is not dilated attention and has no successor"
-        )
+    if (reason := why_gone(name, place)) is not None:
+        raise AttributeError(f"module {owner!r} has no attribute {name!r}: {reason}")
     return None
 
 
@@ -34,6 +33,7 @@ def _name_of_core(name: str) -> Any:
     return found
 
 
+install()
 # Imported before the package binds the function: importing this module binds the name to it.
 importlib.import_module(f"{PACKAGE}.dilated_attention")
 # `import dilated_attention_pytorch.dilated_attention as m` gives the function too, whatever is imported first: Python

@@ -167,3 +167,29 @@ class RingMultiheadDilatedAttentionHybrid(_OldRingMultihead):
     ) -> tuple[Tensor, None]:  # fmt: skip
         call = forward_arguments(query, key, value, key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
         return self.attended(**call)
+
+
+class RingMultiheadDilatedAttentionV3(RingMultiheadDilatedAttentionHybrid):
+    call = _OldRingMultihead.call.named(
+        "RingMultiheadDilatedAttentionV3",
+        "embed_dim num_heads segment_lengths dilation_rates dropout bias batch_first device dtype bucket_size "
+        "ring_size use_bucketed grad_checkpoint_buckets",
+    )
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False
+    ) -> Tensor:
+        return super().forward(query, key, value, is_causal=is_causal)[0]
+
+
+class TrueRingMultiheadDilatedAttention(RingMultiheadDilatedAttentionHybrid):
+    call = _OldRingMultihead.call.named(
+        "TrueRingMultiheadDilatedAttention",
+        "embed_dim num_heads segment_lengths dilation_rates dropout bias add_bias_kv add_zero_attn kdim vdim "
+        "batch_first device dtype bucket_size ring_size",
+    )
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        return super().forward(query, key, value, is_causal=is_causal)

@@ -38,6 +38,7 @@ _RENAMED = {
     "dilation_rates": "--rates",
     "num_heads": "--heads",
     "seq_len": "--length",
+    "segment_shift": "--shift",
     "greedy": "--temperature 0",
     "coords_folder": "--coords",
 }

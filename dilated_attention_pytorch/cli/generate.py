@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
-from dilated_attention_pytorch.cli.options import check_device
+from dilated_attention_pytorch.cli.options import check_device, notes
 
 
 def generate(
@@ -39,8 +40,19 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if temperature == 0:
         sampling = Sampling(greedy=True, seed=seed)
-    sys.stdout.write(prompt)
+    shown = printable if sys.stdout.isatty() else str
+    sys.stdout.write(shown(prompt))
+    times = [time.perf_counter()]
     for piece in byte_stream(model, prompt, max_bytes, **sampling):
-        sys.stdout.write(piece)
+        times.append(time.perf_counter())
+        sys.stdout.write(shown(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if len(times) > 2:
+        rate = (len(times) - 2) / (times[-1] - times[1])
+        notes.print(f"first byte after {times[1] - times[0]:.2f} s, then {rate:,.0f} bytes/s")
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of what would steer a terminal: all control characters but newline and tab."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

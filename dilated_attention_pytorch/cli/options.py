@@ -27,6 +27,8 @@ OffsetRule = Annotated[str, Option("--offsets", help="modulo (the paper) or bloc
 Length = Annotated[int, Option("--length", "-n", help="Positions in the sequence.")]
 Causal = Annotated[bool, Option("--causal/--full", help="Hide later positions, or attend in both directions.")]
 Dtype = Annotated[str, Option(help="Of the tensors: fp32, bf16 or fp16.")]
+Layers = Annotated[int, Option("--layers", min=1, max=65536, help="Layers of the model.")]
+Shift = Annotated[str, Option("--shift", help="Segment shift of the layers: a number, one per layer, or alternate.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON in place of tables.")]
 
 PAPER_LENGTHS, PAPER_RATES = "2048,4096,8192,16384,32768", "1,2,4,6,12"
@@ -39,6 +41,14 @@ def ints(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"expected {name} to be ints with commas between them, got {check.quoted(text)}") from None
+
+
+def shift(text: str) -> int | tuple[int, ...] | str:
+    """What `--shift` says: a number, numbers with commas between them, or a word."""
+    if text == "alternate":
+        return text
+    found = ints("--shift", text)
+    return found[0] if len(found) == 1 else found
 
 
 def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> DilatedPattern:

@@ -1,4 +1,4 @@
-"""`plan`: cost and coverage of a pattern at a length, before anything is computed."""
+"""`plan`: reach and cost of a pattern at a length, before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typer import Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes, human_count, print_table
+from dilated_attention_pytorch.cli.suggest import reach_of, show_suggested, suggest
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.shift import layer_shifts
 from dilated_attention_pytorch.core.validation import check_index, check_positive_int
+from dilated_attention_pytorch.models.reach import out_of_reach
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds, forecast
 from dilated_attention_pytorch.ring_attention.plan import closed_form_units, equal_bounds, unit_bytes
 
@@ -25,17 +28,29 @@ def plan(
     offsets: options.OffsetRule = "modulo",
     causal: options.Causal = True,
     dtype: options.Dtype = "bf16",
+    layers: options.Layers = 12,
+    shift: options.Shift = "0",
+    suggest_for: Annotated[
+        int | None, Option("--suggest", help="Compare a few patterns for so many positions.")
+    ] = None,
     query: Annotated[int | None, Option(help="Also list the keys of this query.")] = None,
     head: Annotated[int, Option(help="The head of --query.")] = 0,
     ranks: Annotated[int | None, Option(min=1, max=65536, help="Also the bytes of a ring of so many ranks.")] = None,
     balanced: Annotated[bool, Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
+    """Reach, FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
     width = options.check_dtype(dtype).itemsize
+    if suggest_for is not None:
+        check_positive_int("suggest_for", suggest_for)
+        rows = suggest(suggest_for, layers, heads, head_dim, offsets, causal)
+        print(json.dumps(rows, indent=1)) if as_json else show_suggested(suggest_for, layers, causal, rows)
+        return
     check_positive_int("length", length)
     pattern = options.make_pattern(segments, rates, heads, offsets)
-    found = _measure(pattern, length, head_dim, causal, width)
+    shifts = layer_shifts(options.shift(shift), pattern.segment_lengths, layers)
+    found = {"reach": reach_of(pattern, layers, length, causal, shift)}
+    found |= _measure(pattern, length, head_dim, causal, width)
     if query is not None:
         found["neighbours"] = _neighbours(pattern, length, query, head, causal)
     if ranks is not None:
@@ -47,6 +62,9 @@ def plan(
     if as_json:
         print(json.dumps(found, indent=1))
         return
+    _show_reach(found)
+    if found["reach"] and (message := out_of_reach(pattern, shifts, length, is_causal=causal)):
+        console.print(f"{message[0].upper()}{message[1:]}.", soft_wrap=True)
     _show(found)
 
 
@@ -84,6 +102,18 @@ def _neighbours(pattern: DilatedPattern, length: int, query: int, head: int, cau
         for i, k in enumerate(keys)
     ]
     return {"query": query, "head": head, "branches": rows}
+
+
+def _show_reach(found: dict[str, Any]) -> None:
+    reach, lines = found["reach"], {}
+    for which in ("best", "median", "worst"):
+        lines[f"farthest input of the {which} position"] = f"{reach[which]:,} away" if reach else "not computed"
+    lines["out of reach of the worst position"] = f"{reach['out_of_reach']:,}" if reach else "not computed"
+    start = reach["keys_at_start"] if reach else None
+    lines["fewest keys per head where a segment starts"] = "-" if start is None else f"{start:,.1f}"
+    shift = f", shifted by {reach['segment_shift']}" if reach and reach["segment_shift"] != "0" else ""
+    layers = f"{reach['layers']} layers" if reach else "layers: too many positions that all differ"
+    print_table(f"reach at {found['length']:,} positions, {layers}{shift}", ("", ""), lines.items(), left=1)
 
 
 def _show(found: dict[str, Any]) -> None:

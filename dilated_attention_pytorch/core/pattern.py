@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import reach
 from dilated_attention_pytorch.core.members import Members, ceil_div
+from dilated_attention_pytorch.core.shift import layer_shifts
+from dilated_attention_pytorch.core.spans import Span, group_spans, slot_range
 from dilated_attention_pytorch.core.validation import (
     check_bool,
     check_choice,
@@ -29,33 +32,6 @@ from dilated_attention_pytorch.types import Offsets
 
 _MOST_HEADS = 1 << 16  # more than any kernel's grid has room for; every method is linear in them
 _MOST_COUNTED = 1 << 36  # (position, head, branch) triples that `coverage` goes through: minutes
-
-
-class Span(NamedTuple):
-    """Consecutive segments whose queries and keys fill the same slots.
-
-    Slot j of segment s is position `s * w + offset + j * r`. Queries are slots `[q_lo, q_hi)` and keys are slots
-    `[k_lo, k_hi)` of each of the `num_segments` segments from `first_segment` on.
-    """
-
-    first_segment: int
-    num_segments: int
-    q_lo: int
-    q_hi: int
-    k_lo: int
-    k_hi: int
-
-    def pairs(self, is_causal: bool) -> int:
-        """How many (query, key) pairs the span holds; a causal query at slot j sees the keys at slots up to j."""
-        num_q, num_k = self.q_hi - self.q_lo, self.k_hi - self.k_lo
-        if not is_causal:
-            return self.num_segments * num_q * num_k
-        # Queries before the last key see j + 1 - k_lo keys each, the later ones see all of them.
-        first, last = max(self.q_lo, self.k_lo), min(self.q_hi, self.k_hi)
-        climbing = max(0, last - first)
-        ramp = climbing * (first + 1 - self.k_lo) + climbing * (climbing - 1) // 2
-        saturated = max(0, self.q_hi - max(self.q_lo, self.k_hi)) * num_k
-        return self.num_segments * (ramp + saturated)
 
 
 @dataclass(frozen=True)
@@ -95,6 +71,44 @@ class DilatedPattern:
         object.__setattr__(self, "dilation_rates", rates)
         object.__setattr__(self, "num_heads", check_int("num_heads", self.num_heads, 1, _MOST_HEADS + 1))
         object.__setattr__(self, "offsets", check_choice("offsets", self.offsets, Offsets))
+
+    @classmethod
+    def geometric(
+        cls,
+        seq_len: int,
+        shortest: int = 2048,
+        factor: int = 4,
+        *,
+        num_heads: int,
+        max_rate: int | None = None,
+        offsets: Offsets = "modulo",
+    ) -> Self:
+        """LongNet's own rule (arXiv 2307.02486, section 2.2): w_i and r_i grow together until one segment covers all.
+
+        Each branch then keeps `shortest` positions per segment, so that a position sees about
+        `shortest * factor / (factor - 1)` keys, however long the sequence is. Segments nest. The last step is the
+        smallest divisor of the factor that suffices. Where the factor divides `shortest`, each branch keeps the first
+        position of every shorter segment: as many layers as there are branches connect all positions.
+
+        Args:
+            seq_len: N, the longest sequence that is to be reached in whole.
+            shortest: w_0, whose rate is 1.
+            factor: w_{i+1} / w_i = r_{i+1} / r_i, at least 2.
+            num_heads, offsets: as in the class.
+            max_rate: no rate is larger. Far branches then keep more positions, and cost more.
+
+        Example:
+            >>> DilatedPattern.geometric(1_000_000, num_heads=12).branches
+            ((2048, 1), (8192, 4), (32768, 16), (131072, 64), (524288, 256), (1048576, 512))
+        """
+        seq_len, factor = check_int("seq_len", seq_len, 1), check_int("factor", factor, 2)
+        lengths = [check_int("shortest", shortest, 1)]
+        most = lengths[0] if max_rate is None else check_int("max_rate", max_rate, 1)
+        divisors = [d for d in range(2, min(factor, 1 << 16) + 1) if factor % d == 0] or [factor]
+        while (length := lengths[-1]) < seq_len:
+            lengths.append(length * next((d for d in divisors if length * d >= seq_len), factor))
+        rates = [w // lengths[0] if max_rate is None else min(w // lengths[0], most) for w in lengths]
+        return cls(tuple(lengths), tuple(rates), num_heads, offsets)
 
     @property
     def branches(self) -> tuple[tuple[int, int], ...]:
@@ -244,6 +258,37 @@ class DilatedPattern:
         parts = (torch.arange(at, min(at + step, stop)) for at in range(start, stop, step))
         return sum(int(self.membership(positions).any(0).sum()) for positions in parts)
 
+    def reach(self, num_layers: int, seq_len: int, *, is_causal: bool = True, segment_shift: object = 0) -> reach.Reach:
+        """How far information travels through so many layers of this pattern, exactly.
+
+        Args:
+            num_layers: L; a layer passes on its own position too (the residual), and mixes heads.
+            seq_len: N.
+            is_causal: whether queries see no later keys.
+            segment_shift: of all layers, one per layer, or `"alternate"`.
+
+        Returns:
+            `Reach`: the distance to the farthest input of the worst, the median and the best position, what is out of
+            reach, and the fewest keys that a position at the start of a segment sees.
+
+        Raises:
+            ValueError: an argument out of range; more than 2^27 positions of which none repeat others.
+
+        Example:
+            >>> pattern = DilatedPattern((64, 256), (1, 4), num_heads=4)
+            >>> pattern.reach(12, 1024)[:4]
+            (0, 127, 255, 768)
+            >>> DilatedPattern.geometric(1024, 64, num_heads=4).reach(12, 1024).out_of_reach
+            0
+        """
+        shifts = layer_shifts(segment_shift, self.segment_lengths, check_int("num_layers", num_layers, 1, 1 << 16))
+        branches = [
+            [(self.members(i, o), len(range(*heads.indices(self.num_heads)))) for o, heads in self.head_groups(i)]
+            for i in range(len(self.branches))
+        ]
+        seq_len = check_int("seq_len", seq_len, 0)
+        return reach.find(branches, shifts, seq_len, is_causal=check_bool("is_causal", is_causal))
+
     @property
     def keys_per_query(self) -> float:
         """About how many keys one covered query sees in a long sequence: the sum of w_i / r_i^2 over the branches.
@@ -251,27 +296,6 @@ class DilatedPattern:
         A position belongs to branch i with probability 1 / r_i and then sees w_i / r_i keys.
         """
         return sum(length / rate**2 for length, rate in self.branches)
-
-
-def slot_range(start: int, stop: int, base: int, rate: int, slots: int) -> tuple[int, int]:
-    """The slots j in `[0, slots)` whose position `base + j * rate` lies in `[start, stop)`."""
-    lo = min(max(0, ceil_div(start - base, rate)), slots)
-    hi = min(max(lo, ceil_div(stop - base, rate)), slots)
-    return lo, hi
-
-
-def group_spans(rows: Iterator[tuple[int, int, Sequence[int]]]) -> tuple[Span, ...]:
-    """Joins neighbouring (first segment, number of segments, slots) that fill the same slots."""
-    spans: list[Span] = []
-    for first, count, slots in rows:
-        q_lo, q_hi, k_lo, k_hi = slots
-        if q_lo >= q_hi or k_lo >= k_hi or count <= 0:
-            continue
-        if spans and spans[-1].first_segment + spans[-1].num_segments == first and spans[-1][2:] == tuple(slots):
-            spans[-1] = spans[-1]._replace(num_segments=spans[-1].num_segments + count)
-        else:
-            spans.append(Span(first, count, q_lo, q_hi, k_lo, k_hi))
-    return tuple(spans)
 
 
 @lru_cache(maxsize=4096)

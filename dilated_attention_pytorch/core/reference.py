@@ -105,11 +105,13 @@ def attention(
 
 def _positions(x: Tensor, start: int, row_start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Position in its sequence, and number of the sequence, of every row of x: two int64 `(B, N)`."""
-    index = start + torch.arange(x.shape[1], device=x.device)
+    index = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(x.device, torch.int64)
         sequence = torch.searchsorted(bounds, index, right=True) - 1
-        return (index - bounds[sequence])[None], sequence[None]
+        # Packed, each sequence starts at the same position: 0, or a segment shift.
+        return (start + index - bounds[sequence])[None], sequence[None]
+    index = start + index
     batch = torch.arange(x.shape[0], device=x.device)[:, None]
     if row_start is not None:
         index = index - row_start.to(x.device, torch.int64)[:, None]

@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -36,6 +36,13 @@ def quoted(value: object) -> str:
     except Exception:  # an int of more digits than Python prints, or a repr that is broken
         return ""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def listed(parts: Iterable[object], separator: str = ", ", most: int = 5) -> str:
+    """The parts of a message that come from the user's data; of many the first few, and how many more there are."""
+    texts = [text if len(text := str(part)) <= _LONGEST else f"{text[:_LONGEST]}..." for part in parts]
+    shown = texts if len(texts) <= most + 1 else [*texts[:most], f"and {len(texts) - most:,} more"]
+    return separator.join(shown)
 
 
 def _number(value: object) -> str:

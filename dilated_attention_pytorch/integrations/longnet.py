@@ -1,90 +1,60 @@
-"""`LongNetLM` as a transformers model: `from_pretrained`, `generate`, `Trainer`, the Auto classes."""
+"""LongNet as models of transformers: `from_pretrained`, `generate`, `Trainer`, PEFT, the Auto classes.
+
+All three hold a `LongNetLM`: as it is, without causality for masked tokens, and with a classifier in place of the
+output layer.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
+from dilated_attention_pytorch.integrations.longnet_config import LongNetHFConfig as LongNetHFConfig
+from dilated_attention_pytorch.integrations.rows import Rows
 from dilated_attention_pytorch.models.checkpoint import check_head_groups
-from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import FeedForward
 from dilated_attention_pytorch.models.longnet import LongNetLM
 from dilated_attention_pytorch.modules import MultiheadDilatedAttention
 
 
-class LongNetHFConfig(PreTrainedConfig):
-    """The shape of a `LongNetForCausalLM`, model type `longnet`.
+class Options(TypedDict, total=False):
+    """Further arguments of the models' `forward`; any other must be None or False."""
 
-    Fields are those of `LongNetConfig` that a language model has, with its names and defaults; transformers' own names
-    (`hidden_size`, `num_attention_heads`, ...) lead to them. `backend` names the kernels of the attention.
-
-    Raises:
-        ValueError: a value that `LongNetConfig` refuses.
-
-    Example:
-        >>> config = LongNetHFConfig(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
-        >>> config.hidden_size
-        64
-    """
-
-    model_type = "longnet"
-    keys_to_ignore_at_inference = ("past_key_values",)
-    attribute_map = {  # noqa: RUF012 (transformers reads it as it is)
-        "hidden_size": "d_model",
-        "num_attention_heads": "nhead",
-        "num_key_value_heads": "num_kv_heads",
-        "num_hidden_layers": "num_decoder_layers",
-        "intermediate_size": "dim_feedforward",
-    }
-
-    vocab_size: int = 256
-    d_model: int = 768
-    nhead: int = 12
-    num_kv_heads: int | None = None
-    num_decoder_layers: int = 12
-    dim_feedforward: int = 3072
-    segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
-    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation: str = "relu"
-    layer_norm_eps: float = 1e-5
-    positions: str | None = "rotary"
-    rotary_base: float = 10_000.0
-    scale_base: float = 512.0
-    offsets: str = "modulo"
-    mixing_gradient: str = "exact"
-    tie_weights: bool = False
-    backend: str = "auto"
-    use_cache: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # One tensor under one name serves both ends (LongNetLM): transformers has nothing to tie.
-        self.tie_word_embeddings = False
-        super().__post_init__(**kwargs)
-        self.core()
-
-    def core(self) -> LongNetConfig:
-        """The library's own config, which checks every value."""
-        names = LongNetConfig.__dataclass_fields__.keys() - {"num_encoder_layers", "padding"}
-        return LongNetConfig(**{name: getattr(self, name) for name in names})
+    output_hidden_states: bool | None  # what the first layer gets and what each gives; by default the config's
+    return_dict: bool | None  # False for a tuple
+    num_items_in_batch: Tensor | int | None  # that the loss is divided by
+    # How documents lie in rows, as collators of transformers and TRL say it; position_ids that restart say it too.
+    cu_seq_lens_q: Tensor | None  # int32 (documents + 1,), bounds in one row
+    cu_seq_lens_k: Tensor | None  # the same
+    seq_idx: Tensor | None  # int (B, T), the number of each token's document
+    max_length_q: int | None  # not needed, like the next
+    max_length_k: int | None
 
 
-class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
-    """LongNet (arXiv 2307.02486) as a causal language model of transformers; the module inside is a `LongNetLM`.
+class CausalOptions(Options, total=False):
+    """Those of the causal model."""
 
-    `generate` uses transformers' `DynamicCache`, which keeps every key; `LongNetLM.generate` keeps those in sight.
-    Batches are padded on the left for `generate`, on either side otherwise.
+    use_cache: bool | None  # make a cache and return it; by default the config's, without gradients, if rows allow it
 
-    Args:
-        config: a `LongNetHFConfig`.
-    """
+
+class _LongNetModel(PreTrainedModel):
+    """What the models below share; the module inside is a `LongNetLM`."""
 
     config_class = LongNetHFConfig
     base_model_prefix = "model"
@@ -95,7 +65,6 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LongNetHFConfig) -> None:
         super().__init__(config)
         self.model = LongNetLM(config.core(), backend=config.backend)  # type: ignore[arg-type]
-        self.post_init()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -108,119 +77,288 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             return
         # transformers asks for the layers that hold weights; the modules around them know how those start. It keeps
         # loaded weights itself, within torch's own init functions.
-        owners = (MultiheadDilatedAttention, FeedForward, LongNetLM)
+        owners = (MultiheadDilatedAttention, FeedForward, LongNetLM, _LongNetModel)
         module = next((m for m in self.modules() if isinstance(m, owners) and module in m.children()), module)
         if isinstance(module, MultiheadDilatedAttention):
             module.reset_parameters()
         elif isinstance(module, FeedForward):
             for linear in (module.fc1, module.fc2):
-                nn.init.xavier_normal_(linear.weight, gain=math.sqrt(math.log(2 * self.config.num_decoder_layers)))
+                nn.init.xavier_normal_(linear.weight, gain=math.sqrt(math.log(2 * self.config.num_hidden_layers)))
                 nn.init.zeros_(linear.bias)
         elif isinstance(module, LongNetLM):
             for end in (module.embed_tokens, module.output_projection):
                 if end is not None:
-                    nn.init.normal_(end.weight, std=self.config.d_model**-0.5)
+                    nn.init.normal_(end.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, LongNetForSequenceClassification):
+            nn.init.normal_(module.classifier.weight, std=self.config.hidden_size**-0.5)
+            nn.init.zeros_(module.classifier.bias)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as transformers does; refuses a model made in legacy mode, whose layout no config holds."""
         check_head_groups(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as transformers does; the model inside learns the new number of tokens."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.model.config = replace(self.model.config, vocab_size=self.config.vocab_size)
+        return embedding  # type: ignore[no-any-return]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding of tokens."""
+        self.model.embed_tokens = value
+
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output layer; None if the embedding serves as one."""
+        """The output layer; None if the embedding serves as one, or if there is none."""
         return self.model.output_projection
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the output layer."""
         self.model.output_projection = value
 
+    def _states(self, options: Any) -> list[Tensor] | None:
+        """A list for the hidden states if the options or the config ask for them."""
+        asked = options.pop("output_hidden_states", None)
+        return [] if (self.config.output_hidden_states if asked is None else asked) else None
+
+    def _loss(self, logits: Tensor, labels: Tensor | None, items: Tensor | int | None) -> Tensor | None:
+        if labels is None:
+            return None
+        extra = {} if items is None else {"num_items_in_batch": items}
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+        return loss  # type: ignore[no-any-return]
+
+    def _hidden(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        rows: Rows,
+        *,
+        is_causal: bool,
+        states: list[Tensor] | None = None,
+        cache: _Cache | None = None,
+    ) -> Tensor:
+        """The last hidden states `(B, T, hidden_size)`; packed rows go through the model as one."""
+        packed = rows.cu_seqlens is not None
+        x, given = _given(input_ids, inputs_embeds), rows._asdict() if cache is None else {"cache": cache}
+        flat: list[Tensor] | None = None if states is None else []
+        tokens, embeds = (y.flatten(0, 1) if packed and y is not None else y for y in (input_ids, inputs_embeds))
+        hidden = self.model.hidden(tokens, inputs_embeds=embeds, states=flat, is_causal=is_causal, **given)
+        if states is not None and flat is not None:
+            # As transformers has it, the last ones are those after the final LayerNorm.
+            states += [y.unflatten(0, x.shape[:2]) if packed else y for y in (*flat[:-1], hidden)]
+        return hidden.unflatten(0, x.shape[:2]) if packed else hidden
+
+
+class LongNetForCausalLM(_LongNetModel, GenerationMixin):
+    """LongNet (arXiv 2307.02486) as a causal language model of transformers; the module inside is a `LongNetLM`.
+
+    `generate` uses transformers' `DynamicCache`, which keeps every key; `LongNetLM.generate` keeps those in sight.
+    Batches are padded on the left for `generate`, on either side otherwise.
+
+    Args:
+        config: a `LongNetHFConfig`.
+    """
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
         position_ids: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Unpack[CausalOptions],
+    ) -> CausalLMOutputWithPast:
         """Logits of the token after each position, and the loss of `labels`.
 
         Args:
             input_ids: int `(B, T)`: with a cache, the tokens that follow those in it.
             attention_mask: `(B, all tokens so far)`, 1 = real. Positions count from a row's first real token.
-            past_key_values: a `DynamicCache`; only without gradients.
+            position_ids: int `(B, T)`. Where they restart, another document begins, and nothing looks across; beyond
+                that `attention_mask` says where a row starts.
+            past_key_values: a `DynamicCache`; only without gradients, and with one sequence per row.
+            inputs_embeds: `(B, T, hidden_size)` in place of input_ids, as the embedding of tokens gives them.
             labels: int `(B, T)`, -100 for none; shifted inside.
-            use_cache: make a cache and return it; by default the config's, without gradients and right padding.
-            logits_to_keep: number of last positions whose logits are computed; 0 for all.
-            position_ids: ignored, though `generate` passes them: `attention_mask` says where a row starts.
-            return_dict: False for a tuple.
-            kwargs: `num_items_in_batch` for the loss; others must be None or False.
+            logits_to_keep: number of last positions whose logits are computed, or their indices; 0 for all.
+            options: `use_cache`, packing and what all models take: `CausalOptions`.
 
         Returns:
-            loss, logits `(B, T, vocab_size)` and past_key_values.
+            loss, logits `(B, T, vocab_size)`, past_key_values and hidden_states.
 
         Raises:
-            ValueError: a static cache, right padding with a cache, an argument that LongNet does not have.
+            ValueError: a static cache, right padding or packing with a cache, an argument that LongNet does not have.
         """
-        items = kwargs.pop("num_items_in_batch", None)
-        if wrong := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
-            raise ValueError(f"expected arguments of LongNetForCausalLM.forward, got {wrong}, which it does not have")
-        padding = _Padding.of(attention_mask)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled() and padding.is_left()
-        if use_cache and past_key_values is None:
+        use_cache = options.pop("use_cache", None)
+        cached = past_key_values is not None or bool(use_cache)
+        x, states = _given(input_ids, inputs_embeds), self._states(options)
+        items = options.pop("num_items_in_batch", None)
+        rows = _rows(x, attention_mask, position_ids, options, cached=cached)
+        if use_cache is None and past_key_values is None and self.config.use_cache and not torch.is_grad_enabled():
+            cached = rows.suit_a_cache()
+        if cached and past_key_values is None:
             past_key_values = DynamicCache()
-        if past_key_values is None:
-            hidden = self.model.hidden(input_ids, key_padding_mask=padding.mask, row_start=padding.row_start)
-        else:
-            cache = _Cache(past_key_values, self.config.num_decoder_layers, input_ids, padding)
-            hidden = self.model.hidden(input_ids, cache=cache)  # type: ignore[arg-type]
-        logits = self.model.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        cache = None
+        if past_key_values is not None:
+            cache = _Cache(past_key_values, self.config.num_hidden_layers, x.shape[1], rows)
+        hidden = self._hidden(input_ids, inputs_embeds, rows, is_causal=True, states=states, cache=cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.logits(hidden[:, kept])
+        return CausalLMOutputWithPast(
+            loss=self._loss(logits, labels, items),
+            logits=logits,
+            past_key_values=None if use_cache is False else past_key_values,
+            hidden_states=None if states is None else tuple(states),
+        )
+
+
+class LongNetForMaskedLM(_LongNetModel):
+    """The encoder of LongNet (arXiv 2307.02486) over tokens, for masked language modelling.
+
+    A `LongNetLM` without causality: its layers, and MAGNETO's gain, are those of the encoder alone.
+
+    Args:
+        config: a `LongNetHFConfig`.
+    """
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Unpack[Options],
+    ) -> MaskedLMOutput:
+        """Logits of the token at each position, and the loss of `labels`.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in `LongNetForCausalLM.forward`.
+            labels: int `(B, T)`, -100 for none.
+            options: packing and what all models take: `Options`.
+
+        Returns:
+            loss, logits `(B, T, vocab_size)` and hidden_states.
+        """
+        states, items = self._states(options), options.pop("num_items_in_batch", None)
+        rows = _rows(_given(input_ids, inputs_embeds), attention_mask, position_ids, options)
+        logits = self.model.logits(self._hidden(input_ids, inputs_embeds, rows, is_causal=False, states=states))
+        loss = self._loss(logits, labels, items)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=None if states is None else tuple(states))
+
+
+class LongNetForSequenceClassification(_LongNetModel):
+    """The encoder of `LongNetForMaskedLM` and a linear classifier on the mean over the real tokens.
+
+    Args:
+        config: a `LongNetHFConfig`; `num_labels` and `problem_type` are transformers'.
+    """
+
+    accepts_loss_kwargs = False  # the loss is the mean over the batch
+
+    def __init__(self, config: LongNetHFConfig) -> None:
+        super().__init__(config)
+        self.model.output_projection = None
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Unpack[Options],
+    ) -> SequenceClassifierOutput:
+        """Logits of each row's label, and the loss of `labels`.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `LongNetForCausalLM.forward`; a row is one sequence.
+            labels: `(B,)`, numbers of classes, or what else `problem_type` asks for.
+            options: what all models take, without packing.
+
+        Returns:
+            loss, logits `(B, num_labels)` and hidden_states.
+        """
+        states, x = self._states(options), _given(input_ids, inputs_embeds)
+        _check_known(options)
+        hidden = self._hidden(input_ids, inputs_embeds, Rows.padded(attention_mask), is_causal=False, states=states)
+        real = hidden.new_ones(x.shape[:2]) if attention_mask is None else attention_mask.to(hidden.dtype)
+        count = real.sum(1, keepdim=True).clamp(min=1)  # a row of nothing but padding has mean 0
+        logits = self.classifier((hidden * real[..., None]).sum(1) / count)
         loss = None
         if labels is not None:
-            extra = {} if items is None else {"num_items_in_batch": items}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
-        return out if return_dict is not False else out.to_tuple()
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        hidden_states = None if states is None else tuple(states)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
 
 
-class _Padding(NamedTuple):
-    """The padding of a batch; both None if no row is padded."""
+def register_longnet() -> None:
+    """Make the Auto classes know `longnet`; may be called again."""
+    AutoConfig.register(LongNetHFConfig.model_type, LongNetHFConfig, exist_ok=True)
+    for auto, ours in (
+        (AutoModelForCausalLM, LongNetForCausalLM),
+        (AutoModelForMaskedLM, LongNetForMaskedLM),
+        (AutoModelForSequenceClassification, LongNetForSequenceClassification),
+    ):
+        auto.register(LongNetHFConfig, ours, exist_ok=True)
 
-    mask: Tensor | None = None  # (B, tokens) bool, True = real
-    row_start: Tensor | None = None  # (B,)
 
-    @classmethod
-    def of(cls, attention_mask: Tensor | None) -> _Padding:
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
-        if attention_mask is None or bool(attention_mask.all()):
-            return cls()
-        return cls(attention_mask.bool(), attention_mask.int().argmax(1))
+def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Whichever of the two was given, of at least two dimensions."""
+    x = inputs_embeds if input_ids is None else input_ids
+    if x is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("expected either input_ids or inputs_embeds, got " + ("neither" if x is None else "both"))
+    if x.dim() < 2:
+        raise ValueError(f"expected input_ids of shape (B, T), got {tuple(x.shape)}")
+    return x
 
-    def is_left(self) -> bool:
-        """True if only positions before a row's first token are hidden."""
-        if self.mask is None or self.row_start is None:
-            return True
-        positions = torch.arange(self.mask.shape[1], device=self.mask.device)
-        return torch.equal(positions >= self.row_start[:, None], self.mask)
+
+def _rows(
+    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, options: Any, *, cached: bool = False
+) -> Rows:
+    """The rows of x `(B, T, ...)`; takes packing out of the options, in which nothing may be left."""
+    bounds, keys, seq_idx = (options.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    for name in ("max_length_q", "max_length_k"):
+        options.pop(name, None)
+    _check_known(options)
+    if bounds is None and keys is not None:
+        raise ValueError("expected cu_seq_lens_q with cu_seq_lens_k, got None")
+    shape = (x.shape[0], x.shape[1])
+    return Rows.of(shape, attention_mask, position_ids, seq_idx=seq_idx, cu_seq_lens=bounds, cached=cached)
+
+
+def _check_known(options: Any) -> None:
+    if wrong := sorted(name for name, value in options.items() if value is not None and value is not False):
+        raise ValueError(f"expected arguments of LongNet's forward, got {wrong}, which it does not have")
 
 
 class _Cache:
     """A cache of `LongNetLM` on top of transformers' own: all keys stay, so beams can be reordered."""
 
-    def __init__(self, cache: DynamicCache, num_layers: int, tokens: Tensor, padding: _Padding) -> None:
-        self.row_start, self.length = padding.row_start, int(cache.get_seq_length())
-        total, given = self.length + tokens.shape[1], padding.mask
+    def __init__(self, cache: DynamicCache, num_layers: int, num_new: int, rows: Rows) -> None:
+        self.row_start, self.length = rows.row_start, int(cache.get_seq_length())
+        total, given = self.length + num_new, rows.key_padding_mask
         if getattr(cache, "is_compileable", False):
             raise ValueError(f"expected a DynamicCache, which grows, got a {type(cache).__name__}")
         if given is not None and given.shape[1] != total:
             raise ValueError(f"expected attention_mask of {total} tokens, old and new ones, got {given.shape[1]}")
-        if not padding.is_left():
-            raise ValueError("expected padding on the left alone with a cache, got an attention_mask with 0 after 1")
         self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
 
     # Steps of LongNetLM's own cache that this one does not need: layers are made on demand, batches may be reordered.

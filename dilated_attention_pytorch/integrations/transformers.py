@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift
 from dilated_attention_pytorch.core.validation import check_choice
 from dilated_attention_pytorch.functional import dilated_attention
+from dilated_attention_pytorch.integrations.reach import check_config, layer_shift
 from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
@@ -34,9 +36,22 @@ except ImportError as error:
         "pip install 'dilated-attention-pytorch[hf]'"
     ) from error
 
-from dilated_attention_pytorch.integrations.longnet import LongNetForCausalLM, LongNetHFConfig
+from dilated_attention_pytorch.integrations.longnet import (
+    LongNetForCausalLM,
+    LongNetForMaskedLM,
+    LongNetForSequenceClassification,
+    LongNetHFConfig,
+    register_longnet,
+)
 
-__all__ = ["LongNetForCausalLM", "LongNetHFConfig", "register", "use_dilated_attention"]
+__all__ = [
+    "LongNetForCausalLM",
+    "LongNetForMaskedLM",
+    "LongNetForSequenceClassification",
+    "LongNetHFConfig",
+    "register",
+    "use_dilated_attention",
+]
 
 NAME = "dilated"
 _WITH = f"with attn_implementation={NAME!r}"
@@ -52,7 +67,8 @@ def register() -> None:
     """Register `attn_implementation="dilated"` and the model type `longnet`; may be called again.
 
     A model's config then names the pattern: `dilated_segment_lengths` and `dilated_dilation_rates`, optionally
-    `dilated_offsets` (`"modulo"`), `dilated_mixing_gradient` (`"exact"`) and `dilated_backend` (`"auto"`). With grouped
+    `dilated_offsets` (`"modulo"`), `dilated_segment_shift` (0; a number, one per layer or `"alternate"`),
+    `dilated_mixing_gradient` (`"exact"`) and `dilated_backend` (`"auto"`). With grouped
     heads, offsets are counted over key/value heads.
 
     Raises:
@@ -75,8 +91,7 @@ def register() -> None:
             raise ValueError(f"expected the attention name {NAME!r} to be free, got {known!r} registered under it")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    AutoConfig.register(LongNetHFConfig.model_type, LongNetHFConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LongNetHFConfig, LongNetForCausalLM, exist_ok=True)
+    register_longnet()
 
 
 def use_dilated_attention(
@@ -85,6 +100,7 @@ def use_dilated_attention(
     dilation_rates: list[int],
     *,
     offsets: Offsets = "modulo",
+    segment_shift: SegmentShift = 0,
     mixing_gradient: MixingGradient = "exact",
     backend: BackendName = "auto",
 ) -> None:
@@ -95,6 +111,7 @@ def use_dilated_attention(
         segment_lengths: w_i, in tokens, one per branch.
         dilation_rates: r_i, one per branch.
         offsets: `"modulo"` or `"blocked"`, counted over key/value heads.
+        segment_shift: of all layers, one per layer, or `"alternate"`: half of the largest segment in every other layer.
         mixing_gradient: `"exact"` or `"detached"`.
         backend: as in `dilated_attention`.
 
@@ -103,6 +120,7 @@ def use_dilated_attention(
             replaced; the model stays as it was.
     """
     pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
+    segment_shift = check_segment_shift("segment_shift", segment_shift)
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check_choice("backend", backend, BackendName)
     # transformers takes a model without attention (Mamba) for one whose attention can be set.
@@ -112,15 +130,18 @@ def use_dilated_attention(
             f"expected a model whose attention goes through AttentionInterface, got a {type(model).__name__}, which "
             "has none that can be replaced"
         )
+    # A composite model has one config per part, and each attention layer reads its own.
+    found = (getattr(m, "config", None) for m in model.modules())
+    configs = {id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values()
+    for config in configs:
+        check_config(config, pattern, segment_shift)
     register()
     model.set_attn_implementation(NAME)
-    # A composite model has one config per part, and each attention layer reads its own.
-    configs = (getattr(m, "config", None) for m in model.modules())
-    for config in {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values():
+    for config in configs:
         config.dilated_segment_lengths = list(pattern.segment_lengths)
         config.dilated_dilation_rates = list(pattern.dilation_rates)
         config.dilated_offsets, config.dilated_mixing_gradient = offsets, mixing_gradient
-        config.dilated_backend = backend
+        config.dilated_backend, config.dilated_segment_shift = backend, segment_shift
 
 
 def mask(
@@ -175,13 +196,16 @@ def attention(
     if queries > keys or (queries != keys and not causal):
         how = "" if causal else " without causality"
         raise ValueError(f"expected self-attention {_WITH}, got {queries} queries over {keys} keys{how}")
+    offsets: Offsets = getattr(config, "dilated_offsets", "modulo")
+    pattern = DilatedPattern(config.dilated_segment_lengths, config.dilated_dilation_rates, key.shape[1], offsets)
     out = dilated_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        segment_lengths=config.dilated_segment_lengths,
-        dilation_rates=config.dilated_dilation_rates,
+        segment_lengths=pattern.segment_lengths,
+        dilation_rates=pattern.dilation_rates,
+        segment_shift=layer_shift(module, pattern, keys, is_causal=causal),
         is_causal=causal,
         scale=scaling,
-        offsets=getattr(config, "dilated_offsets", "modulo"),
+        offsets=offsets,
         dropout_p=float(dropout or 0.0),
         key_padding_mask=attention_mask,
         # Positions count from a row's first real token, so left padding changes nothing; 0 for right padding.

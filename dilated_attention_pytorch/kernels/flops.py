@@ -75,7 +75,9 @@ def _pairs(q: Tensor, k: Tensor, mask: Any, row_start: Any, cu_seqlens: Any, see
         # A fake tensor has no values to read: then the packed row counts as one sequence.
         known = not torch_private.is_fake(cu_seqlens)
         lengths = cu_seqlens.diff().tolist() if known else [q.shape[1]]
-        total = sum(pairs(n, is_causal=causal) for n in lengths)
+        first = problem.q_start  # of every sequence: 0, or a segment shift
+        ranges = [(first, first + n) for n in lengths]
+        total = sum(pairs(problem.seq_len, is_causal=causal, q_range=x, k_range=x) for x in ranges)
     else:
         q_range = (problem.q_start, problem.q_start + q.shape[1])
         k_range = (problem.k_start, problem.k_start + k.shape[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch import Tensor
 _SMALLEST = 256  # rows of a first buffer; it doubles from there
 
 
-def first_visible(position: int, segment_lengths: Iterable[int]) -> int:
+def first_visible(position: int, segment_lengths: Iterable[int], shift: int = 0) -> int:
     """The start of the oldest segment at `position`: no query from there on sees an earlier key."""
-    return min(position // length * length for length in segment_lengths)
+    return max(0, min((position + shift) // length * length for length in segment_lengths) - shift)
 
 
 class _Step(NamedTuple):
@@ -37,6 +37,7 @@ class KeyValueCache:
     Args:
         segment_lengths: w_i of the model.
         num_layers: of the model.
+        shifts: segment shifts of the layers; keys are held that any of them can see.
         row_start: int `(B,)`, first real position of each row of a left-padded batch. Its rows stand at different
             positions; keys that no row needs are dropped.
 
@@ -46,15 +47,24 @@ class KeyValueCache:
         layers: one store per layer, for `MultiheadDilatedAttention.forward(cache=...)`.
     """
 
-    def __init__(self, segment_lengths: Sequence[int], num_layers: int, *, row_start: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        num_layers: int,
+        *,
+        shifts: Iterable[int] = (0,),
+        row_start: Tensor | None = None,
+    ) -> None:
         self.segment_lengths = tuple(dict.fromkeys(segment_lengths))
+        self.shifts = tuple(dict.fromkeys(shifts))
         self.row_start = row_start
         self._firsts = [0] if row_start is None else sorted(set(row_start.tolist()))
         self.length = self.start = self._capacity = 0
         self._base = 0  # position of the buffers' row 0
         self._step: _Step | None = None
         longest = max(self.segment_lengths)
-        nested = all(longest % length == 0 for length in self.segment_lengths) and len(self._firsts) == 1
+        nested = all(longest % length == 0 for length in self.segment_lengths)
+        nested = nested and len(self._firsts) == len(self.shifts) == 1
         # Nested segments all end with the longest one, and the buffer starts empty there. Otherwise some rows are left
         # over and have to move to the front now and then; the slack makes that rare: four rows moved a token at most.
         self._limit = longest if nested else longest + max(1, longest // 4)
@@ -78,6 +88,17 @@ class KeyValueCache:
         if held is not None and held.shape[0] != batch:
             raise ValueError(f"expected {held.shape[0]} rows of tokens, as the cache has, got {batch}")
 
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """What the layers are called with for new rows x `(B, N, d_model)`."""
+        return {"start": self.length, "row_start": self.row_start, "caches": self.layers}
+
+    def held_rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values `(B, rows_held, H_kv, D)` of each layer, from position `start` on."""
+        rows = slice(self.start - self._base, self.length - self._base)
+        if not all(isinstance(x, Tensor) for layer in self.layers for x in (layer.keys, layer.values)):
+            raise ValueError("expected a cache that has seen tokens, got an empty one")
+        return [(layer.keys[:, rows], layer.values[:, rows]) for layer in self.layers]  # type: ignore[index]
+
     def begin(self, num_new: int) -> None:
         """Plans for `num_new` further positions; every layer then appends once, and `commit` ends the step."""
         if self._step is not None:
@@ -85,7 +106,11 @@ class KeyValueCache:
         lo, hi = self.start - self._base, self.length - self._base
         position = self.length + num_new
         # Rows that have not started need nothing before their own start.
-        seen = [first + first_visible(max(0, position - first), self.segment_lengths) for first in self._firsts]
+        seen = [
+            first + first_visible(max(0, position - first), self.segment_lengths, shift)
+            for first in self._firsts
+            for shift in self.shifts
+        ]
         keep = position - min(*seen, position)
         capacity = 0
         if num_new == 1:

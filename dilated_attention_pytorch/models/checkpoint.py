@@ -81,7 +81,7 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: weights that cannot be read, or keys or shapes that are not the model's, every one of them named.
+        ValueError: weights that cannot be read, or keys or shapes that are not the model's, with the first of them.
         ImportError: safetensors is not installed.
     """
     architecture, values = weights.read_config(Path(folder))

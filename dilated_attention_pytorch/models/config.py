@@ -12,6 +12,7 @@ from torch import nn
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions
+from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift, layer_shifts
 from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets, Padding
 
 Activation = Literal["relu", "gelu"]
@@ -19,6 +20,7 @@ Probability = Annotated[float, check.check_probability]
 AboveZero = Annotated[float, check.check_above_zero]
 Width = Annotated[int, check.check_width]
 Depth = Annotated[int, check.check_depth]
+Shift = Annotated[SegmentShift, check_segment_shift]
 Count = Annotated[int, lambda name, value: check.check_int(name, value, 0, 1 << 24)]
 
 
@@ -55,7 +57,8 @@ class ModelConfig:
             raise TypeError(f"expected values to be a mapping, got {check.shown(values)}")
         known = sorted(field.name for field in fields(cls))
         if unknown := sorted(map(str, set(values) - set(known))):
-            raise ValueError(f"expected fields of {cls.__name__}, got unknown keys {unknown}; known are {known}")
+            got = check.listed(map(repr, unknown))
+            raise ValueError(f"expected fields of {cls.__name__}, got unknown keys [{got}]; known are {known}")
         return cls(**values)
 
 
@@ -131,6 +134,8 @@ class LongNetConfig(ModelConfig):
         offsets: `"modulo"` (the paper) or `"blocked"` (published checkpoints).
         mixing_gradient: `"exact"` or `"detached"`.
         padding: `"none"` or `"zero_keys"` (published checkpoints, without causality).
+        segment_shift: c, which moves the borders of all segments: one number, one per layer of a stack, or
+            `"alternate"`, half of the largest segment in every other layer.
         vocab_size: number of tokens; needed by `LongNetLM` alone.
         tie_weights: logits come from the embedding's own weights.
 
@@ -162,16 +167,23 @@ class LongNetConfig(ModelConfig):
     offsets: Offsets = "modulo"
     mixing_gradient: MixingGradient = "exact"
     padding: Padding = "none"
+    segment_shift: Shift = 0
     vocab_size: Width | None = None
     tie_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        heads, kv_heads = self.nhead, self.pattern.num_heads
+        heads, kv_heads, shift = self.nhead, self.pattern.num_heads, self.segment_shift
         if self.d_model % heads:
             raise ValueError(f"expected d_model to be a multiple of nhead, got {self.d_model} and {heads}")
         if heads % kv_heads:
             raise ValueError(f"expected nhead to be a multiple of num_kv_heads, got {heads} and {kv_heads}")
+        if self.padding == "zero_keys" and any(self.shifts(len(shift) if isinstance(shift, tuple) else 2)):
+            raise ValueError(f"expected segment_shift=0 with padding='zero_keys', got {shift}")
+
+    def shifts(self, num_layers: int) -> tuple[int, ...]:
+        """The segment shift of each layer of a stack; a ValueError where as many are not given."""
+        return layer_shifts(self.segment_shift, self.segment_lengths, num_layers)
 
     @property
     def pattern(self) -> DilatedPattern:

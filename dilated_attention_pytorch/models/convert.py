@@ -17,12 +17,29 @@ from torch import Tensor
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.longnet import LongNet, LongNetEncoder, LongNetLM
+from dilated_attention_pytorch.models.longvit import LongViT, official_config
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
-from dilated_attention_pytorch.models.weights import WeightsSource, count_layers, load_into, read_state
+from dilated_attention_pytorch.models.torchscale import check_norms, settings
+from dilated_attention_pytorch.models.weights import WeightsSource, count_layers, load_into, read_checkpoint
 
 Tensors = dict[str, Tensor]
-Source = Literal["gigapath", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
+Source = Literal["gigapath", "longvit", "torchscale-encoder", "torchscale-decoder", "fkodom", "fkodom-lm"]
+# What weights do not tell and a source has a default for, which is taken, and said, where nobody gives it.
+_NUMBERS: dict[str, Any] = {"activation": "gelu", "layer_norm_eps": 1e-5}
+ASSUMED: dict[str, dict[str, Any]] = {
+    "gigapath": {
+        "num_heads": 16, "max_wsi_size": 262_144, "tile_size": 256, "global_pool": False, "layer_norm_eps": 1e-5,
+        "norm_eps": 1e-6,
+    },
+    "longvit": {"num_heads": 16, "layer_norm_eps": 1e-5},
+    "torchscale-encoder": {**_NUMBERS, "scale_embedding": False},
+    "torchscale-decoder": {**_NUMBERS, "scale_embedding": False, "xpos_scale_base": 512.0},
+    "fkodom": {"activation": "relu", "layer_norm_eps": 1e-5},
+    "fkodom-lm": {"activation": "relu", "layer_norm_eps": 1e-5},
+}  # fmt: skip
 
+# What torchscale's and fkodom's weights do not tell, and no default can be right for.
+SHAPE = ("num_heads", "segment_lengths", "dilation_rates")
 # Patterns of names there, and names here; None where the name has no place. A name that no pattern matches is an error.
 _FKODOM = (
     (r"(encoder|decoder)\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj\.(\w+)", r"\1.layers.\2.self_attn.\3_proj.\4"),
@@ -38,6 +55,11 @@ _FKODOM = (
     (r"decoder\.layers\.(\d+)\.norm4\.(\w+)", r"decoder.layers.\1.ffn.ffn_layernorm.\2"),
 )
 NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "longvit": (
+        (r"patch_embed\.proj\.(\w+)", r"patch_embed.\1"),
+        (r"(pos_embed|head\.\w+|encoder\.layers\.\d+\.(?!self_attn\.xpos).+)", r"\1"),
+        (r"fc_norm\.(\w+)", r"encoder.layer_norm.\1"),
+    ),
     "torchscale-encoder": (
         (r"(layers\.\d+\.(?!self_attn\.xpos).+)", r"encoder.\1"),
         (r"layer_norm\.(\w+)", r"encoder.layer_norm.\1"),
@@ -82,7 +104,8 @@ class Conversion(NamedTuple):
     Attributes:
         model: in evaluation mode.
         source: whose weights they are.
-        notes: the differences from the source, in words; empty where the model computes the source's numbers.
+        notes: the differences from the source, in words, and what was assumed of it; empty where everything was given
+            and the model computes the source's numbers.
     """
 
     model: Model[Any]
@@ -90,24 +113,28 @@ class Conversion(NamedTuple):
     notes: tuple[str, ...]
 
 
-def convert(weights: WeightsSource, source: Source | None = None, **options: Any) -> Conversion:
+def convert(weights: WeightsSource, source: Source | None = None, *, args: Any = None, **options: Any) -> Conversion:
     """A model of this package with the weights of another implementation's.
 
     Args:
         weights: a file or a state dict, as `models.weights.read_state` takes it.
         source: whose weights they are; told by their names when absent.
-        options: for `"gigapath"`, those of `SlideEncoder.from_pretrained`. For torchscale, `num_heads`,
-            `segment_lengths` and `dilation_rates`, which weights do not tell; further `activation="gelu"` and, for the
-            decoder, `xpos_scale_base=512.0` and `scale_embedding=False` (torchscale's `not no_scale_embedding`). For
-            fkodom, `num_heads`, `segment_lengths`, `dilation_rates`, `activation="relu"`, and `as_initialisation=True`.
+        args: torchscale's `EncoderConfig` or `DecoderConfig`, an `argparse.Namespace` or a mapping with such names, for
+            what weights do not tell; by default what the file has under `"args"`. Options come before it.
+        options: for `"gigapath"`, those of `SlideEncoder.from_pretrained`; for `"longvit"`, fields of `LongViTConfig`.
+            For torchscale, `num_heads`, `segment_lengths` and `dilation_rates`; further `activation="gelu"`,
+            `layer_norm_eps=1e-5`, `scale_embedding=False` (torchscale's `not no_scale_embedding`) and, for the decoder,
+            `xpos_scale_base=512.0`. For fkodom, `num_heads`, `segment_lengths`, `dilation_rates`, `activation="relu"`,
+            `layer_norm_eps=1e-5`, and `as_initialisation=True`.
 
     Returns:
         `Conversion(model, source, notes)`.
 
     Raises:
-        ValueError: names that are missing, unexpected (with the reason where it is known) or of another shape, each of
-            them; a source that cannot be told; a source that computes something else, without `as_initialisation`.
-        TypeError: an option that the source does not have, or lacks.
+        ValueError: names that are missing, unexpected (with the reason where it is known) or of another shape; a source
+            that cannot be told; a source that computes something else (post-LN, no sub-LN, swish), or fkodom's without
+            `as_initialisation`.
+        TypeError: an option that the source does not have.
 
     Example:
         >>> state = LongNetEncoder(d_model=32, nhead=4, dim_feedforward=64, num_encoder_layers=2).state_dict()
@@ -115,25 +142,53 @@ def convert(weights: WeightsSource, source: Source | None = None, **options: Any
         >>> convert(theirs, num_heads=4, segment_lengths=[16], dilation_rates=[1]).source
         'torchscale-encoder'
     """
-    state = read_state(weights)
+    state, own = read_checkpoint(weights)
     if source is None:
         source = sniff(state)
     check.check_choice("source", source, Source)
-    if source == "gigapath":
-        return Conversion(SlideEncoder.from_pretrained(state, **options), source, ())
-    found, left_out = rename(state, source)
+    if source.startswith("torchscale"):
+        stack: Any = source.removeprefix("torchscale-")
+        options = settings(own if args is None else args, stack) | options
+    elif args is not None:
+        raise ValueError(f"expected args with weights of torchscale alone, got them with weights of {source}")
+    options, notes = _with_assumed(state, source, options)
     model: Model[Any]
-    notes: list[str] = []
-    if source == "torchscale-encoder":
+    if source == "gigapath":
+        return Conversion(SlideEncoder.from_pretrained(state, **options), source, tuple(notes))
+    found, left_out = rename(state, source)
+    if source == "longvit":
+        model = LongViT(official_config(found, **options), device="meta")
+    elif source == "torchscale-encoder":
+        check_norms(found, "encoder")
+        if options.pop("scale_embedding"):
+            notes.append(
+                "LongNetEncoder takes embeddings as they are: multiply them by sqrt(d_model), as the source did"
+            )
         shape = _shape(found, "encoder", **options)
         model = LongNetEncoder(LongNetConfig(**shape, offsets="blocked", padding="zero_keys"), device="meta")
     elif source == "torchscale-decoder":
+        check_norms(found, "decoder")
         model = _decoder(found, bool(left_out), **options)
     else:
-        model, notes = _fkodom(found, source, **options)
-        notes += [f"left out, LongNet has no place for it: {name}" for name in left_out]
+        model, differences = _fkodom(found, source, **options)
+        notes += differences + [f"left out, LongNet has no place for it: {name}" for name in left_out]
     load_into(model, found)
     return Conversion(model.eval(), source, tuple(notes))
+
+
+def _with_assumed(state: Tensors, source: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options with the source's defaults for what weights do not tell, and the note that says so."""
+    assumed = dict(ASSUMED[source])
+    if source == "gigapath" and "segment_lengths" in options:
+        del assumed["max_wsi_size"], assumed["tile_size"]
+    if source == "torchscale-decoder" and not any(name.endswith(".xpos.scale") for name in state):
+        del assumed["xpos_scale_base"]
+    assumed = {name: value for name, value in assumed.items() if name not in options}
+    for name in SHAPE if source.startswith(("torchscale", "fkodom")) else ():
+        if name not in options:
+            raise ValueError(f"expected {name} with weights of {source}, which do not tell it, got none")
+    named = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
+    return assumed | options, [f"assumed, since weights do not tell: {named}"] if named else []
 
 
 def sniff(state: Mapping[str, Tensor]) -> Source:
@@ -144,6 +199,8 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
 
     if {"cls_token", "patch_embed.proj.weight"} <= state.keys():
         return "gigapath"
+    if some(r"(model\.)?patch_embed\.proj\.weight$"):
+        return "longvit"
     if some(r"long_net\."):
         return "fkodom-lm"
     if some(r"(encoder|decoder)\.layers\.\d+\.norm1\.weight$"):
@@ -155,7 +212,7 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
     if not some(r"layers\."):
         raise ValueError(
             f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
-            f"{sorted(state)[:5]}..."
+            f"{check.listed(sorted(state))}"
         )
     if "embed_tokens.weight" in state:
         raise ValueError(
@@ -167,9 +224,9 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
 
 def rename(state: Mapping[str, Tensor], source: str) -> tuple[Tensors, list[str]]:
     """The tensors under the names they have here, and the names that have no place.
-    A ValueError tells every name that is not in the source's table, with the reason where it is known."""
-    prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder."}.get(source, "")
-    if not all(name.startswith(prefix) for name in state):
+    A ValueError tells names that are not in the source's table, with the reason where it is known."""
+    prefix = {"torchscale-encoder": "encoder.", "torchscale-decoder": "decoder.", "longvit": "model."}.get(source, "")
+    if source != "longvit" and not all(name.startswith(prefix) for name in state):
         prefix = ""
     found: Tensors = {}
     left_out, unknown = [], []
@@ -184,12 +241,12 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[Tensors, list[str]
         else:
             found[match.expand(here)] = tensor
     if unknown:
-        raise ValueError(f"expected the names of a {source} state dict, got unexpected " + "; ".join(unknown))
+        raise ValueError(f"expected the names of a {source} state dict, got unexpected {check.listed(unknown, '; ')}")
     return found, left_out
 
 
 def _decoder(
-    found: Tensors, xpos: bool, *, xpos_scale_base: float = 512.0, scale_embedding: bool = False, **pattern: Any
+    found: Tensors, xpos: bool, *, scale_embedding: bool, xpos_scale_base: float = 512.0, **pattern: Any
 ) -> LongNetLM:
     """The model, and in `found` its weights: scaled, tied, and with the channels of heads in our order."""
     for name in ("embed_tokens.weight", "output_projection.weight"):
@@ -227,7 +284,6 @@ def _fkodom(
             f"expected as_initialisation=True with weights of {source}, got False. No model here computes what its "
             f"weights were trained for: {'; '.join(_FKODOM_DIFFERS)}. They can be a start for training"
         )
-    pattern = {"activation": "relu", **pattern}
     config = LongNetConfig(**_shape(found, "decoder", **pattern) | _shape(found, "encoder", **pattern))
     model = LongNet(config, dtype=next(iter(found.values())).dtype)
     fresh = {name: x for name, x in model.state_dict().items() if name not in found and re.fullmatch(_OURS, name)}
@@ -237,10 +293,11 @@ def _fkodom(
 
 
 def _shape(
-    found: Tensors, stack: str, *, num_heads: int, segment_lengths: Any, dilation_rates: Any, activation: Any = "gelu"
+    found: Tensors, stack: str, *, num_heads: int, segment_lengths: Any, dilation_rates: Any, **numbers: Any
 ) -> dict[str, Any]:
-    """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights."""
-    fields: dict[str, Any] = {"nhead": num_heads, "activation": activation, "positions": None}
+    """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights.
+    `numbers` are activation and layer_norm_eps."""
+    fields: dict[str, Any] = {"nhead": num_heads, "positions": None, **numbers}
     fields |= {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
     if layers := count_layers(found, stack):
         fields[f"num_{stack}_layers"] = layers

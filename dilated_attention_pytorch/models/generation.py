@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.precision import accumulator
+from dilated_attention_pytorch.models import decoding
+from dilated_attention_pytorch.models.cache import KeyValueCache
+from dilated_attention_pytorch.models.decoding import Steps
 
 
 class Sampling(TypedDict, total=False):
@@ -24,6 +27,8 @@ class Sampling(TypedDict, total=False):
     seed: int | None  # of the samples; drawn from torch's generator when absent
     generator: torch.Generator | None  # to sample with, in place of a seed
     eos_token: int | None  # a row that has produced it repeats it; generation stops when every row has
+    prefill_chunk: int | None  # positions of the prompt to compute at a time, which bounds memory; all by default
+    graphed: bool  # a token is one replay of a CUDA graph; False by default
 
 
 def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
@@ -50,6 +55,9 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
     eos_token, seed = sampling.get("eos_token"), sampling.get("seed")
     if eos_token is not None and check.check_int("eos_token", eos_token, 0) >= vocab_size:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
+    if sampling.get("prefill_chunk") is not None:
+        check.check_positive_int("prefill_chunk", sampling["prefill_chunk"])
+    check.check_bool("graphed", sampling.get("graphed", False))
     if top_p is not None:
         check.check_float("top_p", top_p)
     if check.check_float("temperature", temperature) <= 0.0:
@@ -63,38 +71,92 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
     check.check_int("seed", 0 if seed is None else seed, -(2**63))
 
 
-def sample(model: Any, cache: Any, prompt: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
-    """Draws tokens int64 `(B,)` one after the other from a `LongNetLM`, which is in evaluation mode meanwhile."""
+class Sampler:
+    """Draws tokens from logits, and knows which rows have ended."""
+
+    def __init__(self, batch: int, device: torch.device, sampling: Sampling) -> None:
+        names = ("temperature", "top_k", "top_p")
+        self._filters: Any = {name: sampling.get(name) for name in names if name in sampling}
+        self._greedy = sampling.get("greedy", False)
+        eos_token, generator, seed = sampling.get("eos_token"), sampling.get("generator"), sampling.get("seed")
+        self.eos_token = None if eos_token is None else operator.index(eos_token)
+        self._generator = generator
+        if seed is not None:
+            self._generator = torch.Generator(device).manual_seed(operator.index(seed))
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+
+    def generator(self) -> torch.Generator | None:
+        """What a GPU draws from; None for greedy tokens."""
+        device = self.finished.device
+        default = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+        return None if self._greedy else self._generator or default
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """The next tokens, int64 `(B,)`, of logits `(B, vocab_size)`; a row that has ended repeats its end."""
+        if self._greedy:
+            new = logits.argmax(-1)
+        elif logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            # What torch.multinomial does for one token, without its assertions, whose failure would end the process.
+            probabilities = token_probabilities(logits, **self._filters)
+            noise = torch.empty_like(probabilities).exponential_(generator=self._generator)
+            new = (probabilities / noise).argmax(-1)
+        else:
+            probabilities = token_probabilities(logits, **self._filters)
+            new = torch.multinomial(probabilities, 1, generator=self._generator)[:, 0]
+        if self.eos_token is not None:
+            new = new.masked_fill(self.finished, self.eos_token)
+            self.finished |= new == self.eos_token
+        return new
+
+    def end(self, tokens: Sequence[Tensor]) -> int | None:
+        """How many of consecutive steps' tokens there are until all rows have ended; None if some row goes on."""
+        if self.eos_token is None:
+            return None
+        ended = (torch.stack(list(tokens)) == self.eos_token).all(1).tolist()
+        return ended.index(True) + 1 if True in ended else None
+
+
+def sample(model: Any, prompt: Tensor, count: int, sampling: Sampling) -> Iterator[Tensor]:
+    """Draws up to `count` tokens int64 `(B,)` from a `LongNetLM`, which is in evaluation mode meanwhile."""
     training = [module for module in model.modules() if module.training]
-    filters: Any = {name: sampling.get(name) for name in ("temperature", "top_k", "top_p") if name in sampling}
-    eos_token, generator = sampling.get("eos_token"), sampling.get("generator")
-    if (seed := sampling.get("seed")) is not None:
-        generator = torch.Generator(prompt.device).manual_seed(operator.index(seed))
-    eos_token = None if eos_token is None else operator.index(eos_token)
-    finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    tokens = prompt
+    sampler = Sampler(prompt.shape[0], prompt.device, sampling)
+    steps: Steps | None = None
+    used = 0
     try:
         for module in training:
             module.training = False
-        for _ in range(max_new_tokens):
-            # Entered anew for each token: while the caller has the iterator, its own grad mode holds.
-            with torch.inference_mode():
-                logits: Tensor = model.logits(model.hidden(tokens, cache=cache)[:, -1])
-                if sampling.get("greedy", False):
-                    new = logits.argmax(-1)
-                else:
-                    probabilities = token_probabilities(logits, **filters)
-                    new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-                if eos_token is not None:
-                    new = new.masked_fill(finished, eos_token)
-                    finished = finished | (new == eos_token)
-                tokens = new[:, None]
-            yield new.clone()  # outside inference mode, so that it is a tensor like any other
-            if eos_token is not None and bool(finished.all()):
+        # Inference mode is entered anew each time: while the caller has the iterator, its own grad mode holds.
+        with torch.inference_mode():
+            cache = model.make_cache(row_start=sampling.get("row_start"))
+            block = [sampler.draw(prefill(model, cache, prompt, sampling.get("prefill_chunk")))]
+        while True:
+            end = sampler.end(block)
+            for new in block[:end]:
+                used += 1
+                yield new.clone()  # outside inference mode, so that it is a tensor like any other
+            count -= len(block)
+            if end is not None or count == 0:
                 return
+            used = 0
+            with torch.inference_mode():
+                if steps is None:
+                    longest = prompt.shape[1] + 1 + count
+                    steps = decoding.steps(model, cache, sampler, block[0], longest, sampling.get("graphed", False))
+                    del cache
+                block = steps.take(min(count, steps.ahead))
     finally:
+        if steps is not None:
+            steps.rewind(used)
         for module in training:
             module.training = True
+
+
+def prefill(model: Any, cache: KeyValueCache, prompt: Tensor, chunk: int | None) -> Tensor:
+    """Takes a prompt `(B, N)` into a cache, `chunk` positions at a time; logits `(B, vocab_size)` of what follows."""
+    for part in prompt.split(prompt.shape[1] if chunk is None else operator.index(chunk), 1):
+        last = model.hidden(part, cache=cache)[:, -1]
+    logits: Tensor = model.logits(last)
+    return logits
 
 
 def token_probabilities(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TypedDict, Unpack
@@ -16,6 +15,7 @@ from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_dense, check_multiplicand
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig
+from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.models.recompute import gelu_norm_linear
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import BackendName
@@ -72,6 +72,7 @@ class Layer(nn.Module):
         *,
         cross_attention: bool = False,
         recompute: bool = False,
+        segment_shift: int = 0,
         backend: BackendName = "auto",
         **factory: Any,
     ) -> None:
@@ -79,7 +80,7 @@ class Layer(nn.Module):
 
         def attention(gain: float) -> MultiheadDilatedAttention:
             options: dict[str, Any] = {name: getattr(config, name) for name in _OF_ATTENTION}
-            options |= {"gamma_init": gain, "backend": backend, **factory}
+            options |= {"gamma_init": gain, "segment_shift": segment_shift, "backend": backend, **factory}
             return MultiheadDilatedAttention(config.d_model, config.nhead, config.attention_dropout, **options)
 
         def norm() -> nn.LayerNorm:
@@ -139,12 +140,24 @@ class LayerStack(nn.Module):
         self, config: LongNetConfig, num_layers: int, gamma: float, factory: dict[str, Any], **options: Any
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, gamma, **options, **factory) for _ in range(num_layers))
+        self.config = config
+        self.layers = nn.ModuleList(
+            Layer(config, gamma, segment_shift=shift, **options, **factory) for shift in config.shifts(num_layers)
+        )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, **options: Any) -> Tensor:
-        """The last of `states` after the final LayerNorm; arguments are those of `states`."""
-        return self.layer_norm(deque(self.states(x, memory, **options), maxlen=1).pop())  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, *, kept: list[Tensor] | None = None, **options: Any
+    ) -> Tensor:
+        """The last of `states` after the final LayerNorm; arguments are those of `states`.
+        `kept` is a list that takes x and all states."""
+        if kept is not None:
+            kept.append(x)
+        last = x
+        for last in self.states(x, memory, **options):
+            if kept is not None:
+                kept.append(last)
+        return self.layer_norm(last)  # type: ignore[no-any-return]
 
     def states(
         self,
@@ -154,25 +167,29 @@ class LayerStack(nn.Module):
         start: int = 0,
         caches: Sequence[KeyValueStore] | None = None,
         scales: Tensor | None = None,
+        rotation: Rotation | None = None,
         gradient_checkpointing: bool = False,
         **options: Any,
     ) -> Iterator[Tensor]:
         """The output of each layer, shaped like x, one after the other, without the final LayerNorm.
 
         There is one cache and one pair of scales per layer; `options` are further arguments of `Layer.forward`. `start`
-        is the position of the first row.
+        is the position of the first row, `rotation` that of all rows where the caller knows them better.
         """
         check_dense("x", x)
-        rank, width = 3 if options.get("cu_seqlens") is None else 2, self.layer_norm.normalized_shape[0]
+        first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
+        rank, width = 3 if options.get("cu_seqlens") is None else 2, first.embed_dim
         if x.dim() != rank or x.shape[-1] != width:
             layout = f"(total, {width}) with cu_seqlens" if rank == 2 else f"(B, N, {width})"
             raise ValueError(f"expected x of shape {layout}, got {tuple(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected x to be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if rank == 3 and not torch.compiler.is_compiling():
+            shifts, causal = self.config.shifts(len(self.layers)), options.get("is_causal", False)
+            warn_out_of_reach(self.config.pattern, shifts, start + x.shape[1], is_causal=causal)
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
-        first: MultiheadDilatedAttention = self.layers[0].self_attn  # type: ignore[assignment]
         where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
-        options["rotation"] = first.rotation(x, start=start, **where)
+        options["rotation"] = rotation or first.rotation(x, start=start, **where)
         again = gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             cache, scale = None if caches is None else caches[i], None if scales is None else scales[i]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
-from dilated_attention_pytorch.core.validation import check_int, check_looked_up, quoted
+from dilated_attention_pytorch.core.validation import check_int, check_looked_up, check_multiplicand, quoted
+from dilated_attention_pytorch.models import decoding
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
 from dilated_attention_pytorch.models.layers import LayerStack, RowMask
+from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.models.sharding import ShardedModel
 
 
@@ -120,7 +122,13 @@ class LongNetLM(ShardedModel[LongNetConfig]):
                 nn.init.normal_(module.weight, std=width**-0.5)
 
     def forward(
-        self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]
+        self,
+        tokens: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        seq_len: int | None = None,
+        is_causal: bool = True,
+        **rows: Unpack[RowMask],
     ) -> Tensor:
         """Logits of the token that follows each position.
 
@@ -129,28 +137,41 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
             seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
                 all shards are equally long.
+            is_causal: hide later positions; without, the logits may be those of masked tokens.
             rows: as in `LongNet.forward`.
 
         Returns:
             `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
-        return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, **rows))
+        return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, is_causal=is_causal, **rows))
 
     def hidden(
-        self, tokens: Tensor, *, cache: KeyValueCache | None = None, seq_len: int | None = None, **rows: Unpack[RowMask]
+        self,
+        tokens: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        states: list[Tensor] | None = None,
+        cache: KeyValueCache | None = None,
+        seq_len: int | None = None,
+        is_causal: bool = True,
+        **rows: Unpack[RowMask],
     ) -> Tensor:
         """The hidden states `(B, N, d_model)` that `logits` takes: logits of long sequences need not all exist at once.
 
-        Arguments are those of `forward`.
+        Args:
+            tokens: as in `forward`; None with `inputs_embeds`.
+            inputs_embeds: `(B, N, d_model)`, or `(total, d_model)`, as `embed_tokens` gives them.
+            states: a list that takes what the first layer gets and what each layer gives.
+            cache, seq_len, is_causal, rows: as in `forward`.
         """
         given = {name for name, value in rows.items() if value is not None}
-        self._check(tokens, "cu_seqlens" in given)
-        start = self._shard_start(tokens, given, cache, seq_len)
-        try:
-            x = self.embed_tokens(tokens) * math.sqrt(self.config.d_model)
-        except IndexError as error:  # on a CPU; looking at a GPU's tokens would make the host wait
-            found = f"{int(tokens.min())} to {int(tokens.max())}"
-            raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError("expected either tokens or inputs_embeds, got " + ("none" if tokens is None else "both"))
+        if tokens is None:
+            check_multiplicand("inputs_embeds", inputs_embeds, self.decoder.layer_norm)
+        x: Any = inputs_embeds if tokens is None else self._look_up(tokens, "cu_seqlens" in given)
+        start = self._shard_start(x, given, cache, seq_len)
+        x = x * math.sqrt(self.config.d_model)
         if self.training and self.config.dropout > 0.0:
             x = nn.functional.dropout(x, self.config.dropout)
         options: dict[str, Any] = {"start": start, "gradient_checkpointing": self.gradient_checkpointing, **rows}
@@ -160,16 +181,18 @@ class LongNetLM(ShardedModel[LongNetConfig]):
                     "expected no key_padding_mask, row_start or cu_seqlens with a cache: pad on the left and give "
                     "row_start to make_cache"
                 )
+            if not is_causal:
+                raise ValueError("expected is_causal=True with a cache, got False: later positions are not there yet")
             if torch.is_grad_enabled():
                 raise ValueError("expected torch.no_grad() or torch.inference_mode() around a forward with a cache")
-            if tokens.shape[1] == 0:
+            if x.shape[1] == 0:
                 raise ValueError("expected at least one token with a cache, got none")
             if not callable(getattr(cache, "begin", None)):  # transformers' one is wrapped in a class of its own
                 raise TypeError(f"expected cache to be what make_cache gives, got {type(cache).__name__}")
-            cache.check(tokens.shape[0], self.config.num_decoder_layers)
-            cache.begin(tokens.shape[1])
-            options = {"start": cache.length, "row_start": cache.row_start, "caches": cache.layers}
-        out: Tensor = self.decoder(x, is_causal=True, **options)
+            cache.check(x.shape[0], self.config.num_decoder_layers)
+            cache.begin(x.shape[1])
+            options = cache.options(x)
+        out: Tensor = self.decoder(x, is_causal=is_causal, kept=states, **options)
         if cache is not None:
             cache.commit()
         return out
@@ -182,7 +205,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
 
     def make_cache(self, *, row_start: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `forward`; `row_start`, int `(B,)`, has each left-padded row's first real position."""
-        return KeyValueCache(self.config.segment_lengths, self.config.num_decoder_layers, row_start=row_start)
+        layers, shifts = self.config.num_decoder_layers, self.config.shifts(self.config.num_decoder_layers)
+        return KeyValueCache(self.config.segment_lengths, layers, shifts=shifts, row_start=row_start)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Unpack[Sampling]) -> Tensor:
         """Continues a prompt and returns the new tokens.
@@ -191,7 +215,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             prompt: int `(B, N)`, N >= 1; of different lengths: `left_pad` gives one batch and its `row_start`.
             max_new_tokens: how many tokens to add, at most.
             sampling: `temperature=1.0`, `top_k`, `top_p`, `greedy=False`, `seed` or `generator`, `eos_token`,
-                `row_start`; `models.generation.Sampling` describes them.
+                `row_start`, `prefill_chunk`, `graphed`; `models.generation.Sampling` describes them.
 
         Returns:
             int64 `(B, T)`, T <= max_new_tokens, without the prompt.
@@ -211,10 +235,13 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         with torch.no_grad():  # a prompt of inference mode is as good as any
             self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)
-        cache = self.make_cache(row_start=sampling.get("row_start"))
-        return sample(self, cache, prompt, max_new_tokens, sampling)
+        if sampling.get("graphed") and (reasons := decoding.why_not(self, prompt)):
+            raise ValueError(f"expected graphed=True only where a token can be one replay, got {'; '.join(reasons)}")
+        shifts = self.config.shifts(self.config.num_decoder_layers)
+        warn_out_of_reach(self.config.pattern, shifts, prompt.shape[1] + max_new_tokens)
+        return sample(self, prompt, max_new_tokens, sampling) if max_new_tokens else iter(())
 
-    def _shard_start(self, tokens: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
+    def _shard_start(self, x: Tensor, given: set[str], cache: KeyValueCache | None, seq_len: int | None) -> int:
         """The position of the first token: 0 without shards."""
         if self._shards is None:
             if seq_len is not None:
@@ -225,7 +252,15 @@ class LongNetLM(ShardedModel[LongNetConfig]):
                 "expected no row_start, cu_seqlens or cache after shard_context: it takes whole rows of one sequence "
                 "each; generate with a model that is not sharded"
             )
-        return self._shards.start(tokens.shape[1], seq_len)
+        return self._shards.start(x.shape[1], seq_len)
+
+    def _look_up(self, tokens: Tensor, packed: bool) -> Tensor:
+        self._check(tokens, packed)
+        try:
+            return self.embed_tokens(tokens)  # type: ignore[no-any-return]
+        except IndexError as error:  # on a CPU; looking at a GPU's tokens would make the host wait
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            raise ValueError(f"expected tokens in [0, {self.config.vocab_size}), got {found}") from error
 
     def _check(self, tokens: Tensor, packed: bool) -> None:
         check_looked_up("tokens", tokens, self.embed_tokens)

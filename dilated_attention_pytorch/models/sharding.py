@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +129,8 @@ class ShardedModel(Model[Config]):
                 raise ValueError(
                     "expected layers with head_groups=False, got True: in ring attention a head has all branches"
                 )
-            mine = RingDilatedAttention(config, group, mesh_dim=mesh_dim).train(layer.training)
+            before: Any = layer.self_attn.attention  # a ring's has a config
+            own_config = replace(config, segment_shift=getattr(before, "config", before).segment_shift)
+            mine = RingDilatedAttention(own_config, group, mesh_dim=mesh_dim).train(layer.training)
             layer.self_attn.attention = mine  # type: ignore[assignment]  # it takes and gives the same
         self._shards = ContextShards(attention.rank, attention.world_size, attention.group_name)

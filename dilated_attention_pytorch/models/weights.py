@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core.validation import listed
+
 WeightsSource = str | os.PathLike[str] | Mapping[str, Any]
 Device = torch.device | str
 Dtype = torch.dtype | None
@@ -22,14 +25,20 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # what `save_pretrained` w
 
 
 def read_state(source: WeightsSource) -> dict[str, Tensor]:
-    """A state dict, from a file or a mapping.
+    """The state dict of `read_checkpoint`."""
+    return read_checkpoint(source)[0]
+
+
+def read_checkpoint(source: WeightsSource) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state dict, from a file or a mapping, and the training script's arguments where they are beside it.
 
     Args:
         source: a `.safetensors` file; any other file as `torch.save` writes it; or a mapping. A mapping with a single
-            `"model"` or `"state_dict"` mapping of tensors inside is taken for that one.
+            `"model"` or `"state_dict"` mapping of tensors inside is taken for that one; arguments are a mapping or an
+            `argparse.Namespace` under `"args"`.
 
     Returns:
-        Names to tensors, on the CPU when they come from a file.
+        Names to tensors, on the CPU when they come from a file; the arguments by name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -37,17 +46,26 @@ def read_state(source: WeightsSource) -> dict[str, Tensor]:
         ImportError: a `.safetensors` file without the package.
     """
     if isinstance(source, Mapping):
-        return _tensors(source, "the mapping")
+        return _tensors(source, "the mapping"), arguments_of(source)
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of weights at {path}, found none")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return read_safetensors(path), {}
     # Of any type, where the file is not a pickle, or half of one.
-    with _reading(path, "tensors as torch.save writes them", Exception):
-        # Tensors and plain containers alone: a pickle can hold any code.
+    # Tensors and plain containers alone: a pickle can hold any code. A Namespace is attributes and nothing else.
+    plain = torch.serialization.safe_globals([argparse.Namespace])
+    with _reading(path, "tensors as torch.save writes them", Exception), plain:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return _tensors(loaded, str(path))
+    return _tensors(loaded, str(path)), arguments_of(loaded)
+
+
+def arguments_of(loaded: Any) -> dict[str, Any]:
+    """The arguments under `"args"`, by name; none where there are none."""
+    args = loaded.get("args") if isinstance(loaded, Mapping) else None
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return dict(args) if isinstance(args, Mapping) else {}
 
 
 def read_safetensors(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
@@ -89,7 +107,7 @@ def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
         raise ValueError(f"expected {where} to hold tensors by name, got {type(loaded).__name__}")
     others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"expected {where} to hold tensors by name, got beside them: " + ", ".join(others))
+        raise ValueError(f"expected {where} to hold tensors by name, got beside them: {listed(others)}")
     return dict(loaded)
 
 
@@ -98,7 +116,7 @@ def load_into(
 ) -> None:
     """Makes a state dict's tensors a model's parameters, in place of those it has (built on `meta`, it has none).
 
-    A ValueError names every tensor that is missing, unexpected or of another shape. Without `copy`, tensors that are in
+    A ValueError names tensors that are missing, unexpected or of another shape. Without `copy`, tensors that are in
     place stay where they are: for those that nobody else holds. `dtype` is of floating tensors; their own by default.
     """
     check_state(model, state)
@@ -111,22 +129,26 @@ def load_into(
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names every key which is missing, unexpected or of another shape."""
+    """Raise a ValueError that names keys which are missing, unexpected or of another shape: of each kind the first."""
     wanted = model.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in wanted]
-    problems += [
-        f"{key} of shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    problems += [
-        f"{key} of {value.dtype}, expected a floating dtype"
-        for key, value in state.items()
-        if key in wanted and not value.is_floating_point()
-    ]
-    if problems:
-        raise ValueError(f"expected the weights of a {type(model).__name__}, got: " + "; ".join(problems))
+    both = wanted.keys() & state.keys()
+    kinds = (
+        [f"missing {key}" for key in wanted if key not in both],
+        [f"unexpected {key}" for key in state if key not in both],
+        [
+            f"{key} of shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in both and state[key].shape != value.shape
+        ],
+        [
+            f"{key} of {value.dtype}, expected a floating dtype"
+            for key, value in state.items()
+            if key in both and not value.is_floating_point()
+        ],
+    )
+    if any(kinds):
+        problems = "; ".join(listed(kind, "; ") for kind in kinds if kind)
+        raise ValueError(f"expected the weights of a {type(model).__name__}, got: {problems}")
 
 
 def count_layers(names: Iterable[str], stack: str) -> int:

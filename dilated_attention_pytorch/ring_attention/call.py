@@ -65,7 +65,7 @@ def choose_mode(plan: RingPlan) -> str:
     another. Else one exchange.
     """
     # Units of everybody else, at most.
-    dense = plan.pattern.num_heads * (plan.seq_len - min(plan.lengths))
+    dense = plan.pattern.num_heads * (sum(plan.lengths) - min(plan.lengths))
     if plan.anything_moves and plan.largest_arrival > _DENSE_ENOUGH * dense:
         return "gather"
     if plan.largest_arrival > _TOO_MUCH * plan.pattern.num_heads * max(plan.lengths):

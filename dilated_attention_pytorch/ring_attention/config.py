@@ -28,6 +28,7 @@ class RingAttentionConfig:
         segment_lengths: w_i, in positions of the whole sequence, one per branch.
         dilation_rates: r_i, one per branch.
         offsets: `"modulo"` (the paper) or `"blocked"` (the official code and every published checkpoint).
+        segment_shift: c, in positions: moves the borders of all segments, as in `dilated_attention`.
         scale: factor on q . k; `D ** -0.5` by default.
         dropout: probability of dropping an attention weight, in training mode only. The mask is a function of global
             positions, so it does not depend on the world size.
@@ -60,6 +61,7 @@ class RingAttentionConfig:
     segment_lengths: Sequence[int]
     dilation_rates: Sequence[int]
     offsets: Offsets = "modulo"
+    segment_shift: int = 0
     scale: float | None = None
     dropout: float = 0.0
     padding: Padding = "none"
@@ -75,6 +77,10 @@ class RingAttentionConfig:
         pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        shift = validation.check_int("segment_shift", self.segment_shift, 0)
+        object.__setattr__(self, "segment_shift", shift)
+        if shift and self.padding == "zero_keys":
+            raise ValueError(f"expected segment_shift=0 with padding='zero_keys', got {shift}")
         options = {"padding": Padding, "mode": Mode, "remote_rows": RemoteRows, "check": Check, "backend": BackendName}
         for name, allowed in options.items():
             validation.check_choice(name, getattr(self, name), allowed)

@@ -21,7 +21,7 @@ def forward(call: RingCall, x: QKV, masks: Masks) -> tuple[AttentionOutput, Tens
     whole = _whole(call, x, shards)
     arriving.release()
     # The rank's own queries over the keys of the whole sequence: a partial range (docs/spec.md, 4).
-    problem = call.problem.at(call.problem.q_start, 0, call.plan.seq_len)
+    problem = call.problem.at(call.problem.q_start, call.plan.bounds[0], call.plan.seq_len)
     out, lse = call.backend.forward(whole, problem, whole_masks(call, masks, start_masks(call, masks)))
     return AttentionOutput(out, lse.contiguous()), shards.flatten() if call.keep else x.k.new_empty(0)
 
@@ -34,12 +34,12 @@ def backward(call: RingCall, grad: OutputGradient, x: QKV, saved: AttentionOutpu
     whole = _whole(call, x, shards.view(plan.world_size, 2, batch, max(plan.lengths), heads, width))
     if arriving is not None:
         arriving.release()
-    problem = call.problem.at(call.problem.q_start, 0, plan.seq_len)
+    problem = call.problem.at(call.problem.q_start, plan.bounds[0], plan.seq_len)
     dq, dk, dv = call.backend.backward(grad, whole, saved, problem, whole_masks(call, masks, start_masks(call, masks)))
     exact = accumulator(x.k.dtype)
     # (N, B, 2, H_kv, D)
     shares = torch.stack((dk, dv), 2).transpose(0, 1).to(exact)
-    start, stop = plan.shard
+    start, stop = (position - plan.bounds[0] for position in plan.shard)
     # A rank's own share stays at home, unrounded; the others' go to their owners.
     own = shares[start:stop]
     sent, received = list(plan.lengths), [stop - start] * plan.world_size
@@ -68,12 +68,13 @@ def start_masks(call: RingCall, masks: Masks) -> Pending | None:
 
 
 def whole_masks(call: RingCall, masks: Masks, bits: Pending | None) -> Masks:
-    """The masks with key_padding `(B, N)` of the whole sequence, once its bits are there."""
+    """The masks with key_padding `(B, end)` up to the sequence's end, once its bits are there."""
     if bits is None:
         return masks
+    # Bits stand at their positions, which a segment shift starts later.
     whole = torch.cat([shard[:, :n] for shard, n in zip(bits.wait(), call.plan.lengths, strict=True)], 1)
     bits.release()
-    return masks._replace(key_padding=whole)
+    return masks._replace(key_padding=torch.nn.functional.pad(whole, (call.plan.bounds[0], 0)))
 
 
 def _gather(call: RingCall, x: QKV, *, keep: bool) -> Pending:

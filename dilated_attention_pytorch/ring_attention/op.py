@@ -137,6 +137,7 @@ def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
         "segment_lengths": problem.pattern.segment_lengths,
         "dilation_rates": problem.pattern.dilation_rates,
         "offsets": problem.pattern.offsets,
+        "segment_shift": problem.q_start,
         "is_causal": problem.is_causal,
         "scale": problem.scale,
         "dropout": problem.dropout_p,
@@ -151,7 +152,7 @@ def _open(phase: str, given: _Arguments) -> tuple[Channel, tuple[int, ...]]:
 
 
 def _call(channel: Channel, lengths: tuple[int, ...], x: QKV, problem: Problem, wire: Wire) -> RingCall:
-    bounds = tuple(itertools.accumulate(lengths, initial=0))
+    bounds = tuple(itertools.accumulate(lengths, initial=problem.q_start))
     plan = plan_for(problem.pattern, bounds, channel.rank, problem.is_causal, x.k.device)
     zeros = problem.padding == "zero_keys"
     if zeros and (branch := zero_keys.moving_branch(plan.pattern, plan.seq_len)) is not None:

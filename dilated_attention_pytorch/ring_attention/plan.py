@@ -63,7 +63,8 @@ class RingPlan:
 
     Args:
         pattern: the branches, for the key/value heads.
-        bounds: where the shards start; one more entry holds the sequence's length.
+        bounds: where the shards start, the first one at 0 or at a segment shift; one more entry holds the sequence's
+            end.
         rank: whose plan it is.
         is_causal: queries see no later keys, so nothing travels to an earlier rank.
         device: where index tensors live; the CPU by default.
@@ -82,7 +83,7 @@ class RingPlan:
 
     @property
     def seq_len(self) -> int:
-        """N."""
+        """Where the sequence ends: N behind its first position."""
         return self.bounds[-1]
 
     @property
@@ -247,7 +248,7 @@ def _meetings(
     (length, rate), shard = pattern.branches[branch], (bounds[rank], bounds[rank + 1])
     found: dict[int, tuple[range, list[range]]] = {}
     # Before the shard, after it.
-    for keys in ((0, shard[0]), (shard[1], bounds[-1])):
+    for keys in ((bounds[0], shard[0]), (shard[1], bounds[-1])):
         if is_causal and keys[0] >= shard[1]:
             continue
         # Slots of the segments that hold both queries of the shard and keys outside it.

@@ -67,7 +67,7 @@ class RingDilatedAttention(BaseRingAttention):
         config, dropout_p = self.config, self.dropout_p()
         # Nothing to exchange: what one device computes.
         if self.world_size == 1:
-            shared = ("segment_lengths", "dilation_rates", "scale", "offsets", "padding", "backend")
+            shared = ("segment_lengths", "dilation_rates", "scale", "offsets", "segment_shift", "padding", "backend")
             settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
             settings |= {"is_causal": is_causal, "dropout_p": dropout_p, "key_padding_mask": key_padding_mask}
             return dilated_attention_with_lse(query, key, value, seed=seed, **settings)
@@ -77,13 +77,15 @@ class RingDilatedAttention(BaseRingAttention):
         lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
         pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)
         scale = validation.check_scale(config.scale, query.shape[-1], query.dtype)
-        problem = Problem(pattern, is_causal, scale, dropout_p, padding=config.padding)
+        # The problem says where the sequence starts: at 0, or at the segment shift.
+        start = config.segment_shift
+        problem = Problem(pattern, is_causal, scale, dropout_p, start, start, padding=config.padding)
         requires_grad = torch.is_grad_enabled() and any(y.requires_grad for y in x)
         gradient_dtype = "" if config.gradient_dtype is None else str(config.gradient_dtype).removeprefix("torch.")
         keep_rows, same_seed = requires_grad and config.remote_rows == "keep", seed is not None
         how = config.mode, gradient_dtype, keep_rows, requires_grad, same_seed, config.check, config.timeout
         wire = op.Wire(self.group_name, *how, choose_backend(x, problem, config.backend).backend)
-        # Where a shard starts, and how long the sequence is, the ranks find out together: the problem says neither.
+        # Where a shard starts, and how long the sequence is, the ranks find out together.
         masks = key_padding_mask, dropout.seed_tensor(seed, dropout_p, query.device)
         out, lse, *_ = op.ring_attention(*x, *masks, *problem.pack(), *wire)
         return AttentionOutput(out, lse)

@@ -34,6 +34,7 @@ def dilated_attention_streamed(
     is_causal: bool = False,
     scale: float | None = None,
     offsets: Offsets = "modulo",
+    segment_shift: int = 0,
     key_padding_mask: Tensor | None = None,
     backend: BackendName = "auto",
     out: Tensor | RangeSink | None = None,
@@ -63,7 +64,7 @@ def dilated_attention_streamed(
             `read(start, stop) -> (B, stop - start, H, D)`.
         k: keys `(B, N, H_kv, D)`, H a multiple of H_kv; likewise.
         v: values, like k.
-        segment_lengths, dilation_rates, is_causal, scale, offsets: as in `dilated_attention`.
+        segment_lengths, dilation_rates, is_causal, scale, offsets, segment_shift: as in `dilated_attention`.
         key_padding_mask: bool `(B, N)` in host memory, True = real.
         backend: `"auto"`, `"sdpa"` or `"triton"`.
         out: where the result goes: a host tensor (memory-mapped ones do) or a sink with `write(start, rows)`; a new

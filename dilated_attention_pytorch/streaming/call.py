@@ -40,6 +40,7 @@ class Settings:
     is_causal: bool = False
     scale: float | None = None
     offsets: Offsets = "modulo"
+    segment_shift: int = 0
     backend: BackendName = "auto"
     device: torch.device | str | None = None
     device_limit: int | None = None
@@ -176,7 +177,10 @@ def _problem(settings: Settings, x: QKV) -> Problem:
             "backend='reference' computes whole sequences alone, with dilated_attention; expected 'auto', 'sdpa' or "
             "'triton' here"
         )
-    return Problem(pattern, is_causal, scale, seq_len=x.q.shape[1])
+    shift = check.check_int("segment_shift", settings.segment_shift, 0)
+    if shift + x.q.shape[1] >= 2**63:
+        raise ValueError(f"expected segment_shift to leave every position below 2**63, got {shift}")
+    return Problem(pattern, is_causal, scale, 0.0, shift, shift, x.q.shape[1])
 
 
 @contextmanager

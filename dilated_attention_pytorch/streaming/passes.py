@@ -53,7 +53,7 @@ class Carried(NamedTuple):
 
     def after(self, branch: CompactBranch, position: int) -> Carried | None:
         """What ranges from `position` on still need: the segment in which it lies."""
-        start = max(self.start, position // branch.members.length * branch.members.length)
+        start = max(self.start, branch.segment_start(position))
         if position >= self.stop:
             return None
         if start == self.start:
@@ -100,7 +100,8 @@ class Pass(ABC):
                 carried.append(Carried(first, last, self._begin(branch, start, stop, loaded)))
         # 2. The other branches, in one call on the range's own rows.
         aligned = self.plan.aligned
-        totals = self._attend(aligned and aligned.at(0, 0, stop - start), own)
+        at = self.plan.inside(start)
+        totals = self._attend(aligned and aligned.at(at, at, at + stop - start), own)
         # 3. What is carried is added where it reaches into the range, in fp32 at least.
         if any(self._carried.values()):
             totals = tuple(x.to(accumulator(dtype)) for x in totals)
@@ -131,7 +132,7 @@ class Pass(ABC):
             if here < rows:
                 beside[:, here:].copy_(loaded[name, branch])
             gathered[name] = beside if beside.dim() == 2 else beside.flatten(2, 3)  # (B, L, h * G, ...)
-        results = self._attend(branch.problem(self.plan.problem, rows), gathered)
+        results = self._attend(branch.problem(self.plan.problem, first, rows), gathered)
         return tuple(x.unflatten(2, (branch.num_heads, -1)) for x in results)
 
     @abstractmethod
@@ -153,7 +154,7 @@ class ForwardPass(Pass):
         if problem is None:
             out = torch.zeros_like(x["q"], dtype=accumulator(x["q"].dtype))
             return out, out.new_full((*out.shape[:3], 1), -torch.inf)
-        out, lse = self.engine.forward(_qkv(x), problem, _masks(x))
+        out, lse = self.engine.forward(_qkv(x), problem, _masks(x, problem))
         return out, rows_last(lse)  # lse (B, H, n) -> (B, n, H, 1)
 
     @override
@@ -172,7 +173,7 @@ class BackwardPass(Pass):
         if problem is None:
             return tuple(torch.zeros_like(rows, dtype=accumulator(rows.dtype)) for rows in _qkv(x))
         grad, saved = OutputGradient(x["grad_out"], None), AttentionOutput(x["out"], x["lse"].transpose(1, 2))
-        return self.engine.backward(grad, _qkv(x), saved, problem, _masks(x))
+        return self.engine.backward(grad, _qkv(x), saved, problem, _masks(x, problem))
 
     @override
     def _add(self, pairs: tuple[tuple[Tensor, Tensor], ...]) -> None:
@@ -185,5 +186,7 @@ def _qkv(x: Named) -> QKV:
     return QKV(x["q"], x["k"], x["v"])
 
 
-def _masks(x: Named) -> Masks:
-    return Masks(x.get("key_padding_mask"))
+def _masks(x: Named, problem: Problem) -> Masks:
+    bits = x.get("key_padding_mask")
+    # A mask has a bit for each position, from 0 on.
+    return Masks(bits if bits is None else torch.nn.functional.pad(bits, (problem.q_start, 0)))

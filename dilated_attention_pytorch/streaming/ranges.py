@@ -89,6 +89,7 @@ class CompactBranch:
     members: Members
     heads: slice  # the key/value heads that keep them
     seq_len: int
+    shift: int = 0  # segment shift: row n of the sequence stands at position n + shift of the pattern
 
     @property
     def num_heads(self) -> int:
@@ -98,18 +99,27 @@ class CompactBranch:
     def count(self, start: int, stop: int) -> int:
         """How many rows lie in `[start, stop)`, as far as the sequence goes."""
         start, stop = min(start, self.seq_len), min(stop, self.seq_len)
-        return max(0, self.members.before(stop) - self.members.before(start))
+        return max(0, self.members.before(stop + self.shift) - self.members.before(start + self.shift))
 
     def beginning_in(self, start: int, stop: int) -> tuple[int, int]:
-        """The positions `[first, last)` of the segments that begin in `[start, stop)`; empty if none does."""
-        length = self.members.length
-        first, last = ceil_div(start, length) * length, ceil_div(stop, length) * length
+        """The positions `[first, last)` of the segments that begin in `[start, stop)`; empty if none does.
+
+        The first range has the segment that a shift cuts, too.
+        """
+        length, shift = self.members.length, self.shift
+        first, last = (ceil_div(position + shift, length) * length - shift for position in (start, stop))
+        first = first if start > 0 else 0
         return first, max(first, min(last, self.seq_len))
 
-    def problem(self, whole: Problem, rows: int) -> Problem:
-        """Attention of so many compact rows, from the beginning of a segment on."""
+    def segment_start(self, position: int) -> int:
+        """Where the segment of a position begins."""
+        return (position + self.shift) // self.members.length * self.members.length - self.shift
+
+    def problem(self, whole: Problem, first: int, rows: int) -> Problem:
+        """Attention of so many compact rows from a position on, at which a segment or the sequence begins."""
         pattern = DilatedPattern((self.members.slots,), (1,), self.num_heads)
-        return Problem(pattern, whole.is_causal, whole.scale, seq_len=rows)
+        slot = self.members.before(first + self.shift) % self.members.slots
+        return Problem(pattern, whole.is_causal, whole.scale, 0.0, slot, slot, slot + rows)
 
     def pairs(
         self, x: Tensor, x_start: int, compact: Tensor, compact_start: int, start: int, stop: int
@@ -121,12 +131,13 @@ class CompactBranch:
             x = x.unflatten(2, (self.pattern.num_heads, -1))[:, :, self.heads]
         (length, rate, offset), row = self.members, x.stride(1)
         at = self.count(compact_start, start)  # row of compact
-        for span in self.pattern.spans(self.branch, offset, (start, stop), (start, stop)):
+        span_of = start + self.shift, stop + self.shift
+        for span in self.pattern.spans(self.branch, offset, span_of, span_of):
             segments, slots = span.num_segments, span.q_hi - span.q_lo
             if slots == 0:
                 continue
             # Slot j of segment s lies at s * w + o + j * r.
-            first = span.first_segment * length + offset + span.q_lo * rate - x_start
+            first = span.first_segment * length + offset + span.q_lo * rate - self.shift - x_start
             # One segment (slot) has no stride to the next, and w (r) may be near 2**63.
             strides = length * row if segments > 1 else 0, rate * row if slots > 1 else 0
             view = x.as_strided(
@@ -149,18 +160,18 @@ class CompactBranch:
         return shape[0], rows, self.num_heads, shape[2] // self.pattern.num_heads, *shape[3:]
 
 
-def compact_branches(pattern: DilatedPattern, branch: int, seq_len: int) -> list[CompactBranch]:
+def compact_branches(pattern: DilatedPattern, branch: int, seq_len: int, shift: int = 0) -> list[CompactBranch]:
     """One per offset that the heads of a branch keep; offsets of which no position exists are left out."""
     groups = [(pattern.members(branch, offset), heads) for offset, heads in pattern.head_groups(branch)]
-    return [CompactBranch(pattern, branch, members, heads, seq_len) for members, heads in groups if members.slots]
+    return [CompactBranch(pattern, branch, *group, seq_len, shift) for group in groups if group[0].slots]
 
 
 @dataclass(frozen=True)
 class RangePlan:
-    """A pass over the sequence in ranges of equal length, the last one shorter.
+    """A pass over the sequence in ranges of equal length, the last one shorter, and the first one with a shift.
 
     Attributes:
-        problem: the settings of the whole sequence.
+        problem: the settings of the whole sequence; `q_start` is the segment shift.
         sizes: what a row costs.
         length: positions of a range.
     """
@@ -172,8 +183,14 @@ class RangePlan:
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """`[start, stop)` of each range."""
-        n = self.problem.seq_len
-        return [(start, min(start + self.length, n)) for start in range(0, n, self.length)]
+        n, length = self.problem.seq_len, self.length
+        first = -self.inside(0) if length < n else 0
+        return [(max(0, start), min(start + length, n)) for start in range(first, n, length)]
+
+    def inside(self, start: int) -> int:
+        """Where a range begins in the sequence of `aligned`: at 0, but for the first one with a segment shift."""
+        position = self.problem.q_start + start
+        return position if self.length >= self.problem.seq_len else position % self.length
 
     @cached_property
     def aligned(self) -> Problem | None:
@@ -191,7 +208,8 @@ class RangePlan:
         """The other branches, as rows side by side."""
         pattern = self.problem.pattern
         cut = [i for i, w in enumerate(pattern.segment_lengths) if not self._is_aligned(w)]
-        return tuple(x for i in cut for x in compact_branches(pattern, i, self.problem.seq_len))
+        n, shift = self.problem.seq_len, self.problem.q_start
+        return tuple(x for i in cut for x in compact_branches(pattern, i, n, shift))
 
     @cached_property
     def device_bytes(self) -> int:
@@ -205,7 +223,8 @@ class RangePlan:
             total, slots = branch.count(0, self.problem.seq_len), branch.members.slots
             # Rows ahead of a range, and those of the segments that begin in one.
             tail = min(slots, total)
-            fresh = min((rows // branch.members.length + 1) * slots, total)
+            # A shift cuts one segment more.
+            fresh = min((rows // branch.members.length + (2 if branch.shift else 1)) * slots, total)
             buffered += tail * sizes.inputs(share)
             carried += (tail + fresh) * sizes.results(sizes.accumulator, share)
             compacting = max(compacting, fresh * (sizes.inputs(share) + sizes.work(share)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.shift import SegmentShift
 from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -20,12 +21,23 @@ _MINIMA = {
     1: ("context", "batch_size", "micro_batch_size", "steps", "num_layers", "context_parallel", "eval_every",
         "log_every", "checkpoint_every"),
 }  # fmt: skip
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _shift(text: str) -> SegmentShift:
+    return text if text == "alternate" else _ints(text) if "," in text else int(text)  # type: ignore[return-value]
+
+
 # Names of the fields' types in messages, and how their values are read from text.
 _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
     int: ("an int", int),
     float: ("a float", float),
-    tuple[int, ...]: ("ints with commas between them", lambda text: tuple(int(part) for part in text.split(","))),
+    tuple[int, ...]: ("ints with commas between them", _ints),
+    SegmentShift: ("an int, ints with commas between them or alternate", _shift),
 }
 _MODEL_FIELDS = LongNetConfig.__dataclass_fields__.keys()
 
@@ -36,7 +48,7 @@ class TrainConfig(ModelConfig):
 
     Args:
         num_layers: layers of the decoder.
-        d_model, nhead, dim_feedforward, segment_lengths, dilation_rates, offsets: as in `LongNetConfig`.
+        d_model, nhead, dim_feedforward, segment_lengths, dilation_rates, offsets, segment_shift: as in `LongNetConfig`.
         dropout, attention_dropout, tie_weights: as in `LongNetConfig`.
         context: bytes that a prediction can look back on.
         batch_size: sequences of `context` bytes per step, over all ranks and micro-steps.
@@ -75,6 +87,7 @@ class TrainConfig(ModelConfig):
     segment_lengths: tuple[int, ...] = (1024, 4096, 16384)
     dilation_rates: tuple[int, ...] = (1, 2, 8)
     offsets: Literal["modulo", "blocked"] = "modulo"
+    segment_shift: SegmentShift = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     tie_weights: bool = True
@@ -126,6 +139,8 @@ class TrainConfig(ModelConfig):
         pattern = self.model_config().pattern
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        object.__setattr__(self, "segment_shift", self.model_config().segment_shift)
+        self.model_config().shifts(self.num_layers)
 
     def model_config(self) -> LongNetConfig:
         """The model's share of the config."""

@@ -68,7 +68,8 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
         raise _damaged(path, f"a wrong checksum of {damaged}" if damaged else f"not {', '.join(_KINDS)}")
     if state["version"] != _VERSION:
         raise ValueError(f"expected a state of version {_VERSION} in {path}, got {state['version']}")
-    wanted, kept = config.to_dict(), state["config"]
+    # Runs from before there was a shift had none.
+    wanted, kept = config.to_dict(), {"segment_shift": 0, **state["config"]}
     names = [name for name in sorted({*wanted, *kept} - config.FREE) if wanted.get(name) != kept.get(name)]
     if names:
         differences = ", ".join(f"{name} {kept.get(name)!r} (now {wanted.get(name)!r})" for name in names)

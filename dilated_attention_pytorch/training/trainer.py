@@ -18,6 +18,7 @@ from torch import nn
 
 from dilated_attention_pytorch.core.files import lock, remove_leftovers, replace_text
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
+from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus, held_out_excerpts, training_excerpts
@@ -100,8 +101,10 @@ class Trainer:
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
         torch.manual_seed(config.seed)
+        shape = config.model_config()
+        warn_out_of_reach(shape.pattern, shape.shifts(config.num_layers), config.context)
         # Made on the CPU: the first weights do not depend on the device.
-        model = LongNetLM(config.model_config(), gradient_checkpointing=config.gradient_checkpointing)
+        model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing)
         self.model = model.to(world.device)
         self.step, self._signal, self._restart = 0, 0, restart
         self._log: MetricsLog | None = None

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dilated_attention_pytorch.viz.style import GRID, INK, branch_color, style
+from dilated_attention_pytorch.viz.style import GRID, INK, branch_colors, style
+
+TRAINING, _, _, VALIDATION = branch_colors(4)
 
 
 def loss_figure(metrics: Path | str) -> Figure:
@@ -30,14 +32,14 @@ def loss_figure(metrics: Path | str) -> Figure:
     with style():
         figure = Figure(figsize=(6.8, 3.8), layout="constrained")
         ax = figure.subplots()
-        ax.plot(steps, losses, color=branch_color(0), alpha=0.25, linewidth=0.8, label="training, each step")
+        ax.plot(steps, losses, color=TRAINING, alpha=0.25, linewidth=0.8, label="training, each step")
         width = max(1, len(losses) // 20)
         if width > 1:
             means = [losses[max(0, end - width) : end].mean() for end in range(1, len(losses) + 1)]
-            ax.plot(steps, means, color=branch_color(0), label=f"training, mean of {width}")
+            ax.plot(steps, means, color=TRAINING, label=f"training, mean of {width}")
         if val:
             x, y = zip(*val, strict=True)
-            ax.plot(x, y, color=branch_color(3), marker="o", markersize=4, label="validation files")
+            ax.plot(x, y, color=VALIDATION, marker="o", markersize=4, label="validation files")
             ax.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (0, 7), textcoords="offset points", ha="center", color=INK)
         # The first steps, near 8 bits, would flatten all the rest.
         top = float(np.quantile(losses, 0.98)) if len(losses) > 50 else float(losses.max())

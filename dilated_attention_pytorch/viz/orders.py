@@ -9,40 +9,45 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.kernels.hilbert import CurveOrder
 from dilated_attention_pytorch.viz.pattern import keys_by_branch
-from dilated_attention_pytorch.viz.style import FAINT, INK, branch_color, branch_label, style
+from dilated_attention_pytorch.viz.style import FAINT, INK, branch_colors, branch_label, style
 
 _MOST_STEPS = 20_000  # of a walk drawn as a line
 _MOST_TILES = 64_000_000  # of a slide's grid
 
 
-def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: int | None = None) -> Figure:
+def orders_figure(
+    orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: int | None = None, shown: Tensor | None = None
+) -> Figure:
     """Each order's walk over the tokens, coloured from its start to its end.
 
     Args:
         orders: by name.
         coords: int `(N, 2)` or `(N, 3)`, the cells of the tokens.
         plane: of tokens in 3-D, the first coordinate to show; the middle by default. A step of the walk is drawn if
-            both its ends lie in it.
+            both its ends are drawn.
+        shown: bool `(N,)`, the tokens to draw, such as one fragment of a slide; all by default.
 
     Raises:
-        ValueError: no orders, an order of another length, coords of another shape, an empty plane.
+        ValueError: no orders, an order of another length, coords or shown of another shape, nothing to draw.
     """
     _check_orders(orders, coords)
-    shown, cells = _plane(coords, plane)
+    drawn, cells = _drawn(coords, plane, shown)
     with style():
         figure, axes = _axes(orders, cells)
         for ax, found in zip(axes, orders.values(), strict=True):
-            place = found.inverse[shown]
+            place = found.inverse[drawn]
             _image(ax, cells, place.double().numpy(), cmap="viridis", alpha=0.45)
             walk = place.argsort()
             steps = torch.stack((cells[walk[:-1]], cells[walk[1:]]), 1).flip(-1).double()
@@ -53,7 +58,13 @@ def orders_figure(orders: Mapping[str, CurveOrder], coords: Tensor, *, plane: in
 
 
 def neighbourhood_figure(
-    pattern: DilatedPattern, orders: Mapping[str, CurveOrder], coords: Tensor, *, query: int, head: int | None = None
+    pattern: DilatedPattern,
+    orders: Mapping[str, CurveOrder],
+    coords: Tensor,
+    *,
+    query: int,
+    head: int | None = None,
+    shown: Tensor | None = None,
 ) -> Figure:
     """The keys of one token in each order, coloured by the first branch that shows them.
 
@@ -62,6 +73,7 @@ def neighbourhood_figure(
         orders, coords: as in `orders_figure`; in 3-D the plane through the token is drawn.
         query: the token, by its original index.
         head: key/value head; all of them by default.
+        shown: as in `orders_figure`; keys that are not drawn count in the title all the same.
 
     Raises:
         ValueError: as in `orders_figure`; a token or head out of range.
@@ -70,17 +82,18 @@ def neighbourhood_figure(
     check.check_index("query", query, len(coords))
     if head is not None:
         check.check_index("head", head, pattern.num_heads)
-    shown, cells = _plane(coords, None if coords.shape[1] == 2 else int(coords[query, 0]))
+    drawn, cells = _drawn(coords, None if coords.shape[1] == 2 else int(coords[query, 0]), shown)
     with style():
         figure, axes = _axes(orders, cells, legend=True)
+        shades = branch_colors(len(pattern.branches))
         for ax, (name, found) in zip(axes, orders.items(), strict=True):
             branch, count = first_branch(pattern, found, query, head)
-            colors = ListedColormap([FAINT, *(branch_color(i) for i in range(len(pattern.branches)))])
-            _image(ax, cells, (branch[shown] + 1).double().numpy(), cmap=colors, vmin=-0.5, vmax=colors.N - 0.5)
+            colors = ListedColormap([FAINT, *shades])
+            _image(ax, cells, (branch[drawn] + 1).double().numpy(), cmap=colors, vmin=-0.5, vmax=colors.N - 0.5)
             row, column = coords[query, -2:].tolist()
             ax.plot(column, row, marker="o", markersize=4, markerfacecolor="white", markeredgecolor=INK)
             ax.set_title(f"{name}: {count:,} keys")
-        handles = [Patch(facecolor=branch_color(i), label=branch_label(b)) for i, b in enumerate(pattern.branches)]
+        handles = [Patch(facecolor=c, label=branch_label(b)) for c, b in zip(shades, pattern.branches, strict=True)]
         figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     return figure
 
@@ -101,15 +114,25 @@ def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: i
 
 
 def heat_figure(
-    values: Mapping[str, Tensor], coords: Tensor, *, mark: int | None = None, plane: int | None = None
+    values: Mapping[str, Tensor],
+    coords: Tensor,
+    *,
+    labels: Mapping[str, str] | None = None,
+    mark: int | None = None,
+    plane: int | None = None,
+    shown: Tensor | None = None,
 ) -> Figure:
-    """Values over tokens, one picture per name; tokens without a value (nan) stay grey.
+    """Values over tokens, three pictures a row, with colour bars; tokens without a value (nan) stay grey.
+
+    A scale is logarithmic, over at most four decades, if its values are positive and span more than two.
 
     Args:
-        values: float `(N,)` in original order, by title, each with its own scale; or `(N, 3)` colours in [0, 1].
+        values: float `(N,)` in original order, by title; or `(N, 3)` colours in [0, 1].
         coords: int `(N, 2)` or `(N, 3)`.
+        labels: of the colour bars, by title; maps of one label share one bar. The title by default.
         mark: a token to circle, by original index.
         plane: as in `orders_figure`; the marked token's by default.
+        shown: as in `orders_figure`.
 
     Raises:
         ValueError: nothing to draw, values or coords of another shape, a token out of range.
@@ -123,16 +146,38 @@ def heat_figure(
         check.check_index("mark", mark, len(coords))
     if plane is None and mark is not None and coords.shape[1] == 3:
         plane = int(coords[mark, 0])
-    shown, cells = _plane(coords, plane)
+    drawn, cells = _drawn(coords, plane, shown)
+    groups: dict[str, list[str]] = {}  # the maps of one label
+    for name in (name for name, x in values.items() if x.dim() == 1):
+        groups.setdefault((labels or {}).get(name, name), []).append(name)
     with style():
-        figure, axes = _axes(values, cells)
-        for ax, x in zip(axes, values.values(), strict=True):
-            _image(ax, cells, torch.full((len(shown),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
-            _image(ax, cells, x[shown].detach().double().numpy(), cmap="inferno")
-            if mark is not None:
-                row, column = coords[mark, -2:].tolist()
-                ax.plot(column, row, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#56b4e9")
+        figure, axes = _axes(values, cells, columns=3, bars=True)
+        at = dict(zip(values, axes, strict=True))
+        for name, x in values.items():
+            _image(at[name], cells, torch.full((len(drawn),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
+            if x.dim() == 2:
+                _image(at[name], cells, x[drawn].detach().double().numpy())
+        for label, names in groups.items():
+            maps = [np.asarray(values[name][drawn].detach().double().numpy()) for name in names]
+            scale = _scale(np.concatenate(maps))
+            images = [_image(at[name], cells, x, norm=scale, cmap="magma") for name, x in zip(names, maps, strict=True)]
+            bar = figure.colorbar(images[-1], ax=[at[name] for name in names], pad=0.02, label=label)
+            bar.ax.yaxis.set_major_formatter("{x:g}")
+        if mark is not None:
+            row, column = coords[mark, -2:].tolist()
+            for ax in axes:  # a ring around the neighbours, not over them
+                for color, width in (("white", 2.6), ("#0072b2", 1.2)):
+                    ax.plot(column, row, marker="o", markersize=17, mfc="none", markeredgecolor=color, mew=width)
     return figure
+
+
+def _scale(values: NDArray[np.float64]) -> Normalize:
+    """From colours to the values of all maps of one label."""
+    found = values[np.isfinite(values)]
+    low, high = (found.min(), found.max()) if len(found) else (0.0, 1.0)
+    if 0 < 100 * low < high:
+        return LogNorm(max(low, high / 1e4), high, clip=True)
+    return Normalize(low, high)
 
 
 def slide_figure(
@@ -203,34 +248,47 @@ def _check_orders(orders: Mapping[str, CurveOrder], coords: Tensor) -> None:
             raise ValueError(f"expected orders[{name!r}] of {len(coords)} tokens, got {len(found.order)}")
 
 
-def _plane(coords: Tensor, at: int | None) -> tuple[Tensor, Tensor]:
-    """The indices of the tokens in a plane, and their rows and columns."""
+def _drawn(coords: Tensor, plane: int | None, shown: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The indices of the tokens to draw, and their rows and columns."""
     if coords.dim() != 2 or coords.shape[1] not in (2, 3) or coords.is_floating_point() or len(coords) == 0:
         raise ValueError(
             f"expected coords of integers, shape (N, 2) or (N, 3), N >= 1, got {coords.dtype} {tuple(coords.shape)}"
         )
-    if coords.shape[1] == 2:
-        return torch.arange(len(coords)), coords
-    middle = int(coords[:, 0].double().median()) if at is None else at
-    shown = (coords[:, 0] == middle).nonzero().flatten()
-    if len(shown) == 0:
-        raise ValueError(f"expected a plane that holds tokens, got {middle}")
-    return shown, coords[shown, 1:]
+    if shown is None:
+        shown = torch.ones(len(coords), dtype=torch.bool)
+    elif shown.dtype != torch.bool or shown.shape != coords.shape[:1]:
+        raise ValueError(f"expected shown of bools, shape ({len(coords)},), got {shown.dtype} {tuple(shown.shape)}")
+    if coords.shape[1] == 3:
+        plane = int(coords[:, 0].double().median()) if plane is None else plane
+        if not bool((coords[:, 0] == plane).any()):
+            raise ValueError(f"expected a plane that holds tokens, got {plane}")
+        shown = shown & (coords[:, 0] == plane)
+    drawn = shown.nonzero().flatten()
+    if len(drawn) == 0:
+        raise ValueError("expected shown to hold tokens of the plane, got none")
+    return drawn, coords[drawn, -2:]
 
 
-def _axes(names: Collection[str], cells: Tensor, *, legend: bool = False) -> tuple[Figure, list[Axes]]:
-    count = len(names)
+def _axes(
+    names: Collection[str], cells: Tensor, *, legend: bool = False, columns: int = 4, bars: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one picture per name, in rows."""
+    columns = min(columns, len(names))
+    rows = ceil_div(len(names), columns)
     height, width = (cells.amax(0) - cells.amin(0) + 1).tolist()
     # Pictures 2.5 inches wide, with room for titles; long strips are narrower.
     tall = min(6.0, 2.5 * height / width)
-    figure = Figure(figsize=((tall * width / height + 0.15) * count, tall + 0.45 + 0.35 * legend), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, count)))
-    for ax, name in zip(axes, names, strict=True):
+    wide = tall * width / height + 0.15 + 0.35 * bars
+    figure = Figure(figsize=(wide * columns, (tall + 0.3) * rows + 0.15 + 0.35 * legend), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[len(names) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes, names, strict=False):
         ax.set(xticks=[], yticks=[], title=name)
-    return figure, axes
+    return figure, axes[: len(names)]
 
 
-def _image(ax: Axes, cells: Tensor, values: NDArray[Any], **how: Any) -> None:
+def _image(ax: Axes, cells: Tensor, values: NDArray[Any], **how: Any) -> AxesImage:
     low, high = cells.amin(0), cells.amax(0)
     rows, columns = (high - low + 1).tolist()
     picture = np.full((rows, columns, *values.shape[1:]), np.nan)
@@ -239,4 +297,4 @@ def _image(ax: Axes, cells: Tensor, values: NDArray[Any], **how: Any) -> None:
     extent = (int(low[1]) - 0.5, int(high[1]) + 0.5, int(high[0]) + 0.5, int(low[0]) - 0.5)
     if picture.ndim == 3:  # colours have no nan; missing tokens are white
         picture, how = np.nan_to_num(picture, nan=1.0), {}
-    ax.imshow(picture, interpolation="nearest", extent=extent, **how)
+    return ax.imshow(picture, interpolation="nearest", extent=extent, **how)

@@ -58,7 +58,7 @@ def main(
                 run = train(tiles, order, settings, seed, lambda: progress.advance(task))
                 rows[name]["losses"].append(run.loss)
                 rows[name]["seconds"].append(run.seconds)
-                rows[name]["baseline"].append(mean_of_neighbours(tiles, run.held_out))
+                rows[name]["baseline"].append(float(mean_of_neighbours(tiles, run.held_out)[run.held_out].mean()))
                 runs.setdefault(name, run)
     out.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -155,8 +155,8 @@ def train(
     return Run(float(errors[held_out].mean()), seconds, model, errors, held_out, history)
 
 
-def mean_of_neighbours(tiles: TileSet, held_out: Tensor) -> float:
-    """The loss of guessing the mean target of a tile's visible neighbours: what needs no model."""
+def mean_of_neighbours(tiles: TileSet, held_out: Tensor) -> Tensor:
+    """The errors of guessing the mean target of a tile's visible neighbours, as `Run.errors`: what needs no model."""
     from locality import neighbour_pairs
 
     first, second = neighbour_pairs(tiles.coords)
@@ -164,4 +164,4 @@ def mean_of_neighbours(tiles: TileSet, held_out: Tensor) -> float:
     sums = torch.zeros_like(tiles.targets).index_add_(0, first[seen], tiles.targets[second[seen]])
     counts = torch.bincount(first[seen], minlength=len(sums))[:, None]
     guess = sums / counts.clamp(min=1)
-    return float((guess - tiles.targets)[held_out].square().mean())
+    return (guess - tiles.targets).square().mean(1).masked_fill(~held_out, torch.nan)

@@ -24,6 +24,7 @@ class TileSet:
         targets: `(N, T)`, mean value of each channel and mean gradient along each axis, standardised.
         coords: int64 `(N, D)`, cell of each tile, rows before columns.
         shown: `(N, C)` in [0, 1], mean value, for pictures.
+        fragment: int64 `(N,)`, which picture a tile is from; 0 in a volume.
         grid: cells along each axis.
     """
 
@@ -32,6 +33,7 @@ class TileSet:
     targets: Tensor
     coords: Tensor
     shown: Tensor
+    fragment: Tensor
     grid: tuple[int, ...]
 
 
@@ -64,16 +66,17 @@ def brain() -> Tensor:
 
 def from_images(images: Sequence[Tensor], tile: int, name: str) -> TileSet:
     """Pictures `(H, W, 3)` as fragments on one slide, a tile of glass between them; dark tiles are left out."""
-    cut, cells, top = [], [], 0
-    for image in images:
+    cut, cells, fragments, top = [], [], [], 0
+    for number, image in enumerate(images):
         rows, columns = image.shape[0] // tile, image.shape[1] // tile
         if rows == 0 or columns == 0:
             raise ValueError(f"expected pictures of at least one tile of {tile} pixels, got {tuple(image.shape)}")
         kept = image[: rows * tile, : columns * tile].permute(2, 0, 1)
         cut.append(kept.unflatten(1, (rows, tile)).unflatten(3, (columns, tile)).permute(1, 3, 0, 2, 4).flatten(0, 1))
         cells.append(torch.cartesian_prod(torch.arange(rows) + top, torch.arange(columns)))
+        fragments.append(torch.full((rows * columns,), number))
         top += rows + 1
-    return _tile_set(name, torch.cat(cut), torch.cat(cells), BACKGROUND)
+    return _tile_set(name, torch.cat(cut), torch.cat(cells), torch.cat(fragments), BACKGROUND)
 
 
 def from_volume(volume: Tensor, tile: int, name: str) -> TileSet:
@@ -84,13 +87,14 @@ def from_volume(volume: Tensor, tile: int, name: str) -> TileSet:
     kept = volume[tuple(slice(n * tile) for n in sizes)]
     cubes = kept.unflatten(0, (sizes[0], tile)).unflatten(2, (sizes[1], tile)).unflatten(4, (sizes[2], tile))
     cubes = cubes.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).unsqueeze(1)
-    return _tile_set(name, cubes, torch.cartesian_prod(*(torch.arange(n) for n in sizes)), BRAIN)
+    cells = torch.cartesian_prod(*(torch.arange(n) for n in sizes))
+    return _tile_set(name, cubes, cells, torch.zeros(len(cells), dtype=torch.int64), BRAIN)
 
 
-def _tile_set(name: str, tiles: Tensor, cells: Tensor, background: float) -> TileSet:
-    """From tiles `(N, C, tile, ...)` and their cells."""
+def _tile_set(name: str, tiles: Tensor, cells: Tensor, fragment: Tensor, background: float) -> TileSet:
+    """From tiles `(N, C, tile, ...)`, their cells and their fragments."""
     held = tiles.flatten(1).mean(1) > background
-    tiles, cells = tiles[held], cells[held]
+    tiles, cells, fragment = tiles[held], cells[held], fragment[held]
     num_dims = cells.shape[1]
     pool = F.adaptive_avg_pool2d if num_dims == 2 else F.adaptive_avg_pool3d
     grey = tiles.mean(1)
@@ -99,7 +103,7 @@ def _tile_set(name: str, tiles: Tensor, cells: Tensor, background: float) -> Til
     targets = torch.stack((*shown.unbind(1), *gradients), 1)
     features = pool(tiles, 4).flatten(1)
     grid = tuple(int(n) + 1 for n in cells.amax(0))
-    return TileSet(name, _standard(features), _standard(targets), cells, shown, grid)
+    return TileSet(name, _standard(features), _standard(targets), cells, shown, fragment, grid)
 
 
 def _standard(x: Tensor) -> Tensor:

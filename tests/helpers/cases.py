@@ -58,6 +58,19 @@ class Case:
         return {name: relative_norm(got[name], want[name], scale=self.scales.get(name, 0.0)) for name in want}
 
 
+SHIFTS = (1, 2, 5, 8, 16, 24, 32, 64, 100, 300)
+
+
+@st.composite
+def shifted(draw: st.DrawFn, mode: str) -> Case:
+    """The same with a segment shift, half of the time one that branches of the pattern divide."""
+    case = draw(cases(mode))
+    lengths = case.options["segment_lengths"]
+    multiples = [w * m for w in lengths for m in (1, 3)]
+    case.options["segment_shift"] = draw(st.one_of(st.sampled_from(SHIFTS), st.sampled_from(multiples)))
+    return case
+
+
 @st.composite
 def cases(draw: st.DrawFn, mode: str) -> Case:
     """Calls of one mode; the other options are drawn too where they go together."""

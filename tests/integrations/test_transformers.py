@@ -343,8 +343,8 @@ class TestWhatIsRefused:
             longnet()(batch, attention_mask=attention_mask, use_cache=True)
 
     def test_unknown_arguments_of_longnet(self) -> None:
-        with pytest.raises(ValueError, match="inputs_embeds"):
-            longnet()(tokens(1, 10), inputs_embeds=torch.zeros(1, 10, 32))
+        with pytest.raises(ValueError, match="token_type_ids"):
+            longnet()(tokens(1, 10), token_type_ids=torch.zeros(1, 10))
         with pytest.raises(ValueError, match="multiple of nhead"):
             LongNetHFConfig(d_model=30, nhead=4)
 

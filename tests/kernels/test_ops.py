@@ -75,10 +75,14 @@ def test_opcheck_backward():
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 4}], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dropout_p": 0.2, "seed": 4}, {"segment_shift": 3}, {"segment_shift": 16, "segment_lengths": [8, 32]}],
+    ids=["plain", "dropout", "shift", "two parts"],
+)
 def test_compiles_without_a_graph_break(backend, options):
     def attend(q, k, v):
-        return dilated_attention_with_lse(q, k, v, is_causal=True, backend=backend, **PATTERN, **options)
+        return dilated_attention_with_lse(q, k, v, is_causal=True, backend=backend, **(PATTERN | options))
 
     q, k, v = qkv(2, 23, 4, 8, kv_heads=2)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -92,17 +96,19 @@ def test_compiles_without_a_graph_break(backend, options):
         torch.testing.assert_close(a, b)
 
 
-def test_compiles_with_dynamic_lengths():
+@pytest.mark.parametrize("shift", [0, 3, 16])
+def test_compiles_with_dynamic_lengths(shift):
     torch._dynamo.reset()
+    options = PATTERN | {"is_causal": True, "segment_shift": shift, "segment_lengths": [8, 20 if shift < 16 else 32]}
     compiled = torch.compile(
-        lambda q, k, v: dilated_attention(q, k, v, is_causal=True, **PATTERN),
+        lambda q, k, v: dilated_attention(q, k, v, **options),
         fullgraph=True,
         dynamic=True,
         backend="aot_eager",
     )
     for n in (17, 30, 61):
         q, k, v = qkv(1, n, 2, 8, grad=False)
-        torch.testing.assert_close(compiled(q, k, v), dilated_attention(q, k, v, is_causal=True, **PATTERN))
+        torch.testing.assert_close(compiled(q, k, v), dilated_attention(q, k, v, **options))
 
 
 def test_fake_tensors_have_the_real_shapes():

@@ -152,6 +152,20 @@ class TestMasks:
     def test_packed(self, changes):
         check(1, 47, 2, 16, (16, 40), (1, 3), layout={"cu_seqlens": torch.tensor([0, 17, 17, 18, 47])}, **changes)
 
+    @pytest.mark.parametrize("start", [5, 16, 61])
+    def test_packed_with_a_segment_shift(self, start):
+        """Every sequence starts at the same position, inside a segment or at its border."""
+        layout, at = {"cu_seqlens": torch.tensor([0, 17, 17, 18, 47])}, {"q_start": start, "k_start": start}
+        check(1, 47, 2, 16, (16, 40), (1, 3), layout=layout, seq_len=start + 47, **at, **CAUSAL, dropout_p=0.3)
+        check(1, 47, 4, 16, (4, 1000), (1, 2), kv_heads=2, layout=layout, seq_len=start + 47, **at)
+
+    def test_left_padding_with_a_segment_shift(self):
+        """What a shifted call of padded rows is: bits that hide rows whose positions are no longer negative."""
+        starts = torch.tensor([5, 30])
+        bits = torch.nn.functional.pad(torch.arange(37) >= starts[:, None], (21, 0))
+        layout = {"row_start": starts, "key_padding_mask": bits}
+        check(2, 37, 2, 16, (16, 40), (1, 3), q_start=21, k_start=21, seq_len=58, layout=layout, **CAUSAL)
+
 
 class TestPartialRanges:
     def test_decoding(self):

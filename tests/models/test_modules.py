@@ -30,6 +30,22 @@ class TestDilatedAttention:
         expected = dilated_attention(q, k, v, **PATTERN, **options, is_causal=True, key_padding_mask=mask)
         assert torch.equal(got, expected)
 
+    def test_takes_a_segment_shift(self) -> None:
+        q = torch.randn(2, 50, 4, 8)
+        for shift in (0, 5, 16, 80):
+            expected = dilated_attention(q, q, q, **PATTERN, segment_shift=shift, is_causal=True)
+            module = DilatedAttention(**PATTERN, segment_shift=shift)
+            assert torch.equal(module(q, q, q, True), expected)
+            assert ("segment_shift" in repr(module)) == bool(shift)
+        x = torch.randn(1, 50, 32, dtype=torch.float64)
+        torch.manual_seed(0)
+        plain = multihead()
+        shifted = multihead(segment_shift=7)
+        shifted.load_state_dict(plain.state_dict())
+        assert not torch.allclose(plain(x, x, x)[0], shifted(x, x, x)[0])
+        plain.attention.segment_shift = 7
+        assert torch.equal(plain(x, x, x)[0], shifted(x, x, x)[0])
+
     def test_dropout_in_training_only(self) -> None:
         module = DilatedAttention([50], [1], attention_dropout=0.5)
         q = torch.randn(1, 50, 4, 8)
@@ -56,6 +72,10 @@ class TestDilatedAttention:
             ({"offsets": "random"}, ValueError, "expected offsets to be one of .*got 'random'"),
             ({"attention_dropout": 1.0}, ValueError, r"expected attention_dropout in \[0, 1\), got 1.0"),
             ({"mixing_gradient": "none"}, ValueError, "expected mixing_gradient to be one of"),
+            ({"segment_shift": -1}, ValueError, "expected segment_shift to be at least 0, got -1"),
+            ({"segment_shift": "alternate"}, TypeError, "expected segment_shift to be an int"),
+            ({"segment_shift": 3, "padding": "zero_keys"}, ValueError, "expected segment_shift=0 with padding='zero_k"),
+            ({"segment_shift": 3, "head_groups": True}, ValueError, "and segment_shift=0 with head_groups=True"),
             ({"padding": "zeros"}, ValueError, "expected padding to be one of"),
             ({"scale": "a"}, TypeError, "expected scale to be a float, got str 'a'"),
             ({"backend": "cuda"}, ValueError, "expected backend to be one of"),

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -21,6 +23,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -121,3 +124,64 @@ def test_problems_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "unknown key 'more'",
         "expected rows, each with its 'case'",
     ]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_pairs_of_keys_taken_once(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`patterns.py` counts them by residues; here each query's keys are put into a set."""
+    patterns = load("patterns", monkeypatch)
+    line = patterns.Line("nested", (16, 32, 64), (1, 2, 4), 128, heads, 16, False)
+    sets = (set().union(*line.pattern.keys_of(i, h, 128)) for h in range(heads) for i in range(128))
+    assert line.distinct() == sum(map(len, sets)) < line.pairs()
+
+
+def test_the_gpu_chart_says_what_its_result_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = load("gpu", monkeypatch)
+    kept = ROOT / "benchmarks" / "results" / "gpu_NVIDIA_H200.json"
+    figure = gpu.picture(json.loads(kept.read_text(encoding="utf-8")))
+    title = figure.get_suptitle()
+    assert all(words in title for words in ("NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "cuDNN 9.19", "2026-11-28"))
+    said = [text.get_text() for text in figure.axes[0].texts]
+    rows = [r for r in json.loads(kept.read_text())["rows"] if r["case"].endswith("N=1M")]
+    ratios = {who: [f"{r['ratio']:.0%}" for r in rows if r["who"] == who] for who in ("auto", "sdpa")}
+    assert said == ratios["auto"] + ratios["sdpa"] and len(said) == 16
+    names = [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
+    assert "triton" in names and "auto" not in " ".join(names)
+    (tmp_path / "x.json").write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
+    assert gpu.redraw(tmp_path / "x.json").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "y.json").write_text('{"benchmark": "cpu"}', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"expected a result of benchmarks/gpu\.py, got one of 'cpu'"):
+        gpu.redraw(tmp_path / "y.json")
+
+
+def test_the_committed_chart_is_drawn_from_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    results = ROOT / "benchmarks" / "results"
+    charts = list(results.glob("gpu_*.png"))
+    assert charts
+    for chart in charts:
+        outcome = json.loads(chart.with_suffix(".json").read_text(encoding="utf-8"))
+        figure = load("gpu", monkeypatch).picture(outcome)
+        figure.set_dpi(150)
+        canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+        canvas.draw()
+        drawn, kept = np.asarray(canvas.buffer_rgba())[..., :3] / 255, image.imread(chart)[..., :3]
+        # Another matplotlib may move a label by a pixel; another number moves a bar.
+        assert drawn.shape == kept.shape and np.abs(drawn - kept).mean() < 1e-3
+
+
+def test_an_interrupted_quality_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a planted line is where it is said to be, with its answer at the window's end."""
+    quality = load("quality", monkeypatch)
+    setup = quality.replace(quality.SMOKE, steps=3, width=16, step_bytes=512, contexts=(128,))
+    run, text = quality.Run("geometric+shift", 128, 0), torch.randint(97, 122, (4000,), dtype=torch.uint8)
+    whole, _ = quality.train(run, setup, text, tmp_path, float("inf"))
+    ticks = iter([0.0, 0.0, 1.0])  # the third step is past the deadline
+    monkeypatch.setattr(quality.time, "monotonic", lambda: next(ticks, 0.0))
+    assert quality.train(run, setup, text, tmp_path, 0.5) is None
+    again, _ = quality.train(run, setup, text, tmp_path, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    window = bytes(quality.batch(text, run, 0, setup)[0].tolist())
+    answer = window[-8:]
+    assert window.count(b"# key ") == 2 and window.count(b" = " + answer) == 2
+    assert quality.judge(again, run, text, setup)["retrieved"].keys() == {"128"}

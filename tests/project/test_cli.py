@@ -72,6 +72,12 @@ def test_train_again_finds_it_done_and_refuses_another_config(
     assert "got 'sede'" in fails(capsys, monkeypatch, *same, "--set", "sede=1")
 
 
+def test_a_terminal_is_not_steered_by_what_a_model_writes() -> None:
+    from dilated_attention_pytorch.cli.generate import printable
+
+    assert printable("a\tb\n\x1b[2J\r\x07é漢") == "a\tb\n\\x1b[2J\\r\\x07é漢"
+
+
 def test_generate(
     trained: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +134,34 @@ def test_plan_counts_what_the_pattern_counts() -> None:
     assert no_branch["neighbours"]["branches"][0] == {"branch": 0, "count": 0, "first": None, "last": None, "step": 1}
 
 
+def test_plan_leads_with_reach_and_says_where_it_ends() -> None:
+    options = ("plan", "-n", "1000", "-w", "64,256", "-r", "1,4", "--heads", "3", "--layers", "2")
+    pattern = DilatedPattern((64, 256), (1, 4), 3)
+    found = json.loads(call(*options, "--json"))["reach"]
+    assert found == {"layers": 2, "segment_shift": "0"} | pattern.reach(2, 1000)._asdict()
+    shown = call(*options)
+    assert shown.startswith("reach at 1,000 positions, 2 layers")
+    assert "The context of 1,000 positions is longer than what can reach it" in shown and "--suggest 1000" in shown
+    for more in (("--shift", "alternate", "--layers", "8"), ("-w", "64,1024")):
+        reached = call(*options, *more)
+        assert "longer than what can reach it" not in reached, reached
+    assert "shifted by 0,128" in call(*options, "--shift", "0,128")
+
+
+def test_plan_suggests_patterns() -> None:
+    rows = json.loads(call("plan", "--suggest", "100000", "--heads", "4", "--layers", "6", "--json"))
+    assert {row["name"]: row["reach"]["out_of_reach"] == 0 for row in rows} == {
+        "geometric": True, "geometric, short": True, "the paper's, shifted": False, "the paper's": False,
+    }  # fmt: skip
+    for row in rows:
+        pattern = DilatedPattern(tuple(row["segment_lengths"]), tuple(row["dilation_rates"]), 4)
+        assert row["keys_per_query"] == pattern.pairs(100_000, is_causal=True) / 400_000
+        reach = pattern.reach(6, 100_000, segment_shift=row["segment_shift"] if row["segment_shift"] != "0" else 0)
+        assert row["reach"] == {"layers": 6, "segment_shift": row["segment_shift"]} | reach._asdict()
+    shown = call("plan", "--suggest", "100000", "--heads", "4")
+    assert "C: the paper's, shifted: -w 2048,4096,8192,16384,32768 -r 1,2,4,6,12 --shift alternate" in shown
+
+
 def test_plan_prints_the_bytes_of_a_ring() -> None:
     options = (
         "plan",
@@ -157,6 +191,14 @@ def test_show_writes_a_picture(what: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     assert f"wrote {path}" in call("show", what, "--out", path).replace("\n", "")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_of_show_names_the_formats_that_it_writes(tmp_path: Path) -> None:
+    help_text = call("show", "--help")
+    for ending in (".png", ".svg", ".pdf", ".html"):
+        assert ending in help_text
+        path = tmp_path / f"x{ending.upper()}"
+        assert "wrote" in call("show", "--out", path) and path.stat().st_size > 1000
 
 
 def test_bench_checks_and_times() -> None:
@@ -191,6 +233,9 @@ def test_info() -> None:
         (("plan", "--offsets", "odd"), "expected --offsets to be one of ['modulo', 'blocked'], got 'odd'"),
         (("plan", "--dtype", "int8"), "expected --dtype to be one of ['bf16', 'fp16', 'fp32'], got 'int8'"),
         (("plan", "-n", "8", "--query", "8"), "expected --query in [0, 8), got 8"),
+        (("plan", "--suggest", "0"), "expected --suggest to be at least 1, got 0"),
+        (("plan", "--shift", "half"), "expected --shift to be ints with commas between them, got 'half'"),
+        (("plan", "--shift", "1,2"), "expected --shift of one int per layer, 12, got 2"),
         (("plan", "--length", "0"), "expected --length to be at least 1, got 0"),
         (("show", "picture"), "expected WHAT to be one of ['pattern', 'neighbours', 'receptive', "),
         (("show", "pattern", "--grid", "4,4"), "expected no --grid with 'show pattern', got 4,4"),
@@ -200,7 +245,14 @@ def test_info() -> None:
         (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected --query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
         (("show", "neighbours", "--head", "9"), "expected --head in [0, 4), got 9"),
-        (("show", "pattern", "--out", "x.doc"), "expected path to end in a picture format"),
+        (("show", "pattern", "--out", "x.gif"), "expected --out to end in .png, .svg, .pdf or .html, got 'x.gif'"),
+        (("show", "receptive", "--out", "x.html"), "expected --out to end in .png, .svg or .pdf, got 'x.html'"),
+        (
+            ("show", "--head", "0", "--head", "1", "--out", "x.html"),
+            "expected one --head with an --out that ends in .html",
+        ),
+        (("show", "--out", "x.html", "-n", "16385"), "expected --length to be below 16385, got 16385"),
+        (("show", "--out", "x.html", "--heads", "129"), "expected --heads to be below 129, got 129"),
         (("bench", "--dtype", "int8"), "expected --dtype to be one of"),
         (("bench", "--device", "tpu"), "expected --device to be cpu, cuda or cuda:N, got 'tpu'"),
         (("train", "--out", "nowhere", "--device", "cuda:99"), "expected a --device of this machine"),

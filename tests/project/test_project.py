@@ -110,7 +110,7 @@ def test_figures_are_as_the_code_draws_them(tmp_path: Path) -> None:
         pytest.skip("needs the matplotlib of constraints.txt")
     drawn = load_figures().main(tmp_path)
     kept = ROOT / "docs" / "img"
-    assert sorted(p.name for p in drawn) == sorted(p.name for p in kept.glob("*.svg"))
+    assert sorted(p.name for p in drawn) == sorted(p.name for kind in ("svg", "html") for p in kept.glob(f"*.{kind}"))
     stale = [p.name for p in drawn if p.read_bytes() != (kept / p.name).read_bytes()]
     assert not stale, f"docs/img differs from what docs/figures.py draws: {stale}; run `make figures`"
 

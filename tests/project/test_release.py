@@ -56,7 +56,10 @@ class TestArchives:
         names = set(zipfile.ZipFile(wheel).namelist())
         info = f"{NAME}-{package.__version__}.dist-info/"
         source = {path.relative_to(ROOT).as_posix() for path in (ROOT / NAME).rglob("*.py")}
-        assert {name for name in names if not name.startswith(info)} == source | {f"{NAME}/py.typed"}
+        assert {name for name in names if not name.startswith(info)} == source | {
+            f"{NAME}/py.typed",
+            f"{NAME}/viz/page.html",
+        }
         assert f"{info}licenses/LICENSE" in names
 
     def test_metadata_is_valid(self, dist: Path) -> None:

@@ -122,12 +122,29 @@ def test_attention_map_is_a_distribution_over_the_keys(example: dict[str, Module
     order = curve_order("hilbert", tiles.coords)
     run = example["probe"].train(tiles, order, settings, 0)
     found = example["pictures"].attention_map(run.model, tiles, settings, order, 14, run.held_out)
-    shown = found.square().nan_to_num()
+    shown = found.nan_to_num()
     assert float(shown.sum()) == pytest.approx(1.0, abs=1e-5)
     place, keys = int(order.inverse[14]), set()
     for head in range(2):
         keys |= {int(order.order[m]) for part in settings.pattern.keys_of(place, head, 36) for m in part}
     assert set(shown.nonzero().flatten().tolist()) == keys
+
+
+def test_smoothed_values_are_means_of_those_nearby(example: dict[str, ModuleType]) -> None:
+    coords, values = grid_coords((40, 3)), torch.full((120,), torch.nan)
+    values[:60:7], values[60::7] = 2.0, 5.0
+    found = example["pictures"].smoothed(values, coords)
+    assert torch.allclose(found[:30], torch.tensor(2.0, dtype=torch.float64), atol=1e-3)  # ten cells from the others
+    assert torch.allclose(found[-30:], torch.tensor(5.0, dtype=torch.float64), atol=1e-3)
+    assert 2.1 < float(found[60]) < 4.9
+
+
+def test_fragments_are_the_pictures(example: dict[str, ModuleType]) -> None:
+    tiles = example["tiles"].from_images([picture(64, 64), picture(32, 80, 1)], 16, "test")
+    assert torch.equal(tiles.fragment, (tiles.coords[:, 0] > 4).long()) and tiles.fragment.bincount().tolist() == [
+        16,
+        10,
+    ]
 
 
 @pytest.mark.parametrize("data", ["images", "mni152"])

@@ -46,6 +46,20 @@ def test_every_rank_has_what_one_device_has(pool: Pool, first: int) -> None:
         assert max(errors.values()) <= TOLERANCE, (mode, world_size, errors, case)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(400, 440, BATCH))
+def test_segment_shift_is_that_of_one_device(pool: Pool, first: int) -> None:
+    cases = [drawn(number) for number in range(first, first + BATCH)]
+    for number, case in enumerate(cases):
+        case.pattern["segment_shift"] = (1, 5, 8, 16, 30, 33, 64, 100, 150, 200)[number % 10]
+    jobs = list(itertools.product(cases, (1, 2, 3, 4), MODES, (torch.float64,)))
+    results = pool.run("run_cases", jobs)
+    wanted = {case.seed: case.whole(backend="reference") for case in cases}
+    for i, (case, world_size, mode, _) in enumerate(jobs):
+        errors = case.errors([results[rank][i] for rank in range(world_size)], wanted[case.seed])
+        assert max(errors.values()) <= 1e-10, (mode, world_size, errors, case)
+
+
 def test_an_empty_batch_is_as_good_as_any(pool: Pool) -> None:
     for is_causal, remote_rows in itertools.product((False, True), ("keep", "refetch")):
         case = RingCase(24, 0, 2, 2, 4, SPREAD, is_causal=is_causal, options={"remote_rows": remote_rows})

@@ -31,6 +31,7 @@ PATTERNS: tuple[dict[str, Any], ...] = (
     {"segment_lengths": [7, 16, 64], "dilation_rates": [1, 3, 2]},
     {"segment_lengths": [4, 32, 200], "dilation_rates": [1, 2, 4], "offsets": "blocked"},
     {"segment_lengths": [5], "dilation_rates": [8]},
+    {"segment_lengths": [6, 30], "dilation_rates": [1, 2], "segment_shift": 11},
 )
 PLACES: tuple[dict[str, Any], ...] = (
     {"grid": (9, 7)},
@@ -47,8 +48,10 @@ def dense(
     order: CurveOrder, pattern: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition, in original order: branches along the curve, "later" in the original sequence."""
+    pattern = dict(pattern)
+    shift = pattern.pop("segment_shift", 0)
     branches = DilatedPattern(num_heads=k.shape[2], **pattern)
-    group, place = q.shape[2] // k.shape[2], order.inverse
+    group, place = q.shape[2] // k.shape[2], order.inverse + shift
     member = branches.membership(place).repeat_interleave(group, 1)
     count = torch.zeros(q.shape[2], len(place), len(place), dtype=q.dtype)
     for i, (length, _) in enumerate(branches.branches):

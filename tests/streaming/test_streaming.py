@@ -44,6 +44,8 @@ def test_equals_the_whole(masked: bool, data: st.DataObject) -> None:
         "offsets": draw(st.sampled_from(["modulo", "blocked"])),
         "is_causal": draw(st.booleans()),
     }
+    if draw(st.booleans()):
+        options["segment_shift"] = draw(st.sampled_from([1, 4, 8, 16, 30, 33, 64, 100, 250, 600]))
     heads, group, batch = (draw(st.sampled_from(x)) for x in ([1, 2, 3, 5], [1, 1, 2, 3], [1, 2]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     q, k, v = draw_qkv(n, heads, group, batch)

@@ -54,10 +54,12 @@ with join("cpu") as world:
 
 Job = tuple[TrainConfig, Path, int]
 PLAIN = replace(TINY, dropout=0.0, eval_every=6, eval_excerpts=0)
-# Shards of 32 and 31; dropped weights are a function of positions; two forwards accumulate.
+# Shards of 32 and 31; borders differ from layer to layer; dropped weights are a function of positions; two forwards
+# accumulate.
 UNEVEN = replace(
     PLAIN,
     context=63,
+    segment_shift="alternate",
     attention_dropout=0.2,
     gradient_checkpointing=True,
     micro_batch_size=2,

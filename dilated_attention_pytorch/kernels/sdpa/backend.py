@@ -227,7 +227,8 @@ def _parts(x: QKV, problem: Problem, masks: Masks) -> Iterator[BatchPart]:
         for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if start < stop:
                 rows = slice(start, stop)
-                yield BatchPart(problem.at(0, 0, stop - start), _ALL, rows, rows, i)
+                first = problem.q_start  # of every sequence: 0, or a segment shift
+                yield BatchPart(problem.at(first, first, first + stop - start), _ALL, rows, rows, i)
     elif masks.row_start is not None:
         for b, first in enumerate(masks.row_start.tolist()):
             # Positions count from the row's first real token; what lies before it is nobody's query or key.

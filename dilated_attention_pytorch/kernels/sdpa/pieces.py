@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dilated_attention_pytorch.core import zero_keys
-from dilated_attention_pytorch.core.pattern import Span
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core.spans import Span
 
 
 class SlotRows(NamedTuple):

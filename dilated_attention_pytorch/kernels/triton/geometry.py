@@ -125,7 +125,7 @@ def locate(
         count = stop - row_base
         per_segment = tl.maximum(tl.cdiv(tl.cdiv(tl.minimum(length, count), rate), TILE), 1)
         local = flat - begin
-        return sequence, head, local // per_segment, local % per_segment, row_base, 0, 0, count, count
+        return sequence, head, local // per_segment, local % per_segment, row_base, q_start, k_start, count, count
     else:
         # Tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
         tile = pid % num_tiles

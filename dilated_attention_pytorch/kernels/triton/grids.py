@@ -36,7 +36,7 @@ def grid_of(work: Work, branch: int, tile: int, *, by_keys: bool) -> Grid:
     batch, count = (work.x.k if by_keys else work.x.q).shape[:2]
     length, rate = segment_length(problem, branch), dilation_rate(problem, branch)
     if masks.cu_seqlens is not None:
-        return _packed_grid(masks.cu_seqlens, length, rate, tile, count)
+        return _packed_grid(masks.cu_seqlens, problem.q_start, length, rate, tile, count)
     start = problem.k_start if by_keys else problem.q_start
     if masks.row_start is not None:
         # Positions move down by row_start, to anywhere in [0, start]: the range may touch one segment more.
@@ -48,17 +48,24 @@ def grid_of(work: Work, branch: int, tile: int, *, by_keys: bool) -> Grid:
     return Grid(batch, num_segments, num_tiles, None, batch * num_segments * num_tiles)
 
 
-def _packed_grid(cu_seqlens: Tensor, length: int, rate: int, tile: int, total: int) -> Grid:
+def _packed_grid(cu_seqlens: Tensor, start: int, length: int, rate: int, tile: int, total: int) -> Grid:
     """Tiles of every sequence, counted on the device without waiting for it; the host only bounds their number."""
     lengths = cu_seqlens.diff()
     segment = lengths.clamp(1, length)
-    tiles = (
-        (lengths + segment - 1) // segment * ((segment + rate - 1) // rate + tile - 1).div(tile, rounding_mode="floor")
-    )
+    # Of sequences that start inside a segment (a segment shift) the first segment is cut.
+    segments = (lengths + segment - 1) // segment if start == 0 else _segments(lengths, start % length, length)
+    tiles = segments * ((segment + rate - 1) // rate + tile - 1).div(tile, rounding_mode="floor")
     num_sequences = lengths.numel()
     # A sequence of n has at most 2n / g segments (n >= g), each of at most g / (rate * tile) + 1 tiles.
-    bound = 2 * total // (rate * tile) + total // length + 2 * num_sequences + 1
+    # One that starts inside a segment has one segment more.
+    at_most = 2 if start == 0 else 3
+    bound = at_most * total // (rate * tile) + total // length + at_most * num_sequences + 1
     return Grid(num_sequences, 1, bound, tiles.cumsum(0).to(torch.int32), bound)
+
+
+def _segments(lengths: Tensor, inside: int, length: int) -> Tensor:
+    """How many segments sequences touch that start at this place of their first one."""
+    return (lengths + inside + length - 1) // length * (lengths > 0)
 
 
 def segment_length(problem: Problem, branch: int) -> int:

@@ -25,7 +25,7 @@ def why_not(x: QKV, problem: Problem) -> list[str]:
         reasons.append(f"it has no {str(dtype).removeprefix('torch.')}")
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
-    return reasons + _why_not_on(device, interpreting())
+    return reasons + why_not_on(device)
 
 
 def why_not_unasked(x: QKV) -> list[str]:
@@ -37,6 +37,11 @@ def why_not_unasked(x: QKV) -> list[str]:
 def interpreting() -> bool:
     """True if Triton runs its kernels in Python (TRITON_INTERPRET=1); read once, as Triton does."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "on", "true")
+
+
+def why_not_on(device: torch.device) -> list[str]:
+    """The reasons why no Triton kernel runs on a device; empty if they do."""
+    return list(_why_not_on(device, interpreting()))
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from dilated_attention_pytorch.core.validation import check_cu_seqlens_values
 from dilated_attention_pytorch.kernels.triton.support import interpreting
 from dilated_attention_pytorch.types import QKV, Masks
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 
 
 class Work(NamedTuple):
@@ -43,7 +43,7 @@ class Work(NamedTuple):
     @property
     def logit_scale(self) -> float:
         """What turns q . k into a logit in units of log2."""
-        return self.problem.scale * _LOG2E
+        return self.problem.scale * LOG2E
 
     @property
     def precision(self) -> str:

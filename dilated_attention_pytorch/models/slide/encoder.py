@@ -153,7 +153,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         Raises:
             FileNotFoundError: no such file, or no access to it.
             ImportError: `hf-hub:` without huggingface_hub.
-            ValueError: keys or shapes that are not the model's, every one of them named; a stored position table that
+            ValueError: keys or shapes that are not the model's, with the first of them; a stored position table that
                 is not the one computed here.
         """
         source = hub.local(source)

@@ -173,7 +173,9 @@ class HilbertMixin(_Ring):
             found = self.order
             index = torch.arange(len(found.order), device=found.order.device)
             if branch is not None:
-                index = causal_layout(found, self.config.segment_lengths[branch], self.config.dilation_rates[branch])
+                config = self.config
+                kind = config.segment_lengths[branch], config.dilation_rates[branch], config.segment_shift
+                index = causal_layout(found, *kind)
             # Places along the curve; as rows of the original sequence where those are what comes in.
             if self.takes_rows_along == "original":
                 index = found.order[index]
@@ -237,13 +239,14 @@ class HilbertRingAttention(HilbertMixin, RingDilatedAttention):
     takes_rows_along = "original"
 
 
-def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
+def causal_layout(order: CurveOrder, length: int, rate: int, shift: int = 0) -> Tensor:
     """Where a branch's rows stand so that later in the layout means later in the original sequence.
 
     Args:
         order: of the curve.
         length: w of the branch.
         rate: r of the branch.
+        shift: segment shift, along the curve.
 
     Returns:
         int64 `(N,)`, a permutation of places along the curve. It moves rows only within one segment and residue, and
@@ -251,7 +254,7 @@ def causal_layout(order: CurveOrder, length: int, rate: int) -> Tensor:
     """
     place = torch.arange(len(order.order), device=order.order.device)
     # Rows of one kind see one another, and nobody else.
-    kind = segment_and_residue(place, length, rate)
+    kind = segment_and_residue(place + shift, length, rate)
     # Both sides list kind after kind: the places of a kind in order, and its rows by original position.
     layout = torch.empty_like(place)
     layout[kind.argsort(stable=True)] = order.inverse[kind[order.inverse].argsort(stable=True)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import MODES, Case, cases
+from cases import MODES, Case, cases, shifted
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +23,7 @@ _TENSORS = ("q", "k", "v")
 _MASKS = ("key_padding_mask", "row_start", "cu_seqlens", "seed")
 _SEQUENCES = ("segment_lengths", "dilation_rates")
 _CHOICES = ("offsets", "mixing_gradient", "padding", "backend")
-_NUMBERS = ("scale", "dropout_p", "q_start", "k_start", "seq_len", "is_causal")
+_NUMBERS = ("scale", "dropout_p", "q_start", "k_start", "seq_len", "segment_shift", "is_causal")
 OPTIONS = (*_SEQUENCES, *_CHOICES, *_NUMBERS, *_MASKS)
 
 # The error that rounding may leave, as a multiple of the one that the reference makes in the same dtype.
@@ -105,7 +105,8 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 def attention_call(draw: st.DrawFn, function: Callable[..., Any]) -> Call:
     """A call of `dilated_attention` or of its sibling."""
-    case: Case = draw(cases(draw(st.sampled_from(MODES))))
+    mode = draw(st.sampled_from(MODES))
+    case: Case = draw(shifted(mode) if mode != "zero_keys" and draw(st.booleans()) else cases(mode))
     dtype = draw(st.sampled_from(FLOATS))
     tensors: list[Any] = [draw(strided(x.clamp(-3, 3))) for x in case.tensors(dtype)]
     options: dict[str, Any] = dict(case.options)

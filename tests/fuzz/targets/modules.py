@@ -108,7 +108,8 @@ def construction(cls: type, given: dict[str, Any], names: list[str], inputs: tup
 def _dilated(draw: st.DrawFn) -> Call:
     given = {
         **_BRANCHES, "scale": None, "offsets": "modulo", "attention_dropout": 0.1, "mixing_gradient": "exact",
-        "padding": "none", "backend": "auto", "head_groups": draw(st.sampled_from([None, True, False])),
+        "padding": "none", "segment_shift": 0, "backend": "auto",
+        "head_groups": draw(st.sampled_from([None, True, False])),
     }  # fmt: skip
     names = pick(draw, list(given))
     spoil(draw, given, names)
@@ -146,7 +147,8 @@ def _multihead(draw: st.DrawFn) -> Call:
         "embed_dim": 16, "num_heads": 4, "dropout": 0.1, "bias": True, **_BRANCHES, "num_kv_heads": None,
         "layer_norm": True, "layer_norm_eps": 1e-5, "gamma_init": 1.0, "rotary_base": 10_000.0, "scale_base": 512.0,
         "positions": draw(st.sampled_from([None, "rotary", "xpos"])), "scale": None, "offsets": "modulo",
-        "mixing_gradient": "exact", "padding": "none", "backend": "auto", "head_groups": None, "batch_first": True,
+        "mixing_gradient": "exact", "padding": "none", "segment_shift": 3, "backend": "auto", "head_groups": None,
+        "batch_first": True,
         "device": None, "dtype": None,
     }  # fmt: skip
     names = pick(draw, list(given))

@@ -80,7 +80,8 @@ def _streamed(draw: st.DrawFn) -> Call:
     k, v = (torch.randn(2, n, heads, 4, dtype=torch.float64).to(dtype) for _ in range(2))
     given: dict[str, Any] = {
         "q": draw(strided(q)), "k": draw(strided(k)), "v": draw(strided(v)), **_BRANCHES,
-        "is_causal": draw(st.booleans()), "scale": None, "offsets": "modulo", "key_padding_mask": None,
+        "is_causal": draw(st.booleans()), "scale": None, "offsets": "modulo",
+        "segment_shift": draw(st.sampled_from([0, 3, 16])), "key_padding_mask": None,
         "backend": "auto", "out": None, "device": None, "device_limit": None, "range_length": None, "pool": None,
         "progress": False, "dropout_p": 0.0, "row_start": None, "cu_seqlens": None, "mixing_gradient": "exact",
         "padding": "none",

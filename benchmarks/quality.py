@@ -1,0 +1,327 @@
+"""Whether a longer context helps, and which pattern makes use of it: byte models trained from scratch on source code.
+
+    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT] [--steps 250] [--out FOLDER]
+    python benchmarks/quality.py --folder /tmp/quality --smoke     # CPU, a minute: tiny models, nothing to conclude
+
+Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 262,144 of them, as windows of
+one context. The text is the installed packages' Python files in the order of their paths, one package after another;
+packages drawn by their name's hash are for validation alone, and all runs are judged on the same bytes of them.
+
+Reported per run: validation bits per byte, overall and by position in the context; and retrieval: a line
+`# key NAME = VALUE` is planted in each training window and asked for at its end, and the share of validation windows
+whose eight digits are all likeliest is reported by the distance of the line. Tokens per second and memory too.
+
+A call works until `--seconds` have passed, and the next one goes on: finished runs are kept as JSON in the folder, one
+that was interrupted from its last checkpoint. The results of all finished runs go into one JSON and one chart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import sysconfig
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch import DilatedPattern, LongNetLM, dilated_attention
+from dilated_attention_pytorch.core.files import replace_file, replace_text
+
+ATTENTIONS = ("dense", "fixed", "fixed+shift", "geometric", "geometric+shift")
+FIXED = ((1024, 4096, 16384), (1, 4, 16))
+DIGITS = 8  # of a planted value
+SAID = "the op at 2,000 positions against the reference in fp64, within 2% in the models' precision; losses are finite"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs share."""
+
+    width: int = 512
+    layers: int = 8
+    heads: int = 8
+    step_bytes: int = 1 << 18
+    steps: int = 250
+    learning_rate: float = 1e-3
+    contexts: tuple[int, ...] = (2048, 8192, 32_768, 131_072)
+    longest_dense: int = 32_768
+    shortest_segment: int = 1024
+    validation_bytes: int = 1 << 21
+    corpus_bytes: int = 150 << 20
+    probes: int = 32  # validation windows per distance
+    device: str = "cuda"
+
+
+SMOKE = Setup(32, 2, 2, 2048, 6, 3e-3, (256, 1024), 1024, 64, 4096, 1 << 20, 2, "cpu")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model."""
+
+    attention: str
+    context: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the folder and in the table."""
+        return f"{self.attention}-{self.context}-seed{self.seed}"
+
+    def model(self, setup: Setup) -> LongNetLM:
+        """The model at its start."""
+        if self.attention == "dense":
+            lengths, rates = (self.context,), (1,)
+        elif self.attention.startswith("fixed"):
+            lengths, rates = FIXED
+        else:
+            pattern = DilatedPattern.geometric(self.context, setup.shortest_segment, num_heads=setup.heads)
+            lengths, rates = pattern.segment_lengths, pattern.dilation_rates
+        torch.manual_seed(self.seed)
+        return LongNetLM(
+            vocab_size=256, d_model=setup.width, nhead=setup.heads, num_decoder_layers=setup.layers,
+            dim_feedforward=4 * setup.width, segment_lengths=lengths, dilation_rates=rates, activation="gelu",
+            segment_shift="alternate" if self.attention.endswith("shift") else 0, device=setup.device,
+        )  # fmt: skip
+
+
+def runs(setup: Setup, seeds: int) -> Iterator[Run]:
+    """All runs: one seed of everything first."""
+    for seed in range(seeds):
+        for context in setup.contexts:
+            for attention in ATTENTIONS:
+                if attention != "dense" or context <= setup.longest_dense:
+                    yield Run(attention, context, seed)
+
+
+def corpus(setup: Setup) -> tuple[Tensor, Tensor, str]:
+    """Training and validation bytes, uint8, and what identifies them."""
+    train, validation = bytearray(), bytearray()
+    paths = sysconfig.get_paths()
+    for root in (Path(paths["stdlib"]), Path(paths["purelib"])):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if {"site-packages", "dist-packages"} & set(parts):  # the other root, within the standard library's folder
+                continue
+            held_back = zlib.crc32(parts[0].encode()) % 16 == 0
+            target, most = (validation, setup.validation_bytes) if held_back else (train, setup.corpus_bytes)
+            if len(target) < most:
+                target += path.read_bytes() + b"\n"
+    if len(validation) < setup.validation_bytes or len(train) <= max(setup.contexts):
+        raise SystemExit(f"expected more text than {len(train):,} and {len(validation):,} bytes: install more packages")
+    kept = [bytes(train), bytes(validation[: setup.validation_bytes])]
+    name = hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in kept)).hexdigest()[:16]
+    return *(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in kept), name
+
+
+def plant(window: Tensor, distance: int, generator: torch.Generator) -> None:
+    """Writes a key line `distance` bytes before the end of a window, and the question and its answer at the end."""
+    name, value = (f"{int(torch.randint(1 << 30, (), generator=generator)):08x}" for _ in range(2))
+    line, question = f"\n# key {name} = {value}\n".encode(), f"\n# key {name} = {value}".encode()
+    start = len(window) - distance
+    window[start : start + len(line)] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
+    window[len(window) - len(question) :] = torch.frombuffer(bytearray(question), dtype=torch.uint8)
+
+
+def batch(text: Tensor, run: Run, step: int, setup: Setup) -> Tensor:
+    """The windows of one step, int64 `(B, context + 1)`: the same places for every attention."""
+    generator = torch.Generator().manual_seed(1_000_003 * run.seed + step)
+    count = max(1, setup.step_bytes // run.context)
+    starts = torch.randint(len(text) - run.context - 1, (count,), generator=generator).tolist()
+    windows = torch.stack([text[start : start + run.context + 1] for start in starts])
+    for window in windows:
+        # Distances are even on a logarithmic scale, from 64 bytes to all of the window.
+        span = math.log(run.context / 64)
+        plant(window, int(64 * math.exp(span * float(torch.rand((), generator=generator)))), generator)
+    return windows.long().to(setup.device)
+
+
+def losses(model: LongNetLM, windows: Tensor) -> Tensor:
+    """Nats of each byte, fp32 `(B, context)`; logits of long sequences exist a piece at a time."""
+    with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.is_cuda):
+        hidden = model.hidden(windows[:, :-1])
+        found = []
+        for part, targets in zip(hidden.split(16_384, 1), windows[:, 1:].split(16_384, 1), strict=True):
+            logits = model.logits(part).float()
+            found.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
+    return torch.cat(found, 1)
+
+
+def train(run: Run, setup: Setup, text: Tensor, folder: Path, deadline: float) -> tuple[LongNetLM, float] | None:
+    """The trained model and its bytes per second; None where the time ran out, with a checkpoint left behind."""
+    model = run.model(setup).train()
+    optimizer = torch.optim.AdamW(model.parameters(), setup.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    checkpoint, first, seconds = folder / f"{run.name}.pt", 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=setup.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds = state["step"], state["seconds"]
+    for step in range(first, setup.steps):
+        if time.monotonic() > deadline:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            replace_file(checkpoint, lambda at, s={**state, "step": step, "seconds": seconds}: torch.save(s, at))
+            return None
+        start = time.perf_counter()
+        warmup = max(1, setup.steps // 20)
+        progress = min(1.0, max(0.0, (step - warmup) / max(1, setup.steps - warmup)))
+        rate = setup.learning_rate * min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = losses(model, batch(text, run, step, setup)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 0 or step == setup.steps - 1:
+            value = float(loss.detach())
+            common.refuse([] if math.isfinite(value) else [f"{run.name}: the loss at step {step} is {value}"])
+            print(f"  {run.name} step {step} bits per byte {value / math.log(2):.3f}", flush=True)
+        seconds += time.perf_counter() - start
+    checkpoint.unlink(missing_ok=True)
+    return model, setup.steps * max(run.context, setup.step_bytes) / seconds
+
+
+@torch.inference_mode()
+def judge(model: LongNetLM, run: Run, text: Tensor, setup: Setup) -> dict[str, Any]:
+    """Bits per byte overall and by position, and retrieval by distance, on validation text."""
+    model.eval()
+    total = torch.zeros(run.context, dtype=torch.float64)
+    windows = text[: len(text) // run.context * run.context].view(-1, run.context)
+    # Every byte is judged once: the first of a window follows the last one of the window before.
+    before = torch.cat((text[:1], windows[:-1, -1]))[:, None]
+    windows = torch.cat((before, windows), 1).long()
+    count = max(1, setup.step_bytes // run.context)
+    for part in windows.split(count):
+        total += losses(model, part.to(setup.device)).double().sum(0).cpu()
+    bits = total / len(windows) / math.log(2)
+    edges = [0, *(1 << k for k in range(8, run.context.bit_length()))]
+    by_position = {f"{a}-{b}": float(bits[a:b].mean()) for a, b in itertools.pairwise(edges)}
+    generator = torch.Generator().manual_seed(7)
+    retrieved = {}
+    distance = 128
+    while distance <= run.context:
+        planted = []
+        for _ in range(setup.probes):
+            start = int(torch.randint(len(text) - run.context - 1, (), generator=generator))
+            planted.append(text[start : start + run.context + 1].clone())
+            plant(planted[-1], distance, generator)
+        right = 0
+        for part in torch.stack(planted).long().split(count):
+            with torch.autocast(setup.device, torch.bfloat16, enabled=setup.device == "cuda"):
+                hidden = model.hidden(part[:, :-1].to(setup.device))[:, -DIGITS:]
+                guessed = model.logits(hidden).argmax(-1).cpu()
+            right += int((guessed == part[:, -DIGITS:]).all(1).sum())
+        retrieved[str(distance)] = right / setup.probes
+        distance *= 4
+    return {"bits_per_byte": float(bits.mean()), "by_position": by_position, "retrieved": retrieved}
+
+
+def failures(setup: Setup) -> list[str]:
+    """The op in the models' precision against the reference in fp64."""
+    dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2000, setup.heads, 64, generator=generator).to(setup.device, dtype) for _ in range(3))
+    options: dict[str, Any] = {"segment_lengths": FIXED[0], "dilation_rates": FIXED[1], "is_causal": True}
+    got = dilated_attention(q, k, v, **options).double()
+    want = dilated_attention(q.double(), k.double(), v.double(), backend="reference", **options)
+    error = float((got - want).norm() / want.norm())
+    return [f"the op differs from fp64 by {error:.1e}"] if not error < 0.02 else []
+
+
+def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bits per byte by position in the longest context, and by context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(ATTENTIONS, ("#999999", "#e69f00", "#d55e00", "#0072b2", "#009e73"), strict=True))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    longest = max(row["context"] for row in rows)
+    for attention, colour in colours.items():
+        mine = [row for row in rows if row["attention"] == attention]
+        for row in mine:
+            if row["context"] == longest or (attention == "dense" and row is max(mine, key=lambda r: r["context"])):
+                ends = [int(name.split("-")[1]) for name in row["by_position"]]
+                axes[0].semilogx(ends, list(row["by_position"].values()), "o-", color=colour, markersize=3)
+                distances = [int(name) for name in row["retrieved"]]
+                axes[1].semilogx(distances, list(row["retrieved"].values()), "o-", color=colour, markersize=3)
+        contexts = sorted({row["context"] for row in mine})
+        means = [[r["bits_per_byte"] for r in mine if r["context"] == c] for c in contexts]
+        axes[2].semilogx(contexts, [sum(x) / len(x) for x in means], "o-", color=colour, label=attention)
+    axes[0].set(
+        xlabel="position in the context, up to", ylabel="validation bits per byte", title=f"context {longest:,}"
+    )
+    axes[1].set(xlabel="distance of the planted line", ylabel="share retrieved", ylim=(-0.03, 1.03), title="retrieval")
+    axes[2].set(xlabel="context", ylabel="validation bits per byte", title="all positions")
+    axes[2].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="of runs, finished and interrupted")
+    parser.add_argument("--out", type=Path, help="folder for the JSON and the chart")
+    parser.add_argument("--only", default="", help="runs whose name holds this text")
+    parser.add_argument("--seconds", type=float, default=500.0, help="stop training after so long")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="of each run; 250 by default")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
+    arguments = parser.parse_args()
+    setup = SMOKE if arguments.smoke else Setup()
+    setup = replace(setup, steps=arguments.steps or setup.steps)
+    deadline = time.monotonic() + arguments.seconds
+    common.refuse(failures(setup))
+    common.announce()
+    training, validation, name = corpus(setup)
+    shared = json.dumps({**asdict(setup), "corpus": name}, sort_keys=True)
+    print(f"{len(training):,} bytes to train on, {len(validation):,} for validation, fingerprint {name}")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    marker = arguments.folder / "setup.json"
+    if marker.exists() and marker.read_text(encoding="utf-8") != shared:
+        raise SystemExit(f"expected a folder of runs with these settings and this text, got another's: {marker}")
+    replace_text(marker, shared)
+    missing = []
+    for run in runs(setup, arguments.seeds):
+        done = arguments.folder / f"{run.name}.json"
+        if done.exists() or arguments.only not in run.name:
+            continue
+        if time.monotonic() > deadline:
+            missing.append(run.name)
+            continue
+        if setup.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trained = train(run, setup, training, arguments.folder, deadline)
+        if trained is None:
+            missing.append(run.name)
+            continue
+        model, rate = trained
+        peak = torch.cuda.max_memory_allocated() / 2**30 if setup.device == "cuda" else 0.0
+        row = {"case": run.name, **asdict(run), **judge(model, run, validation, setup), "bytes_per_second": rate}
+        replace_text(done, json.dumps({**row, "peak_gib": peak, "steps": setup.steps}, indent=1) + "\n")
+        print(f"{run.name}: {row['bits_per_byte']:.3f} bits per byte, {rate:,.0f} bytes/s, {peak:.1f} GiB", flush=True)
+    finished = sorted(arguments.folder.glob("*-seed*.json"))
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in finished]
+    path = common.write(arguments.out, "quality", rows, check=SAID) if rows else None
+    if path is not None:
+        picture(rows, path.with_suffix(".png"), f"{setup.steps} steps of {setup.step_bytes:,} bytes, text {name}")
+    print(f"finished: {len(rows)}; not yet: {', '.join(missing) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Segment shift: what it means, by the rule itself; and that every backend computes it in every mode."""
+
+import itertools
+
+import pytest
+import torch
+from cases import MODES, shifted
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.core.shift import two_parts
+
+SHIFTED_MODES = [mode for mode in MODES if mode != "zero_keys"]
+LOWEST = -float("inf")
+
+
+def by_definition(q, k, v, options):
+    """One softmax over every (branch, key) pair, by loops over docs/spec.md's sentences alone; B = 1."""
+    c, causal, cu = options["segment_shift"], options["is_causal"], options.get("cu_seqlens")
+    bounds = [0, q.shape[1]] if cu is None else cu.tolist()
+    first = options["row_start"][0].item() if "row_start" in options else 0
+    real = options.get("key_padding_mask", torch.ones(1, q.shape[1], dtype=torch.bool))[0]
+    out, lse = torch.zeros_like(q), torch.full((q.shape[2], q.shape[1]), LOWEST, dtype=q.dtype)
+    for start, stop in itertools.pairwise(bounds):
+        for h, n in itertools.product(range(q.shape[2]), range(start + first, stop)):
+            rows = []
+            for w, r in zip(options["segment_lengths"], options["dilation_rates"], strict=True):
+                for m in range(start + first, stop):
+                    # Positions count from the sequence's first real row, and from the shift.
+                    a, b = n - start - first + c, m - start - first + c
+                    kept = a % w % r == h % r == b % w % r and a // w == b // w
+                    if kept and (m <= n or not causal) and real[n] and real[m]:
+                        rows.append(m)
+            if rows:
+                logits = k[0, rows, h] @ q[0, n, h] * q.shape[3] ** -0.5
+                out[0, n, h], lse[h, n] = logits.softmax(0) @ v[0, rows, h], logits.logsumexp(0)
+    return out, lse[None]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("shift", [1, 4, 8, 12, 16, 29])
+@pytest.mark.parametrize("mode", ["whole", "masked", "left_padded", "packed"])
+def test_the_words_of_the_specification(mode, shift, backend, causal):
+    generator = torch.Generator().manual_seed(shift)
+    q, k, v = (torch.randn(1, 37, 2, 3, dtype=torch.float64, generator=generator) for _ in range(3))
+    options = {"segment_lengths": [4, 16], "dilation_rates": [1, 2], "segment_shift": shift, "is_causal": causal}
+    if mode in ("masked", "left_padded"):
+        options["key_padding_mask"] = torch.arange(37)[None] % 5 > 0
+    if mode == "left_padded":
+        options["row_start"] = torch.tensor([6])
+    if mode == "packed":
+        options["cu_seqlens"] = torch.tensor([0, 9, 9, 30, 37])
+    want = by_definition(q, k, v, options)
+    packed = mode == "packed"
+    found = dilated_attention_with_lse(*(x[0] if packed else x for x in (q, k, v)), backend=backend, **options)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got[None] if packed else got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", SHIFTED_MODES)
+@settings(max_examples=120, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_equals_the_reference(mode, data):
+    case = data.draw(shifted(mode))
+    want = case.run("reference")
+    errors = case.errors(case.run("sdpa"), want)
+    assert max(errors.values()) <= 1e-10, errors
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_a_shift_is_a_range_that_starts_there(data):
+    case = data.draw(shifted(data.draw(st.sampled_from(["whole", "partial", "dropout"]))))
+    if {"row_start", "cu_seqlens"} & case.options.keys():
+        return
+    c, n = case.options["segment_shift"], case.options.get("seq_len", case.q_shape[1])
+    moved = {name: x for name, x in case.options.items() if name != "segment_shift"}
+    moved |= {name: case.options.get(name, 0) + c for name in ("q_start", "k_start")} | {"seq_len": n + c}
+    if "key_padding_mask" in moved:
+        moved["key_padding_mask"] = torch.nn.functional.pad(moved["key_padding_mask"], (c, 0))
+    want = case.run("reference")
+    case.options = moved
+    errors = case.errors(case.run("reference"), want)
+    assert max(errors.values()) == 0.0, errors
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    branches=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4, 8, 16, 12, 64]), st.sampled_from([1, 2, 3, 4, 8])), min_size=1, max_size=3
+    ),
+    shift=st.integers(1, 150),
+)
+def test_two_plain_parts_show_the_same_keys(branches, shift):
+    """Where a shifted sequence is said to fall into two, keys of every query are those of two plain sequences."""
+    border = two_parts(branches, shift)
+    if border is None:
+        return
+    n = 90
+
+    def kinds(start, count, w, r):
+        return [((p // w), p % w % r) for p in range(start, start + count)]
+
+    for w, r in branches:
+        moved = kinds(shift, n, w, r)
+        cut = min(border, n) or n
+        first, second = kinds(0, cut, w, r), kinds(0, n - cut, w, r)
+        for i, j in itertools.product(range(n), range(n)):
+            together = moved[i] == moved[j] and moved[i][1] == moved[j][1]
+            if (i < cut) != (j < cut):
+                assert not together
+            elif i < cut:
+                assert together == (first[i] == first[j]) and first[i][1] == moved[i][1]
+            else:
+                assert together == (second[i - cut] == second[j - cut]) and second[i - cut][1] == moved[i][1]
+
+
+@pytest.mark.parametrize("shift", [16, 32, 48, 64, 192])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_packed_call_in_two_parts(shift, causal):
+    """w = 8, 16, 64 with a multiple of 16: the bits of packed sequences, cut at the first border of the largest."""
+    options = {"segment_lengths": [8, 16, 64], "dilation_rates": [1, 2, 8], "is_causal": causal}
+    q, k, v = (torch.randn(1, 200, 8, 4, dtype=torch.float64) for _ in range(3))
+    border = -shift % 64
+    bounds = torch.tensor([0, border, 200] if border else [0, 200])
+    packed = dilated_attention(q[0], k[0], v[0], cu_seqlens=bounds, **options)
+    assert torch.equal(dilated_attention(q, k, v, segment_shift=shift, **options)[0], packed)
+    assert two_parts([(8, 1), (16, 2), (64, 8)], 5) is two_parts([(8, 1), (16, 2), (64, 8)], 8) is None
+
+
+def test_bad_shifts():
+    q = torch.randn(1, 8, 1, 4)
+    pattern = {"segment_lengths": [4], "dilation_rates": [1]}
+    for shift, error, message in (
+        (-1, ValueError, "segment_shift to be at least 0"),
+        (2**63 - 4, ValueError, "every position below 2"),
+        (1.0, TypeError, "segment_shift to be an int"),
+        ("alternate", TypeError, "segment_shift to be an int"),
+        (True, TypeError, "segment_shift to be an int"),
+        (torch.tensor(1), TypeError, "segment_shift to be an int"),
+    ):
+        with pytest.raises(error, match=message):
+            dilated_attention(q, q, q, segment_shift=shift, **pattern)
+    with pytest.raises(ValueError, match="expected segment_shift=0 with padding='zero_keys'"):
+        dilated_attention(q, q, q, segment_shift=1, padding="zero_keys", **pattern)
