@@ -67,6 +67,8 @@ def embed(
         raise ValueError(f"expected --format h5, pt or npz with --tiles, got {format_}")
     if device is not None:
         options.check_device(device)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"expected --out to be another folder than that of the feature files, got {out}")
     paths = find_slides(folder)
     shape: dict[str, Any] = {} if global_pool is None else {"global_pool": global_pool}
     with join(device) as world, ExitStack() as held:
@@ -141,7 +143,7 @@ class _Report:
         """Print what came of the run."""
         said = Counter(one.said for one in everything if one.said)
         for words, count in said.most_common():
-            console.print(f"coordinates of {count:,} slides: {words}", soft_wrap=True)
+            console.print(f"{count:,} slides: {words}", soft_wrap=True)
         there = sum(one.was_there for one in everything)
         new = len(everything) - there - len(failed)
         doubtful = sum(bool(one.doubts) for one in everything)

@@ -93,6 +93,7 @@ class TestLayouts:
         write.stamp(tmp_path / "a.h5", self.x, self.at)
         slide = SlideReader.of(encoder.config).read(tmp_path / "a.h5")
         assert not slide.doubts and slide.tiles.dtype == torch.float16
+        assert slide.said == "STAMP: micrometres; divided by 113.12; features in float16"
         assert_official(encoder, slide, self.x.astype(np.float16).astype(np.float32), self.at)
         assert (np.floor((self.at * 113.12).astype(np.float32).astype(float) / 113.12) != self.at).any()
 

@@ -68,7 +68,7 @@ def test_a_file_per_slide(made: tuple[Path, Path, SlideEncoder], tmp_path: Path,
     folder, _, encoder = made
     printed = embed(made, tmp_path, "--format", form, "--layers", "0,2", "--tiles", "--batch-tokens", "200")
     assert "6 slides written" in printed and "0 have no result" in printed
-    assert "coordinates of 6 slides: TRIDENT: 256 pixels at 20x, level 0 at 40x; divided by 512" in printed
+    assert "6 slides: TRIDENT: 256 pixels at 20x, level 0 at 40x; divided by 512" in printed
     reader = SlideReader.of(encoder.config)
     for path in find_slides(folder):
         slide, found = reader.read(path), arrays(tmp_path / f"{path.stem}.{form}")
@@ -155,6 +155,8 @@ def test_mistakes(
     ):
         assert message in fails(capsys, monkeypatch, *same, *more)
         assert not (tmp_path / "out").exists()
+    message = fails(capsys, monkeypatch, *same, "--out", made[0])
+    assert "expected --out to be another folder than that of the feature files" in message
     assert "expected a folder of feature files, got" in fails(
         capsys, monkeypatch, "slide", "embed", tmp_path / "none", "--checkpoint", made[1], "--out", tmp_path / "out"
     )

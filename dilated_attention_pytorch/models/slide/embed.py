@@ -243,7 +243,7 @@ class SlideEmbedder:
         count = slide.tiles.shape[1]
         if not all(bool(x.isfinite().all()) for x in (pooled, layers)):
             return Outcome(slide.name, count, f"expected a finite embedding, got NaN or inf in {self.options.dtype}")
-        about = {"slide": slide.name, "num_tiles": count, "tile_size": slide.tile_size, "coordinates": slide.said}
+        about = {"slide": slide.name, "num_tiles": count, "tile_size": slide.tile_size, "read_as": slide.said}
         corners = None if tiles is None else slide.corners
         try:
             self.folder.write(slide.name, Embedding(pooled, layers, tiles, corners, about))

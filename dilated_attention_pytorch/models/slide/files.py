@@ -39,7 +39,7 @@ class Slide(NamedTuple):
         corners: `(L, 2)`, x and y as the file has them, in most of them pixels of level 0.
         tile_size: side of a tile in the unit of `corners`.
         name: of the slide.
-        said: what was done with the coordinates.
+        said: what was done with the coordinates, and the features' dtype where it is not fp32.
         doubts: what looks wrong and was taken nevertheless, a line each.
     """
 
@@ -153,6 +153,8 @@ class SlideReader:
             raise ValueError("expected nothing doubtful, got: " + "; ".join(found))
         unit = spacing.size if self.grid == "tile" else spacing.stride
         said = f"{spacing.words}; divided by {unit:g}"
+        if features.dtype != torch.float32:
+            said += f"; features in {str(features.dtype).removeprefix('torch.')}"
         coords = torch.from_numpy(at * self.tile_size)[None]
         return Slide(features[None], coords, torch.from_numpy(corners), spacing.size, path.stem, said, tuple(found))
 
