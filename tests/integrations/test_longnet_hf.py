@@ -404,6 +404,7 @@ class TestTrainer:
             assert (got - results[0]).norm() < 0.05 * (results[0] - start).norm()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT 0.21 asks for it
 class TestAdapters:
     @pytest.mark.parametrize("kind", AUTO)
     def test_lora_on_every_linear(self, kind: Any) -> None:
