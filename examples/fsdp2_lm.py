@@ -12,13 +12,13 @@ import argparse
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from text import VOCABULARY, Excerpts, standard_library
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dilated_attention_pytorch import LongNetLM
+from dilated_attention_pytorch.training.distributed import World, join
 
 
 def main() -> None:
@@ -26,14 +26,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--context", type=int, default=2048)
     options = parser.parse_args()
-    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    mesh = init_device_mesh(device.type, (world,))
-    rank = dist.get_rank()
+    # At the end it waits for all ranks and lets go of the process group, DTensor's caches included: the threads of a
+    # gloo group that outlives Python abort the process.
+    with join("cuda" if cuda else "cpu") as world:
+        train(options, world)
 
+
+def train(options: argparse.Namespace, world: World) -> None:
+    device, rank = world.device, world.rank
+    mesh = init_device_mesh(device.type, (world.size,))
     torch.manual_seed(0)  # every rank draws the same weights, of which it keeps its shard
     model = LongNetLM(
         vocab_size=VOCABULARY, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=256,
@@ -47,7 +49,7 @@ def main() -> None:
     held = sum(p.to_local().numel() for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
     if rank == 0:
-        print(f"{world} ranks on {device.type}, {held} of {total} parameters on this one")
+        print(f"{world.size} ranks on {device.type}, {held} of {total} parameters on this one")
 
     excerpts = Excerpts(standard_library(), options.context, 2 * options.steps, seed=rank)
     for step, (tokens, following) in enumerate(torch.utils.data.DataLoader(excerpts, batch_size=2)):
@@ -57,10 +59,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().clone()
-        dist.all_reduce(mean)
+        world.sum(mean)
         if rank == 0 and (step % 10 == 0 or step == options.steps - 1):
-            print(f"step {step} loss {mean.item() / world:.3f}", flush=True)
-    dist.destroy_process_group()
+            print(f"step {step} loss {mean.item() / world.size:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ Nothing here changes what a public function of torch would do; there is no publi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -98,6 +100,25 @@ def process_group(name: str) -> ProcessGroup:
     known: Any = name  # newer stubs have a type of its own for it
     group: ProcessGroup = _distributed_c10d._resolve_process_group(known)
     return group
+
+
+def forget_meshes() -> None:
+    """Empties DTensor's caches of sharding rules, whose entries hold meshes, and these their process groups.
+
+    A gloo group that outlives `destroy_process_group` this way still runs threads when the interpreter is gone, and
+    may abort the process.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _collective_utils, _redistribute, debug
+
+        for owner, names in (
+            (debug, ["_clear_sharding_prop_cache"]),
+            (_redistribute, ["clear_redistribute_planner_cache", "_gen_transform_infos.cache_clear"]),
+            (_collective_utils, ["MeshTopoInfo.build_from_mesh.cache_clear"]),
+        ):
+            for name in names:
+                with suppress(AttributeError):  # older versions have fewer caches
+                    attrgetter(name)(owner)()
 
 
 def group_timeout(group: ProcessGroup) -> timedelta:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.models import LongNetLM
 
 if dist.is_available():  # before there is a group: see ring_attention/utils/communication.py
@@ -102,6 +103,7 @@ def join(device: str | None = None) -> Iterator[World]:
         dist.barrier()  # no process destroys the group while another still works
     finally:
         if mine:
+            torch_private.forget_meshes()
             dist.destroy_process_group()
 
 

@@ -402,3 +402,41 @@ class TestTrainer:
             # Adam's steps have the size of the learning rate whatever the gradient's; signs of gradients that are
             # rounding alone (a key's bias) may differ.
             assert (got - results[0]).norm() < 0.05 * (results[0] - start).norm()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT 0.21 asks for it
+class TestAdapters:
+    @pytest.mark.parametrize("kind", AUTO)
+    def test_lora_on_every_linear(self, kind: Any) -> None:
+        """Each adapter alone changes the output, and all learn."""
+        peft = pytest.importorskip("peft")
+        x = tokens(2, 30)
+        model = build(kind)
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=linears, init_lora_weights=False, r=2))
+        out = adapted(x).logits
+        out.square().sum().backward()
+        factors = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
+        assert len(factors) == 2 * len(linears)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in factors.values())
+        with torch.no_grad():
+            for name, p in factors.items():
+                if "lora_B" not in name or "k_proj" in name:  # softmax does not see all of a key's changes
+                    continue
+                kept = p.clone()
+                p.zero_()
+                assert not torch.equal(adapted(x).logits, out), name
+                p.copy_(kept)
+
+    @pytest.mark.parametrize("kind", AUTO)
+    def test_all_linear_and_prompts_read_the_sizes(self, kind: Any) -> None:
+        peft = pytest.importorskip("peft")
+        task, x = {CAUSAL: "CAUSAL_LM", MASKED: None, CLASSIFIER: "SEQ_CLS"}[kind], tokens(2, 30)
+        adapted = peft.get_peft_model(build(kind), peft.LoraConfig(task_type=task, target_modules="all-linear"))
+        assert adapted(input_ids=x).logits.isfinite().all()
+        if kind is CAUSAL:
+            prompted = peft.get_peft_model(build(), peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3))
+            config = prompted.peft_config["default"]
+            assert (config.token_dim, config.num_layers, config.num_attention_heads) == (32, 2, 4)
+            prompted.double()(input_ids=x, labels=x).loss.backward()
+            assert prompted.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
