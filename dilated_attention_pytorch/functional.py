@@ -201,7 +201,7 @@ def dilated_attention_with_lse(
     if backend == "reference":
         found = _reference(x, problem, masks)
     else:
-        ops.refuse_tangents(x)
+        ops.refuse_tangents(**x._asdict())
         if torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad):
             given = {
                 "key_padding_mask": key_padding_mask,
@@ -218,11 +218,16 @@ def dilated_attention_with_lse(
 
 
 def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
-    if masks.cu_seqlens is not None:
-        check.check_cu_seqlens_values(masks.cu_seqlens.tolist(), x.q.shape[1])
     row_start = masks.row_start
-    if row_start is not None and type(row_start) is Tensor and not torch.compiler.is_compiling():
-        check.check_row_start_values(row_start)  # a traced or fake tensor has no values to read
+    if not torch.compiler.is_compiling():  # a traced or fake tensor has no values to read
+        if masks.cu_seqlens is not None:
+            check.check_cu_seqlens_values(masks.cu_seqlens.tolist(), x.q.shape[1])
+        if row_start is not None and type(row_start) is Tensor:
+            check.check_row_start_values(row_start)
+    elif masks.cu_seqlens is not None:
+        bounds = masks.cu_seqlens
+        rises = (bounds[0] == 0) & (bounds[-1] == x.q.shape[1]) & (bounds.diff() >= 0).all()
+        torch_private.check_in_graph(rises, "expected cu_seqlens to rise from 0 to the packed length")
     compute = partial(
         reference.attention, *x, problem, key_padding_mask=masks.key_padding, row_start=row_start,
         cu_seqlens=masks.cu_seqlens, seed=masks.seed,

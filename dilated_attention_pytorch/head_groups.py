@@ -96,6 +96,11 @@ def grouped_attention(
     shape = x.q.shape
     check.check_all_or_none_fake(x.q, {"k": x.k, "v": x.v})
     check.check_seed(seed)
+    if torch.compiler.is_compiling() and (masks.cu_seqlens is not None or masks.row_start is not None):
+        raise NotImplementedError(
+            "expected no cu_seqlens or row_start with head_groups=True while compiling or exporting: how many members "
+            "a sequence has depends on their values; use key_padding_mask, or head_groups=False"
+        )
     places = _checked_ranges(x, masks._replace(seed=seed if isinstance(seed, Tensor) else None), *ranges)
     packing: tuple[Tensor, Tensor] | None = None  # the position of each row in its sequence, and the sequences' bounds
     if masks.cu_seqlens is not None:

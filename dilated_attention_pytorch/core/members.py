@@ -15,7 +15,7 @@ from torch import Tensor
 
 def ceil_div(a: int, b: int) -> int:
     """A / b, rounded up."""
-    return -(-a // b)
+    return (a + b - 1) // b  # not -(-a // b): ONNX rounds the quotient of integers towards 0
 
 
 class Members(NamedTuple):
@@ -38,6 +38,8 @@ class Members(NamedTuple):
 
     def before(self, position: int) -> int:
         """How many stand before a position."""
+        if self.length % self.rate == 0:  # equally far apart; a tracer then knows how many there are
+            return max(0, ceil_div(position - self.offset, self.rate))
         inside = position % self.length  # Dynamo cannot trace divmod
         return position // self.length * self.slots + max(0, ceil_div(inside - self.offset, self.rate))
 

@@ -56,7 +56,9 @@ class Problem:
     def unpack(num_kv_heads: int, values: Sequence[Any]) -> Problem:
         """The problem that `pack` took apart."""
         lengths, rates, *rest = values
-        return _unpacked(num_kv_heads, tuple(lengths), tuple(rates), *rest)
+        known = all(isinstance(x, int) for x in (num_kv_heads, *lengths, *rates, *rest[4:7]))
+        unpacked = _unpacked if known else _unpacked.__wrapped__  # a tracer's symbol is no key
+        return unpacked(num_kv_heads, tuple(lengths), tuple(rates), *rest)
 
     @cached_property
     def branch_order(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import timedelta
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,27 @@ def below_autograd() -> AbstractContextManager[None]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def below_autograd_function() -> AbstractContextManager[object]:
+    """`below_autograd` inside a Function's forward, which has no grad mode: levels of torch.func below need theirs."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return below_autograd()
+    levels = ExitStack()
+    levels.enter_context(below_autograd())
+    levels.enter_context(torch.enable_grad())
+    levels.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    return levels
+
+
+def apply_at_level(function: Any, *arguments: Any) -> Any:
+    """`function.apply` from an op's Autograd key: transforms of torch.func have unwrapped to their level by then."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return function.apply(*arguments)
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)
+
+
 def is_watched() -> bool:
     """True inside a torch mode, a functorch transform or forward-mode differentiation: they have to see each call."""
     return (
@@ -52,6 +73,11 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
+def is_jit_tracing() -> bool:
+    """True inside `torch.jit.trace`, where sizes are tensors; `torch.jit.is_tracing` is not typed."""
+    return torch._C._is_tracing()
+
+
 def is_fake(x: Tensor) -> bool:
     """True for a tensor of a tracer, which has no values to read."""
     return isinstance(x, torch._subclasses.FakeTensor)
@@ -68,6 +94,17 @@ def called_beside(x: Tensor, function: Callable[[], _Made]) -> _Made:
         return function()
     with x.fake_mode:  # type: ignore[attr-defined]
         return function()
+
+
+def register_decomposition(op: Any, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Gives exporters what an op can be written out as; tracers, which only need shapes, keep taking `fake`.
+
+    A fake tensor of symbolic sizes takes an op's decomposition for its shapes unless the op has a Python meta.
+    """
+    from torch import _decomp
+
+    _decomp.register_decomposition(op, type="meta")(fake)
+    _decomp.register_decomposition(op)(function)
 
 
 def has_amx() -> bool:

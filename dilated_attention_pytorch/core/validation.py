@@ -62,13 +62,14 @@ def check_choice(name: str, value: Any, options: Any) -> Any:
 def check_int(name: str, value: object, minimum: int, below: int = 2**63) -> int:
     """The value as an int of 64 bits; bools and floats are refused."""
     # A plain or traced int is kept as it is; other integer types (NumPy's) become one.
-    number = value if isinstance(value, int) and not isinstance(value, bool) else _index(name, value)
+    is_int = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    number: Any = value if is_int else _index(name, value)
     if number < minimum:
         raise ValueError(f"expected {name} to be at least {minimum}, got {_number(number)}")
     if number >= below:
         limit = "2**63" if below == 2**63 else below
         raise ValueError(f"expected {name} to be below {limit}, got {_number(number)}")
-    return number if type(number) is int else int(number)
+    return number if type(number) in (int, torch.SymInt) else int(number)
 
 
 def _index(name: str, value: object) -> int:
@@ -206,9 +207,18 @@ def check_dense(name: str, x: Any) -> None:
     """A tensor of numbers at strides; sparse, nested and mkldnn ones have no pointer, some of them no shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} to be a Tensor, got {type(x).__name__}")
-    is_nested = not torch.compiler.is_compiling() and x.is_nested  # a traced one says so by its layout
+    is_nested = False  # while compiling, one says so by its layout
+    if not torch.compiler.is_compiling():
+        is_nested = x.is_nested
+        if torch_private.is_jit_tracing():
+            raise NotImplementedError(
+                f"expected no torch.jit.trace, got {name} of one: it would keep the example's lengths; use "
+                "torch.export.export, torch.compile or torch.onnx.export(dynamo=True)"
+            )
     if x.layout != torch.strided or is_nested:
-        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if is_nested else x.layout}")
+        instead = "pack its sequences with cu_seqlens" if is_nested or x.layout == torch.jagged else "call to_dense()"
+        got = "a nested one" if is_nested else x.layout
+        raise TypeError(f"expected {name} to be a dense tensor, got {got}; {instead}")
 
 
 def check_values(name: str, x: Any) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.tables import kept
 from dilated_attention_pytorch.kernels import hilbert_tables
 
 Curve = Literal["raster", "snake", "morton", "hilbert"]
@@ -160,13 +160,14 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
     sizes = tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid))
     if math.prod(sizes) > _MOST_TOKENS:
         raise ValueError(f"expected grid of at most {_MOST_TOKENS} tokens, got {sizes}")
+    if torch.compiler.is_compiling():
+        return CurveOrder(*torch.ops.dilated_attention_pytorch.curve_order(name, sizes))
     return _grid_order(name, sizes)
 
 
-@lru_cache(maxsize=32)
+@kept(32)
 def _grid_order(name: Curve, grid: tuple[int, ...]) -> CurveOrder:
-    with torch.inference_mode(False):  # the cached order serves training too
-        return _order(name, grid_coords(grid))
+    return _order(name, grid_coords(grid))
 
 
 def grid_coords(grid: Sequence[int]) -> Tensor:
@@ -278,3 +279,16 @@ def _permuted(x: Tensor, dim: int, order: Tensor) -> Tensor:
     if x.shape[dim] != order.shape[0]:
         raise ValueError(f"expected {order.shape[0]} tokens along dimension {dim}, got {tuple(x.shape)}")
     return x.index_select(dim, order.to(x.device))
+
+
+@torch.library.custom_op("dilated_attention_pytorch::curve_order", mutates_args=())
+def _curve_order_op(name: str, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`curve_order` of a grid as one op on the CPU: how often a curve turns depends on a number, not on a size."""
+    order, inverse = _grid_order(name, tuple(grid))  # type: ignore[arg-type]
+    return order.clone(), inverse.clone()
+
+
+@_curve_order_op.register_fake
+def _(name: str, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    num_tokens = math.prod(grid)
+    return torch.empty(num_tokens, dtype=torch.int64), torch.empty(num_tokens, dtype=torch.int64)

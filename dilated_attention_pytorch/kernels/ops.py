@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import SCHEMA, Problem
 from dilated_attention_pytorch.core.validation import check_row_start_values
-from dilated_attention_pytorch.kernels import flops
+from dilated_attention_pytorch.kernels import decomposition, flops
 from dilated_attention_pytorch.kernels.choice import backend_for
 from dilated_attention_pytorch.types import QKV, AttentionOutput, Masks, OutputGradient
 
@@ -42,10 +42,10 @@ attention = torch.ops.dilated_attention_pytorch.attention.default
 attention_backward = torch.ops.dilated_attention_pytorch.attention_backward.default
 
 
-def refuse_tangents(x: QKV) -> None:
+def refuse_tangents(**named: Any) -> None:
     """Raises for a forward-mode tangent: an op of ours has no formula for it, and its outputs would just lose it."""
-    for name, tensor in zip(x._fields, x, strict=True):
-        if torch_private.has_tangent(tensor):
+    for name, x in named.items():
+        if isinstance(x, Tensor) and torch_private.has_tangent(x):
             raise NotImplementedError(
                 f"expected no forward-mode tangent (torch.func.jvp, make_dual), got one on {name}; "
                 "backend='reference' of dilated_attention computes it"
@@ -87,7 +87,7 @@ def derivative(
     class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            with torch_private.below_autograd():
+            with torch_private.below_autograd_function():
                 output: tuple[Tensor, ...] = op(*arguments)
             ctx.save_for_backward(*output, *arguments[:num_tensors])
             ctx.settings = arguments[num_tensors:]
@@ -109,10 +109,13 @@ def derivative(
 
 def _at_autograd(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What an op does at the Autograd key: its Function where a gradient is wanted, else the op itself."""
+    names = [argument.name for argument in op._schema.arguments]
 
     def differentiable(*arguments: Any) -> Any:
+        if torch_private.is_watched():  # below a transform of torch.func there may be a tangent that nobody saw above
+            refuse_tangents(**dict(zip(names, arguments, strict=True)))
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return function.apply(*arguments)
+            return torch_private.apply_at_level(function, *arguments)
         with torch_private.below_autograd():
             return op(*arguments)
 
@@ -125,7 +128,7 @@ def end_of_the_road(op: Any, message: str) -> type[torch.autograd.Function]:
     class End(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-            with torch_private.below_autograd():
+            with torch_private.below_autograd_function():
                 return op(*arguments)
 
         @staticmethod
@@ -145,4 +148,5 @@ def register(name: str, op: Any, kernel: Any, fake: Any, function: type[torch.au
 _END = end_of_the_road(attention_backward, "expected first derivatives only; backend='reference' computes second ones")
 register("attention", attention, _forward, _fake_forward, derivative(attention, attention_backward, 7))
 register("attention_backward", attention_backward, _backward, _fake_backward, _END)
+torch_private.register_decomposition(attention, decomposition.attention, _fake_forward)
 flops.register_when_counted()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,18 @@ class RowMask(TypedDict, total=False):
     key_padding_mask: Tensor | None  # bool (B, N), True = real
     row_start: Tensor | None  # int (B,), first real position of each left-padded row
     cu_seqlens: Tensor | None  # int (sequences + 1,), bounds of packed sequences
+
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def names_rows(forward: _Forward) -> _Forward:
+    """Lists the arguments of `**rows: Unpack[RowMask]` in a forward's signature: exporters bind inputs by name."""
+    signature = inspect.signature(forward)
+    known = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    rows = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in RowMask.__annotations__]
+    forward.__signature__ = signature.replace(parameters=known + rows)  # type: ignore[attr-defined]
+    return forward
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ from dilated_attention_pytorch.models import decoding
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
 from dilated_attention_pytorch.models.generation import Sampling, check_sampling, sample
-from dilated_attention_pytorch.models.layers import LayerStack, RowMask
+from dilated_attention_pytorch.models.layers import LayerStack, RowMask, names_rows
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.models.sharding import ShardedModel
 
@@ -47,6 +47,7 @@ class LongNet(Model[LongNetConfig]):
         self.encoder = LayerStack(self.config, n, encoder, factory, backend=self._backend)
         self.decoder = LayerStack(self.config, m, decoder, factory, backend=self._backend, cross_attention=True)
 
+    @names_rows
     def forward(self, x: Tensor, is_causal: bool = True, **rows: Unpack[RowMask]) -> Tensor:
         """Runs the encoder over x, and the decoder over x and the encoder's output.
 
@@ -81,6 +82,7 @@ class LongNetEncoder(Model[LongNetConfig]):
         n = self.config.num_encoder_layers
         self.encoder = LayerStack(self.config, n, math.sqrt(math.log(2 * n)), factory, backend=self._backend)
 
+    @names_rows
     def forward(self, x: Tensor, is_causal: bool = False, **rows: Unpack[RowMask]) -> Tensor:
         """Encodes embeddings; arguments and result as in `LongNet.forward`."""
         again = self.gradient_checkpointing
@@ -121,6 +123,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             if module is not None:
                 nn.init.normal_(module.weight, std=width**-0.5)
 
+    @names_rows
     def forward(
         self,
         tokens: Tensor,

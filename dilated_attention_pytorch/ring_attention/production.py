@@ -72,7 +72,7 @@ class RingDilatedAttention(BaseRingAttention):
             settings |= {"is_causal": is_causal, "dropout_p": dropout_p, "key_padding_mask": key_padding_mask}
             return dilated_attention_with_lse(query, key, value, seed=seed, **settings)
         x = QKV(*in_autocast_dtype(query, key, value))
-        refuse_tangents(x)
+        refuse_tangents(**x._asdict())
         # The op's arguments, tensors taken away: settings, and how rows travel.
         lengths, rates = tuple(config.segment_lengths), tuple(config.dilation_rates)
         pattern = DilatedPattern(lengths, rates, key.shape[2], config.offsets)

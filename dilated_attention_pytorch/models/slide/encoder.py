@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.validation import (
     FLOAT_DTYPES,
     check_beside,
@@ -205,8 +206,9 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         config = self.config
         if self._shards is not None:
             self._shards.compare_again()
-        rows = SlideRows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=self._is_first, pack=self._shards is None)
-        if rows.mask is not None and config.padding == "zero_keys":
+        packing = {"pack": self._shards is None, "zero_keys": config.padding == "zero_keys"}
+        rows = SlideRows.of(tiles.shape[0], tiles.shape[1], mask, has_cls=self._is_first, **packing)
+        if rows.mask is not None and rows.ends is None and config.padding == "zero_keys":
             if self._shards is not None:
                 raise ValueError(
                     "expected no mask with padding='zero_keys' on a sharded model, got one: the number of zero keys "
@@ -306,7 +308,11 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         if not self.config.global_pool:
             return summary
         sums, counts = summary[..., :-1], summary[..., -1:]
-        if bool((counts == 0).any()):
+        if torch.compiler.is_compiling():
+            torch_private.check_in_graph(
+                (counts > 0).all(), "expected at least one tile in every slide with global_pool"
+            )
+        elif bool((counts == 0).any()):
             empty = (counts[0, :, 0] == 0).nonzero()[:, 0].tolist()
             raise ValueError(f"expected at least one tile in every slide with global_pool, got none in slides {empty}")
         return (sums / counts).to(self.cls_token.dtype)

@@ -6,29 +6,28 @@ by side, one for each coordinate, so a table of 1,000 half rows (1.5 MB) holds t
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch._deprecated import warn_user
+from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.tables import kept
 from dilated_attention_pytorch.core.validation import INT_DTYPES
 
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """`[sin, cos]` of positions `(...)` times `10000 ** (-i / (width / 2))`, fp64 `(..., width)`.
-    The result is on the CPU: not every device has fp64."""
-    omega = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angle = positions.to("cpu", torch.float64)[..., None] * omega
+    Positions on MPS, which has no fp64, give a result on the CPU."""
+    device = torch.device("cpu") if positions.is_mps else positions.device
+    omega = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64, device=device) / (width / 2))
+    angle = positions.to(device, torch.float64)[..., None] * omega
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def sincos_table(size: int, width: int, device: torch.device) -> Tensor:
     """`sincos` of 0, 1, ... `size - 1`, fp32 `(size, width)`, kept for the device; do not write to it."""
-    # Outside inference mode, so that what is kept serves training too.
-    with torch.inference_mode(False):
-        return sincos(torch.arange(size), width).to(device, torch.float32)
+    return sincos(torch.arange(size), width).to(device, torch.float32)
 
 
 def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> Tensor:
@@ -43,6 +42,8 @@ def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int,
         raise TypeError(
             f"expected coords of an int dtype, float32 or float64, got {coords.dtype}: a slide's pixels need 18 bits"
         )
+    if torch.compiler.is_compiling():
+        return _traced_rows(coords, width, tile_size, slide_ngrids, real)
     if real is not None:
         coords = coords.masked_fill(~real[..., None], 0)
     if coords.is_floating_point():
@@ -79,3 +80,13 @@ def _check_places(coords: Tensor, tile: Tensor, tile_size: int, slide_ngrids: in
             "another level (tile_size, or level0_tile_size, is their distance)",
             UserWarning,
         )
+
+
+def _traced_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int, real: Tensor | None) -> Tensor:
+    """`position_rows` for a graph: without the table, and with the check where the graph runs."""
+    if real is not None:
+        coords = coords.masked_fill(~real[..., None], 0)
+    tile = coords.div(tile_size, rounding_mode="floor").long()  # of inf and NaN too it is outside
+    within = ((tile >= 0) & (tile < slide_ngrids)).all()
+    torch_private.check_in_graph(within, f"expected coords within {slide_ngrids} x {slide_ngrids} tiles of {tile_size}")
+    return sincos(tile.flip(-1), width // 2).flatten(-2).to(coords.device, torch.float32)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.models.layers import RowMask
 
@@ -34,15 +35,26 @@ class SlideRows(NamedTuple):
     mask: Tensor | None = None  # bool (B, rows), True = real; None where all are, or when packed
     kept: Tensor | None = None  # int64 (total,), rows of the packed batch in the flat one; None when not packed
     bounds: tuple[int, ...] | None = None  # first row of each packed slide, and the end; None when not packed
+    ends: Tensor | None = None  # int64 (B,), rows of each slide, with its padding packed as a sequence of its own
     has_cls: bool = True  # whether row 0 is the cls token; of a sharded slide it is on the first rank alone
 
     @classmethod
-    def of(cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool, pack: bool) -> SlideRows:
-        """The rows for a mask of tiles `(B, L)`, True = real."""
-        if mask is None or (pack and bool(mask.all())):
+    def of(
+        cls, num_slides: int, num_tiles: int, mask: Tensor | None, *, has_cls: bool, pack: bool, zero_keys: bool
+    ) -> SlideRows:
+        """The rows for a mask of tiles `(B, L)`, True = real. A graph does not look at it: then only zero keys, whose
+        number follows from a slide's own length, need the slides packed, and padding is packed with them."""
+        traced = torch.compiler.is_compiling()
+        if mask is None or (pack and not traced and bool(mask.all())):
             return cls(num_slides, num_tiles, has_cls=has_cls)
         full = torch.cat((mask.new_ones(num_slides, 1), mask), 1) if has_cls else mask
         lengths = full.sum(1)
+        if traced:
+            if not (pack and zero_keys):
+                return cls(num_slides, num_tiles, full, has_cls=has_cls)
+            on_the_right = full == (torch.arange(full.shape[1], device=mask.device) < lengths[:, None])
+            torch_private.check_in_graph(on_the_right.all(), "expected mask to be padded on the right")
+            return cls(num_slides, num_tiles, full, ends=lengths)
         if pack and bool((full == (torch.arange(full.shape[1], device=mask.device) < lengths[:, None])).all()):
             bounds = (0, *itertools.accumulate(lengths.tolist()))
             return cls(num_slides, num_tiles, None, full.flatten().nonzero()[:, 0], bounds)
@@ -50,16 +62,25 @@ class SlideRows(NamedTuple):
 
     def lay_out(self, x: Tensor) -> Tensor:
         """`(B, rows, D)` as the layers take it: packed `(total, D)`, or unchanged."""
+        if self.ends is not None:
+            # A copy: torch 2.13 cannot unflatten what it has concatenated at a length that it does not know.
+            return x.flatten(0, 1).clone(memory_format=torch.contiguous_format)
         return x if self.kept is None else x.flatten(0, 1).index_select(0, self.kept)
 
     def options(self, device: torch.device) -> RowMask:
         """The mask or the bounds, as the layers take them."""
+        if self.ends is not None:
+            starts = (self.num_tiles + 1) * torch.arange(self.num_slides + 1, device=device)
+            bounds = torch.stack((starts[:-1], starts[:-1] + self.ends), 1).flatten()
+            return {"cu_seqlens": torch.cat((bounds, starts[-1:]))}
         if self.bounds is not None:
             return {"cu_seqlens": torch.tensor(self.bounds, dtype=torch.int32, device=device)}
         return {"key_padding_mask": self.mask}
 
     def per_row(self, factors: Tensor) -> Tensor:
         """Makes factors `(..., B)`, one per slide, broadcast to the rows."""
+        if self.ends is not None:
+            return factors.repeat_interleave(self.num_tiles + 1, -1)[..., None]
         if self.bounds is None:
             return factors[..., None, None]
         lengths = torch.tensor(self.bounds, device=factors.device).diff()
@@ -68,6 +89,7 @@ class SlideRows(NamedTuple):
     def cls_rows(self, h: Tensor) -> Tensor:
         """The cls token's row of each slide, `(B, D)`."""
         assert self.has_cls
+        h = self._by_slide(h)
         return h[:, 0] if self.bounds is None else h[torch.tensor(self.bounds[:-1], device=h.device)]
 
     def tile_sums(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +99,7 @@ class SlideRows(NamedTuple):
             slides = itertools.pairwise(self.bounds)
             sums = torch.stack([h[start + 1 : stop].sum(0, dtype=dtype) for start, stop in slides])
             return sums, torch.tensor(self.bounds, device=h.device).diff()[:, None] - 1
+        h = self._by_slide(h)
         tiles = h[:, 1:] if self.has_cls else h
         if self.mask is None:
             return tiles.sum(1, dtype=dtype), torch.full((self.num_slides, 1), tiles.shape[1], device=h.device)
@@ -88,6 +111,11 @@ class SlideRows(NamedTuple):
         if self.kept is not None:
             flat = h.new_zeros(self.num_slides * (self.num_tiles + 1), h.shape[-1]).index_copy(0, self.kept, h)
             return flat.view(self.num_slides, self.num_tiles + 1, -1)[:, 1:]
+        h = self._by_slide(h)
         if self.mask is not None:
             h = h.masked_fill(~self.mask[..., None], 0.0)
         return h[:, 1:] if self.has_cls else h
+
+    def _by_slide(self, h: Tensor) -> Tensor:
+        """Rows that are packed with their padding, as `(B, rows, D)`; others unchanged."""
+        return h if self.ends is None else h.unflatten(0, (self.num_slides, self.num_tiles + 1))
