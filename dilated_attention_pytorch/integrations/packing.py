@@ -1,0 +1,85 @@
+"""Documents packed into rows, as transformers' collators and models describe them, and their bounds for the op.
+
+Nothing here branches on values while a graph is traced: a traced call is packed, into one document per row or more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.core import torch_private
+
+
+def documents(position_ids: Tensor, real: Tensor | None = None) -> Tensor | None:
+    """Number the documents of each row, which begin where positions do not go on by one.
+
+    A hidden token is a document of its own, so that nobody sees it. Positions go on behind hidden tokens if they count
+    them, or if they do not.
+
+    Args:
+        position_ids: int `(B, T)`.
+        real: bool `(B, T)`, True = real; None if nothing is hidden.
+
+    Returns:
+        int32 `(B, T)`, equal within a document and rising along a row; None if no row holds two documents. A traced
+        call cannot tell, and always gets numbers.
+
+    Raises:
+        ValueError: packed documents with hidden tokens inside one. A traced call raises when it runs, and for a single
+            document too.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    before = index - 1  # of each token, the last real one before it; -1 for none
+    if real is not None:
+        before = torch.where(real, index, -1).cummax(1).values.roll(1, 1)
+        before[:, 0] = -1
+    before = before.expand(position_ids.shape)
+    step = position_ids - position_ids.gather(1, before.clamp(min=0))
+    goes_on = (before >= 0) & ((step == 1) | (step == index - before))
+    begins = ~goes_on
+    if real is None:
+        if _readable(begins) and not bool(begins[:, 1:].any()):
+            return None
+    else:
+        hole = (goes_on & real & (before < index - 1)).any()
+        if not _readable(begins):
+            # Becomes a check in the graph.
+            assert ~hole, "expected no hidden tokens inside a document of a compiled model's attention_mask"  # noqa: S101
+        elif not bool((begins & real & (before >= 0)).any()):
+            return None
+        elif hole:
+            raise ValueError(
+                "expected packed position_ids with an attention_mask that hides no token inside a document, got one "
+                "that does: pad between documents, or give each a row"
+            )
+        begins = begins | ~real
+    return begins.cumsum(1, dtype=torch.int32)
+
+
+def bounds(numbers: Tensor) -> Tensor:
+    """`cu_seqlens` of documents numbered as `documents` does, over all tokens of all rows.
+
+    Returns:
+        int32 `(documents + 1,)`; `(B * T + 1,)` for a traced call, whose graph then serves any documents: the last
+        ones are empty.
+    """
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    total = begins.numel()
+    if _readable(begins):
+        starts = begins.flatten().nonzero().flatten()
+    else:
+        index = torch.arange(total, device=begins.device)
+        starts = torch.where(begins.flatten(), index, total).sort().values
+    return torch.nn.functional.pad(starts, (0, 1), value=total).to(torch.int32)
+
+
+def documents_within(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Number the documents of one row, int32 `(1, total)`, from their bounds `(documents + 1,)`."""
+    index = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True, out_int32=True)[None]
+
+
+def _readable(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not torch_private.is_fake(x)
