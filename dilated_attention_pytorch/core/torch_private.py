@@ -55,6 +55,11 @@ def is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
+def check_in_graph(holds: Tensor, message: str) -> None:
+    """A check of a bool scalar that a traced graph makes each time it runs: it raises RuntimeError."""
+    torch._assert_async(holds, message)
+
+
 def called_beside(x: Tensor, function: Callable[[], _Made]) -> _Made:
     """What a function returns; where x is fake, the tensors that it makes are fake too."""
     if torch.compiler.is_compiling() or not is_fake(x):

@@ -39,20 +39,17 @@ def documents(position_ids: Tensor, real: Tensor | None = None) -> Tensor | None
     goes_on = (before >= 0) & ((step == 1) | (step == index - before))
     begins = ~goes_on
     if real is None:
-        if _readable(begins) and not bool(begins[:, 1:].any()):
+        if is_readable(begins) and not bool(begins[:, 1:].any()):
             return None
     else:
-        hole = (goes_on & real & (before < index - 1)).any()
-        if not _readable(begins):
-            # Becomes a check in the graph.
-            assert ~hole, "expected no hidden tokens inside a document of a compiled model's attention_mask"  # noqa: S101
-        elif not bool((begins & real & (before >= 0)).any()):
+        packed = begins & real & (before >= 0)
+        if is_readable(begins) and not bool(packed.any()):
             return None
-        elif hole:
-            raise ValueError(
-                "expected packed position_ids with an attention_mask that hides no token inside a document, got one "
-                "that does: pad between documents, or give each a row"
-            )
+        check(
+            ~(goes_on & real & (before < index - 1)).any(),
+            "expected packed position_ids with an attention_mask that hides no token inside a document: pad between "
+            "documents, or give each a row",
+        )
         begins = begins | ~real
     return begins.cumsum(1, dtype=torch.int32)
 
@@ -67,7 +64,7 @@ def bounds(numbers: Tensor) -> Tensor:
     begins = torch.ones_like(numbers, dtype=torch.bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     total = begins.numel()
-    if _readable(begins):
+    if is_readable(begins):
         starts = begins.flatten().nonzero().flatten()
     else:
         index = torch.arange(total, device=begins.device)
@@ -81,5 +78,14 @@ def documents_within(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True, out_int32=True)[None]
 
 
-def _readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
+    """True if a branch may depend on the values of x: while a graph is traced, none may."""
     return not torch.compiler.is_compiling() and not torch_private.is_fake(x)
+
+
+def check(holds: Tensor, message: str) -> None:
+    """Raise ValueError unless a bool scalar holds; a traced graph raises RuntimeError when it runs."""
+    if not is_readable(holds):
+        torch_private.check_in_graph(holds, message)
+    elif not holds:
+        raise ValueError(message)

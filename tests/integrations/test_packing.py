@@ -73,5 +73,5 @@ def test_traced_bounds_serve_any_documents() -> None:
         assert got.dtype == torch.int32 and got.tolist() == want + [5] * (6 - len(want))
     real = torch.tensor([[0, 0, 1, 1, 1]]).bool()
     assert traced(torch.tensor([[0, 0, 0, 1, 2]]), real).tolist() == [0, 1, 2, 5, 5, 5]
-    with pytest.raises((RuntimeError, AssertionError), match="no hidden tokens inside a document"):
+    with pytest.raises((RuntimeError, AssertionError), match="hides no token inside a document"):
         traced(torch.tensor([[0, 1, 2, 3, 4]]), torch.tensor([[1, 1, 0, 1, 1]]).bool())
