@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -53,6 +56,11 @@ def attention(
         return _own(module, query, key, value, attention_mask, dropout, scaling, cu_seqlens)
     if queries > keys:
         raise ValueError(f"expected self-attention {WITH}, got {queries} queries over {keys} keys")
+    if form.real is not None and not form.is_causal and _reads_hidden_tokens(type(module).__module__):
+        raise ValueError(
+            f"expected no padding for {type(module).__name__} {WITH}, got an attention_mask that hides tokens: the "
+            "model reads the last one, hidden or not, and dilated attention gives nothing there"
+        )
     if cu_seqlens is not None:
         form = form._replace(real=None, cu_seqlens=cu_seqlens)
     return _dilated(module, query, key, value, form, dropout, scaling), None
@@ -138,6 +146,17 @@ def _is_cross(module: nn.Module, form: Form, queries: int, keys: int) -> bool:
     # One class serves all three uses in Bart and its kin: a decoder's layer is causal, or looks at the encoder.
     decodes = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", False)
     return not form.is_causal and (queries != keys or decodes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _reads_hidden_tokens(module: str) -> bool:
+    """True if a model takes the last token for the text (SigLIP), which with padding on the right is a hidden one."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):
+        return False
+    return "pooled_output = last_hidden_state[:, -1, :]" in source
 
 
 def _given_bounds(kwargs: dict[str, Any], query: Tensor, key: Tensor) -> Tensor | None:

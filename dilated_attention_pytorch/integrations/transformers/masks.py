@@ -13,6 +13,7 @@ made, so a layer that gets none belongs to a model without masks (vision, audio)
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ class Form(NamedTuple):
             if attention_mask.dtype == torch.uint8:
                 return cls(True, None if real is None else real.bool())
             if attention_mask.dtype == torch.int32:
-                bounds = getattr(attention_mask, "cu_seqlens", None)
+                # Dynamo does not read the attribute.
+                bounds = getattr(attention_mask, "cu_seqlens", None) if packing.is_readable(attention_mask) else None
                 return cls(True, cu_seqlens=packing.bounds(row) if bounds is None else bounds)
             if attention_mask.dtype == torch.bool:
                 # With one query, a window's mask looks the same, and dense is right for both.
@@ -114,7 +116,7 @@ def _hidden(
 def _is_packed(mask_function: Any) -> bool:
     # transformers combines no other functions without saying so by a size or by `use_vmap`; Dynamo reads this name, but
     # not what a closure holds.
-    return getattr(mask_function, "__qualname__", "") == "and_masks.<locals>.and_mask"
+    return isinstance(mask_function, FunctionType) and mask_function.__qualname__ == "and_masks.<locals>.and_mask"
 
 
 def _documents(batch_size: int, length: int, mask_function: Any, device: torch.device | str) -> Tensor:

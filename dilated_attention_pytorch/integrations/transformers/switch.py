@@ -49,7 +49,7 @@ def use_dilated_attention(
     pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check_choice("backend", backend, BackendName)
-    found = _attention_layers(model)
+    found = attention_layers(model)
     if not getattr(model, "_can_set_attn_implementation", bool)() or not found:
         raise ValueError(
             f"expected a model whose attention goes through AttentionInterface, got a {type(model).__name__}, which "
@@ -81,7 +81,7 @@ def use_dilated_attention(
         config.attn_implementation = NAME  # what is saved; transformers drops its own record
 
 
-def _attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: nn.Module) -> list[nn.Module]:
     """The modules that call an attention function by name."""
     calls: dict[type, bool] = {}
     for kind in {type(module) for module in model.modules()}:
@@ -131,7 +131,9 @@ def _with_layers(
 ) -> tuple[list[Any], list[Any]]:
     """Entries per layer, those of other layers as they were; None for a dense one."""
     count: int = config.num_hidden_layers
-    was: list[Any] = [getattr(config, name) if has_pattern(config) else [None] * count for name in NEEDED]
+    was: list[Any] = [[None] * count] * 2
+    if config._attn_implementation == NAME and has_pattern(config):
+        was = [getattr(config, name) for name in NEEDED]
     was = [list(x) if is_per_layer(x) else [x] * count for x in was]
     for old, new in zip(was, values, strict=True):
         for layer in layers:
