@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs between their markers: `make tables`; those named as arguments, if there are any.
+"""Writes the tables of README and docs between their markers: `make tables`; or those named as arguments.
 
     <!-- table: NAME -->
     ...
