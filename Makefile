@@ -29,7 +29,7 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test test-floor fuzz lint format types docs docs-test figures tables slide slide-volume bench-cpu bench-compare bench-test dist clean
+.PHONY: help venv demo test test-floor fuzz lint format types docs docs-test figures tables hf-sweep slide slide-volume bench-cpu bench-compare bench-test dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,10 @@ figures: $(STAMP) ## draw docs/img anew from DilatedPattern
 
 tables: $(STAMP) ## write the tables of README and docs anew from benchmarks/results and from the code
 	$(BIN)/python docs/tables.py
+
+hf-sweep: $(STAMP) ## try every class of the installed transformers (half an hour), and write its table
+	$(ONE_THREAD) $(BIN)/python docs/huggingface_classes.py
+	$(BIN)/python docs/tables.py hf-classes
 
 docs-test: $(STAMP) ## run every code block of README and docs, every example and every notebook
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/project/test_docs.py tests/project/test_examples.py tests/project/test_notebooks.py $(PYTEST_ARGS)

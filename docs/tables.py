@@ -1,10 +1,11 @@
-"""Writes the tables of README and docs between their markers: `make tables`.
+"""Writes the tables of README and docs between their markers: `make tables`; or those named as arguments.
 
     <!-- table: NAME -->
     ...
     <!-- end -->
 
-Speed comes from `benchmarks/results/`, the support matrix from trying every cell. Tests fail when a page differs.
+Speed comes from `benchmarks/results/`, the classes of transformers from `make hf-sweep`, the support matrix from trying
+every cell. Tests fail when a page differs.
 """
 
 from __future__ import annotations
@@ -173,6 +174,39 @@ def streaming() -> str:
     return "\n\n".join(parts)
 
 
+def hf_classes() -> str:
+    """Classes of transformers under one covering branch: equal, or refused and why."""
+    record = json.loads((ROOT / "docs" / "huggingface_classes.json").read_text(encoding="utf-8"))
+    groups: dict[str, list[str]] = {}
+    for name, found in record["classes"].items():
+        groups.setdefault(_hf_kind(found), []).append(name)
+    order = sorted(groups, key=lambda kind: (kind.startswith("not run"), kind.startswith("refused"), kind))
+    lines = [f"transformers {record['transformers']}, `make hf-sweep`:", "", "| | | classes |", "|---|---|---|"]
+    for kind in order:
+        # Those that did not run say nothing of this library, so their names would be noise.
+        names = "" if kind.startswith("not run") else ", ".join(groups[kind])
+        lines.append(f"| {kind} | {len(groups[kind])} | {names} |")
+    return "\n".join(lines)
+
+
+def _hf_kind(found: str) -> str:
+    """What the classes of one row have in common."""
+    verdict, _, why = found.partition(": ")
+    if verdict == "unchanged":
+        return "unchanged: every layer that ran has a mask of its own"
+    if verdict == "not run":
+        return f"not run: {why.partition(' (')[0].partition(': ')[0]}"
+    if given := re.search(r"ask for plain attention .*?, got (.*), which", why):
+        return "refused: " + ", ".join(f"`{x}`" for x in re.findall(r"(\w+)=", given.group(1)))
+    shorter = {
+        "adds the mask to its scores itself": "attention outside the interface reads the mask",
+        "reads the last one": "padded only: the model reads the last token, hidden or not",
+        "of shape (batch, keys)": "a mask of numbers that the model makes",
+        "has none that can be replaced": "the interface is not all of its attention",
+    }
+    return next((f"refused: {kind}" for part, kind in shorter.items() if part in why), found)
+
+
 def support() -> str:
     """What each backend computes."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -184,7 +218,7 @@ def support() -> str:
 # From committed files, in no time.
 QUICK: dict[str, Callable[[], str]] = {
     "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu, "ring": ring,
-    "slides": slides, "streaming": streaming,
+    "slides": slides, "streaming": streaming, "hf-classes": hf_classes,
 }  # fmt: skip
 # By computing something.
 TRIED: dict[str, Callable[[], str]] = {"support": support}
@@ -216,7 +250,7 @@ def main() -> None:
     for path in pages():
         text = path.read_text(encoding="utf-8")
         for name in names(text):
-            if name not in made:
+            if name not in made and name in (sys.argv[1:] or [name]):
                 made[name] = (QUICK | TRIED)[name]()
         new = rewritten(text, made)
         if new != text:

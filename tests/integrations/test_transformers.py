@@ -21,8 +21,6 @@ transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
-    BartConfig,
-    BartModel,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -32,10 +30,6 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
     MambaConfig,
     MambaModel,
-    MarianConfig,
-    MarianModel,
-    MistralConfig,
-    MistralForCausalLM,
     ModernBertConfig,
     ModernBertModel,
     StaticCache,
@@ -285,13 +279,6 @@ class TestWhatIsRefused:
             use_dilated_attention(model, [8], [1], **options)
         assert (model.config.to_dict(), getattr(model.config, "_attn_implementation", None)) == before
 
-    def test_sliding_windows(self) -> None:
-        config = MistralConfig(**SIZES, num_key_value_heads=KV_HEADS, sliding_window=8, **PATTERN)
-        with pytest.raises(ValueError, match="sliding_window=8"):
-            MistralForCausalLM._from_config(config, attn_implementation="dilated")(tokens(1, 10))
-        with pytest.raises(ValueError, match="sliding_window"):
-            modernbert(layer_types=["full_attention", "sliding_attention"])(tokens(1, 10))
-
     def test_soft_caps(self) -> None:
         config = Gemma2Config(
             **SIZES, num_key_value_heads=KV_HEADS, head_dim=8, layer_types=["full_attention"] * 2, **PATTERN
@@ -317,25 +304,6 @@ class TestWhatIsRefused:
         model, x = llama(), tokens(1, 10)
         with pytest.raises(ValueError, match=r"attention_mask of shape \(batch, keys\)"):
             model(x, attention_mask=torch.zeros(1, 1, 10, 10))
-        with pytest.raises(ValueError, match="packed position_ids"):
-            model(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), use_cache=False)
-
-    def test_cross_attention(self) -> None:
-        model = bert(is_decoder=True, add_cross_attention=True)
-        with pytest.raises(ValueError, match="cross-attention"):
-            model(tokens(1, 10), encoder_hidden_states=torch.randn(1, 10, 32, dtype=torch.float64))
-
-    @pytest.mark.parametrize(("model_class", "config_class"), [(BartModel, BartConfig), (MarianModel, MarianConfig)])
-    def test_cross_attention_of_a_class_that_serves_all_uses(self, model_class: Any, config_class: Any) -> None:
-        """Source and target are equally long, so the shapes tell nothing."""
-        x, sizes = tokens(1, 10), {"vocab_size": VOCAB, "d_model": 32, "pad_token_id": 0, **PATTERN}
-        for stack in ("encoder", "decoder"):
-            sizes |= {f"{stack}_layers": 1, f"{stack}_ffn_dim": 32, f"{stack}_attention_heads": HEADS}
-        config = config_class(**sizes, bos_token_id=None, eos_token_id=None, decoder_start_token_id=1)
-        model = model_class._from_config(config, attn_implementation="dilated").eval()
-        assert model.encoder(x).last_hidden_state.shape == model.decoder(x).last_hidden_state.shape == (1, 10, 32)
-        with pytest.raises(ValueError, match=r"cross-attention: \w+ with is_decoder=True and is_causal=False"):
-            model(input_ids=x, decoder_input_ids=x)
 
     def test_right_padding_with_a_cache(self) -> None:
         batch, attention_mask, _ = padded([5, 9], "right")

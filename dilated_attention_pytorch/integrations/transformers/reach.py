@@ -10,6 +10,7 @@ from torch import nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift, layer_shifts
+from dilated_attention_pytorch.integrations.transformers.pattern import is_per_layer
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 
 
@@ -32,18 +33,20 @@ def layer_shift(module: nn.Module, pattern: DilatedPattern, seq_len: int, *, is_
             f"{type(module).__name__} with layer_idx={index}"
         )
     shifts = layer_shifts(given, pattern.segment_lengths, count)
-    if not torch.compiler.is_compiling():
+    # Layers that stay dense reach everything.
+    mixed = is_per_layer(config.dilated_segment_lengths) or getattr(config, "dilated_stack", None) is not None
+    if not mixed and not torch.compiler.is_compiling():
         warn_out_of_reach(pattern, shifts, seq_len, is_causal=is_causal)
     return shifts[index]
 
 
-def check_config(config: Any, pattern: DilatedPattern, segment_shift: SegmentShift) -> None:
+def check_config(config: Any, pattern: DilatedPattern, segment_shift: SegmentShift, *, is_whole: bool) -> None:
     """Raises where a config has not as many layers as there are shifts; warns once where it promises positions that
-    the pattern does not connect."""
+    the pattern does not connect, if all layers have it."""
     count, context = getattr(config, "num_hidden_layers", None), getattr(config, "max_position_embeddings", None)
     if not isinstance(count, int):
         return
     shifts = layer_shifts(segment_shift, pattern.segment_lengths, count)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if isinstance(context, int) and isinstance(heads, int):
+    if is_whole and isinstance(context, int) and isinstance(heads, int):
         warn_out_of_reach(replace(pattern, num_heads=heads), shifts, context)
