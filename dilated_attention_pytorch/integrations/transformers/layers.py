@@ -153,7 +153,7 @@ def _is_cross(module: nn.Module, form: Form, queries: int, keys: int) -> bool:
     return not form.is_causal and (queries != keys or decodes)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 @functools.cache
 def _reads_hidden_tokens(module: str) -> bool:
     """True if a model takes the last token for the text (SigLIP), which with padding on the right is a hidden one."""
