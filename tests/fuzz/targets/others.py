@@ -102,7 +102,8 @@ def _streamed(draw: st.DrawFn) -> Call:
     def check(result: Tensor) -> None:
         assert result is given["out"] or given["out"] is None
         tensors = tuple(given[name] for name in "qkv")
-        options = {name: given[name] for name in (*_BRANCHES, "is_causal", "scale", "offsets", "key_padding_mask")}
+        shared = (*_BRANCHES, "is_causal", "scale", "offsets", "segment_shift", "key_padding_mask")
+        options = {name: given[name] for name in shared}
         lse = dilated_attention_with_lse(*(dense(x) for x in tensors), **options).lse
         compare(AttentionOutput(result, lse), tensors, options, False)
 
