@@ -24,6 +24,9 @@ if dist.is_available():  # before there is a group: see ring_attention/utils/com
     import torch.distributed.nn
 
 T = TypeVar("T")
+# Groups that `join` left, kept until the process ends. Python's lock is held while a group's last reference goes, which
+# waits for its gloo threads; one of those that still lets go of a tensor waits for the lock, and neither ever ends.
+_LEFT: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def join(device: str | None = None) -> Iterator[World]:
         dist.barrier()  # no process destroys the group while another still works
     finally:
         if mine:
+            _LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
