@@ -56,7 +56,7 @@ class FileSink:
 
 
 def stream(folder: Path) -> None:
-    """Attention of files into files: the mapped `out` is whole if its first row is no NaN, the sink if it has a file."""
+    """Attention of files into files: the mapped `out` is whole if its first row is no NaN, lse if it is there."""
     remove_leftovers(folder)
     out, lse = folder / "out", folder / "lse"
     if out.exists() and lse.exists() and not mapped(out)[0, 0].isnan().any():

@@ -42,6 +42,13 @@ def test_every_text_is_in_one_split_by_its_hash(tmp_path: Path) -> None:
             assert (int(hashlib.sha256(text).hexdigest()[:8], 16) < 0.3 * 2**32) == held_out
 
 
+def test_the_fingerprint_of_a_text_stays(tmp_path: Path) -> None:
+    """Another one would end the resume of every run that was started before."""
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    assert corpus.fingerprint == "140f2e7f770491e1aee40e1b70175d6b"
+
+
 def test_copies_binaries_hidden_files_and_links_are_left_out(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     texts = write_files(folder)
