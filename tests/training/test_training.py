@@ -557,7 +557,7 @@ def start(processes: int, arguments: list[str]) -> None:
 
 
 def test_a_group_that_was_left_is_not_taken_down_at_once() -> None:
-    """Its threads may still be at work: with the last reference dropped there, two ranks in a hundred hung."""
+    """Its threads may still be at work: with the last reference dropped there, one run of two ranks in fifteen hung."""
     start(2, ["-c", LEAVING])
 
 
