@@ -24,9 +24,9 @@ if dist.is_available():  # before there is a group: see ring_attention/utils/com
     import torch.distributed.nn
 
 T = TypeVar("T")
-# Groups that `join` left, kept until the process ends. On a busy machine a rank hung where it dropped the last reference
-# to its group right after a collective: a gloo thread that is not done yet seems to wait for Python's lock, which is
-# held while the group waits for the thread.
+# Groups that `join` left, kept until the process ends. On a busy machine a rank hung where it dropped the last
+# reference to its group right after a collective: a gloo thread that is not done yet seems to wait for Python's lock,
+# which is held while the group waits for the thread.
 _LEFT: list[Any] = []
 
 

@@ -104,7 +104,13 @@ def two_runs(kills: Kills, program: str, ranks: int = 1) -> tuple[str, str]:
     first = kills.start(program, folder, ranks)
     if program == "train":
         _until((folder / "run" / "train.json").exists, first)
+        for process in first:
+            process.send(signal.SIGSTOP)  # or it might be done before the second one comes
     second = kills.start(program, folder, tag="-second")
+    if program == "train":
+        second[0].end()
+        for process in first:
+            process.send(signal.SIGCONT)
     for process in (*first, *second):
         process.end()
     try:
