@@ -20,6 +20,9 @@ FLOOR ?= $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\).*/\1/p' pyproje
 FLOOR_VENV ?= .venv-floor
 FLOOR_PIP ?=
 FLOOR_TESTS ?= tests/core tests/kernels tests/models tests/ring tests/streaming
+# Arguments of `make chaos` and `make mutants`.
+CHAOS ?=
+MUTANTS ?=
 # `make fuzz SECONDS=60`. Bash has a variable of this name too, which counts, so it is taken from the command line alone.
 SECONDS_OF_FUZZ := $(if $(filter command line,$(origin SECONDS)),$(SECONDS),600)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -29,7 +32,7 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test test-floor fuzz lint format types docs docs-test figures tables hf-sweep slide slide-volume bench-cpu bench-compare bench-test dist clean
+.PHONY: help venv demo test test-floor fuzz chaos mutants lint format types docs docs-test figures tables hf-sweep slide slide-volume bench-cpu bench-compare bench-test dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +97,12 @@ test-floor: ## the CPU tests on the lowest torch that the metadata allows, where
 
 fuzz: $(STAMP) ## draw calls of every public function for SECONDS=600; prints the seed, what failed, and a count
 	PYTHONPATH=tests:tests/helpers $(ONE_THREAD) $(BIN)/python -m fuzz --seconds $(SECONDS_OF_FUZZ)
+
+chaos: $(STAMP) ## kill 60 commands, damage files in every known way, fill disks; CHAOS="--kills 10 --seed 1" for others
+	PYTHONPATH=.:tests $(ONE_THREAD) $(BIN)/python -m chaos $(CHAOS)
+
+mutants: $(STAMP) ## change the package in 100 small ways, each of which a test has to notice; MUTANTS="--seed 1"
+	PYTHONPATH=.:tests $(ONE_THREAD) $(BIN)/python -m mutants $(MUTANTS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Without a GPU the Triton kernels run in Triton's interpreter; the switch is read when Triton is imported.
 if not torch.cuda.is_available():
@@ -23,9 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "100"))
 # A first call may compile or fill a cache, and a busy machine is slow: time is no property of the code under test.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "max_examples": _EXAMPLES}
-# `ci` draws the same examples every time, so a red run stays red; `explore` looks for new ones.
+# `ci` draws the same examples every time, so a red run stays red; `explore` looks for new ones; `mutants` only has to
+# know whether there is a red one.
 settings.register_profile("ci", derandomize=True, database=None, print_blob=True, **_COMMON)
 settings.register_profile("explore", **_COMMON)
+settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

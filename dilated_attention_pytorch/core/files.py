@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
@@ -44,6 +46,14 @@ def replace_file(path: Path, write: Callable[[Path], object], mode: int | None =
 def replace_text(path: Path, text: str) -> None:
     """Write a text file that is never seen half-written."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; a ValueError for any other text, one nested too deep for Python included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -90,8 +90,11 @@ def load_pretrained(
         raise ValueError(f"expected architecture in {weights.CONFIG} to be one of {known}, got {got}")
     check_factory(device, dtype)
     # Built without memory: the file's tensors become the parameters.
-    kind = _ARCHITECTURES[architecture]
-    model = kind(kind.config_class.from_dict(values), backend=backend, device="meta")
-    state = weights.read_safetensors(Path(folder) / weights.WEIGHTS, device)
-    weights.load_into(model, state, copy=False, device=device, dtype=dtype)
+    kind, file = _ARCHITECTURES[architecture], Path(folder) / weights.WEIGHTS
+    with weights.naming(Path(folder) / weights.CONFIG):
+        config = kind.config_class.from_dict(values)
+    model = kind(config, backend=backend, device="meta")
+    state = weights.read_safetensors(file, device)
+    with weights.naming(file):
+        weights.load_into(model, state, copy=False, device=device, dtype=dtype)
     return model.eval()

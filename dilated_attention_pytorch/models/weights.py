@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import pickle
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core.files import parse_json
 from dilated_attention_pytorch.core.validation import listed
 
 WeightsSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The architecture that a folder's `config.json` names, and its other values."""
     path = folder / CONFIG
     with _reading(path, "JSON", ValueError):  # no text, or no JSON
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"expected {path} to hold a JSON object, got {type(values).__name__}")
     return values.pop("architecture", None), values
@@ -97,6 +97,16 @@ def _reading(path: Path, what: str, errors: type[Exception]) -> Iterator[None]:
         if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what the file holds
             reason = "a file that is not a torch checkpoint, or that contains pickled objects other than tensors"
         raise ValueError(f"expected {path} to hold {what}, got {reason}") from error
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file to the errors about what it holds."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{error}, in {path}") from error
 
 
 def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
@@ -145,6 +155,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             for key, value in state.items()
             if key in both and not value.is_floating_point()
         ],
+        [f"{key} {value.layout}, expected strided" for key, value in state.items() if value.layout != torch.strided],
     )
     if any(kinds):
         problems = "; ".join(listed(kind, "; ") for kind in kinds if kind)

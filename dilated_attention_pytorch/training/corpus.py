@@ -16,6 +16,7 @@ import json
 import os
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dilated_attention_pytorch.core.files import parse_json
 
 BOUNDARY = 0
 _FORMAT = 1  # of the cached files; part of their fingerprint
@@ -55,16 +58,22 @@ class Corpus:
         path = folder / "corpus.json"
         again = "remove the folder, it will be built again"
         try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            fingerprint, documents = str(meta["fingerprint"]), dict(meta["documents"])
+            meta = parse_json(path.read_text(encoding="utf-8"))
+            fingerprint = str(meta["fingerprint"])
+            documents = {name: int(meta["documents"][name]) for name in (*_SPLITS, *meta["documents"])}
             wanted = [int(meta["bytes"][split]) for split in _SPLITS]
-        except (ValueError, KeyError, TypeError) as error:
+            sums = [int(meta.get("crc32", {}).get(split, -1)) for split in _SPLITS]  # older ones have none
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"expected {path} to describe a corpus, got {type(error).__name__}; {again}") from error
         paths = [folder / f"{split}.bin" for split in _SPLITS]
         for file, size in zip(paths, wanted, strict=True):
             if file.stat().st_size != size:
                 raise ValueError(f"expected {size} bytes in {file}, got {file.stat().st_size}; {again}")
         train, val = (np.memmap(file, dtype=np.uint8, mode="r") for file in paths)
+        for file, stream, want in zip(paths, (train, val), sums, strict=True):
+            found = zlib.crc32(stream.data)
+            if want not in (found, -1):
+                raise ValueError(f"expected bytes of CRC-32 {want} in {file}, got {found}; {again}")
         return cls(fingerprint, train, val, documents)
 
 
@@ -124,7 +133,13 @@ def build_corpus(
     if not (place / "corpus.json").is_file():
         counts |= {split: len(chosen) for split, chosen in splits.items()}
         _write(place, fingerprint, splits, counts)
-    return Corpus.load(place)
+    corpus = Corpus.load(place)
+    if corpus.fingerprint != fingerprint:
+        raise ValueError(
+            f"expected {place / 'corpus.json'} to describe the corpus {fingerprint}, got {corpus.fingerprint}; "
+            "remove the folder, it will be built again"
+        )
+    return corpus
 
 
 def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
@@ -165,15 +180,18 @@ def _write(place: Path, fingerprint: str, splits: Splits, counts: dict[str, int]
     with hidden as name:
         temporary = Path(name)
         sizes: dict[str, int] = {}
+        sums = dict.fromkeys(splits, 0)
         for split, documents in splits.items():
             with (temporary / f"{split}.bin").open("wb") as stream:
                 for digest, path in documents:
                     data = path.read_bytes()
                     if hashlib.sha256(data).hexdigest() != digest:
                         raise ValueError(f"expected {path} to stay as it is while it is read, but it changed")
-                    stream.write(data + bytes([BOUNDARY]))
+                    data += bytes([BOUNDARY])
+                    stream.write(data)
+                    sums[split] = zlib.crc32(data, sums[split])
                 sizes[split] = stream.tell()
-        meta: dict[str, Any] = {"fingerprint": fingerprint, "bytes": sizes, "documents": counts}
+        meta: dict[str, Any] = {"fingerprint": fingerprint, "bytes": sizes, "crc32": sums, "documents": counts}
         (temporary / "corpus.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         try:
             temporary.rename(place)

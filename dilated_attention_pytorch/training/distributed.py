@@ -8,6 +8,7 @@ dimensions.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ if dist.is_available():  # before there is a group: see ring_attention/utils/com
     import torch.distributed.nn
 
 T = TypeVar("T")
+# Seconds between a group's last collective and its end. A gloo thread drops the tensors of that collective under
+# Python's lock; where the group ended first, it held that lock while it waited for the thread, and the rank hung.
+_SETTLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def join(device: str | None = None) -> Iterator[World]:
     finally:
         if mine:
             torch_private.forget_meshes()
+            time.sleep(_SETTLE)
             dist.destroy_process_group()
 
 

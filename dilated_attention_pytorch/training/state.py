@@ -64,7 +64,7 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
         state: Any = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # half a file can raise anything; torch's own text is advice to run what the file holds
         raise _damaged(path, type(error).__name__) from error
-    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in _KINDS.items()):
+    if not isinstance(state, dict) or any(not _is_a(state.get(name), kind) for name, kind in _KINDS.items()):
         raise _damaged(path, f"a wrong checksum of {damaged}" if damaged else f"not {', '.join(_KINDS)}")
     if state["version"] != _VERSION:
         raise ValueError(f"expected a state of version {_VERSION} in {path}, got {state['version']}")
@@ -86,15 +86,38 @@ def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn
         raise _damaged(path, f"step {state['step']} of {config.steps}")
     try:
         check_state(model, state["model"])
-        parameters = [p for group in adamw(model, config).param_groups for p in group["params"]]
-        shapes = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(parameters)}
-        moments = state["optimizer"]["state"]
-        # A fused update reads moments by the parameter's size, whatever theirs is.
-        if {i: {name: x.shape for name, x in one.items()} for i, one in moments.items()} != shapes:
-            raise ValueError("an optimizer whose moments have other shapes than the weights")
-    except (ValueError, KeyError, AttributeError) as error:
+        _check_optimizer(adamw(model, config), state["optimizer"])
+        moments = (x for one in state["optimizer"]["state"].values() for x in one.values())
+        if any(x.isnan().any() for x in (*state["model"].values(), *moments)):
+            raise ValueError("numbers that are NaN, which no run saves")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, str(error)) from error
     return state
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
+    """Hold an optimizer's state dict to the optimizer that is to take it: a fused update checks nothing."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # `step` is a number in fp32, whatever the weights are.
+    like = [{"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
+    kinds = {i: {name: _kind(x) for name, x in one.items()} for i, one in enumerate(like)}
+    if {i: {name: _kind(x) for name, x in one.items()} for i, one in kept["state"].items()} != kinds:
+        raise ValueError("an optimizer whose moments have other shapes or dtypes than the weights")
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in kept["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("an optimizer of other groups of weights")
+    for found, wanted in zip(kept["param_groups"], groups, strict=True):
+        # Which settings there are is a matter of torch's version; the rate follows from the step.
+        if names := [name for name in found.keys() & wanted.keys() - {"lr"} if found[name] != wanted[name]]:
+            raise ValueError(f"an optimizer with another {', '.join(sorted(names))}")
+
+
+def _kind(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.layout
+
+
+def _is_a(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which Python counts as an int
 
 
 def _damaged(path: Path, found: str) -> ValueError:

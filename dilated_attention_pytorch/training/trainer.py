@@ -152,7 +152,9 @@ class Trainer:
             self._restart = False
         settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
         replace_text(self.folder / "train.json", settings + "\n")
-        self._log = MetricsLog(self.folder, step=self.step, tensorboard=self.tensorboard)
+        self._log = MetricsLog(
+            self.folder, step=self.step, log_every=self.config.log_every, tensorboard=self.tensorboard
+        )
         held.callback(self._log.close)
 
     def _tell(self, event: str, *values: Any) -> None:

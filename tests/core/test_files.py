@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dilated_attention_pytorch.core.files import remove_leftovers, replace_file
+from dilated_attention_pytorch.core.files import parse_json, remove_leftovers, replace_file
 
 
 def test_a_file_is_replaced_with_the_mode_of_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(error: Exception, t
     with pytest.raises(OSError, match=r"expected room and permission to write .*file, got: .*(error|device)$"):
         replace_file(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 100_000])
+def test_any_text_that_is_no_json_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
 
 
 def test_leftovers_alone_are_removed(tmp_path: Path) -> None:

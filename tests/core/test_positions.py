@@ -20,6 +20,13 @@ def logits(rotary: RotaryPositions, q: torch.Tensor, k: torch.Tensor, n: torch.T
     return turned_q @ turned_k.T
 
 
+def test_names_stand_for_positions() -> None:
+    assert RotaryPositions.named(None, D, [6, 8], 10_000.0, 512.0) is None
+    assert RotaryPositions.named("rotary", D, [6, 8], 500.0, 512.0) == RotaryPositions(D, 500.0)
+    # Scales start anew where segments of every branch do.
+    assert RotaryPositions.named("xpos", D, [6, 8], 10_000.0, 64.0) == RotaryPositions(D, 10_000.0, 64.0, 24)
+
+
 def test_rotary_is_roformer_on_halves() -> None:
     """Against complex numbers: pair j is turned by position * base ** (-2 j / D)."""
     x = torch.randn(5, 2, D, dtype=torch.float64)

@@ -112,3 +112,12 @@ def test_zero_keys_take_nothing_from_the_default_dtype():
     got = dilated_attention_with_lse(q, k, v, **options)
     assert got.lse.dtype == torch.float32
     assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_queries_without_any_key(n):
+    q, k = torch.randn(1, n, 2, 4, requires_grad=True), torch.randn(1, 0, 2, 4)
+    options = {"segment_lengths": [8], "dilation_rates": [1], "seq_len": 8, "backend": "reference"}
+    out, lse = dilated_attention_with_lse(q, k, k, **options)
+    assert not out.any() and lse.isneginf().all() and lse.shape == (1, 2, n)
+    assert not torch.autograd.grad(out.sum(), q)[0].any()

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dilated_attention_pytorch import dilated_attention
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import torch_calls
+from dilated_attention_pytorch.kernels.sdpa.pieces import pieces
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -176,3 +180,17 @@ def test_strides_of_every_kind(kind, which, pattern, dtype):
         # What the same values give when they lie densely, twice; and no less than some roundings.
         allowed = 2 * float((same - want).abs().max()) + 8 * torch.finfo(dtype).eps * float(want.abs().max())
         assert float((got - want).abs().max()) <= allowed
+
+
+def test_plans_of_many_lengths_take_bounded_memory():
+    """As decoding or packed sequences bring them; 1,024 plans of 64 heads once stayed."""
+    pattern = DilatedPattern((64, 512, 4096), (1, 16, 64), 64)
+    pieces.cache_clear()
+    tracemalloc.start()
+    try:
+        for n in range(100_000, 100_008):
+            assert len(pieces(Problem(pattern, True, 0.1, seq_len=n), n, n)) > 150
+        held = tracemalloc.get_traced_memory()[0] / 8
+    finally:
+        tracemalloc.stop()
+    assert held * pieces.cache_info().maxsize < 64 << 20

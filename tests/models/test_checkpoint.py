@@ -87,6 +87,7 @@ def test_every_wrong_key_is_named(tmp_path: Path) -> None:
         "missing decoder.layers.1.ffn.fc1.bias",
         "unexpected decoder.layers.2.ffn.fc1.bias",
         "decoder.layer_norm.weight of shape (31,), expected (32,)",
+        f", in {tmp_path / 'model.safetensors'}",
     ):
         assert part in str(raised.value)
 
@@ -114,12 +115,23 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pretrained(tiny_lm(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "depth": 3, "heads": 1}))
-    with pytest.raises(ValueError, match=r"got unknown keys \['depth', 'heads'\]; known are \['activation'"):
+    with pytest.raises(
+        ValueError, match=r"got unknown keys \['depth', 'heads'\]; known are \['activation'.*, in .*config\.json"
+    ):
         load_pretrained(tmp_path)
+    for value, kind in (("32", TypeError), (2**62, ValueError)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": value}))
+        with pytest.raises(kind, match=r"expected d_model to be .*, in .*config\.json"):
+            load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "architecture": "GPT"}))
     with pytest.raises(ValueError, match=r"expected architecture in config.json to be one of .* got 'GPT'"):
         load_pretrained(tmp_path)
-    for text, got in (("{", "JSON, got JSONDecodeError"), ("[1]", "a JSON object, got list")):
+    deep = '{"a":' * 100_000
+    for text, got in (
+        ("{", "JSON, got JSONDecodeError"),
+        ("[1]", "a JSON object, got list"),
+        (deep, "JSON, got ValueError"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=rf"config\.json to hold {got}"):
             load_pretrained(tmp_path)

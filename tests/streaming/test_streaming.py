@@ -183,7 +183,8 @@ def test_nothing(batch: int, n: int) -> None:
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     q, k, v = draw_qkv(64)
     dilated_attention_streamed(q, k, v, **PATTERN, range_length=16, progress=True)
-    assert "ranges" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ranges" in shown and "100%" in shown
 
 
 def test_a_pool_is_used_again() -> None:

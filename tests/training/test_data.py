@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dilated_attention_pytorch.training import (
+    Corpus,
     build_corpus,
     held_out_excerpts,
     standard_library,
@@ -38,6 +40,13 @@ def test_every_text_is_in_one_split_by_its_hash(tmp_path: Path) -> None:
     for split, held_out in ((train, False), (val, True)):
         for text in split:
             assert (int(hashlib.sha256(text).hexdigest()[:8], 16) < 0.3 * 2**32) == held_out
+
+
+def test_the_fingerprint_of_a_text_stays(tmp_path: Path) -> None:
+    """Another one would end the resume of every run that was started before."""
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    assert corpus.fingerprint == "140f2e7f770491e1aee40e1b70175d6b"
 
 
 def test_copies_binaries_hidden_files_and_links_are_left_out(tmp_path: Path) -> None:
@@ -111,7 +120,40 @@ def test_a_cut_cache_is_not_taken(tmp_path: Path) -> None:
         build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"fingerprint": "a", "documents": {}, "bytes": {"train": []}}'])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_flipped_bit_in_the_cache_is_noticed(split: str, tmp_path: Path) -> None:
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    folder = tmp_path / "cache" / corpus.fingerprint
+    data = bytearray((folder / f"{split}.bin").read_bytes())
+    data[len(data) // 2] ^= 4
+    (folder / f"{split}.bin").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=rf"expected bytes of CRC-32 \d+ in .*{split}\.bin, got \d+; remove the folder"
+    ):
+        build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    meta = json.loads((folder / "corpus.json").read_text())
+    del meta["crc32"]  # as an older version wrote it
+    (folder / "corpus.json").write_text(json.dumps(meta))
+    assert Corpus.load(folder).fingerprint == corpus.fingerprint
+
+
+def test_the_description_of_another_corpus_is_named(tmp_path: Path) -> None:
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    path = tmp_path / "cache" / corpus.fingerprint / "corpus.json"
+    path.write_text(path.read_text().replace(corpus.fingerprint, "0" * 32))
+    with pytest.raises(
+        ValueError, match=rf"expected .*corpus\.json to describe the corpus {corpus.fingerprint}, got 0+;"
+    ):
+        build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+
+
+COUNTS = '{"fingerprint": "a", "documents": {"train": "many", "val": 1}, "bytes": {"train": 1, "val": 1}}'
+BYTES = '{"fingerprint": "a", "documents": {}, "bytes": {"train": []}}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", BYTES, COUNTS, '{"a":' * 100_000])
 def test_a_damaged_description_is_named(text: str, tmp_path: Path) -> None:
     write_files(tmp_path / "text")
     corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")

@@ -131,8 +131,9 @@ def config_and_state(
         architecture, values = weights.read_config(Path(source))
         if architecture != "SlideEncoder":
             raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
-        config = replace(SlideEncoderConfig.from_dict(values), **options)
-        return config, weights.read_safetensors(Path(source) / weights.WEIGHTS)
+        with weights.naming(Path(source) / weights.CONFIG):
+            config = SlideEncoderConfig.from_dict(values)
+        return replace(config, **options), weights.read_safetensors(Path(source) / weights.WEIGHTS)
     state = weights.read_state(source)
     # Sizes that shapes tell; the check of names and shapes finds what is missing.
     shapes = {"embed_dim": ("cls_token", -1), "in_chans": ("patch_embed.proj.weight", -1)}
