@@ -26,11 +26,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import common
 import gpu
+import others
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -201,44 +201,6 @@ def takes_once(line: Line) -> bool:
     return launch_aligned.why_not(prepared, "forward") is None and launch_aligned.alignment(prepared).once
 
 
-def official(path: Path) -> Callable[[Line], Callable[..., Tensor]]:
-    """The authors' dilated attention from a checkout of torchscale, over torch's flash attention."""
-    sys.path.insert(0, str(path))
-    try:
-        from torchscale.component import dilated_attention as theirs
-        from torchscale.component import multihead_attention as base
-    except ImportError as error:
-        sys.exit(f"expected a checkout of torchscale at {path}, and einops and fairscale installed, got: {error}")
-
-    def flash(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: None, scale: None, causal: bool) -> Any:
-        """flash-attn's function, (batch, length, heads, width) in and out."""
-        aten = torch.ops.aten
-        kernel = (
-            aten._scaled_dot_product_flash_attention if q.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
-        )
-        out, lse, *_ = kernel(*(x.transpose(1, 2) for x in (q, k, v)), dropout, causal)
-        return out.transpose(1, 2), lse
-
-    base.flash_attn_func = flash
-
-    def prepare(line: Line) -> Callable[..., Tensor]:
-        settings = SimpleNamespace(
-            segment_length=list(line.segment_lengths), dilated_ratio=list(line.dilation_rates), flash_attention=True,
-            multiway=False, xpos_rel_pos=False, seq_parallel=False, layernorm_eps=1e-5,
-        )  # fmt: skip
-        module = theirs.DilatedAttention(settings, line.num_heads * line.head_dim, line.num_heads, self_attention=True)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(module, name, torch.nn.Identity())
-
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, _ = module(*(x.flatten(2) for x in (q, k, v)), is_causal=line.is_causal)
-            return out.unflatten(2, (line.num_heads, line.head_dim))
-
-        return call
-
-    return prepare
-
-
 def measure(line: Line, backward: bool, rival: Callable[..., Tensor] | None) -> Iterator[dict[str, Any]]:
     """The rows of a line for one pass."""
     rate, whose = dense_rate(line.num_heads, line.head_dim, line.is_causal, backward)
@@ -311,7 +273,7 @@ def main() -> None:
     rows = first_calls()
     wanted = [line for line in lines() if arguments.only in line.title]
     common.refuse(itertools.chain.from_iterable(failures(line) for line in wanted))
-    rival = official(arguments.official) if arguments.official else None
+    rival = others.torchscale(arguments.official) if arguments.official else None
     left_out, slower = [], []
     for line in wanted:
         for backward in (False, True):

@@ -215,8 +215,8 @@ class TestTheReaderItself:
         assert problem(shlex.split(line)) is not None
 
     def test_a_changed_table_is_found(self) -> None:
-        tables, text = load(ROOT / "docs" / "tables.py"), (ROOT / "README.md").read_text(encoding="utf-8")
-        assert tables.names(text) == ["gpu-long"]
+        tables, text = load(ROOT / "docs" / "tables.py"), (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+        assert "gpu-long" in tables.names(text)
         changed = text.replace("TFLOP/s, 9", "TFLOP/s, 8", 1)
         assert changed != text
         assert tables.rewritten(changed, {"gpu-long": tables.gpu_long()}) == text
