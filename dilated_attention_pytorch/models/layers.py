@@ -153,9 +153,9 @@ class LayerStack(nn.Module):
         self, config: LongNetConfig, num_layers: int, gamma: float, factory: dict[str, Any], **options: Any
     ) -> None:
         super().__init__()
-        self.config = config
+        self.pattern, self.shifts = config.pattern, config.shifts(num_layers)
         self.layers = nn.ModuleList(
-            Layer(config, gamma, segment_shift=shift, **options, **factory) for shift in config.shifts(num_layers)
+            Layer(config, gamma, segment_shift=shift, **options, **factory) for shift in self.shifts
         )
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
@@ -198,8 +198,8 @@ class LayerStack(nn.Module):
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"expected x to be float16, bfloat16, float32 or float64, got {x.dtype}")
         if rank == 3 and not torch.compiler.is_compiling():
-            shifts, causal = self.config.shifts(len(self.layers)), options.get("is_causal", False)
-            warn_out_of_reach(self.config.pattern, shifts, start + x.shape[1], is_causal=causal)
+            is_causal = options.get("is_causal", False)
+            warn_out_of_reach(self.pattern, self.shifts, start + x.shape[1], is_causal=is_causal)
         # Rows stand at the same positions in every layer, so the tables of cosines are made once.
         where = {name: options.get(name) for name in ("row_start", "cu_seqlens")}
         options["rotation"] = rotation or first.rotation(x, start=start, **where)
