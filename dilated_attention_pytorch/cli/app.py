@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
 import typer
 
 from dilated_attention_pytorch._old.migrate.command import migrate  # 0.4.0: goes with _old
+from dilated_attention_pytorch.cli import words
 from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.convert import convert
 from dilated_attention_pytorch.cli.generate import generate
@@ -32,20 +32,6 @@ app.command()(migrate)  # 0.4.0: goes with _old
 # Errors of the library for a user's mistake, a missing package or a missing file.
 USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError, FloatingPointError)
 
-# Arguments of the library whose options have other names.
-_RENAMED = {
-    "segment_lengths": "--segments",
-    "dilation_rates": "--rates",
-    "num_heads": "--heads",
-    "seq_len": "--length",
-    "segment_shift": "--shift",
-    "greedy": "--temperature 0",
-    "coords_folder": "--coords",
-}
-# An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore outside
-# a path.
-_ARGUMENT = re.compile(r"\b(\w+)=True\b|(?:(?<=expected )|(?<![\w/.-])(?=\w+_))(\w+)\b(?![/.-]\w)")
-
 
 def run() -> None:
     """Run the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
@@ -61,7 +47,4 @@ def in_options(message: str, *command: str) -> str:
     known: Any = typer.main.get_command(app)
     for word in command:
         known = getattr(known, "commands", {}).get(word, known)
-    options = {parameter.name: max(parameter.opts, key=len) for parameter in known.params}
-    words = {name: option for name, option in options.items() if option.startswith("--")}
-    words |= {name: option for name, option in _RENAMED.items() if option.split()[0] in options.values()}
-    return _ARGUMENT.sub(lambda found: words.get(found[1] or found[2], found[0]), message)
+    return words.in_options(message, known)

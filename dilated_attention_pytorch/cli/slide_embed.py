@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
-from typer import Argument, Exit, Option
+from typer import Argument, Context, Exit, Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, notes
+from dilated_attention_pytorch.cli.words import in_options
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.models.slide.work import Outcome
@@ -32,6 +33,7 @@ _PAUSE = 10.0  # seconds between two lines of progress where there is no termina
 
 
 def embed(
+    context: Context,
     folder: Annotated[Path, Argument(help=_FOLDER)],
     checkpoint: Annotated[str, Option(help=_CHECKPOINT)],
     out: Annotated[Path, Option(help=_OUT)],
@@ -86,19 +88,13 @@ def embed(
         with _Report(found, world.is_main, ranks.size) as report:
             mine = [report.add(outcome) for outcome in embedder.run(found)]
         everything = [outcome for part in ranks.gather(mine) for outcome in part]
-        failed = {one.name: _words(one.problem) for one in everything if one.problem is not None}
+        failed = {one.name: in_options(one.problem, context.command) for one in everything if one.problem is not None}
         if world.is_main:
             results.write_problems(failed)
             table = results.write_table(one.name for one in everything if one.problem is None)
             report.summary(everything, failed, out if table is None else table)
     if failed:
         raise Exit(1)
-
-
-def _words(problem: str) -> str:
-    from dilated_attention_pytorch.cli.app import in_options
-
-    return in_options(problem, "slide", "embed")
 
 
 class _Report:

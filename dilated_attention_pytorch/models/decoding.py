@@ -95,7 +95,7 @@ class DecodingCache:
             if own.shape[1]:
                 layout.write(keys, held[0], own)
                 layout.write(values, held[1], own)
-            self.layers.append(_Layer(self, layout, keys, values))
+            self.layers.append(_LayerBuffers(self, layout, keys, values))
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +125,7 @@ class DecodingCache:
         return {"rotation": rotation, "caches": self.layers}
 
 
-class _Layer:
+class _LayerBuffers:
     """One layer's buffers `(B, H_kv, rows, D)`."""
 
     length = 0  # positions are the cache's, on the device
