@@ -85,7 +85,7 @@ def embed(
         embedder = SlideEmbedder(encoder, reader, results, how, ranks)
         world.first(lambda: held.enter_context(results.held()))
         found = ranks.from_first(scan(paths, reader) if world.is_main else None)
-        with _Report(found, world.is_main, ranks.size) as report:
+        with _Report(found, world.is_main, ranks.size, context.command) as report:
             mine = [report.add(outcome) for outcome in embedder.run(found)]
         everything = [outcome for part in ranks.gather(mine) for outcome in part]
         failed = {one.name: in_options(one.problem, context.command) for one in everything if one.problem is not None}
@@ -100,7 +100,8 @@ def embed(
 class _Report:
     """What is printed while slides are embedded: a bar on a terminal, else a line from time to time."""
 
-    def __init__(self, found: Any, is_main: bool, ranks: int) -> None:
+    def __init__(self, found: Any, is_main: bool, ranks: int, command: Any) -> None:
+        self._command = command
         self._tiles, self._main, self._ranks = sum(found.sizes.values()), is_main, ranks
         self._done, self._began, self._last = 0, time.monotonic(), time.monotonic()
         self._task = TaskID(0)
@@ -119,7 +120,7 @@ class _Report:
 
     def add(self, outcome: Outcome) -> Outcome:
         """Print what a slide needs to have said of it."""
-        for line in (outcome.problem and f"no result: {_words(outcome.problem)}", *outcome.doubts):
+        for line in (outcome.problem and f"no result: {in_options(outcome.problem, self._command)}", *outcome.doubts):
             if line:
                 notes.print(f"{outcome.name}: {line}", soft_wrap=True)
         if outcome.was_there or outcome.problem:
