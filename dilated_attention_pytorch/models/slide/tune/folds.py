@@ -47,7 +47,8 @@ def make_folds(labels: Labels, count: int, seed: int) -> list[Fold]:
                     f"expected two patients or more of each of {', '.join(labels.task.strata)} in the training part of "
                     f"fold {number}, got {_counts(labels, train)}"
                 )
-            train, val = _split(labels, train, most, seed)[0]
+            ways = _split(labels, train, most, seed)
+            train, val = next((way for way in ways if all(0 not in _patients(labels, part) for part in way)), ways[0])
         for name, part in (("training", train), ("validation", val)):
             if 0 in _patients(labels, part):
                 counts = _counts(labels, part)
@@ -79,7 +80,7 @@ def _counts(labels: Labels, chosen: list[int]) -> str:
     return ", ".join(f"{n} of {s}" for n, s in zip(_patients(labels, chosen), labels.task.strata, strict=True))
 
 
-class Tested(NamedTuple):
+class FoldResult(NamedTuple):
     """What a fold's model gave for its test part: outputs `(S, O)`, targets, and the patient of each slide."""
 
     outputs: Tensor
@@ -87,7 +88,7 @@ class Tested(NamedTuple):
     cases: list[str]
 
 
-def summarise(task: Task, tested: list[Tested], samples: int, seed: int) -> dict[str, dict[str, float]]:
+def summarise(task: Task, tested: list[FoldResult], samples: int, seed: int) -> dict[str, dict[str, float]]:
     """Each score's mean over folds with a 95% interval: percentiles of a bootstrap within folds.
 
     The means are over folds since the outputs of different models have no common scale. Patients are drawn, with all

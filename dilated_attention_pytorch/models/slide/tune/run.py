@@ -27,7 +27,7 @@ from dilated_attention_pytorch.models.slide.files import Slide, SlideReader
 from dilated_attention_pytorch.models.slide.formats import package
 from dilated_attention_pytorch.models.slide.results import ResultFolder, hold
 from dilated_attention_pytorch.models.slide.tune.config import TuneConfig
-from dilated_attention_pytorch.models.slide.tune.folds import Fold, Tested, make_folds, summarise
+from dilated_attention_pytorch.models.slide.tune.folds import Fold, FoldResult, make_folds, summarise
 from dilated_attention_pytorch.models.slide.tune.labels import Labels
 from dilated_attention_pytorch.models.slide.tune.loop import BEST, STATE, FoldTrainer, Inputs, save_tensors
 from dilated_attention_pytorch.models.slide.tune.model import Head, SlideModel, add_low_rank, merge_low_rank
@@ -92,13 +92,13 @@ class Tuner:
             tested = [self._fold(number, fold, inputs) for number, fold in enumerate(self.folds)]
             return self._write(tested)
 
-    def _fold(self, number: int, fold: Fold, inputs: Inputs) -> Tested:
+    def _fold(self, number: int, fold: Fold, inputs: Inputs) -> FoldResult:
         """A fold's outputs: from an earlier run, or trained now."""
         folder, labels = self.out / f"fold_{number}", self.labels
         folder.mkdir(exist_ok=True)
         targets, cases = labels.targets[fold.test], [labels.cases[i] for i in fold.test]
         if (folder / TESTED).is_file():
-            return Tested(weights.read_safetensors(folder / TESTED)["outputs"], targets, cases)
+            return FoldResult(weights.read_safetensors(folder / TESTED)["outputs"], targets, cases)
         torch.manual_seed(self.config.seed + number)
         model = self._model(fold, inputs)
         trainer = FoldTrainer(model, inputs, labels.task, labels.targets, fold, self.config, folder)
@@ -115,7 +115,7 @@ class Tuner:
         scores = ", ".join(f"{name} {x:.3f}" for name, x in labels.task.scores(outputs, targets).items())
         parts = f"{len(fold.train):,} slides to train, {len(fold.val):,} to validate, {len(fold.test):,} to test"
         self.say(f"fold {number}: {parts}; best of {trainer.epoch} epochs {trainer.best_epoch}; {scores}")
-        return Tested(outputs, targets, cases)
+        return FoldResult(outputs, targets, cases)
 
     def _model(self, fold: Fold, inputs: Inputs) -> nn.Module:
         """A new model for a fold."""
@@ -170,7 +170,7 @@ class Tuner:
             for line in doubts:
                 self.say(f"{name}: {line}")
 
-    def _write(self, tested: list[Tested]) -> dict[str, Any]:
+    def _write(self, tested: list[FoldResult]) -> dict[str, Any]:
         pandas, task = package("pandas"), self.labels.task
         tables = []
         for number, (fold, one) in enumerate(zip(self.folds, tested, strict=True)):

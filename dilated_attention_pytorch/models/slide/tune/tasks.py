@@ -74,6 +74,12 @@ class Classification:
         return found | {f"probability_{name}": chances[:, i].numpy() for i, name in enumerate(names)}
 
 
+def _torchsurv(module: str) -> Any:
+    with warnings.catch_warnings():  # its import still uses TorchScript
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        return package(f"torchsurv.{module}")
+
+
 class Survival:
     """A log hazard; targets are fp32 `(S, 2)`: the time, and 1 where the event happened then (0: not until then)."""
 
@@ -94,7 +100,7 @@ class Survival:
             return outputs.sum() * 0.0
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Ties in `time` detected")
-            loss: Tensor = package("torchsurv.loss.cox").neg_partial_log_likelihood(outputs[:, 0], event, time)
+            loss: Tensor = _torchsurv("loss.cox").neg_partial_log_likelihood(outputs[:, 0], event, time)
         return loss
 
     def scores(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -102,7 +108,7 @@ class Survival:
         time, event = targets[:, 0], targets[:, 1].bool()
         if not bool((event & (time < time.max())).any()):  # nobody outlives an event
             return {"c_index": math.nan}
-        index = package("torchsurv.metrics.cindex").ConcordanceIndex()
+        index = _torchsurv("metrics.cindex").ConcordanceIndex()
         return {"c_index": float(index(outputs[:, 0], event, time))}
 
     def columns(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
