@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 
 from dilated_attention_pytorch.cli.slide_embed import embed
+from dilated_attention_pytorch.cli.slide_tune import tune
 
-slide = typer.Typer(help="Slides from feature files: embeddings.", no_args_is_help=True)
+slide = typer.Typer(help="Slides from feature files: embeddings, tuned models.", no_args_is_help=True)
 
 
 @slide.callback()
@@ -14,5 +15,5 @@ def _group() -> None:  # without it a lone command would take the group's place
     pass
 
 
-for command in (embed,):
+for command in (embed, tune):
     slide.command()(command)

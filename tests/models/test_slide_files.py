@@ -152,7 +152,7 @@ class TestLayouts:
     def test_without_a_reader(self, encoder: SlideEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "a.zarr").mkdir()
         monkeypatch.setitem(__import__("sys").modules, "zarr", None)
-        with pytest.raises(ImportError, match="expected zarr, which this file needs, found none: pip install zarr"):
+        with pytest.raises(ImportError, match="expected zarr, which this needs, found none: pip install zarr"):
             SlideReader.of(encoder.config).read(tmp_path / "a.zarr")
 
 

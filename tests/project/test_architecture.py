@@ -61,6 +61,8 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "h5py": (),
     "pandas": (),
     "pyarrow": (),
+    "sklearn": (),
+    "torchsurv": (),
     "huggingface_hub": ("integrations/",),
 }
 

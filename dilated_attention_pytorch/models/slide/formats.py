@@ -185,6 +185,6 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        extra = name in ("h5py", "pandas", "pyarrow")
+        extra = name.split(".")[0] in ("h5py", "pandas", "pyarrow", "sklearn", "torchsurv")
         how = "pip install 'dilated-attention-pytorch[slides]'" if extra else f"pip install {name}"
-        raise ImportError(f"expected {name}, which this file needs, found none: {how}") from error
+        raise ImportError(f"expected {name}, which this needs, found none: {how}") from error

@@ -47,6 +47,33 @@ class Embedding(NamedTuple):
         return {key: x for key, x in named.items() if x is not None and x.numel()}
 
 
+@contextlib.contextmanager
+def hold(folder: Path, name: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Make a run's folder, or find that it holds the same run by the file `name` of its settings, and keep others from
+    writing to it.
+
+    Raises:
+        ValueError: a folder with a run of other settings; the message names what differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder for results, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        remove_leftovers(folder)
+        file, now = folder / name, json.loads(json.dumps(settings))  # as a file has them
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+        names = [key for key in sorted({*now, *kept} - {*_FREE}) if now.get(key) != kept.get(key)]
+        if names:
+            differences = ", ".join(f"{key} {kept.get(key)!r} (now {now.get(key)!r})" for key in names)
+            raise ValueError(
+                f"expected the settings that {folder} was begun with, which has {differences}; give those, or "
+                "another folder"
+            )
+        if not file.is_file():
+            replace_text(file, json.dumps(settings, indent=1) + "\n")
+        yield
+
+
 class ResultFolder:
     """The folder of a run.
 
@@ -70,28 +97,10 @@ class ResultFolder:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder, or find that it holds the same run, and keep others from writing to it."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"expected a folder for results, got the file {self.path}")
-        self._slides.mkdir(parents=True, exist_ok=True)
-        with lock(self.path):
-            for folder in {self.path, self._slides}:
-                remove_leftovers(folder)
-            self._check_settings()
+        with hold(self.path, SETTINGS, self.settings | {"format": self.format}):
+            self._slides.mkdir(exist_ok=True)
+            remove_leftovers(self._slides)
             yield
-
-    def _check_settings(self) -> None:
-        file, now = self.path / SETTINGS, self.settings | {"format": self.format}
-        if not file.is_file():
-            replace_text(file, json.dumps(now, indent=1) + "\n")
-            return
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        names = [name for name in sorted({*now, *kept} - {*_FREE}) if now.get(name) != kept.get(name)]
-        if names:
-            differences = ", ".join(f"{name} {kept.get(name)!r} (now {now.get(name)!r})" for name in names)
-            raise ValueError(
-                f"expected the settings that {self.path} was begun with, which has {differences}; give those, or "
-                "another folder"
-            )
 
     def file(self, name: str) -> Path:
         """The file of a slide."""

@@ -1,0 +1,1 @@
+"""Tuning a slide encoder on labels: the table, the tasks, folds by patient, what is trained, and the loop."""
