@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 try:
@@ -71,6 +71,12 @@ def has_tangent(x: Tensor) -> bool:
     while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for looking at a tangent
         x = torch._C._functorch.get_unwrapped(x)
     return forward_ad.unpack_dual(x).tangent is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if a call of the module calls something else too: hooks of its own, or of all modules."""
+    own = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return bool(any(getattr(module, name) for name in own) or nn.modules.module._has_any_global_hook())
 
 
 def is_jit_tracing() -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.kernels.decode_layout import DecodeLayout
@@ -19,7 +20,6 @@ from dilated_attention_pytorch.kernels.triton.support import DTYPES, MAX_HEAD_DI
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.types import QKV
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Steps taken before their tokens are looked at for an end.
 _AHEAD = 16
 # Runs of the step before it is captured: kernels are compiled and loaded, libraries take their workspaces.
@@ -31,13 +31,14 @@ def why_not(model: nn.Module, tokens: Tensor) -> list[str]:
     attentions = [layer.self_attn for layer in model.decoder.layers]  # type: ignore[union-attr]
     first = attentions[0]
     reasons = why_not_on(tokens.device)
-    if first.q_proj.weight.dtype not in DTYPES:
-        reasons.append(f"no kernel takes {str(first.q_proj.weight.dtype).removeprefix('torch.')}")
+    dtype: torch.dtype = model.embed_tokens.weight.dtype  # type: ignore[union-attr, assignment]
+    if dtype not in DTYPES:
+        reasons.append(f"no kernel takes {str(dtype).removeprefix('torch.')}")
     if first.head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim {first.head_dim} is above {MAX_HEAD_DIM}")
     if any(attention.attention.head_groups for attention in attentions):
         reasons.append("it has head_groups")
-    if any(getattr(module, name) for module in model.modules() for name in _HOOKS):
+    if any(torch_private.has_hooks(module) for module in model.modules()):
         reasons.append("modules have hooks, which a replay would not call")
     if torch.is_autocast_enabled(tokens.device.type):
         reasons.append("autocast is on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
@@ -17,7 +18,7 @@ from dilated_attention_pytorch.core.validation import FLOAT_DTYPES, check_dense,
 from dilated_attention_pytorch.functional import in_autocast_dtype
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
-from dilated_attention_pytorch.models.recompute import gelu_norm_linear
+from dilated_attention_pytorch.models.recompute import gelu_norm_linear, is_plain
 from dilated_attention_pytorch.modules import KeyValueStore, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import BackendName
 
@@ -46,7 +47,8 @@ class FeedForward(nn.Module):
     """`fc2(LayerNorm(activation(fc1(x))))`: the feed-forward network with sub-LN (arXiv 2210.06423, figure 2).
 
     Both weights start as xavier-normal with gain `gamma`. With `recompute` and GELU only `fc1`'s output is kept for the
-    backward, and what follows from it is computed again: a third of the memory, first derivatives only.
+    backward, and what follows from it is computed again: a third of the memory, first derivatives only. A norm with
+    hooks, or another module in its place, is called instead, and nothing is computed again.
     """
 
     def __init__(self, config: LongNetConfig, gamma: float, *, recompute: bool = False, **factory: Any) -> None:
@@ -64,7 +66,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d_model)` to the same."""
         h = self.fc1(x)
-        if self.recompute:
+        if self.recompute and is_plain(self.ffn_layernorm):
             return gelu_norm_linear(h, self.ffn_layernorm, self.fc2)
         return self.fc2(self.ffn_layernorm(self.activation(h)))  # type: ignore[no-any-return]
 
@@ -160,17 +162,21 @@ class LayerStack(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, **factory)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, *, kept: list[Tensor] | None = None, **options: Any
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        each: Callable[[Tensor], Any] | None = None,
+        normed: bool = True,
+        **options: Any,
     ) -> Tensor:
-        """The last of `states` after the final LayerNorm; arguments are those of `states`.
-        `kept` is a list that takes x and all states."""
-        if kept is not None:
-            kept.append(x)
+        """The last of `states`, after the final LayerNorm if `normed`; other arguments are those of `states`.
+        `each` is called with x and with every state."""
         last = x
-        for last in self.states(x, memory, **options):
-            if kept is not None:
-                kept.append(last)
-        return self.layer_norm(last)  # type: ignore[no-any-return]
+        for last in chain([x], self.states(x, memory, **options)):
+            if each is not None:
+                each(last)
+        return self.layer_norm(last) if normed else last
 
     def states(
         self,

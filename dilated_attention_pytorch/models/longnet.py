@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
-from dilated_attention_pytorch.core.validation import check_int, check_looked_up, check_multiplicand, quoted
+from dilated_attention_pytorch.core.validation import check_bool, check_int, check_looked_up, check_multiplicand, quoted
 from dilated_attention_pytorch.models import decoding
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
@@ -126,30 +126,6 @@ class LongNetLM(ShardedModel[LongNetConfig]):
     @names_rows
     def forward(
         self,
-        tokens: Tensor,
-        *,
-        cache: KeyValueCache | None = None,
-        seq_len: int | None = None,
-        is_causal: bool = True,
-        **rows: Unpack[RowMask],
-    ) -> Tensor:
-        """Logits of the token that follows each position.
-
-        Args:
-            tokens: int `(B, N)`, or `(total,)` with `cu_seqlens`.
-            cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
-            seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
-                all shards are equally long.
-            is_causal: hide later positions; without, the logits may be those of masked tokens.
-            rows: as in `LongNet.forward`.
-
-        Returns:
-            `(B, N, vocab_size)`, or `(total, vocab_size)`.
-        """
-        return self.logits(self.hidden(tokens, cache=cache, seq_len=seq_len, is_causal=is_causal, **rows))
-
-    def hidden(
-        self,
         tokens: Tensor | None,
         *,
         inputs_embeds: Tensor | None = None,
@@ -157,16 +133,52 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         cache: KeyValueCache | None = None,
         seq_len: int | None = None,
         is_causal: bool = True,
+        return_hidden: bool = False,
         **rows: Unpack[RowMask],
     ) -> Tensor:
-        """The hidden states `(B, N, d_model)` that `logits` takes: logits of long sequences need not all exist at once.
+        """Logits of the token that follows each position.
 
         Args:
-            tokens: as in `forward`; None with `inputs_embeds`.
+            tokens: int `(B, N)`, or `(total,)` with `cu_seqlens`; None with `inputs_embeds`.
             inputs_embeds: `(B, N, d_model)`, or `(total, d_model)`, as `embed_tokens` gives them.
             states: a list that takes what the first layer gets and what each layer gives.
-            cache, seq_len, is_causal, rows: as in `forward`.
+            cache: from `make_cache`. The tokens follow those that it has seen, and are added to them.
+            seq_len: after `shard_context`, the length of the whole sequence, cut as `torch.chunk` does; without it
+                all shards are equally long.
+            is_causal: hide later positions; without, the logits may be those of masked tokens.
+            return_hidden: give what `logits` takes in place of the logits.
+            rows: as in `LongNet.forward`.
+
+        Returns:
+            `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
+        check_bool("return_hidden", return_hidden)
+        options: dict[str, Any] = {"cache": cache, "seq_len": seq_len, "is_causal": is_causal, **rows}
+        hidden = self._hidden(tokens, inputs_embeds, states, **options)
+        return hidden if return_hidden else self.logits(hidden)
+
+    def hidden(self, tokens: Tensor | None, **options: Any) -> Tensor:
+        """The hidden states `(B, N, d_model)` that `logits` takes: logits of long sequences need not all exist at once.
+
+        It is a call of the model, so hooks on it fire, with hidden states as its output.
+
+        Args:
+            tokens: as in `forward`.
+            options: other arguments of `forward`.
+        """
+        return self(tokens, return_hidden=True, **options)  # type: ignore[no-any-return]
+
+    def _hidden(
+        self,
+        tokens: Tensor | None,
+        inputs_embeds: Tensor | None,
+        states: list[Tensor] | None,
+        *,
+        cache: KeyValueCache | None,
+        seq_len: int | None,
+        is_causal: bool,
+        **rows: Unpack[RowMask],
+    ) -> Tensor:
         given = {name for name, value in rows.items() if value is not None}
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("expected either tokens or inputs_embeds, got " + ("none" if tokens is None else "both"))
@@ -195,7 +207,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             cache.check(x.shape[0], self.config.num_decoder_layers)
             cache.begin(x.shape[1])
             options = cache.options(x)
-        out: Tensor = self.decoder(x, is_causal=is_causal, kept=states, **options)
+        out: Tensor = self.decoder(x, is_causal=is_causal, each=None if states is None else states.append, **options)
         if cache is not None:
             cache.commit()
         return out

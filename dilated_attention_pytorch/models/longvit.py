@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -215,9 +214,7 @@ class LongViT(Model[LongViTConfig]):
         if self.training and config.drop_path > 0.0:
             scales = stochastic_depth(config.drop_path, config.depth, x.shape[0], x.device)[..., None, None]
         options: dict[str, Any] = {"scales": scales, "gradient_checkpointing": self.gradient_checkpointing}
-        h = deque(self.encoder.states(x, is_causal=False, **options), maxlen=1).pop()
-        if not config.fc_norm:
-            h = self.encoder.layer_norm(h)
+        h = self.encoder(x, is_causal=False, normed=not config.fc_norm, **options)
         patches = h if self.cls_token is None else h[:, 1:]
         pooled = patches.mean(1) if config.global_pool else h[:, 0]
         if config.fc_norm:

@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.precision import without_autocast
 from dilated_attention_pytorch.functional import in_autocast_dtype
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether nobody but its caller can tell if a LayerNorm was called: no adapter, FSDP unit or hook sees it."""
+    return type(norm) is nn.LayerNorm and "forward" not in vars(norm) and not torch_private.has_hooks(norm)
 
 
 def gelu_norm_linear(h: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:
     """`linear(norm(gelu(h)))`, keeping `h` `(..., inner)` and two numbers per row for the backward.
 
-    `linear` is called once, as a module: an `nn.Linear`, or an adapter in its place. Under autocast all of it runs in
+    `norm` is only read: `is_plain` says where that is enough. `linear` is called once, as a module: an `nn.Linear`, or
+    an adapter in its place. Under autocast all of it runs in
     autocast's dtype, the statistics of the LayerNorm in fp32 as always. A second derivative raises.
     """
     h, weight, bias = in_autocast_dtype(h, norm.weight, norm.bias)

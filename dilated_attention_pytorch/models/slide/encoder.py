@@ -185,12 +185,10 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
             TypeError: an argument of the wrong type or dtype.
         """
         x, rows = self.embed(tiles, coords, mask)
-        summary = [self._summary(x, rows)]
-        again, masks = self.gradient_checkpointing, rows.options(x.device)
-        scales = self._drop_path(rows, x)
-        for h in self.encoder.states(x, is_causal=False, scales=scales, gradient_checkpointing=again, **masks):
-            summary.append(self._summary(h, rows))
-        h = self.encoder.layer_norm(h)
+        summary: list[Tensor] = []
+        options = rows.options(x.device) | {"gradient_checkpointing": self.gradient_checkpointing}
+        options |= {"scales": self._drop_path(rows, x), "each": lambda h: summary.append(self._summary(h, rows))}
+        h = self.encoder(x, is_causal=False, **options)
         summary.append(self._summary(h, rows))
         pooled = self._outer_norm(self._over_ranks(torch.stack(summary)))
         if all_layer_embed:
@@ -321,8 +319,8 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         if self._is_first:
             return self.norm(x)  # type: ignore[no-any-return]
         # The same on every rank; the parameters' gradient is counted on the first alone.
-        weight, bias = self.norm.weight.detach(), self.norm.bias.detach()
-        return nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
+        fixed = {name: parameter.detach() for name, parameter in self.norm.named_parameters()}
+        return torch.func.functional_call(self.norm, fixed, (x,))  # type: ignore[no-any-return]
 
     def _check(self, tiles: Tensor, coords: Tensor, mask: Tensor | None) -> None:
         given = {"tiles": tiles, "coords": coords} | ({} if mask is None else {"mask": mask})
