@@ -245,3 +245,15 @@ def test_the_ranges_in_the_readme_are_the_results() -> None:
     short = {row["who"]: 1e3 * row["ms"] for row in result["rows"] if row["case"] == "D=64 full fwd N=1024"}
     for ours_, dense in (("auto", "dense flash"), ("auto *", "dense flash *")):
         assert f"{short[ours_]:.0f} us against {short[dense]:.0f} us" in readme, (ours_, short)
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p.name != "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_no_code_line_is_wider_than_the_column(path: Path) -> None:
+    """The site shows 88 characters; longer lines would be cut. Tables that the command line draws may be wider."""
+    inside, wide = False, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            inside = not inside
+        elif inside and len(line) > 88 and not line.startswith(tuple("│┃┏┡└╭╰")):
+            wide.append(f"line {number}: {len(line)} characters")
+    assert not wide, "\n".join(wide)

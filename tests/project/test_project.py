@@ -84,7 +84,8 @@ def test_public_name_is_on_the_api_page(name: str) -> None:
 def test_relative_links_lead_somewhere(page: Path) -> None:
     """MkDocs checks the site's own links; README and links out of docs/ are checked here."""
     targets = re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    missing = [t for t in targets if not (page.parent / t).exists()]
+    made = {"img/gpu.png"}  # by docs/hooks.py
+    missing = [t for t in targets if t not in made and not (page.parent / t).exists()]
     assert not missing, f"{page.name}: links to files that do not exist: {missing}"
 
 

@@ -1,0 +1,28 @@
+"""Messages of the library in a command's own words."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# Arguments of the library whose options have other names.
+_RENAMED = {
+    "segment_lengths": "--segments",
+    "dilation_rates": "--rates",
+    "num_heads": "--heads",
+    "seq_len": "--length",
+    "segment_shift": "--shift",
+    "greedy": "--temperature 0",
+    "coords_folder": "--coords",
+}
+# An argument of the library in a message: `name=True`, the word after "expected", or a word with an underscore outside
+# a path.
+_ARGUMENT = re.compile(r"\b(\w+)=True\b|(?:(?<=expected )|(?<![\w/.-])(?=\w+_))(\w+)\b(?![/.-]\w)")
+
+
+def in_options(message: str, command: Any) -> str:
+    """A message of the library with the options of a click command in place of its argument names."""
+    options = {parameter.name: max(parameter.opts, key=len) for parameter in command.params}
+    known = {name: option for name, option in options.items() if option.startswith("--")}
+    known |= {name: option for name, option in _RENAMED.items() if option.split()[0] in options.values()}
+    return _ARGUMENT.sub(lambda found: known.get(found[1] or found[2], found[0]), message)
