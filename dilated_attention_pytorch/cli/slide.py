@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 
 from dilated_attention_pytorch.cli.slide_embed import embed
+from dilated_attention_pytorch.cli.slide_map import slide_map
 
-slide = typer.Typer(help="Slides from feature files: embeddings.", no_args_is_help=True)
+slide = typer.Typer(help="Slides from feature files: embeddings, maps.", no_args_is_help=True)
 
 
 @slide.callback()
@@ -16,3 +17,4 @@ def _group() -> None:  # without it a lone command would take the group's place
 
 for command in (embed,):
     slide.command()(command)
+slide.command("map")(slide_map)
