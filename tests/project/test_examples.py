@@ -23,6 +23,11 @@ RUNS: dict[str, tuple[list[str], list[str], str]] = {
         ["--context", "64", "--width", "64", "--steps", "30", "--fine-tune-steps", "15"],
         "transformers",
     ),
+    "convert_smollm.py": (
+        ["-W", "ignore"],
+        ["--tiny", "--context", "256", "--shortest", "64", "--steps", "3", "--recipe", "every other layer"],
+        "transformers",
+    ),
 }
 PARTS = {"text.py"}
 
@@ -65,6 +70,9 @@ def test_example_runs_and_learns(name: str, tmp_path: Path) -> None:
         )
         # Nothing but the attention changed at the switch; it may cost something, not undo the training.
         assert after < before < 4.5
+    elif name == "convert_smollm.py":
+        (row,) = re.findall(r"before ([\d.]+) .*, after ([\d.]+), [\d,]+ tokens/s", done.stdout)
+        assert float(row[1]) < float(row[0]) < 5.6, done.stdout
     else:
         losses = [float(x) for x in re.findall(r"^step \d+ loss ([\d.]+)", done.stdout, re.MULTILINE)]
         # A model that knows nothing has log 256 = 5.55; one that knows the letters' frequencies about 3.3.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from browser import ask, needs_browser
 
 from dilated_attention_pytorch import DilatedPattern
 from dilated_attention_pytorch.viz import receptive_field, save_page
@@ -24,8 +22,6 @@ PATTERNS = {
     "eight branches": DilatedPattern([4 << i for i in range(8)], [1 << i for i in range(8)], num_heads=2),
 }
 N = 45
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome on the PATH")
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -73,27 +69,6 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected num_heads to be below 129, got 200"):
         save_page(DilatedPattern((4,), (1,), num_heads=200), N, tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
-
-
-def ask(path: Path, script: str, address: str = "", *options: str) -> Any:
-    """What an expression gives in the page, after it was opened in a headless browser."""
-    probe = path.with_name("probe.html")
-    answer = f'<script>document.body.innerHTML = "<pre>" + JSON.stringify({script}) + "</pre>";</script></body>'
-    probe.write_text(path.read_text(encoding="utf-8").replace("</body>", answer), encoding="utf-8")
-    command = [
-        str(BROWSER),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={path.parent / 'profile'}",
-    ]
-    done = subprocess.run(
-        [*command, *options, "--dump-dom", f"file://{probe}{address}"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    found = re.search(r"<pre>(.*)</pre>", done.stdout)
-    assert found, f"the script of the page failed: {done.stderr[-1000:]}"
-    return json.loads(found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
 
 
 @needs_browser

@@ -27,14 +27,19 @@ class AttentionMap(NamedTuple):
     nothing: Tensor
 
 
+def queries_and_keys(layer: Layer, x: Tensor, config: SlideEncoderConfig) -> tuple[Tensor, Tensor]:
+    """The queries and keys that a layer makes of its input `(1, N, embed_dim)`, each `(N, H, D)`."""
+    h, attention = layer.self_attn_layer_norm(x)[0], layer.self_attn
+    q, k = (proj(h).unflatten(-1, (config.num_heads, -1)) for proj in (attention.q_proj, attention.k_proj))
+    return q, k
+
+
 def layer_attention(
     layer: Layer, x: Tensor, config: SlideEncoderConfig, head: int | None, queries: list[int]
 ) -> AttentionMap:
     """The attention of some rows of x `(1, 1 + L, embed_dim)` in the layer that takes it, cls token first.
     Without a head it is the mean over heads."""
-    attention = layer.self_attn
-    h = layer.self_attn_layer_norm(x)[0]
-    q, k = (proj(h).unflatten(-1, (config.num_heads, -1)) for proj in (attention.q_proj, attention.k_proj))  # (N, H, D)
+    q, k = queries_and_keys(layer, x, config)
     scale, pattern = float(q.shape[-1]) ** -0.5, config.layers.pattern
     options: dict[str, Any] = {"queries": queries, "scale": scale, "padding": config.padding}
     heads = range(config.num_heads) if head is None else [head]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
@@ -253,6 +253,13 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         Raises:
             ValueError: a layer, head or query that is not there, more than one slide, a sharded model.
         """
+        inputs = self.layer_inputs(tiles, coords, layer, head)  # checks all but the query, and computes no layer yet
+        queries = query_rows(query, len(tiles[0]))
+        asked: Any = self.encoder.layers[layer]
+        return layer_attention(asked, deque(inputs, maxlen=1).pop(), self.config, head, queries)
+
+    def layer_inputs(self, tiles: Tensor, coords: Tensor, layer: int, head: int | None = None) -> Iterator[Tensor]:
+        """What layers 0 to `layer` take of one slide, each `(1, 1 + L, embed_dim)`; arguments as in `attention_map`."""
         config = self.config
         if self._shards is not None:
             raise ValueError("expected a model that is not sharded for an attention map; load it once more on one rank")
@@ -263,18 +270,17 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
             )
         if self.training:
             raise ValueError("expected a model in evaluation mode, got one in training: call eval() first")
-        one = 0 if head is None else head
-        for name, number, stop in (("layer", layer, config.depth), ("head", one, config.num_heads)):
+        for name, number, stop in (
+            ("layer", layer, config.depth),
+            ("head", 0 if head is None else head, config.num_heads),
+        ):
             if check_int(name, number, 0) >= stop:
                 raise ValueError(f"expected {name} in [0, {stop}), got {number}")
         tiles = as_tensor("tiles", tiles, self.cls_token.device)
         if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
             raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
         x, _ = self.embed(tiles, coords)  # checks both
-        queries = query_rows(query, tiles.shape[1])
-        before = islice(chain([x], self.encoder.states(x, is_causal=False)), layer + 1)
-        asked: Any = self.encoder.layers[layer]
-        return layer_attention(asked, deque(before, maxlen=1).pop(), config, head, queries)
+        return islice(chain([x], self.encoder.states(x, is_causal=False)), layer + 1)
 
     @property
     def _is_first(self) -> bool:

@@ -41,6 +41,7 @@ class Slide(NamedTuple):
         name: of the slide.
         said: what was done with the coordinates, and the features' dtype where it is not fp32.
         doubts: what looks wrong and was taken nevertheless, a line each.
+        extent: width and height of the slide in the unit of `corners`, where the file says.
     """
 
     tiles: Tensor
@@ -50,6 +51,7 @@ class Slide(NamedTuple):
     name: str
     said: str
     doubts: tuple[str, ...]
+    extent: tuple[float, float] | None = None
 
 
 def find_slides(folder: Path) -> list[Path]:
@@ -156,7 +158,8 @@ class SlideReader:
         if features.dtype != torch.float32:
             said += f"; features in {str(features.dtype).removeprefix('torch.')}"
         coords = torch.from_numpy(at * self.tile_size)[None]
-        return Slide(features[None], coords, torch.from_numpy(corners), spacing.size, path.stem, said, tuple(found))
+        at_level0 = torch.from_numpy(corners), spacing.size
+        return Slide(features[None], coords, *at_level0, path.stem, said, tuple(found), spacing.extent)
 
     def _length(self, shape: tuple[int, ...]) -> int:
         """The tiles in features of a shape, which is held to what the encoder takes."""
