@@ -32,7 +32,7 @@ export NO_MKDOCS_2_WARNING := 1
 # $(call step,name,command): runs the command under a heading and prints how long it took; a failure ends the target.
 step = @printf '\n== %s\n' '$(1)'; TIMEFORMAT='== $(1): %1R s'; time $(2)
 
-.PHONY: help venv demo test test-floor fuzz chaos mutants lint format types docs docs-test figures tables hf-sweep slide slide-volume bench-cpu bench-compare bench-test dist clean
+.PHONY: help venv demo test test-floor fuzz chaos mutants lint format types docs docs-test figures tables hf-sweep slide slide-volume slide-demo bench-cpu bench-compare bench-test dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -142,6 +142,9 @@ slide: $(SLIDE_STAMP) ## train one probe on a slide of sample images along four 
 
 slide-volume: $(SLIDE_STAMP) ## the same in 3-D, on the MNI152 brain, into runs/slide-volume
 	$(BIN)/python examples/slide --data mni152 --out runs/slide-volume
+
+slide-demo: $(SLIDE_STAMP) ## slides from nothing: feature files of sample images, embeddings, a tuned model, a map
+	$(BIN)/python examples/slide_demo.py --out runs/slide-demo
 
 # What the slide jobs alone need (scikit-image, nilearn and what those bring) is no part of `make venv`.
 $(SLIDE_STAMP): $(STAMP)

@@ -29,7 +29,7 @@ RUNS: dict[str, tuple[list[str], list[str], str]] = {
         "transformers",
     ),
 }
-PARTS = {"text.py"}
+PARTS = {"text.py", "slide_demo.py"}  # the second has test_slide_demo.py
 
 
 # What a rank of an example does at its end: the threads of a process group that outlives Python may abort it.
