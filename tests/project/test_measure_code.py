@@ -141,7 +141,7 @@ def test_a_folder_without_the_package_is_refused(tool: ModuleType, tmp_path: Pat
 
 
 def test_the_package_keeps_its_limits(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but the lines. The house was to have 17,500 and came to 19,262. What was built since brought the rest: export,
+    """All but the lines: 17,500 were wanted, the house came to 19,262. What was built since brought the rest: export,
     packing, reach and shift, slides from files, decoding steps, reasons for old names. It may not grow by itself."""
     tool.main([])
     printed = capsys.readouterr().out
