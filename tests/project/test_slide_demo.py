@@ -36,7 +36,7 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert json.loads((tmp_path / "tuned" / "metrics.json").read_text())["patients"] == 8
     assert (tmp_path / "thumbnails" / "slide15.png").is_file()
     for ending in ("png", "html", "geojson"):
-        assert ((tmp_path / f"map.{ending}").is_file()) == ("slide map: not in this version" not in printed)
+        assert (tmp_path / f"map.{ending}").stat().st_size > 1000
     with h5py.File(tmp_path / "features" / "slide00.h5") as file:
         assert file["features"].shape == (4 * demo.PIECE**2, 15)
     slide = SlideReader(in_chans=15).read(tmp_path / "features" / "slide00.h5")
