@@ -41,8 +41,8 @@ class TileMap:
         slide_width: in pixels of level 0, which says how the thumbnail lies; needed with one.
 
     Raises:
-        ValueError: no tile has a value, shapes that do not fit, a thumbnail that is not there, without slide_width or with
-            another ending.
+        ValueError: no tile has a value, shapes that do not fit, a thumbnail that is not there, without slide_width or
+            with another ending.
     """
 
     corners: NDArray[Any]
