@@ -53,7 +53,8 @@ def looking(sharpness: float) -> SlideEncoder:
     for i, layer in enumerate(encoder.encoder.layers):
         states = [list(encoder.layer_inputs(slide.tiles, slide.coords, i))[-1][0, 1:] for slide in slides]
         rows = layer.self_attn_layer_norm(torch.cat(states))
-        weight = torch.linalg.lstsq(rows - rows.mean(0), wanted - wanted.mean()).solution[:, 0]
+        rows, aim = rows - rows.mean(0), wanted - wanted.mean()
+        weight = torch.linalg.solve(rows.T @ rows + torch.eye(32), rows.T @ aim)[:, 0]  # a LayerNorm's rows sum to 0
         q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
         head_dim = q.out_features // encoder.config.num_heads
         q.weight.zero_()

@@ -183,7 +183,7 @@ def test_the_page_draws_pans_and_zooms(tmp_path: Path) -> None:
       };
       const key = (name) => canvas.dispatchEvent(new KeyboardEvent("keydown", {key: name, cancelable: true}));
       at("opacity").value = 1;
-      show();
+      draw();
       const pixel = (i) => [...pen.getImageData(...middle(i).map((c) => Math.round(c * devicePixelRatio)), 1, 1).data];
       const found = {title: document.title, bold: at("name").children.length, help: said(), start: look()};
       found.pixels = [0, 2, 4].map(pixel);
@@ -216,6 +216,17 @@ def test_the_page_draws_pans_and_zooms(tmp_path: Path) -> None:
       key("0");
       found.zero = look();
       found.spoken = said();
+      const resized = (height) => {
+        canvas.style.cssText = `flex: none; height: ${height}px`;
+        dispatchEvent(new Event("resize"));
+      };
+      resized(200);
+      found.fitted = look();
+      key("ArrowUp");
+      const kept = look();
+      resized(400);
+      found.kept = kept.scale === view.scale;
+      canvas.style.cssText = "";
       const whole = document.documentElement;
       found.wide = whole.scrollWidth <= innerWidth && whole.scrollHeight <= innerHeight;
       return found;
@@ -237,4 +248,5 @@ def test_the_page_draws_pans_and_zooms(tmp_path: Path) -> None:
     assert found["pinched"]["scale"] == pytest.approx(min(2 * dragged["scale"], 7))  # a tile in 700 pixels
     assert found["whole"] == start and found["zero"] == start
     assert found["keys"]["scale"] == pytest.approx(1.4 * start["scale"])
+    assert found["fitted"]["scale"] == pytest.approx(0.95 * 200 / 300) and found["kept"]
     assert found["spoken"].startswith("Tile ") and found["wide"]
