@@ -4,7 +4,7 @@
     python examples/convert_llama.py --model some/folder   # any causal model of transformers that lies in a folder
 
 The small Llama learns Python's standard library with dense attention. Then its weights stay, its attention becomes
-dilated, and it is fine-tuned on longer excerpts. Held-out losses, in nats a byte, are printed before and after.
+dilated, and it is fine-tuned on longer excerpts. Validation losses, in nats a byte, are printed before and after.
 
 Needs: pip install '.[examples]'
 """
@@ -39,7 +39,7 @@ def train(model: PreTrainedModel, text: Tensor, length: int, tokens_a_step: int,
 
 
 @torch.no_grad()
-def held_out(model: PreTrainedModel, text: Tensor, length: int, count: int = 4) -> float:
+def validation(model: PreTrainedModel, text: Tensor, length: int, count: int = 4) -> float:
     """Mean loss on excerpts that training has not seen."""
     model.eval()
     excerpts = Excerpts(text, length, count, seed=999)
@@ -70,15 +70,15 @@ def main() -> None:
         )  # fmt: skip
         model = LlamaForCausalLM(config)
         train(model, training, short, 4 * long, options.steps, seed=0)
-        print(f"dense, trained at {short}: {held_out(model, unseen, short):.3f} at {short}", flush=True)
-    print(f"dense, not fine-tuned: {held_out(model, unseen, long):.3f} at {long}", flush=True)
+        print(f"dense, trained at {short}: {validation(model, unseen, short):.3f} at {short}", flush=True)
+    print(f"dense, not fine-tuned: {validation(model, unseen, long):.3f} at {long}", flush=True)
 
     # Near neighbours in full, farther ones ever more sparsely: about as many keys a token as the dense model had.
     use_dilated_attention(model, [short // 2, long // 2, long], [1, 4, 8])
-    before = held_out(model, unseen, long)
+    before = validation(model, unseen, long)
     print(f"dilated, before fine-tuning: {before:.3f} at {long}", flush=True)
     train(model, training, long, 4 * long, options.fine_tune_steps, seed=1)
-    after = held_out(model, unseen, long)
+    after = validation(model, unseen, long)
     print(f"dilated, after fine-tuning: {after:.3f} at {long}")
     if not after < before:
         raise SystemExit("the loss has not fallen")

@@ -4,7 +4,7 @@ from dilated_attention_pytorch.training.config import PRESETS, TrainConfig, pres
 from dilated_attention_pytorch.training.corpus import (
     Corpus,
     build_corpus,
-    held_out_excerpts,
+    validation_excerpts,
     standard_library,
     training_excerpts,
 )
@@ -12,5 +12,5 @@ from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream,
 from dilated_attention_pytorch.training.trainer import Interrupted, Reporter, Result, Trainer
 
 __all__ = ["PRESETS", "Interrupted", "Reporter", "Result", "TrainConfig", "Trainer", "preset"]
-__all__ += ["Corpus", "build_corpus", "held_out_excerpts", "standard_library", "training_excerpts"]
+__all__ += ["Corpus", "build_corpus", "validation_excerpts", "standard_library", "training_excerpts"]
 __all__ += ["Evaluation", "byte_stream", "evaluate", "write_text"]

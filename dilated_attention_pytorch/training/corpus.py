@@ -239,7 +239,7 @@ def training_excerpts(
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def held_out_excerpts(stream: NDArray[np.uint8], *, context: int, limit: int = 0) -> list[NDArray[np.uint8]]:
+def validation_excerpts(stream: NDArray[np.uint8], *, context: int, limit: int = 0) -> list[NDArray[np.uint8]]:
     """The fixed excerpts of every evaluation; their inputs do not overlap.
 
     Args:

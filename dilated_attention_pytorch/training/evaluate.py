@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         model: tokens `(B, N)` to logits `(B, N, 256)`.
-        excerpts: from `held_out_excerpts`; dealt out over the ranks in turn.
+        excerpts: from `validation_excerpts`; dealt out over the ranks in turn.
         world: the processes that share the work; all get the result.
         batch_size: excerpts per batch; unequal lengths never share one.
         autocast: makes a context manager to run the model in.

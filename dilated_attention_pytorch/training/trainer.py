@@ -21,7 +21,7 @@ from dilated_attention_pytorch.models import LongNetLM, save_pretrained
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.corpus import Corpus, held_out_excerpts, training_excerpts
+from dilated_attention_pytorch.training.corpus import Corpus, validation_excerpts, training_excerpts
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
 from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
 from dilated_attention_pytorch.training.state import adamw, learning_rate
@@ -97,7 +97,7 @@ class Trainer:
         self.tensorboard, self.reporter = tensorboard, reporter if world.is_main else None
         self.micro_steps = config.micro_steps(world.size)
         self.layout = distributed.arrange(world, config.context_parallel)
-        self.held_out = held_out_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
+        self.held_out = validation_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
         torch.manual_seed(config.seed)

@@ -83,7 +83,7 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The results as cells of a Markdown table."""
     head = [
         "order",
-        "loss on held-out tiles",
+        "loss on validation tiles",
         "less raster's",
         "distance of a key",
         "neighbours in reach (one head)",

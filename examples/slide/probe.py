@@ -106,10 +106,10 @@ class Run:
     """What one training gave.
 
     Attributes:
-        loss: mean squared error on held-out tiles, 1 for always guessing the mean.
+        loss: mean squared error on validation tiles, 1 for always guessing the mean.
         seconds: of the training, in processor time, which other jobs on the machine do not stretch.
         model: trained.
-        errors: `(N,)`, squared error of each held-out tile in original order, nan elsewhere.
+        errors: `(N,)`, squared error of each validation tile in original order, nan elsewhere.
         held_out: bool `(N,)`, original order.
         history: training loss at each step.
     """

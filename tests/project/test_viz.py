@@ -117,7 +117,7 @@ def test_branches_stand_shortest_first() -> None:
 
 @pytest.mark.parametrize("count", [1, 6, 7, 9, 12])
 def test_branches_differ_to_colour_blind_readers(count: int) -> None:
-    """Distances as readers without red, green or blue cones see them (Viénot and others, 1999; Brettel, 1997)."""
+    """Distances as readers without red or green cones see them (Viénot and others, 1999)."""
     rgb = np.array([to_rgb(c) for c in branch_colors(count)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])

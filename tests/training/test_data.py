@@ -12,7 +12,7 @@ import pytest
 from dilated_attention_pytorch.training import (
     Corpus,
     build_corpus,
-    held_out_excerpts,
+    validation_excerpts,
     standard_library,
     training_excerpts,
 )
@@ -218,11 +218,11 @@ def test_an_epoch_reads_each_place_once() -> None:
     assert later[0] % context != starts[0] % context  # another start in the next epoch
 
 
-def test_held_out_excerpts_cover_or_spread() -> None:
+def test_validation_excerpts_cover_or_spread() -> None:
     stream = STREAM[:1000]
-    every = held_out_excerpts(stream, context=64)
+    every = validation_excerpts(stream, context=64)
     assert np.array_equal(np.concatenate([x[1:] for x in every]), stream[1:])  # each byte predicted once
-    some = held_out_excerpts(stream, context=64, limit=4)
+    some = validation_excerpts(stream, context=64, limit=4)
     assert len(some) == 4 and all(x.size == 65 for x in some)
     assert len({x.tobytes() for x in some}) == 4
 
@@ -231,4 +231,4 @@ def test_short_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least 129 bytes of training text for a context of 64, got 100"):
         training_excerpts(STREAM[:100], context=64, seed=0, step=0, batch_size=1)
     with pytest.raises(ValueError, match="expected at least 2 bytes of validation text, got 1"):
-        held_out_excerpts(STREAM[:1], context=64)
+        validation_excerpts(STREAM[:1], context=64)

@@ -30,7 +30,7 @@ from dilated_attention_pytorch.training import (
     build_corpus,
     byte_stream,
     evaluate,
-    held_out_excerpts,
+    validation_excerpts,
     preset,
     write_text,
 )
@@ -401,7 +401,7 @@ def test_bits_per_byte_weigh_every_byte_alike(corpus: Corpus) -> None:
     """Batched, with a short last excerpt, equal to one byte after another."""
     torch.manual_seed(0)
     model = LongNetLM(TINY.model_config())
-    excerpts = held_out_excerpts(corpus.val[:1500], context=64)
+    excerpts = validation_excerpts(corpus.val[:1500], context=64)
     found = evaluate(model, excerpts, ALONE, batch_size=3)
     assert model.training
     nats, text = 0.0, 0
