@@ -4,9 +4,9 @@ from dilated_attention_pytorch.training.config import PRESETS, TrainConfig, pres
 from dilated_attention_pytorch.training.corpus import (
     Corpus,
     build_corpus,
-    validation_excerpts,
     standard_library,
     training_excerpts,
+    validation_excerpts,
 )
 from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream, evaluate, write_text
 from dilated_attention_pytorch.training.trainer import Interrupted, Reporter, Result, Trainer

@@ -21,7 +21,7 @@ from dilated_attention_pytorch.models import LongNetLM, save_pretrained
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.corpus import Corpus, validation_excerpts, training_excerpts
+from dilated_attention_pytorch.training.corpus import Corpus, training_excerpts, validation_excerpts
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
 from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
 from dilated_attention_pytorch.training.state import adamw, learning_rate

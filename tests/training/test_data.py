@@ -12,9 +12,9 @@ import pytest
 from dilated_attention_pytorch.training import (
     Corpus,
     build_corpus,
-    validation_excerpts,
     standard_library,
     training_excerpts,
+    validation_excerpts,
 )
 from dilated_attention_pytorch.training import corpus as corpus_module
 

@@ -30,8 +30,8 @@ from dilated_attention_pytorch.training import (
     build_corpus,
     byte_stream,
     evaluate,
-    validation_excerpts,
     preset,
+    validation_excerpts,
     write_text,
 )
 from dilated_attention_pytorch.training.distributed import World, join
