@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from dilated_attention_pytorch.cli import options, slide_embed
 from dilated_attention_pytorch.cli.options import console, notes
+from dilated_attention_pytorch.core.validation import quoted
 
 _FILE = "Feature file of a slide."
 _OUT = "What to write, by its ending: .png (.svg, .pdf), .geojson for QuPath, .html. May be given several times."
@@ -58,6 +59,8 @@ def slide_map(
     for path in out:
         check_format(path, viz.MAP_FORMATS, "--out")
     check_above_zero("unit", unit)
+    if slide_width is not None:
+        check_above_zero("slide_width", slide_width)
     asked: dict[str, Any] = {"query": query if query == "cls" else _number("query", query, "cls")}
     asked |= {"heads": heads if heads in ("mean", "max") else _number("heads", heads, "mean, max")}
     place = options.check_device(device) if device else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,6 +99,6 @@ def slide_map(
 
 
 def _number(name: str, text: str, others: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"expected --{name} to be {others} or a number, got {text!r}")
+    if not text.isdecimal() or len(text) > 9:
+        raise ValueError(f"expected --{name} to be {others} or a number, got {quoted(text)}")
     return int(text)

@@ -149,6 +149,9 @@ def test_mistakes_are_named_before_anything_is_written(
         (["--heads", "max", "--rollout"], "expected --heads='mean' or a head's number with --rollout, got 'max'"),
         (["--layer", "2"], "expected --layer in [0, 2), got 2"),
         (["--unit", "0"], "expected --unit above 0, got 0.0"),
+        (["--unit", "inf"], "expected --unit to be finite, got inf"),
+        (["--slide-width", "nan"], "expected --slide-width to be finite, got nan"),
+        (["--query", "9" * 5000], "expected --query to be cls or a number, got '999"),
         (["--thumbnail", picture], "expected --slide-width beside a thumbnail"),
         (["--thumbnail", tmp_path / "no.png", "--slide-width", "9"], "expected a thumbnail that is there, got "),
     ):
