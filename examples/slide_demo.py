@@ -115,7 +115,7 @@ def main() -> None:
         ["embed", "features", "--checkpoint", "checkpoint", "--out", "embeddings"],
         ["tune", "labels.csv", "--features", "features", "--checkpoint", "checkpoint", "--out", "tuned", *tuning,
          "--epochs", str(given.epochs)],
-        ["map", "features/slide02.h5", "--checkpoint", "tuned/fold_0", "--out", "map.png", "--out", "map.html",
+        ["map", "features/slide02.h5", "--checkpoint", "tuned/fold_2", "--out", "map.png", "--out", "map.html",
          "--out", "map.geojson"],
     ]  # fmt: skip
     for words in commands:
