@@ -23,6 +23,16 @@ from dilated_attention_pytorch.integrations.transformers import use_dilated_atte
 FACTOR = 4
 
 
+def small_llama(width: int, longest: int) -> LlamaForCausalLM:
+    """Two layers over bytes, for sequences of up to `longest`."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=longest, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 def train(model: PreTrainedModel, text: Tensor, length: int, tokens_a_step: int, steps: int, seed: int) -> None:
     """AdamW with a linear decay, the same number of tokens a step at every length."""
     batch = max(1, tokens_a_step // length)
@@ -63,12 +73,7 @@ def main() -> None:
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model)
     else:
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=options.width, intermediate_size=2 * options.width, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=long, bos_token_id=None,
-            eos_token_id=None,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
+        model = small_llama(options.width, long)
         train(model, training, short, 4 * long, options.steps, seed=0)
         print(f"dense, trained at {short}: {validation(model, unseen, short):.3f} at {short}", flush=True)
     print(f"dense, not fine-tuned: {validation(model, unseen, long):.3f} at {long}", flush=True)

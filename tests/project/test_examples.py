@@ -23,12 +23,18 @@ RUNS: dict[str, tuple[list[str], list[str], str]] = {
         ["--context", "64", "--width", "64", "--steps", "30", "--fine-tune-steps", "15"],
         "transformers",
     ),
+    "finetune_trainer.py": (
+        [],
+        ["--longest", "256", "--width", "64", "--text", "100000", "--steps", "30", "--fine-tune-steps", "20",
+         "--compiler", "aot_eager"],
+        "peft",
+    ),
     "convert_smollm.py": (
         ["-W", "ignore"],
         ["--tiny", "--context", "256", "--shortest", "64", "--steps", "3", "--recipe", "every other layer"],
         "transformers",
     ),
-}
+}  # fmt: skip
 PARTS = {"text.py", "slide_demo.py"}  # the second has test_slide_demo.py
 
 
@@ -64,7 +70,7 @@ def test_example_runs_and_learns(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    if name == "convert_llama.py":
+    if name in ("convert_llama.py", "finetune_trainer.py"):
         before, after = (
             float(x) for x in re.findall(r"^dilated, \w+ fine-tuning: ([\d.]+)", done.stdout, re.MULTILINE)
         )
