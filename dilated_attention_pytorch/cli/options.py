@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -30,6 +31,20 @@ Dtype = Annotated[str, Option(help="Of the tensors: fp32, bf16 or fp16.")]
 Layers = Annotated[int, Option("--layers", min=1, max=65536, help="Layers of the model.")]
 Shift = Annotated[str, Option("--shift", help="Segment shift of the layers: a number, one per layer, or alternate.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON in place of tables.")]
+
+# Of the commands on slides.
+_CHECKPOINT = "Weights: a file, a folder of save_pretrained, or hf-hub:ORG/NAME."
+_SIZE = "Side of a tile in the unit of the coordinates, for files that do not tell."
+_COORDS = "Folder of files with coordinates, where feature files have none: CLAM's or TRIDENT's patches."
+_GRID = "tile: places counted in tiles, as TRIDENT does. stride: overlapping tiles get a place each."
+_POOL = "The mean over tiles, or the cls token; by default as the checkpoint's config says."
+Checkpoint = Annotated[str, Option("--checkpoint", help=_CHECKPOINT)]
+TileSize = Annotated[float | None, Option("--patch-size-level0", help=_SIZE)]
+CoordsFolder = Annotated[Path | None, Option("--coords", help=_COORDS)]
+Grid = Annotated[str, Option("--grid", help=_GRID)]
+Pooling = Annotated[bool | None, Option("--global-pool/--cls", help=_POOL)]
+SlideSide = Annotated[int | None, Option("--max-wsi-size", help="Side of the largest slide in pixels, 262144.")]
+Device = Annotated[str | None, Option("--device", help="cpu, cuda or cuda:1; by default CUDA where there is one.")]
 
 PAPER_LENGTHS, PAPER_RATES = "2048,4096,8192,16384,32768", "1,2,4,6,12"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,14 +19,9 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.models.slide.work import Outcome
 
 _FOLDER = "Folder of feature files: .h5, .pt, .npz, .npy, .h5ad or .zarr."
-_CHECKPOINT = "Weights: a file, a folder of save_pretrained, or hf-hub:ORG/NAME."
 _OUT = "Folder for the results; one that was interrupted goes on where it was."
 _FORMAT = "h5, pt or npz: a file per slide. csv or parquet: a table of all."
 _LAYERS = "Hidden states to write too: 11, 0,6,12 or all."
-_SIZE = "Side of a tile in the unit of the coordinates, for files that do not tell."
-_COORDS = "Folder of files with coordinates, where feature files have none: CLAM's or TRIDENT's patches."
-_GRID = "tile: places counted in tiles, as TRIDENT does. stride: overlapping tiles get a place each."
-_POOL = "The mean over tiles, or the cls token; by default as the checkpoint's config says."
 _BATCH = "Most tokens of a batch."
 _RING = "Under torchrun: slides of more tiles are shared by all ranks; by default those too large for one device."
 _PAUSE = 10.0  # seconds between two lines of progress where there is no terminal
@@ -35,21 +30,21 @@ _PAUSE = 10.0  # seconds between two lines of progress where there is no termina
 def embed(
     context: Context,
     folder: Annotated[Path, Argument(help=_FOLDER)],
-    checkpoint: Annotated[str, Option(help=_CHECKPOINT)],
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, Option(help=_OUT)],
     format_: Annotated[str, Option("--format", help=_FORMAT)] = "h5",
     layers: Annotated[str, Option(help=_LAYERS)] = "",
     tiles: Annotated[bool, Option("--tiles", help="Write each tile's output too.")] = False,
-    patch_size_level0: Annotated[float | None, Option(help=_SIZE)] = None,
-    coords: Annotated[Path | None, Option(help=_COORDS)] = None,
-    grid: Annotated[str, Option(help=_GRID)] = "tile",
+    patch_size_level0: options.TileSize = None,
+    coords: options.CoordsFolder = None,
+    grid: options.Grid = "tile",
     strict: Annotated[bool, Option("--strict", help="Take doubts for errors.")] = False,
-    global_pool: Annotated[bool | None, Option("--global-pool/--cls", help=_POOL)] = None,
-    max_wsi_size: Annotated[int | None, Option(help="Side of the largest slide in pixels, 262144.")] = None,
+    global_pool: options.Pooling = None,
+    max_wsi_size: options.SlideSide = None,
     batch_tokens: Annotated[int, Option(min=1, help=_BATCH)] = 16_384,
     ring_above: Annotated[int | None, Option(min=1, metavar="TILES", help=_RING)] = None,
     dtype: options.Dtype = "fp32",
-    device: Annotated[str | None, Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
+    device: options.Device = None,
 ) -> None:
     """Embed all slides of a folder, longest first; resumes, and runs under torchrun as it is.
 

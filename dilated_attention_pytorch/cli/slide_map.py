@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from dilated_attention_pytorch.cli import options, slide_embed
+from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, notes
 from dilated_attention_pytorch.core.validation import quoted
 
@@ -27,7 +27,7 @@ _UNIT = "Pixels of level 0 per unit of the file's coordinates, where those are m
 
 def slide_map(
     file: Annotated[Path, Argument(help=_FILE)],
-    checkpoint: Annotated[str, Option(help=slide_embed._CHECKPOINT)],
+    checkpoint: options.Checkpoint,
     out: Annotated[list[Path], Option(help=_OUT)],
     query: Annotated[str, Option(help=_QUERY)] = "cls",
     layer: Annotated[int | None, Option(help=_LAYER)] = None,
@@ -37,11 +37,11 @@ def slide_map(
     thumbnail: Annotated[Path | None, Option(help=_THUMBNAIL)] = None,
     slide_width: Annotated[float | None, Option(help=_WIDTH)] = None,
     unit: Annotated[float, Option(help=_UNIT)] = 1.0,
-    patch_size_level0: Annotated[float | None, Option(help=slide_embed._SIZE)] = None,
-    coords: Annotated[Path | None, Option(help=slide_embed._COORDS)] = None,
-    grid: Annotated[str, Option(help=slide_embed._GRID)] = "tile",
-    max_wsi_size: Annotated[int | None, Option(help="Side of the largest slide in pixels, 262144.")] = None,
-    device: Annotated[str | None, Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
+    patch_size_level0: options.TileSize = None,
+    coords: options.CoordsFolder = None,
+    grid: options.Grid = "tile",
+    max_wsi_size: options.SlideSide = None,
+    device: options.Device = None,
 ) -> None:
     """Draw the attention of the cls token, or of a tile, over a slide.
 

@@ -10,7 +10,6 @@ from typer import Argument, Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console
-from dilated_attention_pytorch.cli.slide_embed import _CHECKPOINT, _COORDS, _GRID, _POOL, _SIZE
 
 _LABELS = "Table, .csv or .tsv: slide_id, case_id, label; fold or fold_0, fold_1, ... where folds are given."
 _OUT = "Folder of the run; one that was interrupted goes on where it was."
@@ -22,7 +21,7 @@ _CHECKPOINTING = "Compute activations again in the backward: less memory, more t
 def tune(
     labels: Annotated[Path, Argument(help=_LABELS)],
     features: Annotated[Path, Option(help="Folder of feature files.")],
-    checkpoint: Annotated[str, Option(help=_CHECKPOINT)],
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, Option(help=_OUT)],
     mode: Annotated[str, Option(help=_MODE)] = "probe",
     label: Annotated[str, Option(help="Column of classes.")] = "label",
@@ -36,17 +35,17 @@ def tune(
     rank: Annotated[int, Option(help="Of the changes of --mode lora.")] = 8,
     dropout: Annotated[float, Option(help="In training, of --mode lora and full.")] = 0.1,
     layer: Annotated[int | None, Option(help=_LAYER)] = None,
-    global_pool: Annotated[bool | None, Option("--global-pool/--cls", help=_POOL)] = None,
-    max_wsi_size: Annotated[int | None, Option(help="Side of the largest slide in pixels, 262144.")] = None,
-    patch_size_level0: Annotated[float | None, Option(help=_SIZE)] = None,
-    coords: Annotated[Path | None, Option(help=_COORDS)] = None,
-    grid: Annotated[str, Option(help=_GRID)] = "tile",
+    global_pool: options.Pooling = None,
+    max_wsi_size: options.SlideSide = None,
+    patch_size_level0: options.TileSize = None,
+    coords: options.CoordsFolder = None,
+    grid: options.Grid = "tile",
     skip_missing: Annotated[bool, Option("--skip-missing", help="Leave out slides without features.")] = False,
     gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help=_CHECKPOINTING)] = False,
     dtype: Annotated[str, Option(help="fp32, bf16 (autocast), or auto: bf16 on CUDA.")] = "auto",
     bootstraps: Annotated[int, Option(help="Samples for the 95% intervals.")] = 1000,
     seed: Annotated[int, Option(help="Of folds, batches, dropout and bootstrap.")] = 0,
-    device: Annotated[str | None, Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
+    device: options.Device = None,
 ) -> None:
     """Learn labels of slides, fold by fold; resumes exactly.
 
