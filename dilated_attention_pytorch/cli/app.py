@@ -35,8 +35,10 @@ USER_ERRORS = (ValueError, TypeError, ImportError, NotImplementedError, OSError,
 
 def run() -> None:
     """Run the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    command: Any = typer.main.get_command(app)
+    words.name_types(command, typer.Context(command))
     try:
-        app()
+        command()
     except USER_ERRORS as error:
         print(f"error: {in_options(str(error), *sys.argv[1:3])}", file=sys.stderr)
         sys.exit(2)

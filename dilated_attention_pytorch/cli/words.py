@@ -1,4 +1,4 @@
-"""Messages of the library in a command's own words."""
+"""A command's own words: in messages of the library, and in place of Python's names of types in its help."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def in_options(message: str, command: Any) -> str:
     known = {name: option for name, option in options.items() if option.startswith("--")}
     known |= {name: option for name, option in _RENAMED.items() if option.split()[0] in options.values()}
     return _ARGUMENT.sub(lambda found: known.get(found[1] or found[2], found[0]), message)
+
+
+def name_types(command: Any, context: Any) -> None:
+    """Takes Python's names of types from the flags and lists of a click command and its subcommands in `--help`."""
+    for sub in getattr(command, "commands", {}).values():
+        name_types(sub, context)
+    for parameter in [*command.params, command.get_help_option(context)]:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = " "  # it takes nothing
+        elif getattr(parameter, "multiple", False) and parameter.metavar is None:
+            parameter.metavar = "TEXT"

@@ -13,7 +13,7 @@ import pytest
 from command import call, fails
 
 from dilated_attention_pytorch import DilatedPattern, cli
-from dilated_attention_pytorch.cli.app import in_options
+from dilated_attention_pytorch.cli.app import in_options, run
 
 TINY = [
     f"--set={setting}"
@@ -294,3 +294,14 @@ def test_a_real_process(tmp_path: Path) -> None:
     bad = subprocess.run([*command, "plan", "-r", "0"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("error: expected ") and bad.stderr.count("\n") == 1
+
+
+def test_help_names_no_types_of_python(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags take nothing, and what may be repeated takes text."""
+    for command in ("train", "plan", "show", "bench", "convert"):
+        monkeypatch.setattr(sys, "argv", ["dilated-attention", command, "--help"])
+        with pytest.raises(SystemExit):
+            run()
+        printed = capsys.readouterr().out
+        assert "--help" in printed
+        assert "<bool>" not in printed and "list[" not in printed, command
