@@ -60,7 +60,7 @@ def test_a_training_step_under_compile_equals_eager(tmp_path: Path, monkeypatch:
         losses.append(run.train().training_loss)
         kept.append(found.steps)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs == (2 if compiles else 0)
+        assert (0 < graphs <= 2) if compiles else graphs == 0
     assert len(kept[0]) == len(kept[1]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for eager, compiled in zip(*kept, strict=True):

@@ -25,8 +25,7 @@ RUNS: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "finetune_trainer.py": (
         [],
-        ["--longest", "256", "--width", "64", "--text", "100000", "--steps", "30", "--fine-tune-steps", "20",
-         "--compiler", "aot_eager"],
+        ["--longest", "256", "--width", "64", "--text", "100000", "--steps", "30", "--fine-tune-steps", "20"],
         "peft",
     ),
     "convert_smollm.py": (
@@ -34,7 +33,7 @@ RUNS: dict[str, tuple[list[str], list[str], str]] = {
         ["--tiny", "--context", "256", "--shortest", "64", "--steps", "3", "--recipe", "every other layer"],
         "transformers",
     ),
-}  # fmt: skip
+}
 PARTS = {"text.py", "slide_demo.py"}  # the second has test_slide_demo.py
 
 
