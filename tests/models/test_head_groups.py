@@ -175,8 +175,16 @@ def test_multihead_passes_it_on() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"offsets": "blocked"}, ValueError, "expected offsets='modulo' and padding='none' with head_groups=True"),
-        ({"padding": "zero_keys"}, ValueError, "expected offsets='modulo' and padding='none' with head_groups=True"),
+        (
+            {"offsets": "blocked"},
+            ValueError,
+            "expected offsets='modulo', padding='none' and segment_shift=0 with head_groups",
+        ),
+        (
+            {"padding": "zero_keys"},
+            ValueError,
+            "expected offsets='modulo', padding='none' and segment_shift=0 with head_groups",
+        ),
         ({"head_groups": 1}, TypeError, "expected head_groups to be a bool or None, got int"),
     ],
 )

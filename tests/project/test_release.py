@@ -59,6 +59,7 @@ class TestArchives:
         assert {name for name in names if not name.startswith(info)} == source | {
             f"{NAME}/py.typed",
             f"{NAME}/viz/page.html",
+            f"{NAME}/viz/slide_map.html",
         }
         assert f"{info}licenses/LICENSE" in names
 
