@@ -107,7 +107,7 @@ def _read(file: Path) -> Any:
         raise ValueError(f"expected {file} to hold a table, got: {str(error).strip().splitlines()[0]}") from error
     if table.empty:
         raise ValueError(f"expected rows of slides in {file}, got none")
-    return table.apply(lambda column: column.str.strip())
+    return table.apply(lambda column: column.str.strip().replace("", None))
 
 
 def _column(table: Any, names: tuple[str, ...], file: Path) -> str:
