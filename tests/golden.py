@@ -155,8 +155,9 @@ def kernels(reports: list[dict[str, Any]]) -> dict[str, int]:
     for report in reports:
         name = f"{report['kernel']}, D={report['d']}"
         seen[name] += 1
+        which = "decoding" if name.startswith("decode") else masks.get(seen[name], f"variant {seen[name]}")
         for figure in ("registers", "spills", "stack", "shared"):
-            found[f"{name}, {masks.get(seen[name], f'variant {seen[name]}')}, {figure}"] = report[figure]
+            found[f"{name}, {which}, {figure}"] = report[figure]
     return found
 
 
@@ -166,7 +167,7 @@ def compiled() -> list[dict[str, Any]]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, script, "90"], env=environment, capture_output=True, text=True, check=True)
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    return [r for r in reports if r["kernel"].startswith(("branch", "aligned"))]
+    return [r for r in reports if r["kernel"].startswith(("branch", "aligned", "decode"))]
 
 
 # What each section depends on beside this library: with another version the figures mean nothing.
