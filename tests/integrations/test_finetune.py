@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Gradients(transformers.TrainerCallback):
 def test_a_training_step_under_compile_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of three steps in fp32, to 1e-5 of their size; two graphs serve rows of three lengths."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    for name in ("text", "convert_llama", "finetune_trainer"):  # other examples have a module `text` too
+        monkeypatch.delitem(sys.modules, name, raising=False)
     example, llama = importlib.import_module("finetune_trainer"), importlib.import_module("convert_llama")
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 120, (28,), generator=generator).tolist()

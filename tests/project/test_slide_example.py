@@ -22,7 +22,9 @@ MODULES = ("tiles", "locality", "probe", "pictures", "text")
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[dict[str, ModuleType]]:
-    """Its modules, which import each other by their own names."""
+    """Its modules, which import each other by their own names; other examples have some of these names too."""
+    for name in MODULES:
+        sys.modules.pop(name, None)
     sys.path.insert(0, str(FOLDER))
     try:
         yield {name: importlib.import_module(name) for name in MODULES}

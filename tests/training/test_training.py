@@ -341,12 +341,13 @@ def test_a_closed_terminal_saves_too(corpus: Corpus, tmp_path: Path, monkeypatch
         os.kill(os.getpid(), signal.SIGHUP)
         raise OSError("Input/output error")  # what writing to a terminal that is gone gives
 
-    with pytest.raises(Interrupted) as raised:
-        Trainer(TINY, corpus, tmp_path / "a", world=ALONE, reporter=Recorder(3, hang_up)).run()
-    assert raised.value.signal_number == signal.SIGHUP
-    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == 3
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:  # as nohup has it
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted) as raised:
+            Trainer(TINY, corpus, tmp_path / "a", world=ALONE, reporter=Recorder(3, hang_up)).run()
+        assert raised.value.signal_number == signal.SIGHUP
+        assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == 3
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
         Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(3, hang_up)).run()
     finally:
         signal.signal(signal.SIGHUP, before)
