@@ -1,7 +1,7 @@
 """Whether a longer context helps, and which pattern makes use of it: byte models trained from scratch on source code.
 
     python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT] [--steps 250] [--out FOLDER]
-    python benchmarks/quality.py --folder /tmp/quality --smoke     # CPU, a minute: tiny models, nothing to conclude
+    python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, a minute: tiny models, nothing to conclude
 
 Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 262,144 of them, as windows of
 one context. The text is the installed packages' Python files in the order of their paths, one package after another;
