@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,21 +69,26 @@ def check() -> list[str]:
     failures = []
     for name, (_, _, heads, width, _) in SHAPES.items():
         for causal in (False, True):
-            inputs = tensors(4000, min(heads, 4), width)
-            cotangent = torch.randn_like(inputs[0])
-            results = []
-            for backend, dtype in (("reference", torch.float64), ("sdpa", torch.bfloat16), ("auto", torch.bfloat16)):
-                leaves = [x.to(dtype).requires_grad_() for x in inputs]
-                out, lse = dilated_attention_with_lse(*leaves, **options(name, causal, backend))
-                grads = torch.autograd.grad(out, leaves, cotangent.to(dtype))
-                results.append((out.detach(), lse.detach(), *grads))
-            truth, flash, ours = results
-            for part, want, base, got in zip(("out", "lse", "dq", "dk", "dv"), truth, flash, ours, strict=True):
-                error, allowed = relative_norm(got, want), 2 * relative_norm(base, want)
-                if not error <= allowed:
-                    mask = "causal" if causal else "full"
-                    failures.append(f"{name} {mask} {part}: error {error:.1e}, twice torch's flash is {allowed:.1e}")
+            title = f"{name} {'causal' if causal else 'full'}"
+            failures += disagreements(title, tensors(4000, min(heads, 4), width), options(name, causal))
     return failures
+
+
+def disagreements(title: str, inputs: Sequence[Tensor], settings: Mapping[str, Any]) -> list[str]:
+    """out, lse and gradients whose error from fp64 is above twice that of torch's flash attention, in words."""
+    cotangent = torch.randn_like(inputs[0])
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("sdpa", torch.bfloat16), ("auto", torch.bfloat16)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out, lse = dilated_attention_with_lse(*leaves, **{**settings, "backend": backend})
+        grads = torch.autograd.grad(out, leaves, cotangent.to(dtype))
+        results.append((out.detach(), lse.detach(), *grads))
+    found = []
+    for part, want, base, got in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        error, allowed = relative_norm(got, want), 2 * relative_norm(base, want)
+        if not error <= allowed:
+            found.append(f"{title} {part}: error {error:.1e}, twice torch's flash is {allowed:.1e}")
+    return found
 
 
 def milliseconds(run: Callable[[], object]) -> float:

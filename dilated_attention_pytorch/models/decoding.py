@@ -98,11 +98,6 @@ class DecodingCache:
                 layout.write(values, held[1], own)
             self.layers.append(_LayerBuffers(self, layout, keys, values))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
-
     def check(self, batch: int, num_layers: int) -> None:
         """Raises a ValueError for a cache of another model, or of a batch of other size."""
         if (batch, num_layers) != (len(self.positions), len(self.layers)):
@@ -128,8 +123,6 @@ class DecodingCache:
 
 class _LayerBuffers:
     """One layer's buffers `(B, H_kv, rows, D)`."""
-
-    length = 0  # positions are the cache's, on the device
 
     def __init__(self, cache: DecodingCache, layout: DecodeLayout, keys: Tensor, values: Tensor) -> None:
         self._cache, self.layout, self.keys, self.values = cache, layout, keys, values

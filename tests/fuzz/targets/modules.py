@@ -116,14 +116,8 @@ def _dilated(draw: st.DrawFn) -> Call:
     return construction(DilatedAttention, given, names, (torch.randn(1, 11, 2, 4),) * 3)
 
 
-@target("DilatedAttention.forward", 20)
-def _dilated_forward(draw: st.DrawFn) -> Call:
-    module = DilatedAttention(**_BRANCHES, head_groups=draw(st.booleans())).eval()
-    given: dict[str, Any] = {
-        "query": torch.randn(2, 11, 2, 4), "key": torch.randn(2, 11, 2, 4), "value": torch.randn(2, 11, 2, 4),
-        "is_causal": draw(st.booleans()), "key_padding_mask": None, "row_start": None, "cu_seqlens": None,
-        "q_start": 0, "k_start": 0, "seq_len": None, "seed": None,
-    }  # fmt: skip
+def arrange_rows(draw: st.DrawFn, given: dict[str, Any]) -> None:
+    """Two rows of eleven: whole, with a mask, padded on the left, or the first one as two packed sequences."""
     rows = draw(st.sampled_from(["whole", "masked", "left", "packed"]))
     if rows == "masked":
         given["key_padding_mask"] = torch.rand(2, 11) > 0.3
@@ -132,6 +126,17 @@ def _dilated_forward(draw: st.DrawFn) -> Call:
     elif rows == "packed":
         given |= {name: given[name][0] for name in ("query", "key", "value")}
         given["cu_seqlens"] = torch.tensor([0, 4, 11], dtype=torch.int32)
+
+
+@target("DilatedAttention.forward", 20)
+def _dilated_forward(draw: st.DrawFn) -> Call:
+    module = DilatedAttention(**_BRANCHES, head_groups=draw(st.booleans())).eval()
+    given: dict[str, Any] = {
+        "query": torch.randn(2, 11, 2, 4), "key": torch.randn(2, 11, 2, 4), "value": torch.randn(2, 11, 2, 4),
+        "is_causal": draw(st.booleans()), "key_padding_mask": None, "row_start": None, "cu_seqlens": None,
+        "q_start": 0, "k_start": 0, "seq_len": None, "seed": None,
+    }  # fmt: skip
+    arrange_rows(draw, given)
     names = pick(draw, list(given))
     spoil(draw, given, names)
 
@@ -172,14 +177,7 @@ def _multihead_forward(draw: st.DrawFn) -> Call:
         "key_padding_mask": None, "is_causal": draw(st.booleans()), "need_weights": False, "row_start": None,
         "cu_seqlens": None, "rotation": None, "cache": None,
     }  # fmt: skip
-    rows = draw(st.sampled_from(["whole", "masked", "left", "packed"]))
-    if rows == "masked":
-        given["key_padding_mask"] = torch.rand(2, 11) > 0.3
-    elif rows == "left":
-        given["row_start"] = torch.tensor([0, 3])
-    elif rows == "packed":
-        given |= {name: given[name][0] for name in ("query", "key", "value")}
-        given["cu_seqlens"] = torch.tensor([0, 4, 11], dtype=torch.int32)
+    arrange_rows(draw, given)
     names = pick(draw, list(given))
     spoil(draw, given, names)
 
