@@ -124,7 +124,7 @@ figures: $(STAMP) ## draw docs/img anew from DilatedPattern
 tables: $(STAMP) ## write the tables of README and docs anew from benchmarks/results and from the code
 	$(BIN)/python docs/tables.py
 
-hf-sweep: $(STAMP) ## try every class of the installed transformers (half an hour), and write its table
+hf-sweep: $(STAMP) ## try every class of the installed transformers (a minute and a half), and write its table
 	$(ONE_THREAD) $(BIN)/python docs/huggingface_classes.py
 	$(BIN)/python docs/tables.py hf-classes
 

@@ -1,7 +1,7 @@
 """Classes of the installed transformers: what they were under one covering branch, or refused, and nothing in between.
 
-A sample by default: those that once were wrong or are unusual, and every twentieth. `make hf-sweep` runs all of them
-and writes what it finds to docs/huggingface_classes.json; a new release of transformers is covered by running it.
+All of them, against the record in docs/huggingface_classes.json, which `make hf-sweep` writes; a new release of
+transformers is covered as it is.
 """
 
 from __future__ import annotations
@@ -18,16 +18,6 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 DOCS = Path(__file__).parents[2] / "docs"
-# Windows, chunks and prefixes; encoders and decoders; latent attention; own masks; sinks, caps and biases.
-UNUSUAL = (
-    "AlignTextModel", "BartModel", "BertModel", "BigBirdPegasusModel", "CLIPModel", "CLIPSegModel", "ClapModel",
-    "DeepseekV3ForCausalLM", "DeepseekV4Model", "DogeModel", "Gemma2Model", "Gemma3ForCausalLM", "GPTBigCodeModel",
-    "GitModel", "GptOssForCausalLM", "LayoutLMModel", "Llama4ForCausalLM", "LlamaForCausalLM", "MarianModel",
-    "MarkupLMModel", "MiMoV2FlashModel", "MistralForCausalLM", "MllamaModel", "ModernBertModel", "MoshiModel",
-    "NllbMoeModel", "PaliGemmaModel", "PegasusXModel", "PersimmonModel", "PhimoeModel", "Qwen2MoeForCausalLM",
-    "SiglipModel", "SplinterModel", "T5Gemma2Model", "T5GemmaModel", "T5Model", "VaultGemmaModel", "ViTModel",
-    "Wav2Vec2ConformerModel", "WhisperModel",
-)  # fmt: skip
 
 
 def load() -> ModuleType:
@@ -42,28 +32,25 @@ def load() -> ModuleType:
 SWEEP = load()
 KNOWN: dict[str, str] = SWEEP.classes()
 RECORD = json.loads(SWEEP.RESULTS.read_text(encoding="utf-8"))
-# Those that ran when the record was made come round by number; a class that is newer than the record always does.
-RAN = [name for name in KNOWN if not RECORD["classes"].get(name, "").startswith("not run")]
-SAMPLE = sorted({*UNUSUAL, *RAN[::20], *(set(KNOWN) - set(RECORD["classes"]))} & set(KNOWN))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", sorted(KNOWN))
 def test_equal_or_refused(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = SWEEP.verdict(name, KNOWN[name])
     assert not found.startswith("WRONG"), found
-    if transformers.__version__ == RECORD["transformers"]:
-        assert found == RECORD["classes"][name], "run `make hf-sweep`"
+    # What runs depends on what else is installed; what ran once does so again.
+    kept = RECORD["classes"].get(name, "not run")
+    if transformers.__version__ == RECORD["transformers"] and not kept.startswith("not run"):
+        assert found == kept, "run `make hf-sweep`"
 
 
-def test_the_sample_is_a_sample_of_what_runs() -> None:
+def test_the_record_is_of_classes_that_ran() -> None:
     """A guard that builds nothing is green as well."""
-    kinds = [RECORD["classes"].get(name, "").partition(":")[0] for name in UNUSUAL if name in KNOWN]
-    assert len(kinds) >= 35 and kinds.count("not run") <= 5, dict(zip(UNUSUAL, kinds, strict=False))
-    assert kinds.count("equal") >= 15 and kinds.count("refused") >= 8
-    assert not [name for name, found in RECORD["classes"].items() if found.startswith("WRONG")]
+    kinds = [found.partition(":")[0] for found in RECORD["classes"].values()]
+    assert kinds.count("equal") >= 300 and kinds.count("refused") >= 50 and "WRONG" not in kinds
 
 
 def test_a_wrong_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from dilated_attention_pytorch.integrations import packing
-from dilated_attention_pytorch.integrations.transformers.pattern import NAME, WITH, has_pattern
+from dilated_attention_pytorch.integrations.transformers.pattern import NAME, WITH, has_pattern, setting
 
 
 def install() -> None:
@@ -95,7 +95,7 @@ def _sees_packed_documents(original: Callable[..., tuple[Any, ...]]) -> Callable
         if kv_length != q_length or (real is not None and real.shape[1] != q_length):
             return found
         numbers = packing.documents(position_ids.expand(inputs_embeds.shape[0], -1), real)
-        chunks = getattr(config, "attention_chunk_size", None) is not None
+        chunks = setting(config, "attention_chunk_size") is not None
         if numbers is not None and chunks and not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
             raise ValueError(
                 f"expected a newer transformers for packed position_ids in chunks {WITH}: this one's chunks do not "

@@ -65,6 +65,14 @@ def is_per_layer(values: object) -> bool:
     return isinstance(values, (list, tuple)) and any(x is None or isinstance(x, (list, tuple)) for x in values)
 
 
+def setting(config: object, name: str) -> Any:
+    """A field of transformers' own; None where a config does not have it, or has one per layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # what a config whose layers differ raises for it
+        return None
+
+
 def has_pattern(config: object) -> bool:
     """True if a config names segment lengths and dilation rates."""
     return all(getattr(config, field, None) is not None for field in NEEDED)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift, layer_shifts
-from dilated_attention_pytorch.integrations.transformers.pattern import is_per_layer
+from dilated_attention_pytorch.integrations.transformers.pattern import is_per_layer, setting
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 
 
@@ -24,7 +24,7 @@ def layer_shift(module: nn.Module, pattern: DilatedPattern, seq_len: int, *, is_
     """
     config: Any = module.config
     given = check_segment_shift("dilated_segment_shift", getattr(config, "dilated_segment_shift", 0))
-    index, count = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
+    index, count = getattr(module, "layer_idx", None), setting(config, "num_hidden_layers")
     if not isinstance(count, int) or not isinstance(index, int) or index >= count:
         if isinstance(given, int):
             return given
@@ -43,10 +43,10 @@ def layer_shift(module: nn.Module, pattern: DilatedPattern, seq_len: int, *, is_
 def check_config(config: Any, pattern: DilatedPattern, segment_shift: SegmentShift, *, is_whole: bool) -> None:
     """Raises where a config has not as many layers as there are shifts; warns once where it promises positions that
     the pattern does not connect, if all layers have it."""
-    count, context = getattr(config, "num_hidden_layers", None), getattr(config, "max_position_embeddings", None)
+    count, context = setting(config, "num_hidden_layers"), setting(config, "max_position_embeddings")
     if not isinstance(count, int):
         return
     shifts = layer_shifts(segment_shift, pattern.segment_lengths, count)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
     if is_whole and isinstance(context, int) and isinstance(heads, int):
         warn_out_of_reach(replace(pattern, num_heads=heads), shifts, context)
