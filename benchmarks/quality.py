@@ -1,10 +1,10 @@
 """Whether a longer context helps, and which pattern makes use of it: byte models trained from scratch on source code.
 
-    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT] [--steps 250] [--out FOLDER]
+    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--steps 250] [--out FOLDER]
     python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, a minute: tiny models, nothing to conclude
 
 Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 262,144 of them, as windows of
-one context. The text is the installed packages' Python files in the order of their paths, one package after another;
+one context; weights are bf16 with fp32 masters. The text is the installed packages' Python files in the order of their paths, one package after another;
 packages drawn by their name's hash are for validation alone, and all runs are judged on the same bytes of them.
 
 Reported per run: validation bits per byte, overall and by position in the context; and retrieval: a line
@@ -93,16 +93,18 @@ class Run:
             vocab_size=256, d_model=setup.width, nhead=setup.heads, num_decoder_layers=setup.layers,
             dim_feedforward=4 * setup.width, segment_lengths=lengths, dilation_rates=rates, activation="gelu",
             segment_shift="alternate" if self.attention.endswith("shift") else 0, device=setup.device,
+            dtype=torch.bfloat16 if setup.device == "cuda" else torch.float32,
         )  # fmt: skip
 
 
 def runs(setup: Setup, seeds: int) -> Iterator[Run]:
-    """All runs: one seed of everything first."""
+    """All runs: one seed of everything first, the slowest last."""
     for seed in range(seeds):
-        for context in setup.contexts:
-            for attention in ATTENTIONS:
-                if attention != "dense" or context <= setup.longest_dense:
-                    yield Run(attention, context, seed)
+        of_seed = [Run(attention, context, seed) for context in setup.contexts for attention in ATTENTIONS]
+        dense = [run for run in of_seed if run.attention == "dense" and run.context <= setup.longest_dense]
+        yield from dense[:-1]
+        yield from (run for run in of_seed if run.attention != "dense")
+        yield from dense[-1:]
 
 
 def corpus(setup: Setup) -> tuple[Tensor, Tensor, str]:
@@ -149,41 +151,67 @@ def batch(text: Tensor, run: Run, step: int, setup: Setup) -> Tensor:
 
 def losses(model: LongNetLM, windows: Tensor) -> Tensor:
     """Nats of each byte, fp32 `(B, context)`; logits of long sequences exist a piece at a time."""
-    with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.is_cuda):
-        hidden = model.hidden(windows[:, :-1])
-        found = []
-        for part, targets in zip(hidden.split(16_384, 1), windows[:, 1:].split(16_384, 1), strict=True):
-            logits = model.logits(part).float()
-            found.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
+    found = []
+    for part, targets in zip(
+        model.hidden(windows[:, :-1]).split(16_384, 1), windows[:, 1:].split(16_384, 1), strict=True
+    ):
+        logits = model.logits(part).float()
+        found.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))
     return torch.cat(found, 1)
+
+
+class Masters:
+    """AdamW on fp32 copies of a model's weights, which it computes with in bf16."""
+
+    def __init__(self, model: LongNetLM, learning_rate: float) -> None:
+        self._weights = list(model.parameters())
+        self.copies = [p.detach().float().clone() for p in self._weights]
+        self.optimizer = torch.optim.AdamW(
+            self.copies, learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=self.copies[0].is_cuda
+        )
+
+    def step(self, rate: float) -> None:
+        """One step at a learning rate, from the model's gradients, which it takes away."""
+        for p, copied in zip(self._weights, self.copies, strict=True):
+            copied.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.copies, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self._weights, self.copies)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.copies, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, state["weights"])
+            torch._foreach_copy_(self._weights, self.copies)
 
 
 def train(run: Run, setup: Setup, text: Tensor, folder: Path, deadline: float) -> tuple[LongNetLM, float] | None:
     """The trained model and its bytes per second; None where the time ran out, with a checkpoint left behind."""
     model = run.model(setup).train()
-    optimizer = torch.optim.AdamW(model.parameters(), setup.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = Masters(model, setup.learning_rate)
     checkpoint, first, seconds = folder / f"{run.name}.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=setup.device, weights_only=True)
-        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
     for step in range(first, setup.steps):
         if time.monotonic() > deadline:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            replace_file(checkpoint, lambda at, s={**state, "step": step, "seconds": seconds}: torch.save(s, at))
+            state = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+            replace_file(checkpoint, lambda at, s=state: torch.save(s, at))
             return None
         start = time.perf_counter()
         warmup = max(1, setup.steps // 20)
         progress = min(1.0, max(0.0, (step - warmup) / max(1, setup.steps - warmup)))
         rate = setup.learning_rate * min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         loss = losses(model, batch(text, run, step, setup)).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(rate)
         if step % 25 == 0 or step == setup.steps - 1:
             value = float(loss.detach())
             common.refuse([] if math.isfinite(value) else [f"{run.name}: the loss at step {step} is {value}"])
@@ -219,9 +247,8 @@ def judge(model: LongNetLM, run: Run, text: Tensor, setup: Setup) -> dict[str, A
             plant(planted[-1], distance, generator)
         right = 0
         for part in torch.stack(planted).long().split(count):
-            with torch.autocast(setup.device, torch.bfloat16, enabled=setup.device == "cuda"):
-                hidden = model.hidden(part[:, :-1].to(setup.device))[:, -DIGITS:]
-                guessed = model.logits(hidden).argmax(-1).cpu()
+            hidden = model.hidden(part[:, :-1].to(setup.device))[:, -DIGITS:]
+            guessed = model.logits(hidden).argmax(-1).cpu()
             right += int((guessed == part[:, -DIGITS:]).all(1).sum())
         retrieved[str(distance)] = right / setup.probes
         distance *= 4
@@ -277,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of runs, finished and interrupted")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the chart")
-    parser.add_argument("--only", default="", help="runs whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="runs whose name holds one of these texts")
     parser.add_argument("--seconds", type=float, default=500.0, help="stop training after so long")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, help="of each run; 250 by default")
@@ -299,7 +326,7 @@ def main() -> None:
     missing = []
     for run in runs(setup, arguments.seeds):
         done = arguments.folder / f"{run.name}.json"
-        if done.exists() or arguments.only not in run.name:
+        if done.exists() or not any(text in run.name for text in arguments.only):
             continue
         if time.monotonic() > deadline:
             missing.append(run.name)

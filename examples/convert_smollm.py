@@ -7,7 +7,8 @@
 Recipes are compared on the same tokens: dense, all layers dilated, all with shifted segments, every other layer, and
 three of four, whose other layers stay dense. Each is judged as it is, fine-tuned on the same batches, and judged again:
 mean loss in nats a token, by eighths of the context, and tokens per second of a training step. The text is Python's
-own: its sources to train on, the English of `pydoc_data.topics` to judge by.
+own: the sources of its standard library, file after file, and the English of its manual (`pydoc_data.topics`). One
+file in ten and the manual's second half are for judging alone.
 
 Needs: pip install '.[examples]' gguf
 """
@@ -43,21 +44,30 @@ RECIPES: dict[str, tuple[int, int, Any]] = {
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, Tensor, Tensor]:
     """The dense model, tokens to train on and tokens to judge by."""
-    english = "\n\n".join(topics[name] for name in sorted(topics))
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    source = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in sources)[: options.characters]
+    training, unseen = texts(options.characters)
     if options.tiny:
         config = LlamaConfig(
             vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         torch.manual_seed(0)
-        text = [torch.frombuffer(bytearray(x.encode()), dtype=torch.uint8).long() for x in (source, english)]
+        text = [torch.frombuffer(bytearray(x.encode()), dtype=torch.uint8).long() for x in (training, unseen)]
         return LlamaForCausalLM(config), *text
     path: Path = options.gguf
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return model, *(tokenizer(x, return_tensors="pt", verbose=False).input_ids[0] for x in (source, english))
+    return model, *(tokenizer(x, return_tensors="pt", verbose=False).input_ids[0] for x in (training, unseen))
+
+
+def texts(characters: int) -> tuple[str, str]:
+    """What to train on and what to judge by: so many characters of sources and a tenth of that, and half the manual."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in sorted(root.rglob("*.py")) if "packages" not in path.relative_to(root).parts[0]]
+    sources = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+    manual = "\n\n".join(topics[name] for name in sorted(topics))
+    training = "".join(x for i, x in enumerate(sources) if i % 10)[:characters]
+    unseen = "".join(sources[::10])[: characters // 10]
+    return training + manual[: len(manual) // 2], unseen + manual[len(manual) // 2 :]
 
 
 def switch(model: PreTrainedModel, recipe: str, context: int, shortest: int) -> None:
@@ -126,7 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--windows", type=int, default=1, help="to judge by")
-    parser.add_argument("--characters", type=int, default=4_000_000, help="of text to train on")
+    parser.add_argument("--characters", type=int, default=10_000_000, help="of sources to train on")
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
