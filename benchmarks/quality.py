@@ -4,8 +4,9 @@
     python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, a minute: tiny models, nothing to conclude
 
 Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 262,144 of them, as windows of
-one context; weights are bf16 with fp32 masters. The text is the installed packages' Python files in the order of their paths, one package after another;
-packages drawn by their name's hash are for validation alone, and all runs are judged on the same bytes of them.
+one context; weights are bf16, with masters in fp32. The text is the installed packages' Python files in the order of
+their paths, one package after another; packages drawn by their name's hash are for validation alone, and all runs are
+judged on the same bytes of them.
 
 Reported per run: validation bits per byte, overall and by position in the context; and retrieval: a line
 `# key NAME = VALUE` is planted in each training window and asked for at its end, and the share of validation windows
