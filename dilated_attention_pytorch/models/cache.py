@@ -116,7 +116,7 @@ class KeyValueCache:
         if num_new == 1:
             if hi == self._capacity:  # grow, or move what is held to the front
                 capacity = max(min(max(2 * (hi - lo), _SMALLEST), self._limit), hi - lo + 1)
-        elif keep > self._capacity:
+        elif keep > self._capacity or self._capacity == 0:  # a prompt that ends with all segments leaves nothing to keep
             capacity = min(keep + _SMALLEST, self._limit)
         self._step = _Step(self.start, lo, hi, num_new, capacity, keep)
 

@@ -58,6 +58,13 @@ def test_generate_gives_the_same_tokens(options: dict[str, Any]) -> None:
     assert torch.equal(want, got)
 
 
+@pytest.mark.parametrize("length", [16, 32, 1])
+def test_a_prompt_that_ends_with_all_segments(length: int) -> None:
+    """Nothing of it is in sight any more: the buffers start empty."""
+    model, tokens = lm(num_decoder_layers=1), prompt(length=length)
+    assert torch.equal(model.generate(tokens, 3, greedy=True), model.generate(tokens, 3, greedy=True, graphed=True))
+
+
 def test_generation_ends_at_the_same_token() -> None:
     model, tokens = lm(num_decoder_layers=1, vocab_size=5), prompt() % 5
     new = (model.generate(tokens, 12, seed=seed, eos_token=4) for seed in range(20))
