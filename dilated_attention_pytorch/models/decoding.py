@@ -1,7 +1,7 @@
 """Decoding on a GPU: a token is one replay of a CUDA graph over buffers of fixed size.
 
-`generation` asks `why_not` and takes steps of a `GraphedSteps` where nothing stands in the way, of `EagerSteps`
-otherwise; both give the same tokens.
+Where `why_not` has no reasons, generation takes steps of a `GraphedSteps`, of `EagerSteps` otherwise; both give the
+same tokens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ def why_not(model: nn.Module, tokens: Tensor) -> list[str]:
         reasons.append("modules have hooks, which a replay would not call")
     if torch.is_autocast_enabled(tokens.device.type):
         reasons.append("autocast is on")
+    return reasons
+
+
+def why_not_unasked(model: nn.Module, tokens: Tensor) -> list[str]:
+    """The reasons why steps that can be replayed are not, unless that is asked for."""
+    reasons = [] if tokens.is_cuda else [f"the device is {tokens.device.type}, not cuda"]
+    known = ("torch.nn.modules.", "dilated_attention_pytorch.")
+    if others := {type(m).__name__ for m in model.modules() if not type(m).__module__.startswith(known)}:
+        reasons.append(f"nobody knows whether a graph can hold what {', '.join(sorted(others))} does")
     return reasons
 
 

@@ -31,7 +31,7 @@ class Sampling(TypedDict, total=False):
     generator: torch.Generator | None  # to sample with, in place of a seed
     eos_token: int | None  # a row that has produced it repeats it; generation stops when every row has
     prefill_chunk: int | None  # positions of the prompt to compute at a time, which bounds memory; all by default
-    graphed: bool  # a token is one replay of a CUDA graph; False by default
+    graphed: bool | None  # a token is one replay of a CUDA graph; None, the default, where it can be one
 
 
 def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
@@ -60,7 +60,8 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     if sampling.get("prefill_chunk") is not None:
         check.check_positive_int("prefill_chunk", sampling["prefill_chunk"])
-    check.check_bool("graphed", sampling.get("graphed", False))
+    if sampling.get("graphed") is not None:
+        check.check_bool("graphed", sampling["graphed"])
     if top_p is not None:
         check.check_float("top_p", top_p)
     if check.check_float("temperature", temperature) <= 0.0:

@@ -13,9 +13,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when Triton is imported
 pytest.importorskip("triton")
 
-from dilated_attention_pytorch.models import LongNetLM, generation
+from dilated_attention_pytorch.models import LongNetLM, generation, longnet
 from dilated_attention_pytorch.models.cache import KeyValueCache
-from dilated_attention_pytorch.models.decoding import DecodingCache, EagerSteps, why_not
+from dilated_attention_pytorch.models.decoding import DecodingCache, EagerSteps, why_not, why_not_unasked
 from dilated_attention_pytorch.models.generation import Sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +127,28 @@ def test_what_cannot_be_replayed_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="prefill_chunk"):
         lm().generate(tokens, 2, prefill_chunk=0)
     assert why_not(lm(), tokens) == []
+
+
+def test_graphs_are_the_default_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    monkeypatch.setattr(longnet, "sample", lambda model, prompt, count, sampling: taken.append(sampling["graphed"]))
+    model, hooked, adapted = lm(), lm(), lm()
+    hooked.register_forward_hook(lambda *_: None)
+    adapted.decoder.layers[0].ffn.fc1 = Adapted(adapted.decoder.layers[0].ffn.fc1)
+    for each, given in (
+        (model, {}),
+        (model, {"graphed": None}),
+        (hooked, {}),
+        (adapted, {}),
+        (model, {"graphed": False}),
+    ):
+        each.stream(prompt(), 2, **given)
+    assert taken == [DEVICE == "cuda", DEVICE == "cuda", False, False, False]
+    assert why_not(adapted, prompt()) == [] and "Adapted" in why_not_unasked(adapted, prompt())[-1]
+
+
+class Adapted(torch.nn.Sequential):
+    """A module of somebody else's."""
 
 
 def test_one_token_at_a_time() -> None:
