@@ -5,7 +5,11 @@ keys in one as in the other. Their tokens are timed in short turns, so that a bu
 the rates are medians over the turns, the ratio is the median over pairs of neighbouring turns. Nothing is printed if
 cached and uncached logits differ on a small case.
 
-    python benchmarks/generation.py [--threads 1] [--rounds 96] [--device cpu] [--out benchmarks/results]
+    python benchmarks/generation.py [--threads 1] [--rounds 96] [--out benchmarks/results]
+    python benchmarks/generation.py --device cuda [--only TEXT] [--seconds 230] [--out benchmarks/results]
+
+On a GPU it is another benchmark, of `generation_gpu.py`: contexts of 8k to 1M, batches of 1 to 64, prompts, and a dense
+model beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import common
+import generation_gpu
 import torch
 from torch import Tensor
 
@@ -63,14 +68,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=96)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", default="", help="parts whose name holds this text, on a GPU")
+    parser.add_argument("--seconds", type=float, default=230.0, help="what does not fit is left out, on a GPU")
+    parser.add_argument("--smoke", action="store_true", help="the GPU's benchmark, small, on any device")
     parser.add_argument("--out", type=Path, help="folder for the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-
     difference = check(args.device)
     common.refuse([f"cached and uncached logits differ by {difference:.1e}"] if difference > 1e-10 else [])
+
+    if args.smoke or args.device == "cuda":
+        common.announce()
+        rows, said = generation_gpu.table(args.device, args.seconds, args.only, args.smoke)
+        said = f"cached against uncached logits in fp64: {difference:.1e}; {said}"
+        common.write(args.out, "generation", rows, check=said)
+        return 0
 
     model = LongNetLM(
         vocab_size=256,

@@ -16,6 +16,19 @@ def first_visible(position: int, segment_lengths: Iterable[int], shift: int = 0)
     return max(0, min((position + shift) // length * length for length in segment_lengths) - shift)
 
 
+class _Progress:
+    """What a cache and its layers share; the layers do not hold the cache, so that its memory goes with it."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.step: _Step | None = None
+
+    def require_step(self) -> _Step:
+        if self.step is None:
+            raise RuntimeError("expected KeyValueCache.begin before a layer appends; pass the cache to the model")
+        return self.step
+
+
 class _Step(NamedTuple):
     """One forward's work on every layer's buffers; rows of a buffer are counted from its own start."""
 
@@ -42,7 +55,6 @@ class KeyValueCache:
             positions; keys that no row needs are dropped.
 
     Attributes:
-        length: positions seen so far.
         start: first position held.
         layers: one store per layer, for `MultiheadDilatedAttention.forward(cache=...)`.
     """
@@ -59,16 +71,21 @@ class KeyValueCache:
         self.shifts = tuple(dict.fromkeys(shifts))
         self.row_start = row_start
         self._firsts = [0] if row_start is None else sorted(set(row_start.tolist()))
-        self.length = self.start = self._capacity = 0
+        self.start = self._capacity = 0
         self._base = 0  # position of the buffers' row 0
-        self._step: _Step | None = None
+        self._progress = _Progress()
         longest = max(self.segment_lengths)
         nested = all(longest % length == 0 for length in self.segment_lengths)
         nested = nested and len(self._firsts) == len(self.shifts) == 1
         # Nested segments all end with the longest one, and the buffer starts empty there. Otherwise some rows are left
         # over and have to move to the front now and then; the slack makes that rare: four rows moved a token at most.
         self._limit = longest if nested else longest + max(1, longest // 4)
-        self.layers = [_LayerCache(self) for _ in range(num_layers)]
+        self.layers = [_LayerCache(self._progress) for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Positions seen so far."""
+        return self._progress.length
 
     @property
     def rows_held(self) -> int:
@@ -101,7 +118,7 @@ class KeyValueCache:
 
     def begin(self, num_new: int) -> None:
         """Plans for `num_new` further positions; every layer then appends once, and `commit` ends the step."""
-        if self._step is not None:
+        if self._progress.step is not None:
             raise RuntimeError("expected a cache whose last forward ended, got one cut short by an error; make another")
         lo, hi = self.start - self._base, self.length - self._base
         position = self.length + num_new
@@ -116,14 +133,16 @@ class KeyValueCache:
         if num_new == 1:
             if hi == self._capacity:  # grow, or move what is held to the front
                 capacity = max(min(max(2 * (hi - lo), _SMALLEST), self._limit), hi - lo + 1)
-        elif keep > self._capacity:
+        elif (
+            keep > self._capacity or self._capacity == 0
+        ):  # a prompt that ends with all segments leaves nothing to keep
             capacity = min(keep + _SMALLEST, self._limit)
-        self._step = _Step(self.start, lo, hi, num_new, capacity, keep)
+        self._progress.step = _Step(self.start, lo, hi, num_new, capacity, keep)
 
     def commit(self) -> None:
         """Ends the step that `begin` started, when every layer has appended."""
-        step = self._require_step()
-        self.length += step.num_new
+        step = self._progress.require_step()
+        self._progress.length += step.num_new
         if step.capacity:
             self._capacity = step.capacity
         self.start = self.length - step.keep
@@ -131,29 +150,24 @@ class KeyValueCache:
             self._base = self.start
         elif step.capacity:
             self._base = step.first
-        self._step = None
-
-    def _require_step(self) -> _Step:
-        if self._step is None:
-            raise RuntimeError("expected KeyValueCache.begin before a layer appends; pass the cache to the model")
-        return self._step
+        self._progress.step = None
 
 
 class _LayerCache:
     """One layer's buffers; the cache that they belong to plans their use."""
 
-    def __init__(self, cache: KeyValueCache) -> None:
-        self._cache = cache
+    def __init__(self, progress: _Progress) -> None:
+        self._progress = progress
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     @property
     def length(self) -> int:
-        return self._cache.length
+        return self._progress.length
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
         """All keys and values in sight, `(B, rows, H_kv, D)`, with the new ones, and the first one's position."""
-        step = self._cache._require_step()
+        step = self._progress.require_step()
         self.keys, keys = _store(self.keys, key, step)
         self.values, values = _store(self.values, value, step)
         return keys, values, step.first

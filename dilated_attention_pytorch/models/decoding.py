@@ -1,7 +1,7 @@
 """Decoding on a GPU: a token is one replay of a CUDA graph over buffers of fixed size.
 
-`generation` asks `why_not` and takes steps of a `GraphedSteps` where nothing stands in the way, of `EagerSteps`
-otherwise; both give the same tokens.
+Where `why_not` has no reasons, generation takes steps of a `GraphedSteps`, of `EagerSteps` otherwise; both give the
+same tokens.
 """
 
 from __future__ import annotations
@@ -45,58 +45,65 @@ def why_not(model: nn.Module, tokens: Tensor) -> list[str]:
     return reasons
 
 
-def steps(model: Any, cache: KeyValueCache, sampler: Any, tokens: Tensor, longest: int, graphed: bool) -> Steps:
-    """The steps that follow a prefill.
+def why_not_unasked(model: nn.Module, tokens: Tensor) -> list[str]:
+    """The reasons why steps that can be replayed are not, unless that is asked for."""
+    reasons = [] if tokens.is_cuda else [f"the device is {tokens.device.type}, not cuda"]
+    known = ("torch.nn.modules.", "dilated_attention_pytorch.")
+    if others := {type(m).__name__ for m in model.modules() if not type(m).__module__.startswith(known)}:
+        reasons.append(f"nobody knows whether a graph can hold what {', '.join(sorted(others))} does")
+    return reasons
+
+
+def steps(model: Any, cache: KeyValueCache | DecodingCache, sampler: Any, tokens: Tensor) -> Steps:
+    """The steps that follow a prompt: replays where there are buffers of fixed size, on a GPU.
 
     Args:
         model: a `LongNetLM`.
         cache: what it has seen.
         sampler: a `generation.Sampler`.
         tokens: int64 `(B,)`, drawn last.
-        longest: positions that the sequence may come to.
-        graphed: whether they are replays.
     """
-    if not graphed:
-        return EagerSteps(model, cache, sampler.draw, tokens)
-    decoding = DecodingCache(model, cache, longest)
-    eager = EagerSteps(model, decoding, sampler.draw, tokens)
-    if not tokens.is_cuda:  # Triton's interpreter, which has no graphs
+    eager = EagerSteps(model, cache, sampler.draw, tokens)
+    if isinstance(cache, KeyValueCache) or not tokens.is_cuda:  # Triton's interpreter has no graphs
         return eager
     ahead = 1 if sampler.eos_token is None else _AHEAD
-    return GraphedSteps(eager, [decoding.positions, sampler.finished], sampler.generator(), ahead)
+    return GraphedSteps(eager, [cache.positions, sampler.finished], sampler.generator(), ahead)
 
 
 class DecodingCache:
-    """Keys and values of fixed size, for one new position of each row at a time; begins where a `KeyValueCache` stands.
+    """Keys and values of fixed size, for one new position of each row at a time.
 
     Args:
-        model: the `LongNetLM` that filled the cache.
-        cache: what it has seen.
-        longest: positions that the sequence may come to.
+        model: a `LongNetLM`.
+        positions: int64 `(B,)`, how many each row has seen; on the device, where they are counted on.
+        longest: positions that a row may come to.
 
     Attributes:
-        layers: one store per layer.
-        positions: int64 `(B,)` on the device, the next position of each row.
+        layers: one store per layer; made when the first rows come.
     """
 
-    def __init__(self, model: Any, cache: KeyValueCache, longest: int) -> None:
-        attentions = [layer.self_attn for layer in model.decoder.layers]
-        self._rotary = attentions[0].rotary
-        rows = cache.held_rows()
-        batch, device = rows[0][0].shape[0], rows[0][0].device
-        starts = 0 if cache.row_start is None else cache.row_start.to(device, torch.int64)
-        self.positions = torch.full((batch,), cache.length, device=device) - starts
-        own = torch.arange(cache.start, cache.length, device=device) - (cache.length - self.positions)[:, None]
-        self.layers = []
-        for attention, held in zip(attentions, rows, strict=True):
-            inner, heads = attention.attention, attention.num_kv_heads
-            pattern = DilatedPattern(inner.segment_lengths, inner.dilation_rates, heads, inner.offsets)
-            layout = DecodeLayout(pattern, longest, inner.segment_shift)
-            keys, values = (x.new_empty(batch, heads, layout.rows, attention.head_dim) for x in held)
-            if own.shape[1]:
-                layout.write(keys, held[0], own)
-                layout.write(values, held[1], own)
-            self.layers.append(_LayerBuffers(self, layout, keys, values))
+    def __init__(self, model: Any, positions: Tensor, longest: int) -> None:
+        self._attentions = [layer.self_attn for layer in model.decoder.layers]
+        self.positions, self._longest = positions.clone(), longest
+        self.layers: list[_LayerBuffers] = []
+
+    def take(self, cache: KeyValueCache, rows: slice = slice(None)) -> None:
+        """Copies what some rows have seen: those of a `KeyValueCache` at the same positions."""
+        held = cache.held_rows()
+        if not self.layers:
+            self.layers = [self._make(x, *y) for x, y in zip(self._attentions, held, strict=True)]
+        following = self.positions[rows, None]
+        own = torch.arange(cache.start - cache.length, 0, device=following.device) + following
+        for layer, new in zip(self.layers, held, strict=True):
+            for buffer, x in zip((layer.keys, layer.values), new, strict=True):
+                layer.layout.write(buffer[rows], x, own)
+
+    def _make(self, attention: Any, *held: Tensor) -> _LayerBuffers:
+        inner, heads = attention.attention, attention.num_kv_heads
+        pattern = DilatedPattern(inner.segment_lengths, inner.dilation_rates, heads, inner.offsets)
+        layout = DecodeLayout(pattern, self._longest, inner.segment_shift)
+        shape = (len(self.positions), heads, layout.rows, attention.head_dim)
+        return _LayerBuffers(self.positions, layout, *(x.new_empty(shape) for x in held))
 
     def check(self, batch: int, num_layers: int) -> None:
         """Raises a ValueError for a cache of another model, or of a batch of other size."""
@@ -117,21 +124,22 @@ class DecodingCache:
 
     def options(self, x: Tensor) -> dict[str, Any]:
         """What the layers are called with for rows x `(B, 1, d_model)`."""
-        rotation = None if self._rotary is None else self._rotary.rotation(self.positions[:, None], x.dtype)
+        rotary = self._attentions[0].rotary
+        rotation = None if rotary is None else rotary.rotation(self.positions[:, None], x.dtype)
         return {"rotation": rotation, "caches": self.layers}
 
 
 class _LayerBuffers:
-    """One layer's buffers `(B, H_kv, rows, D)`."""
+    """One layer's buffers `(B, H_kv, rows, D)`; positions are those of the cache."""
 
-    def __init__(self, cache: DecodingCache, layout: DecodeLayout, keys: Tensor, values: Tensor) -> None:
-        self._cache, self.layout, self.keys, self.values = cache, layout, keys, values
+    def __init__(self, positions: Tensor, layout: DecodeLayout, keys: Tensor, values: Tensor) -> None:
+        self._positions, self.layout, self.keys, self.values = positions, layout, keys, values
 
     def attend(self, x: QKV, rotation: Rotation | None, scale: float) -> Tensor:
         """Attention `(B, 1, H, D)` of a new position, whose key and value are kept."""
         from dilated_attention_pytorch.kernels.triton import launch_decode
 
-        return launch_decode.step(x, rotation, self._cache.positions, (self.keys, self.values), self.layout, scale)
+        return launch_decode.step(x, rotation, self._positions, (self.keys, self.values), self.layout, scale)
 
 
 class Steps(Protocol):

@@ -15,6 +15,9 @@ from dilated_attention_pytorch.models import decoding
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.decoding import Steps
 
+# Positions of prompts to compute together, where rows are taken apart: they keep a GPU busy.
+_AT_ONCE = 1 << 16
+
 
 class Sampling(TypedDict, total=False):
     """Keyword arguments of `generate` and `stream`."""
@@ -28,7 +31,7 @@ class Sampling(TypedDict, total=False):
     generator: torch.Generator | None  # to sample with, in place of a seed
     eos_token: int | None  # a row that has produced it repeats it; generation stops when every row has
     prefill_chunk: int | None  # positions of the prompt to compute at a time, which bounds memory; all by default
-    graphed: bool  # a token is one replay of a CUDA graph; False by default
+    graphed: bool | None  # a token is one replay of a CUDA graph; None, the default, where it can be one
 
 
 def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
@@ -57,7 +60,8 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
         raise ValueError(f"expected eos_token in [0, {vocab_size}), got {eos_token}")
     if sampling.get("prefill_chunk") is not None:
         check.check_positive_int("prefill_chunk", sampling["prefill_chunk"])
-    check.check_bool("graphed", sampling.get("graphed", False))
+    if sampling.get("graphed") is not None:
+        check.check_bool("graphed", sampling["graphed"])
     if top_p is not None:
         check.check_float("top_p", top_p)
     if check.check_float("temperature", temperature) <= 0.0:
@@ -127,8 +131,8 @@ def sample(model: Any, prompt: Tensor, count: int, sampling: Sampling) -> Iterat
             module.training = False
         # Inference mode is entered anew each time: while the caller has the iterator, its own grad mode holds.
         with torch.inference_mode():
-            cache = model.make_cache(row_start=sampling.get("row_start"))
-            block = [sampler.draw(prefill(model, cache, prompt, sampling.get("prefill_chunk")))]
+            cache, logits = begin(model, prompt, prompt.shape[1] + count, sampling)
+            block = [sampler.draw(logits)]
         while True:
             end = sampler.end(block)
             for new in block[:end]:
@@ -139,16 +143,36 @@ def sample(model: Any, prompt: Tensor, count: int, sampling: Sampling) -> Iterat
                 return
             used = 0
             with torch.inference_mode():
-                if steps is None:
-                    longest = prompt.shape[1] + 1 + count
-                    steps = decoding.steps(model, cache, sampler, block[0], longest, sampling.get("graphed", False))
-                    del cache
+                steps = steps or decoding.steps(model, cache, sampler, block[0])
                 block = steps.take(min(count, steps.ahead))
     finally:
         if steps is not None:
             steps.rewind(used)
         for module in training:
             module.training = True
+
+
+def begin(
+    model: Any, prompt: Tensor, longest: int, sampling: Sampling
+) -> tuple[KeyValueCache | decoding.DecodingCache, Tensor]:
+    """A cache that has seen a prompt `(B, N)`, and logits `(B, vocab_size)` of what follows.
+
+    Buffers of fixed size are filled by a few rows at a time: a prompt's growing cache is many times larger.
+    """
+    row_start, chunk = sampling.get("row_start"), sampling.get("prefill_chunk")
+    if not sampling.get("graphed", False):
+        cache = model.make_cache(row_start=row_start)
+        return cache, prefill(model, cache, prompt, chunk)
+    batch, length = prompt.shape
+    starts = 0 if row_start is None else row_start.to(prompt.device, torch.int64)
+    fixed = decoding.DecodingCache(model, torch.full((batch,), length, device=prompt.device) - starts, longest)
+    logits, at_once = [], max(1, _AT_ONCE // length)
+    for first in range(0, batch, at_once):
+        rows = slice(first, first + at_once)
+        growing = model.make_cache(row_start=None if row_start is None else row_start[rows])
+        logits.append(prefill(model, growing, prompt[rows], chunk))
+        fixed.take(growing, rows)
+    return fixed, torch.cat(logits)
 
 
 def prefill(model: Any, cache: KeyValueCache, prompt: Tensor, chunk: int | None) -> Tensor:

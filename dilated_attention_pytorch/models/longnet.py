@@ -250,8 +250,11 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         with torch.no_grad():  # a prompt of inference mode is as good as any
             self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)
-        if sampling.get("graphed") and (reasons := decoding.why_not(self, prompt)):
+        reasons = decoding.why_not(self, prompt)
+        if sampling.get("graphed") and reasons:
             raise ValueError(f"expected graphed=True only where a token can be one replay, got {'; '.join(reasons)}")
+        if sampling.get("graphed") is None:
+            sampling["graphed"] = not reasons and not decoding.why_not_unasked(self, prompt)
         shifts = self.config.shifts(self.config.num_decoder_layers)
         warn_out_of_reach(self.config.pattern, shifts, prompt.shape[1] + max_new_tokens)
         return sample(self, prompt, max_new_tokens, sampling) if max_new_tokens else iter(())

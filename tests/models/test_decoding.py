@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when Triton is imported
 pytest.importorskip("triton")
 
-from dilated_attention_pytorch.models import LongNetLM
-from dilated_attention_pytorch.models.decoding import DecodingCache, EagerSteps, why_not
+from dilated_attention_pytorch.models import LongNetLM, generation, longnet
+from dilated_attention_pytorch.models.cache import KeyValueCache
+from dilated_attention_pytorch.models.decoding import DecodingCache, EagerSteps, why_not, why_not_unasked
 from dilated_attention_pytorch.models.generation import Sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,6 +33,14 @@ def prompt(rows: int = 2, length: int = 13) -> torch.Tensor:
     return torch.randint(17, (rows, length), device=DEVICE)
 
 
+def fixed_buffers(model: LongNetLM, growing: KeyValueCache, longest: int) -> DecodingCache:
+    starts = 0 if growing.row_start is None else growing.row_start
+    batch = growing.held_rows()[0][0].shape[0]
+    fixed = DecodingCache(model, torch.full((batch,), growing.length, device=DEVICE) - starts, longest)
+    fixed.take(growing)
+    return fixed
+
+
 @pytest.mark.parametrize("positions", ["rotary", "xpos", None])
 def test_logits_equal_the_growing_cache(positions: str | None) -> None:
     """Over several borders, rows padded on the left; fp32 to 1e-5."""
@@ -41,7 +52,7 @@ def test_logits_equal_the_growing_cache(positions: str | None) -> None:
     with torch.inference_mode():
         growing = model.make_cache(row_start=row_start)
         model(tokens[:, :13], cache=growing)
-        fixed = DecodingCache(model, growing, 26)
+        fixed = fixed_buffers(model, growing, 26)
         for n in range(13, 26):
             want, got = (model(tokens[:, n : n + 1], cache=cache) for cache in (growing, fixed))
             assert (want - got).abs().max() <= 1e-5, n
@@ -56,6 +67,35 @@ def test_generate_gives_the_same_tokens(options: dict[str, Any]) -> None:
     want = model.generate(tokens, 14, row_start=row_start, **options)
     got = model.generate(tokens, 14, row_start=row_start, graphed=True, prefill_chunk=5, **options)
     assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("length", [16, 32, 1])
+def test_a_prompt_that_ends_with_all_segments(length: int) -> None:
+    """Nothing of it is in sight any more: the buffers start empty."""
+    model, tokens = lm(num_decoder_layers=1), prompt(length=length)
+    assert torch.equal(model.generate(tokens, 3, greedy=True), model.generate(tokens, 3, greedy=True, graphed=True))
+
+
+def test_rows_are_taken_apart_in_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time, left padding included; one growing cache at a time."""
+    made: list[weakref.ref[KeyValueCache]] = []
+
+    def counted(self: LongNetLM, **given: Any) -> KeyValueCache:
+        gc.disable()  # nothing may wait for it
+        assert sum(cache() is not None for cache in made) <= 1
+        cache = KeyValueCache((8, 16), 1, **given)
+        made.append(weakref.ref(cache))
+        return cache
+
+    model, tokens, row_start = lm(num_decoder_layers=1), prompt(5, 13), torch.tensor([0, 9, 3, 12, 1], device=DEVICE)
+    want = model.generate(tokens, 5, greedy=True, row_start=row_start)
+    monkeypatch.setattr(generation, "_AT_ONCE", 26)
+    monkeypatch.setattr(LongNetLM, "make_cache", counted)
+    try:
+        assert torch.equal(want, model.generate(tokens, 5, greedy=True, row_start=row_start, graphed=True))
+    finally:
+        gc.enable()
+    assert len(made) == 3
 
 
 def test_generation_ends_at_the_same_token() -> None:
@@ -89,14 +129,36 @@ def test_what_cannot_be_replayed_is_refused_by_name() -> None:
     assert why_not(lm(), tokens) == []
 
 
+def test_graphs_are_the_default_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    monkeypatch.setattr(longnet, "sample", lambda model, prompt, count, sampling: taken.append(sampling["graphed"]))
+    model, hooked, adapted = lm(), lm(), lm()
+    hooked.register_forward_hook(lambda *_: None)
+    adapted.decoder.layers[0].ffn.fc1 = Adapted(adapted.decoder.layers[0].ffn.fc1)
+    for each, given in (
+        (model, {}),
+        (model, {"graphed": None}),
+        (hooked, {}),
+        (adapted, {}),
+        (model, {"graphed": False}),
+    ):
+        each.stream(prompt(), 2, **given)
+    assert taken == [DEVICE == "cuda", DEVICE == "cuda", False, False, False]
+    assert why_not(adapted, prompt()) == [] and "Adapted" in why_not_unasked(adapted, prompt())[-1]
+
+
+class Adapted(torch.nn.Sequential):
+    """A module of somebody else's."""
+
+
 def test_one_token_at_a_time() -> None:
     model, tokens = lm(), prompt()
     with torch.inference_mode():
         cache = model.make_cache()
         with pytest.raises(ValueError, match="seen tokens"):
-            DecodingCache(model, cache, 20)
+            fixed_buffers(model, cache, 20)
         model(tokens, cache=cache)
-        fixed = DecodingCache(model, cache, 20)
+        fixed = fixed_buffers(model, cache, 20)
         with pytest.raises(ValueError, match="one token at a time"):
             model(tokens, cache=fixed)
         with pytest.raises(ValueError, match="2 rows"):
@@ -145,7 +207,7 @@ def eager_over_fixed_buffers(model: LongNetLM, tokens: torch.Tensor, count: int,
     with torch.inference_mode():
         growing = model.make_cache()
         new = [sampler.draw(model(tokens, cache=growing)[:, -1])]
-        steps = EagerSteps(model, DecodingCache(model, growing, 1000), sampler.draw, new[0])
+        steps = EagerSteps(model, fixed_buffers(model, growing, 1000), sampler.draw, new[0])
         while len(new) < count and sampler.end(new[-1:]) is None:
             new += steps.take(1)
     return torch.stack(new, 1)

@@ -37,7 +37,7 @@ def test_the_runner_lists_every_benchmark() -> None:
     done = run()
     assert done.returncode == 0
     for path in (ROOT / "benchmarks").glob("*.py"):
-        if path.stem not in {"__main__", "common", "workloads"}:
+        if path.stem not in {"__main__", "common", "generation_gpu", "workloads"}:
             assert f"  {path.stem} " in done.stdout
     assert run("no-such-benchmark").returncode == 2
 
@@ -50,6 +50,14 @@ def test_a_benchmark_runs_and_writes_the_one_shape(tmp_path: Path, monkeypatch: 
     assert load("common", monkeypatch).problems(outcome) == []
     assert outcome["benchmark"] == "cpu" and len(outcome["rows"]) == 2
     assert outcome["versions"]["torch"] in done.stdout and outcome["machine"]["processor"] in done.stdout
+
+
+def test_prompts_of_generation_are_timed_on_any_device(tmp_path: Path) -> None:
+    done = run("generation", "--smoke", "--only", "prefill", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("generation_*.json")
+    cases = [row["case"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    assert cases == ["prefill B=1 0k", "prefill B=1 1k", "prefill B=2 1k", "prefill B=2 0k"]
 
 
 @pytest.mark.slow
