@@ -32,6 +32,7 @@ def convert(
     tile_size: Annotated[int | None, Option(help="gigapath: side of a tile, 256.")] = None,
     global_pool: Annotated[bool | None, Option(help="gigapath: mean over tiles in place of the cls token; no.")] = None,
     as_initialisation: Annotated[bool, Option("--as-initialisation", help=_START)] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a model that is in the folder.")] = False,
 ) -> None:
     """Convert weights of Prov-GigaPath, LongViT, torchscale's LongNet or fkodom's LongNet.
 
@@ -41,10 +42,13 @@ def convert(
     from dilated_attention_pytorch.models.checkpoint import save_pretrained
     from dilated_attention_pytorch.models.convert import ASSUMED, SHAPE, Source, sniff
     from dilated_attention_pytorch.models.convert import convert as converted
-    from dilated_attention_pytorch.models.weights import read_checkpoint
+    from dilated_attention_pytorch.models.weights import CONFIG, WEIGHTS, read_checkpoint
 
     if source is not None:
         check_choice("--from", source, Source)
+    there = [name for name in (WEIGHTS, CONFIG) if (dst / name).exists()]
+    if there and not overwrite:
+        raise ValueError(f"expected a folder without a model, got {dst} with {there[0]}; --overwrite replaces it")
     state, own = read_checkpoint(src)
     kind: Any = source or sniff(state)
     given: dict[str, Any] = {
@@ -64,7 +68,7 @@ def convert(
     takes = {*SHAPE, *ASSUMED[kind], *(("as_initialisation",) if kind.startswith("fkodom") else ())}
     for name, value in given.items():
         if name not in takes:
-            raise ValueError(f"expected no {name} with weights of {kind}, got {value}")
+            raise ValueError(f"expected no --{name.replace('_', '-')} with weights of {kind}, got {value}")
     if kind.startswith("torchscale"):
         given["args"] = own if args is None else _read_json(args)
     elif args is not None:
@@ -79,6 +83,8 @@ def convert(
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The values by name that a JSON file holds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected --args to be a JSON file, found none at {path}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -40,10 +40,11 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if temperature == 0:
         sampling = Sampling(greedy=True, seed=seed)
+    pieces = byte_stream(model, prompt, max_bytes, **sampling)  # refuses here, before anything is written
     shown = printable if sys.stdout.isatty() else str
     sys.stdout.write(shown(prompt))
     times = [time.perf_counter()]
-    for piece in byte_stream(model, prompt, max_bytes, **sampling):
+    for piece in pieces:
         times.append(time.perf_counter())
         sys.stdout.write(shown(piece))
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -66,17 +66,26 @@ def shift(text: str) -> int | tuple[int, ...] | str:
     return found[0] if len(found) == 1 else found
 
 
+def refuse(context: Any, names: Iterable[str], where: str) -> None:
+    """Raise a ValueError for options that were given where they have no effect."""
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name)
+        if param.name in names and source is not None and source.name == "COMMANDLINE":
+            value = context.params[param.name]
+            raise ValueError(f"expected no {max(param.opts, key=len)} {where}, got {'it' if value is True else value}")
+
+
 def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> DilatedPattern:
     """The pattern that the options describe."""
     rule: Offsets = offsets  # type: ignore[assignment]  # checked by DilatedPattern, with the library's own message
     return DilatedPattern(ints("--segments", segments), ints("--rates", rates), heads, rule)
 
 
-def check_dtype(text: str) -> torch.dtype:
+def check_dtype(text: str, known: dict[str, torch.dtype] = _DTYPES) -> torch.dtype:
     """The dtype that `--dtype` names."""
-    if text not in _DTYPES:
-        raise ValueError(f"expected --dtype to be one of {sorted(_DTYPES)}, got {check.quoted(text)}")
-    return _DTYPES[text]
+    if text not in known:
+        raise ValueError(f"expected --dtype to be one of {sorted(known)}, got {check.quoted(text)}")
+    return known[text]
 
 
 def check_device(text: str) -> str:

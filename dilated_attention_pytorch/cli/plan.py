@@ -6,20 +6,25 @@ import json
 from typing import Annotated, Any
 
 import torch
-from typer import Option
+from typer import Context, Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes, human_count, print_table
 from dilated_attention_pytorch.cli.suggest import reach_of, show_suggested, suggest
+from dilated_attention_pytorch.cli.words import in_options
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import layer_shifts
 from dilated_attention_pytorch.core.validation import check_index, check_positive_int
 from dilated_attention_pytorch.models.reach import out_of_reach
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds, forecast
-from dilated_attention_pytorch.ring_attention.plan import closed_form_units, equal_bounds, unit_bytes
+from dilated_attention_pytorch.ring_attention.plan import closed_form_needs, closed_form_units, equal_bounds, unit_bytes
+
+# What --suggest says nothing of, or chooses itself.
+_NOT_SUGGESTED = ("length", "segments", "rates", "dtype", "shift", "query", "ranks")
 
 
 def plan(
+    context: Context,
     length: options.Length = 65_536,
     segments: options.Lengths = options.PAPER_LENGTHS,
     rates: options.Rates = options.PAPER_RATES,
@@ -36,12 +41,19 @@ def plan(
     query: Annotated[int | None, Option(help="Also list the keys of this query.")] = None,
     head: Annotated[int, Option(help="The head of --query.")] = 0,
     ranks: Annotated[int | None, Option(min=1, max=65536, help="Also the bytes of a ring of so many ranks.")] = None,
-    balanced: Annotated[bool, Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
+    balanced: Annotated[
+        bool, Option("--balanced", help="With --ranks: shards of equal work instead of equal length.")
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Reach, FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
     width = options.check_dtype(dtype).itemsize
+    if ranks is None:
+        options.refuse(context, ("balanced",), "without --ranks")
+    if query is None:
+        options.refuse(context, ("head",), "without --query")
     if suggest_for is not None:
+        options.refuse(context, _NOT_SUGGESTED, "with --suggest")
         check_positive_int("suggest_for", suggest_for)
         rows = suggest(suggest_for, layers, heads, head_dim, offsets, causal)
         print(json.dumps(rows, indent=1)) if as_json else show_suggested(suggest_for, layers, causal, rows)
@@ -56,14 +68,19 @@ def plan(
     if ranks is not None:
         bounds = balanced_bounds(pattern, length, ranks, is_causal=causal) if balanced else equal_bounds(length, ranks)
         shares = forecast(pattern, bounds, head_dim, element_size=width, is_causal=causal)
-        units = None if causal or balanced else closed_form_units(pattern, length, ranks)
+        needs = "--full" if causal else "shards of equal length" if balanced else None
+        needs = needs or closed_form_needs(pattern, length, ranks)
+        units = None if needs else closed_form_units(pattern, length, ranks)
         closed = None if units is None else units * unit_bytes(1, head_dim, width)
-        found["ring"] = {"shares": [share._asdict() for share in shares], "bytes_closed_form": closed}
+        found["ring"] = {
+            "shares": [share._asdict() for share in shares], "bytes_closed_form": closed, "closed_form_needs": needs,
+        }  # fmt: skip
     if as_json:
         print(json.dumps(found, indent=1))
         return
     _show_reach(found)
     if found["reach"] and (message := out_of_reach(pattern, shifts, length, is_causal=causal)):
+        message = in_options(message, context.command)
         console.print(f"{message[0].upper()}{message[1:]}.", soft_wrap=True)
     _show(found)
 
@@ -151,7 +168,8 @@ def _show(found: dict[str, Any]) -> None:
         columns = ("rank", "shard", "receives", "sends", "dense K and V", "share of work")
         print_table("ring attention, one layer's forward", columns, rows)
         closed = ring["bytes_closed_form"]
-        console.print(f"closed form: {'does not apply' if closed is None else f'{human_bytes(closed)} per rank'}")
+        said = f"needs {ring['closed_form_needs']}" if closed is None else f"{human_bytes(closed)} per rank"
+        console.print(f"closed form: {said}")
     if near := found.get("neighbours"):
         rows = []
         for row in near["branches"]:

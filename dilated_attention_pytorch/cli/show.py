@@ -50,10 +50,7 @@ def show(
     from dilated_attention_pytorch.viz.style import FORMATS, check_format
 
     check_choice("WHAT", what, What)
-    for name in UNUSED[what]:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"expected no --{name} with 'show {what}', got {context.params[name]}")
+    options.refuse(context, UNUSED[what], f"with 'show {what}'")
     path = out if out is not None else Path(f"{what}.png")
     page = check_format(path, (*FORMATS, ".html") if what == "pattern" else FORMATS, "--out") == ".html"
     if head and len(head) > 1 and (what != "pattern" or page):
@@ -71,13 +68,13 @@ def show(
     elif what == "neighbours":
         figure = neighbours_figure(pattern, length, query=last, head=first, is_causal=causal)
     elif what == "receptive":
-        found = pattern.reach(layers, length, is_causal=causal, segment_shift=options.shift(shift))
+        how: dict[str, Any] = {"is_causal": causal, "segment_shift": options.shift(shift)}
+        figure = receptive_figure(pattern, length, query=last, num_layers=layers, **how)
+        found = pattern.reach(layers, length, **how)
         console.print(
             f"through {layers} layers the best position reaches {found.best:,} away, the median {found.median:,}, the "
             f"worst {found.worst:,}, with {found.out_of_reach:,} positions out of its reach"
         )
-        how: dict[str, Any] = {"num_layers": layers, "is_causal": causal, "segment_shift": options.shift(shift)}
-        figure = receptive_figure(pattern, length, query=last, **how)
     else:
         figure = _in_space(what, options.ints("--grid", grid), pattern, query, first if head else None)
     console.print(f"wrote {save(figure, path)}")

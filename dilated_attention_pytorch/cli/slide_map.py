@@ -53,6 +53,7 @@ def slide_map(
     from dilated_attention_pytorch.models import SlideEncoder
     from dilated_attention_pytorch.models.slide import maps
     from dilated_attention_pytorch.models.slide.files import SlideReader
+    from dilated_attention_pytorch.models.slide.work import reason
     from dilated_attention_pytorch.viz import slide_map as viz
     from dilated_attention_pytorch.viz.style import check_format
 
@@ -66,8 +67,12 @@ def slide_map(
     place = options.check_device(device) if device else ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = SlideEncoder.from_pretrained(checkpoint, max_wsi_size, device=place)
     reader = SlideReader.of(encoder.config, patch_size_level0=patch_size_level0, coords_folder=coords, grid=grid)
-    slide = reader.read(file)
-    console.print(f"{slide.name}: {slide.said}", soft_wrap=True)
+    try:
+        slide = reader.read(file)
+    except Exception as error:  # half a file can raise anything
+        said = reason(error)
+        ours = said.startswith("expected ")
+        raise ValueError(f"{said}, in {file}" if ours else f"expected a slide in {file}, got {said}") from error
     for line in slide.doubts:
         notes.print(f"{slide.name}: {line}", soft_wrap=True)
     width = slide_width or (slide.extent and slide.extent[0] * unit)
@@ -92,6 +97,7 @@ def slide_map(
         thumbnail=thumbnail,
         slide_width=width,
     )
+    console.print(f"{slide.name}: {slide.said}", soft_wrap=True)
     unseen = int(found.ratio.isnan().sum())
     console.print(f"{len(found.ratio):,} tiles, {unseen:,} of them not seen by the query", soft_wrap=True)
     for path in out:

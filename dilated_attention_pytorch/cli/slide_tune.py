@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console
@@ -19,6 +19,7 @@ _CHECKPOINTING = "Compute activations again in the backward: less memory, more t
 
 
 def tune(
+    context: Context,
     labels: Annotated[Path, Argument(help=_LABELS)],
     features: Annotated[Path, Option(help="Folder of feature files.")],
     checkpoint: options.Checkpoint,
@@ -57,11 +58,17 @@ def tune(
     from dilated_attention_pytorch.models.slide.tune.labels import read_labels
     from dilated_attention_pytorch.models.slide.tune.run import Tuner
 
+    if mode == "probe":
+        options.refuse(context, ("dropout", "gradient_checkpointing"), "with --mode probe")
+    if mode != "lora":
+        options.refuse(context, ("rank",), "without --mode lora")
+    if time is not None:
+        options.refuse(context, ("label",), "with --time")
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else options.check_device(device)
     auto = torch.bfloat16 if where.startswith("cuda") else torch.float32
     given: dict[str, Any] = {"mode": mode, "folds": folds, "epochs": epochs, "batch_size": batch_size, "rank": rank}
     given |= {"learning_rate": learning_rate, "patience": patience, "layer": layer, "seed": seed}
-    kind = auto if dtype == "auto" else options.check_dtype(dtype)
+    kind = options.check_dtype(dtype, {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32})
     config = TuneConfig(**given, bootstraps=bootstraps, dtype=kind)
     table = read_labels(labels, features, label=label, time=time, event=event, skip_missing=skip_missing)
     shape: dict[str, Any] = {"dropout": dropout, "drop_path": 0.0, "gradient_checkpointing": gradient_checkpointing}

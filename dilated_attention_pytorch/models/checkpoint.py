@@ -28,7 +28,7 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     """Writes a model's weights and config into a folder, which is made if need be.
 
     Each file is written in a folder beside its place and then moved there, so a reader, or a crash, finds the old file
-    or the new one, whole.
+    or the new one, whole. An earlier save of the same class is replaced, as in training.
 
     Args:
         model: the bare model (of a DistributedDataParallel, its `module`; of a compiled one, its `_orig_mod`).
@@ -36,7 +36,7 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: something else than a model of this package.
-        ValueError: a model made in legacy mode.
+        ValueError: a model made in legacy mode; a folder that holds a model of another class or library.
         ImportError: safetensors is not installed.
     """
     name = type(model).__name__
@@ -47,9 +47,21 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
     target = Path(folder)
+    _check_place(target, name)
     target.mkdir(parents=True, exist_ok=True)
     replace_file(target / weights.WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     replace_file(target / weights.CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def _check_place(folder: Path, name: str) -> None:
+    """Raises a ValueError for a folder with a model of another class, or another library's."""
+    try:
+        other, _ = weights.read_config(folder)
+    except (OSError, ValueError):  # none there, or a damaged one
+        return
+    if other != name:
+        got = f"a {other}" if isinstance(other, str) else f"a {weights.CONFIG} of another library"
+        raise ValueError(f"expected a folder without a model or with a {name}, got {got} in {folder}")
 
 
 def check_head_groups(model: nn.Module) -> None:

@@ -55,7 +55,7 @@ def read_checkpoint(source: WeightsSource) -> tuple[dict[str, Tensor], dict[str,
     # Of any type, where the file is not a pickle, or half of one.
     # Tensors and plain containers alone: a pickle can hold any code. A Namespace is attributes and nothing else.
     plain = torch.serialization.safe_globals([argparse.Namespace])
-    with _reading(path, "tensors as torch.save writes them", Exception), plain:
+    with reading(path, "tensors as torch.save writes them", Exception), plain:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     return _tensors(loaded, str(path)), arguments_of(loaded)
 
@@ -71,14 +71,14 @@ def arguments_of(loaded: Any) -> dict[str, Any]:
 def read_safetensors(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file; a ValueError where it cannot be read as one."""
     load_file = safetensors().load_file
-    with _reading(path, "tensors as safetensors writes them", importlib.import_module("safetensors").SafetensorError):
+    with reading(path, "tensors as safetensors writes them", importlib.import_module("safetensors").SafetensorError):
         return load_file(path, device=str(device))  # type: ignore[no-any-return]
 
 
 def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The architecture that a folder's `config.json` names, and its other values."""
     path = folder / CONFIG
-    with _reading(path, "JSON", ValueError):  # no text, or no JSON
+    with reading(path, "JSON", ValueError):  # no text, or no JSON
         values = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"expected {path} to hold a JSON object, got {type(values).__name__}")
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str, errors: type[Exception]) -> Iterator[None]:
+def reading(path: Path, what: str, errors: type[Exception]) -> Iterator[None]:
     """Turns a reader's errors into a ValueError that names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")

@@ -282,28 +282,38 @@ def unit_bytes(batch: int, head_dim: int, element_size: int) -> int:
 def closed_form_units(pattern: DilatedPattern, seq_len: int, world_size: int) -> int | None:
     """Units that come to each rank without causality, by `H * sum (w_i - w_{i-1}) / r_i` over the remote branches.
 
-    `w_{-1}` is the shard's length n. None where the formula does not hold: it takes shards of equal length, remote
-    segments and their rates that nest in one another and in N and n, modulo offsets, and rates that grow with w.
+    `w_{-1}` is the shard's length n. None where the formula does not hold; `closed_form_needs` says why.
     """
+    if closed_form_needs(pattern, seq_len, world_size) is not None:
+        return None
+    lengths, rates, _ = _remote(pattern, seq_len, seq_len // world_size)
+    return pattern.num_heads * sum((b - a) // r for (a, b), r in zip(itertools.pairwise(lengths), rates, strict=True))
+
+
+def closed_form_needs(pattern: DilatedPattern, seq_len: int, world_size: int) -> str | None:
+    """What `closed_form_units` takes and the pattern does not have: each segment then adds to the one before it what
+    lies between them, at its own rate. None where the formula holds."""
     shard, rest = divmod(seq_len, world_size)
-    # A segment that is longer than a shard is remote, whole or in part; shorter ones have to stay inside one.
+    lengths, rates, local = _remote(pattern, seq_len, shard)
+    needs = {
+        "shards of equal length": rest == 0 and shard > 0,
+        "modulo offsets": pattern.offsets == "modulo" or not rates,
+        "shards of whole segments": all(shard % w == 0 for w in local),
+        "segments of whole shards, each a multiple of the one before": all(
+            b % a == 0 and b > a for a, b in itertools.pairwise(lengths)
+        ),
+        "rates that are multiples of the one before": all(b % a == 0 for a, b in itertools.pairwise(rates)),
+        "shards that are multiples of the rates": all(shard % r == 0 for r in rates),
+        "a sequence of whole segments": seq_len % lengths[-1] == 0,
+    }
+    return next((need for need, is_met in needs.items() if not is_met), None)
+
+
+def _remote(pattern: DilatedPattern, seq_len: int, shard: int) -> tuple[list[int], list[int], list[int]]:
+    """The shard's length and those of longer, so remote, segments; the latter's rates; the lengths of the others."""
     branches = sorted({(min(w, seq_len), r) for w, r in pattern.branches if min(w, seq_len) > shard})
     local = [w for w, _ in pattern.branches if min(w, seq_len) <= shard]
-    lengths, rates = [shard, *(w for w, _ in branches)], [r for _, r in branches]
-    # Then each segment adds to the one before it what lies between them, at its own rate.
-    nested = (
-        rest == 0
-        and shard > 0
-        and (pattern.offsets == "modulo" or not branches)
-        and all(shard % w == 0 for w in local)
-        and all(b % a == 0 and b > a for a, b in itertools.pairwise(lengths))
-        and all(b % a == 0 for a, b in itertools.pairwise(rates))
-        and all(shard % r == 0 for r in rates)
-        and (not branches or seq_len % lengths[-1] == 0)
-    )
-    if not nested:
-        return None
-    return pattern.num_heads * sum((b - a) // r for (a, b), r in zip(itertools.pairwise(lengths), rates, strict=True))
+    return [shard, *(w for w, _ in branches)], [r for _, r in branches], local
 
 
 def equal_bounds(seq_len: int, world_size: int) -> tuple[int, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from dilated_attention_pytorch.core.files import parse_json
 from dilated_attention_pytorch.viz.style import GRID, INK, branch_colors, style
 
 TRAINING, _, _, VALIDATION = branch_colors(4)
@@ -21,9 +21,14 @@ def loss_figure(metrics: Path | str) -> Figure:
         metrics: a run's `metrics.jsonl`.
 
     Raises:
-        ValueError: a file without a line of training.
+        ValueError: a line that is not a JSON object, a file without a line of training; both name the file.
     """
-    lines: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(Path(metrics).read_bytes().splitlines(), 1):
+        try:
+            lines.append(dict(parse_json(text.decode())))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"expected a JSON object in line {number} of {metrics}, got: {error}") from error
     train = [(line["step"], line["bpb"]) for line in lines if "bpb" in line]
     val = [(line["step"], line["val_bpb"]) for line in lines if "val_bpb" in line]
     if not train:

@@ -120,7 +120,7 @@ def pattern_figure(
         if not 0 <= start < stop <= seq_len:
             raise ValueError(f"expected spans within [0, {seq_len}), got ({start}, {stop})")
     for head in heads:
-        check.check_index("heads", head, pattern.num_heads)
+        check.check_index("head", head, pattern.num_heads)
     rows = [(head, span) for head in heads for span in chosen]
     columns, most = len(pattern.branches) + 1, 0
     with style():

@@ -72,6 +72,20 @@ def test_dtype_and_overwriting(tmp_path: Path) -> None:
     assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
 
 
+def test_a_model_of_another_class_or_library_is_not_replaced(tmp_path: Path) -> None:
+    save_pretrained(LongNetEncoder(**SMALL), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="without a model or with a LongNetLM, got a LongNetEncoder in "):
+        save_pretrained(tiny_lm(), tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match=r"got a config\.json of another library in "):
+        save_pretrained(tiny_lm(), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before["model.safetensors"]
+    (tmp_path / "config.json").write_text("{")  # half a file is replaced
+    save_pretrained(tiny_lm(), tmp_path)
+    assert type(load_pretrained(tmp_path)) is LongNetLM
+
+
 def test_every_wrong_key_is_named(tmp_path: Path) -> None:
     model = tiny_lm()
     save_pretrained(model, tmp_path)

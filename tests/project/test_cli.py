@@ -109,6 +109,9 @@ def test_messages_of_the_library_in_the_words_of_the_command() -> None:
         ("plan", "expected segment_lengths[0] to be at least 1", "expected --segments[0] to be at least 1"),
         ("plan", "expected num_heads to be at least 1, got heads", "expected --heads to be at least 1, got heads"),
         ("generate", "expected greedy=True", "expected --temperature 0"),
+        ("plan", "a pattern, segment_shift='alternate' adds", "a pattern, --shift 'alternate' adds"),
+        ("plan", "known are ['num_heads', 'seq_len']", "known are ['num_heads', 'seq_len']"),
+        ("plan", "expected head in [0, 4)", "expected --head in [0, 4)"),
         ("", "expected val_fraction", "expected val_fraction"),
     ):
         assert in_options(message, command) == wanted
@@ -179,7 +182,17 @@ def test_plan_prints_the_bytes_of_a_ring() -> None:
     ring = json.loads(call(*options, "--ranks", "8", "--full", "--json"))["ring"]
     assert ring["bytes_closed_form"] == 640 * 2**20
     assert {(s["received"], s["sent"], s["dense"]) for s in ring["shares"]} == {(640 << 20, 640 << 20, 14336 << 20)}
-    assert "640.0 MiB per rank" in call(*options, "--ranks", "8", "--full")
+    assert "640.0 MiB per rank" in call(*options, "--ranks", "8", "--full") and ring["closed_form_needs"] is None
+    for more, needs in (
+        (("--causal",), "--full"),
+        (("--full", "--balanced"), "shards of equal length"),
+        (("--full", "-n", "1048577"), "shards of equal length"),
+        (("--full", "--offsets", "blocked"), "modulo offsets"),
+        (("--full", "-r", "1,8,12"), "rates that are multiples of the one before"),
+        (("--full", "-w", "3000,262144,1048576"), "shards of whole segments"),
+        (("--full", "-w", "2048,262145,1048576"), "segments of whole shards, each a multiple of the one before"),
+    ):
+        assert f"closed form: needs {needs}\n" in call(*options, "--ranks", "8", *more)
     causal = ("plan", "-n", "1048576", "-w", "2048,32768,524288,1048576", "-r", "1,2,8,16", "--ranks", "4", "--json")
     equal, even = (json.loads(call(*causal, *more))["ring"]["shares"] for more in ((), ("--balanced",)))
     assert sum(s["pairs"] for s in equal) == sum(s["pairs"] for s in even)

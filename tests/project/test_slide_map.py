@@ -146,7 +146,7 @@ def test_mistakes_are_named_before_anything_is_written(
         (["--query", "-1"], "expected --query to be cls or a number, got '-1'"),
         (["--query", "61"], "expected --query tiles in [0, 61), got [61]"),
         (["--heads", "all"], "expected --heads to be mean, max or a number, got 'all'"),
-        (["--heads", "max", "--rollout"], "expected --heads='mean' or a head's number with --rollout, got 'max'"),
+        (["--heads", "max", "--rollout"], "expected --heads to be 'mean' or a head's number with --rollout, got 'max'"),
         (["--layer", "2"], "expected --layer in [0, 2), got 2"),
         (["--unit", "0"], "expected --unit above 0, got 0.0"),
         (["--unit", "inf"], "expected --unit to be finite, got inf"),

@@ -241,7 +241,7 @@ def test_mistakes_in_labels(
     bad("got soon for s2", "--time", "days", "--event", "dead", **at(2, "days", "soon"))
     bad("expected 0 or 1 in column dead, got 2 for s2", "--time", "days", "--event", "dead", **at(2, "dead", "2"))
     bad("got censored slides alone", "--time", "days", "--event", "dead", dead="0")
-    bad("expected --time and event together, got time days and event None", "--time", "days")
+    bad("expected --event, which 'days' needs, got none", "--time", "days")
     bad("expected 9 patients or more of each, for as many folds, got 8 of normal, 8 of tumour", "--folds", 9)
     bad("expected each patient in one part of fold_0, got p0 in train and test",
         fold_0=["train", "test"] * 16)  # fmt: skip

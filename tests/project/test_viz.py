@@ -188,7 +188,7 @@ def test_pictures_are_reproducible(tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected heads in \[0, 4\), got 4"):
+    with pytest.raises(ValueError, match=r"expected head in \[0, 4\), got 4"):
         pattern_figure(PATTERN, 45, heads=(4,))
     with pytest.raises(ValueError, match=r"expected spans within \[0, 45\), got \(0, 46\)"):
         pattern_figure(PATTERN, 45, spans=[(0, 46)])
@@ -203,6 +203,10 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="expected lines with 'bpb'"):
         loss_figure(tmp_path / "empty.jsonl")
+    for damaged in (b'{"step": 1', b"\xff\xfe", b"3"):
+        (tmp_path / "bad.jsonl").write_bytes(b'{"step": 1, "bpb": 8.0}\n' + damaged)
+        with pytest.raises(ValueError, match=r"expected a JSON object in line 2 of .*bad\.jsonl, got: "):
+            loss_figure(tmp_path / "bad.jsonl")
 
 
 class TestOrders:

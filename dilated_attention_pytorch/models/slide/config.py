@@ -126,11 +126,13 @@ def config_and_state(
             raise ValueError(
                 "expected segment_lengths or else max_wsi_size and tile_size, from which they follow, got both"
             )
-        options["segment_lengths"] = slide_segment_lengths(max_wsi_size or 262_144, tile_size or 256)
+        sizes = {"max_wsi_size": max_wsi_size, "tile_size": tile_size}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        options["segment_lengths"] = slide_segment_lengths(**given)
     if not isinstance(source, Mapping) and Path(source).is_dir():
         architecture, values = weights.read_config(Path(source))
         if architecture != "SlideEncoder":
-            raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
+            raise ValueError(f"expected a SlideEncoder in {source}, got a {architecture}")
         with weights.naming(Path(source) / weights.CONFIG):
             config = SlideEncoderConfig.from_dict(values)
         return replace(config, **options), weights.read_safetensors(Path(source) / weights.WEIGHTS)

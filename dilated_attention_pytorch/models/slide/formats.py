@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from dilated_attention_pytorch.models.weights import reading
 
 FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates", "positions")
@@ -34,10 +37,15 @@ def opened(path: Path) -> Iterator[Stored]:
     """A feature file, open: `.h5`, `.pt`, `.npz`, `.npy`, `.h5ad` or `.zarr`.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: another ending, a file without features.
         ImportError: a reader that is not installed.
         OSError, RuntimeError: a damaged file, as its reader says it.
     """
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"expected the name of a feature file to end in {', '.join(ENDINGS)}, got {path.name}")
+    if not path.exists():
+        raise FileNotFoundError("expected a feature file, found none")
     with _READERS[path.suffix.lower()](path) as stored:
         yield stored
 
@@ -61,7 +69,8 @@ def _hdf5(path: Path) -> Iterator[Stored]:
 @contextlib.contextmanager
 def _torch(path: Path) -> Iterator[Stored]:
     # Tensors and plain containers alone: a pickle can hold any code.
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with reading(path, "tensors as torch.save writes them", Exception):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(loaded, torch.Tensor):
         yield Stored(loaded)
         return

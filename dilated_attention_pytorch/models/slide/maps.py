@@ -77,7 +77,7 @@ def slide_map(
     if isinstance(heads, str) and heads not in ("mean", "max"):
         raise ValueError(f"expected heads to be 'mean', 'max' or a head's number, got {heads!r}")
     if largest and rollout:
-        raise ValueError("expected heads='mean' or a head's number with rollout=True, got 'max'")
+        raise ValueError("expected heads to be 'mean' or a head's number with rollout=True, got 'max'")
     last = config.depth - 1 if layer is None else layer
     states = encoder.layer_inputs(tiles, coords, last, None if isinstance(heads, str) else heads)
     rows = query_rows(query, len(tiles[0]))

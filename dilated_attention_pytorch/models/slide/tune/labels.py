@@ -69,7 +69,7 @@ def read_labels(
         ImportError: pandas is not installed.
     """
     if (time is None) != (event is None):
-        raise ValueError(f"expected time and event together, got time {time} and event {event}")
+        raise ValueError(f"expected {'time' if time is None else 'event'}, which {event or time!r} needs, got none")
     table = _read(file)
     slide, case = _column(table, _SLIDE, file), next((name for name in _CASE if name in table), None)
     wanted = [label] if time is None or event is None else [time, event]
