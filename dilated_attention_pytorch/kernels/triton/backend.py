@@ -1,18 +1,20 @@
 """The Triton backend: prepares a call, chooses the kernels, and replays calls that it has seen before.
 
 A kernel family is one file of kernels and one that launches them, beside these: `aligned.py` with `launch_aligned.py`,
-`attention.py` and `attention_backward.py` with `launch_branches.py`. `choose` is the place that knows them all.
+`attention.py` and `attention_backward.py` with `launch_branches.py`; those for Hopper have a folder, `hopper/`.
+`choose` is the place that knows them all.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.backend import Repeat
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, replay
-from dilated_attention_pytorch.kernels.triton.configs import Config, Direction
+from dilated_attention_pytorch.kernels.triton.configs import Direction
+from dilated_attention_pytorch.kernels.triton.hopper import support as hopper
 from dilated_attention_pytorch.kernels.triton.support import why_not
 from dilated_attention_pytorch.kernels.triton.work import Work, on_device, prepare, ready
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
@@ -24,12 +26,18 @@ class KernelChoice(NamedTuple):
     """The family of kernels that a call takes, their configurations, and why."""
 
     family: ModuleType
-    configs: tuple[Config, ...]
+    configs: tuple[Any, ...]
     reason: str
 
 
 def choose(work: Work, direction: Direction) -> KernelChoice:
     """The fastest family that can compute a call. New ones are asked here, before those that they outrun."""
+    if direction == "forward" and not hopper.why_not(work):
+        from dilated_attention_pytorch.kernels.triton.hopper import launch
+
+        return KernelChoice(
+            launch, launch.configs_for(work), "all branches in one launch, through Hopper's own pipeline"
+        )
     # All branches in one launch read q once, and write out once.
     obstacle = launch_aligned.why_not(work, direction)
     if obstacle is None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _KEPT = 512  # tapes; sequence lengths may never repeat
 _tapes: dict[Hashable, Tape] = {}
@@ -125,12 +124,13 @@ class Launch:
         self.values = [*args, *(flags[name] for name in names[len(args) :])]
         self.options = {name: value for name, value in flags.items() if name not in names}
         self.pointers: list[tuple[int, int]] = []
-        self.views: list[tuple[int, int, TensorDescriptor]] = []
+        self.views: list[tuple[int, int, Any]] = []
         self.complete = True
         # The tensors that no later launch reads.
         self.last: tuple[int, ...] = ()
         for i, value in enumerate(self.values):
-            base = value.base if isinstance(value, TensorDescriptor) else value
+            # Triton's descriptors and Gluon's.
+            base = getattr(value, "base", value)
             if not isinstance(base, Tensor):
                 continue
             number = tape.number(base)
@@ -162,9 +162,9 @@ class Launch:
             self.kernel[self.grid](*args, **self.options)
 
 
-def _rebased(view: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
-    """The same view of another tensor, without the checks that it has passed."""
-    other = object.__new__(TensorDescriptor)
+def _rebased(view: Any, base: Tensor | None) -> Any:
+    """The same descriptor of another tensor, without the checks that it has passed."""
+    other = object.__new__(type(view))
     other.__dict__.update(view.__dict__)
     other.base = base
     return other

@@ -1,0 +1,230 @@
+"""The causal forward for Hopper, over tiles of one level (`walk.level_tile_at`): only keys of a row's shortest segment
+meet a diagonal, all others are seen by the whole tile. One launch, keys once.
+
+A tile takes blocks in this order, so that runs of one multiplicity are loops: those of its own segment that all of its
+rows see; those of other rings; those on the diagonal, first what the first half's rows see, then what only the second
+half's do.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
+
+
+@gluon.jit
+def _copy_rows(views, index, row, column, bar, to):
+    """Starts to load rows at the stride RATES[index], which the view of that index has."""
+    a, b, c, d, e = views
+    if index == 0:
+        tma.async_copy_global_to_shared(a, [row, column], bar, to)
+    elif index == 1:
+        tma.async_copy_global_to_shared(b, [row, column], bar, to)
+    elif index == 2:
+        tma.async_copy_global_to_shared(c, [row, column], bar, to)
+    elif index == 3:
+        tma.async_copy_global_to_shared(d, [row, column], bar, to)
+    else:
+        tma.async_copy_global_to_shared(e, [row, column], bar, to)
+
+
+@gluon.jit
+def _fill(context, it, index, row, residue):
+    """Loads the blocks of one step, as soon as its stage is empty."""
+    k_views, v_views, k_column, v_column, k_stride, v_stride, smem, bars = context
+    _, k_smem, v_smem = smem
+    _, _, k_full, k_empty, v_full, v_empty, _ = bars
+    STAGES: gl.constexpr = k_smem.shape[0]
+    stage = it % STAGES
+    phase = (it // STAGES) & 1
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+    mbarrier.expect(k_full.index(stage), k_views[0].block_type.nbytes)
+    _copy_rows(k_views, index, row, k_column + residue * k_stride, k_full.index(stage), k_smem.index(stage))
+    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(v_full.index(stage), v_views[0].block_type.nbytes)
+    _copy_rows(v_views, index, row, v_column + residue * v_stride, v_full.index(stage), v_smem.index(stage))
+    return it + 1
+
+
+@gluon.jit
+def _fill_side(context, it, row, residue, multiplicity):
+    """The same for a block that `walk.each_side_block` visits."""
+    longest, context = context
+    return _fill(context, it, longest, row, residue)
+
+
+@gluon.jit
+def _produce(
+    work, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr, HALF: gl.constexpr
+):
+    """The producer: a warp."""
+    views, smem, bars, _, strides, sizes, _ = work
+    q_views, k_views, v_views = views
+    q_strides, k_strides, v_strides = strides
+    _, num_heads, group, num_segments, num_tiles = sizes
+    q_smem, k_smem, _ = smem
+    q_full, q_empty, _, _, _, _, _ = bars
+    NB: gl.constexpr = len(RATES)
+    HM: gl.constexpr = q_smem.shape[1]
+    BN: gl.constexpr = k_smem.shape[1]
+    it = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        batch, head, segment, level, distance, first = walk.level_tile_at(
+            tile, num_segments, num_heads, 2 * HM, LENGTHS, RATES
+        )
+        kv_head = head // group
+        index = walk.stride_index(level, NB)
+        stride = walk.pick(RATES, index)
+        residue = walk.modulo(kv_head + distance, index, RATES)
+        row = segment * walk.divide(LENGTHS[0], index, RATES, 1) + first
+        column = batch * q_strides.batch + head * q_strides.head + residue * q_strides.row
+        for w in gl.static_range(2):
+            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_views[0].block_type.nbytes)
+            _copy_rows(q_views, index, row + w * HM, column, q_full.index(w), q_smem.index(w))
+        low = residue + first * stride
+        middle = low + (HM - 1) * stride
+        high = middle + HM * stride
+        context = (
+            k_views, v_views, batch * k_strides.batch + kv_head * k_strides.head,
+            batch * v_strides.batch + kv_head * v_strides.head, k_strides.row, v_strides.row, smem, bars,
+        )  # fmt: skip
+        for part in gl.static_range(3):
+            for shown in range(1, level + 1):
+                begin, hop, step, at = walk.residues_of(shown, level, RATES)
+                for z in range(begin, hop, step):
+                    key = walk.modulo(kv_head + z, at, RATES)
+                    base = segment * walk.divide(LENGTHS[0], at, RATES, 1)
+                    dense, some = walk.blocks_before(key, at, low, high, RATES, BN)
+                    both = walk.blocks_before(key, at, low, middle, RATES, BN)[1]
+                    if part == 0:
+                        for b in range(0, dense):
+                            it = _fill(context, it, at, base + b * BN, key)
+                    elif part == 1:
+                        for b in range(dense, both):
+                            it = _fill(context, it, at, base + b * BN, key)
+                    else:
+                        for b in range(both, some):
+                            it = _fill(context, it, at, base + b * BN, key)
+            if part == 0:
+                start = segment * (LENGTHS[0] // RATES[NB - 1])
+                it = walk.each_side_block(
+                    _fill_side, (NB - 1, context), it, start, level, kv_head, 0, False, LENGTHS, RATES, BN
+                )
+        turn += 1
+
+
+@gluon.jit
+def _consume(
+    work, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr, HALF: gl.constexpr
+):
+    """A warpgroup, for half of each tile's rows."""
+    _, smem, bars, results, _, sizes, qk_scale = work
+    num_keys, num_heads, group, num_segments, num_tiles = sizes
+    q_smem, k_smem, _ = smem
+    q_full, q_empty, _, _, _, _, _ = bars
+    NB: gl.constexpr = len(RATES)
+    HM: gl.constexpr = q_smem.shape[1]
+    BN: gl.constexpr = k_smem.shape[1]
+    S: gl.constexpr = stages.layout_of(BN)
+    it = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        batch, head, segment, level, distance, first = walk.level_tile_at(
+            tile, num_segments, num_heads, 2 * HM, LENGTHS, RATES
+        )
+        kv_head = head // group
+        index = walk.stride_index(level, NB)
+        stride = walk.pick(RATES, index)
+        low = walk.modulo(kv_head + distance, index, RATES) + first * stride
+        middle = low + (HM - 1) * stride
+        high = middle + HM * stride
+        # Places of this half's rows in the segment: [HM].
+        own_low = low + HALF * HM * stride
+        places = own_low + stride * gl.arange(0, HM, gl.SliceLayout(1, S))
+
+        # The tile's rows: [HM, D].
+        mbarrier.wait(q_full.index(HALF), turn & 1)
+        q = q_smem.index(HALF)
+        if Q_REGISTERS:
+            q = q.load(gl.DotOperandLayout(0, S, 2))
+            fence_async_shared()
+            mbarrier.arrive(q_empty.index(HALF), count=1)
+        state = stages.begin(it, smem, bars)
+        begun = it
+
+        # Keys of its own segment that all of its rows see.
+        for shown in range(1, level + 1):
+            begin, hop, step, at = walk.residues_of(shown, level, RATES)
+            bias = gl.log2(shown.to(gl.float32))
+            for z in range(begin, hop, step):
+                key = walk.modulo(kv_head + z, at, RATES)
+                dense = walk.blocks_before(key, at, low, high, RATES, BN)[0]
+                for _b in range(0, dense):
+                    state = stages.step(state, q, bias, 0, begun, qk_scale, smem, bars, False, HALF, False)
+        # Keys of other rings.
+        start = segment * (LENGTHS[0] // RATES[NB - 1])
+        for multiplicity in range(1, level):
+            bias = gl.log2(multiplicity.to(gl.float32))
+            for _b in range(0, walk.side_steps(multiplicity, start, level, 0, False, LENGTHS, RATES, BN)):
+                state = stages.step(state, q, bias, 0, begun, qk_scale, smem, bars, False, HALF, False)
+        # Keys on the diagonal; `skipped` blocks are for the other half alone.
+        skipped = gl.to_tensor(0)
+        for part in gl.static_range(1 + HALF):
+            for shown in range(1, level + 1):
+                begin, hop, step, at = walk.residues_of(shown, level, RATES)
+                bias = gl.log2(shown.to(gl.float32))
+                for z in range(begin, hop, step):
+                    key = walk.modulo(kv_head + z, at, RATES)
+                    dense, some = walk.blocks_before(key, at, low, high, RATES, BN)
+                    own, both = walk.blocks_before(key, at, own_low, middle, RATES, BN)
+                    # The last key that each row sees, in the order of its residue; -1 for none.
+                    edge = gl.expand_dims(walk.divide(places + hop - key, at, RATES, 1) - 1, 1)
+                    if part == 0:
+                        own = gl.minimum(gl.maximum(own, dense), both)
+                        for _b in range(dense, own):
+                            state = stages.step(state, q, bias, 0, begun, qk_scale, smem, bars, False, HALF, False)
+                        for b in range(own, both):
+                            last = edge - b * BN
+                            state = stages.step(state, q, bias, last, begun, qk_scale, smem, bars, True, HALF, False)
+                        skipped += some - both
+                    else:
+                        for b in range(both, some):
+                            last = edge - b * BN
+                            state = stages.step(state, q, bias, last, begun, qk_scale, smem, bars, True, HALF, False)
+        if not Q_REGISTERS:
+            mbarrier.arrive(q_empty.index(HALF), count=1)
+        it, acc, row_lse = stages.finish(state, smem, bars)
+        if HALF == 0:
+            it = stages.skip(it, skipped, smem, bars)
+        turn += 1
+        stages.write(
+            results, acc, row_lse, batch, head, segment * LENGTHS[0] + own_low, stride, num_keys, num_heads, S, EVEN
+        )
+
+
+@gluon.jit(do_not_specialize=["num_keys", "num_heads", "group", "num_segments", "num_tiles"])
+def hopper_forward_causal(
+    q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4, out, lse, q_strides, k_strides, v_strides,
+    num_keys, num_heads, group, num_segments, num_tiles, qk_scale,
+    LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out and lse.
+
+    Args:
+        q0, q1, ..: views by residue (`views.residue_views`), of each rate; the last again where there are fewer.
+        group: query heads per key head.
+        num_segments: segments of the shortest branch.
+    """
+    smem, bars = stages.allocate(q0, k0, STAGES)
+    views = (q0, q1, q2, q3, q4), (k0, k1, k2, k3, k4), (v0, v1, v2, v3, v4)
+    strides = q_strides, k_strides, v_strides
+    sizes = num_keys, num_heads, group, num_segments, num_tiles
+    work = views, smem, bars, (out, lse), strides, sizes, qk_scale
+    gl.warp_specialize([
+        (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 0)),
+        (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 1)),
+        (_produce, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 0)),
+    ], [4, 1], [240, 24])  # fmt: skip

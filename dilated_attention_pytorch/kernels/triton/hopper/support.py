@@ -1,0 +1,92 @@
+"""What the kernels for Hopper compute. Imports neither Triton nor Gluon before a call could be theirs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from dilated_attention_pytorch.kernels.triton.support import interpreting
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.kernels.triton.work import Work
+
+ROWS = 128  # of a tile: two warpgroups of 64
+MAX_RATES = 5  # strides that a causal kernel has views for
+_TRITON = "3.6."  # the versions that were measured; Gluon has no stable API yet
+_WIDTHS = (64, 128)
+_DTYPES = (torch.bfloat16, torch.float16)
+# On a q of at most so many elements the twins are as fast: describing views takes the host longer than a launch.
+_SHORT = 12 * 64 * 2048
+
+
+def why_not(work: Work) -> list[str]:
+    """The reasons why a forward does not take these kernels; empty if it does."""
+    return why_not_here(work.x.q.device) or _why_not_the_call(work) or _why_not_the_layout(work)
+
+
+@lru_cache
+def why_not_here(device: torch.device) -> list[str]:
+    """The reasons that lie in the machine."""
+    if interpreting():
+        return ["Triton's interpreter has no Gluon"]
+    if importlib.util.find_spec("triton") is None:
+        return ["the package 'triton' is not installed"]
+    version = importlib.metadata.version("triton")
+    if not version.startswith(_TRITON):
+        return [f"Triton is {version}, measured was {_TRITON}x"]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return ["the device is no Hopper GPU"]
+    return []
+
+
+def _why_not_the_call(work: Work) -> list[str]:
+    """The reasons that lie in dtype, width and problem."""
+    from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment, misalignment
+
+    (q, k, _), problem = work.x, work.problem
+    if work.is_masked:
+        return ["it has masks or packing"]
+    n = q.shape[1]
+    obstacle = misalignment(problem, n, k.shape[1], causal=True)
+    if obstacle is not None:
+        return [obstacle]
+    plan = alignment(work)
+    obstacles = {
+        f"it has no {str(q.dtype).removeprefix('torch.')}": q.dtype not in _DTYPES,
+        f"head_dim {q.shape[3]} is none of {_WIDTHS}": q.shape[3] not in _WIDTHS,
+        "queries and keys differ in number": n != k.shape[1],
+        "its scale is negative": problem.scale < 0,
+        "its offsets are not modulo": problem.pattern.offsets != "modulo",
+        "its segments do not nest": not (plan.once or len(plan.rates) == 1),
+        "no branch has rate 1": plan.rates[0] != 1,
+        f"a tile of {ROWS} rows straddles two segments": plan.multiple % ROWS != 0,
+        f"a residue has fewer than {ROWS} rows": n < ROWS * plan.rate,
+        "it is short": q.numel() <= _SHORT,
+    }
+    if problem.is_causal:
+        obstacles |= {
+            f"it is causal and has more than {MAX_RATES} branches": len(plan.rates) > MAX_RATES,
+            "it is causal and its shortest segment covers the sequence": plan.lengths[0] > n,
+            "it is causal and its rates do not divide its length": n % plan.rate != 0,
+        }
+    return [reason for reason, holds in obstacles.items() if holds]
+
+
+def _why_not_the_layout(work: Work) -> list[str]:
+    """What the copy engine asks of addresses and strides, and 32-bit arithmetic of offsets within a row of a view."""
+    from dilated_attention_pytorch.kernels.triton.hopper.views import columns_of
+    from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
+
+    rate = alignment(work).rate
+    reasons = []
+    for name, x in zip("qkv", work.x, strict=True):
+        strides, size = x.stride()[:3], x.element_size()
+        if x.data_ptr() % 16 or any(s * size % 16 for s in strides) or strides[1] <= 0:
+            reasons.append(f"{name} is not aligned to 16 bytes")
+        elif max(columns_of(x, rate), rate * strides[1] * size >> 9) >= 1 << 31:
+            reasons.append(f"{name}'s rows lie too far apart")
+    return reasons

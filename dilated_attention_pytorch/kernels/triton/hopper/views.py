@@ -1,0 +1,34 @@
+"""The copy engine's descriptions of tensors, as the Hopper kernels read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def residue_views(x: Tensor, stride: int, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """The view of a tensor `(B, N, H, D)` by rows of one residue, `[N / stride, columns]`, in blocks `[rows, D]`.
+
+    Batch, residue and head are a column, the offset of their first row: rows beyond the last of a batch come as zeros,
+    not as the next batch's. Where the stride does not divide N, the first residues have a row more than the others:
+    the second view is theirs, and ends where the tensor does.
+    """
+    n, every = x.shape[1], x.shape[1] // stride
+    view = _view(x, every, stride, stride, rows)
+    return view, view if n % stride == 0 else _view(x, every + 1, n % stride, stride, rows)
+
+
+def columns_of(x: Tensor, residues: int) -> int:
+    """How many elements lie between a tensor's first and the end of the first rows of so many residues."""
+    batch, _, heads, width = x.shape
+    return (batch - 1) * x.stride(0) + (residues - 1) * x.stride(1) + (heads - 1) * x.stride(2) + width
+
+
+def _view(x: Tensor, length: int, residues: int, stride: int, rows: int) -> TensorDescriptor:
+    width = x.shape[3]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, width], _TYPES[x.dtype])
+    return TensorDescriptor(x, [length, columns_of(x, residues)], [stride * x.stride(1), 1], [rows, width], layout)

@@ -1,0 +1,293 @@
+"""The tiles that a program takes, and the blocks of keys (or of queries) that a tile meets.
+
+Branches are in the order of their lengths: segments nest, each rate divides the next, the first is 1, and head h keeps
+the residue h mod r. So a row belongs to the first k branches and to no other: k is its *level*. Ring i around a tile is
+branch i's segment without branch i - 1's. A row of level k meets, in ring i, the keys of level l > i through
+min(k, l) - i branches: their *multiplicity*. Blocks of one multiplicity follow one another, so that a loop over steps
+has it as a constant.
+
+A *row* counts positions of one residue at stride R, the largest rate: position = row * R + residue. A block is B rows
+of a residue, and every length is a multiple of B * R.
+
+All of it is arithmetic on integers that are not negative: `tests/kernels/test_hopper_walk.py` runs these functions as
+plain Python. A division by a number that is known only at run time takes microseconds, so `pick` and its like divide by
+all constants and choose.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def pick(values: gl.constexpr, i):
+    """values[i], for an i known only at run time."""
+    found = gl.to_tensor(values[0])
+    for j in gl.static_range(1, len(values)):
+        found = gl.where(i == j, values[j], found)
+    return found
+
+
+@gluon.jit
+def divide(x, i, RATES: gl.constexpr, B: gl.constexpr):
+    """x // (RATES[i] * B)."""
+    found = gl.to_tensor(x // (RATES[0] * B))
+    for j in gl.static_range(1, len(RATES)):
+        found = gl.where(i == j, x // (RATES[j] * B), found)
+    return found
+
+
+@gluon.jit
+def modulo(x, i, RATES: gl.constexpr):
+    """x % RATES[i]."""
+    return x - divide(x, i, RATES, 1) * pick(RATES, i)
+
+
+# Levels and residues.
+
+
+@gluon.jit
+def level_of(distance, RATES: gl.constexpr):
+    """How many branches keep a residue that lies so far behind the head's own."""
+    level = gl.to_tensor(1)
+    for j in gl.static_range(1, len(RATES)):
+        level += gl.where(distance % RATES[j] == 0, 1, 0)
+    return level
+
+
+@gluon.jit
+def residues_of(shown, level, RATES: gl.constexpr):
+    """Distances from the head's residue at which a tile of a level meets keys of level `shown` (<= level).
+
+    Where both are equal, of that level and above: no branch of the tile tells them apart.
+
+    Returns:
+        first, stride, step, index: `for z in range(first, stride, step)` the residues z, z + stride, .. below R;
+        RATES[index] is the stride.
+    """
+    below = shown < level
+    step = pick(RATES, shown - 1)
+    index = gl.where(below, shown, shown - 1)
+    return gl.where(below, step, 0), pick(RATES, index), step, index
+
+
+@gluon.jit
+def residue_count(shown, level, RATES: gl.constexpr):
+    """How many residues below R `residues_of` leads to."""
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    return divide(R, shown - 1, RATES, 1) - gl.where(shown < level, divide(R, shown, RATES, 1), 0)
+
+
+# Without a causal mask: a tile is rows of one residue.
+
+
+@gluon.jit
+def tile_at(tile, num_blocks, num_heads, R: gl.constexpr):
+    """(batch, head, residue, block) of a tile.
+
+    Residues turn from block to block: levels differ in cost, and a program that takes every 132nd tile would see the
+    same few residues only.
+    """
+    turn = tile // R
+    head = turn // num_blocks
+    return head // num_heads, head % num_heads, (tile + turn) % R, turn % num_blocks
+
+
+@gluon.jit
+def segment_of(row, i, LENGTHS: gl.constexpr, R: gl.constexpr):
+    """First row and number of rows of branch i's segment around a row."""
+    start = gl.to_tensor(0)
+    rows = gl.to_tensor(0)
+    for j in gl.static_range(len(LENGTHS)):
+        start = gl.where(i == j, row // (LENGTHS[j] // R) * (LENGTHS[j] // R), start)
+        rows = gl.where(i == j, LENGTHS[j] // R, rows)
+    return start, rows
+
+
+@gluon.jit
+def ring_of(row, i, whole, LENGTHS: gl.constexpr, R: gl.constexpr):
+    """Ring i around a row, before the row `whole`: its first row, where its hole begins, rows of the hole, its rows."""
+    start, rows = segment_of(row, i, LENGTHS, R)
+    inner, inner_rows = segment_of(row, gl.maximum(i, 1) - 1, LENGTHS, R)
+    end = gl.minimum(start + rows, whole)
+    hole = gl.where(i > 0, inner, start)
+    hole_end = gl.where(i > 0, gl.minimum(inner + inner_rows, whole), start)
+    return start, hole, hole_end - hole, hole - start + end - hole_end
+
+
+@gluon.jit
+def each_block(
+    visit: gl.constexpr, context, state, row, level, head, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr,
+    B: gl.constexpr,
+):  # fmt: skip
+    """state = visit(context, state, row, residue, multiplicity) for each block that a tile meets before `whole`.
+
+    Args:
+        row, level: of the tile.
+        head: the key/value head.
+        whole: rows of whole blocks that every residue has.
+    """
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    for multiplicity in range(1, level + 1):
+        for i in range(0, level - multiplicity + 1):
+            first, stride, step, _ = residues_of(multiplicity + i, level, RATES)
+            start, hole, jump, rows = ring_of(row, i, whole, LENGTHS, R)
+            for z in range(first, stride, step):
+                for distance in range(z, R, stride):
+                    residue = (head + distance) % R
+                    for b in range(0, rows, B):
+                        here = start + b
+                        here += gl.where(here >= hole, jump, 0)
+                        state = visit(context, state, here, residue, multiplicity)
+    return state
+
+
+@gluon.jit
+def steps_up_to(row, level, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr, B: gl.constexpr):
+    """Blocks of `each_block` of multiplicity 1, of up to 2, .. of up to the number of branches."""
+    NB: gl.constexpr = len(RATES)
+    R: gl.constexpr = RATES[NB - 1]
+    blocks = ()
+    for i in gl.static_range(NB):
+        _, _, _, rows = ring_of(row, i, whole, LENGTHS, R)
+        blocks = blocks + (rows // B,)
+    ends = ()
+    total = gl.to_tensor(0)
+    for multiplicity in gl.static_range(1, NB + 1):
+        for i in gl.static_range(0, NB - multiplicity + 1):
+            # Of level multiplicity + i or above, less what lies above, unless that is the tile's own level.
+            total += gl.where(multiplicity + i <= level, blocks[i] * (R // RATES[multiplicity + i - 1]), 0)
+            if multiplicity + i < NB:
+                total -= gl.where(multiplicity + i < level, blocks[i] * (R // RATES[multiplicity + i]), 0)
+        ends = ends + (total,)
+    return ends
+
+
+@gluon.jit
+def bias_at(step, ends, NB: gl.constexpr):
+    """log2 of the multiplicity of a step of `each_block`."""
+    multiplicity = gl.to_tensor(1.0)
+    for j in gl.static_range(1, NB):
+        multiplicity += gl.where(step >= ends[j - 1], 1.0, 0.0)
+    return gl.log2(multiplicity)
+
+
+@gluon.jit
+def each_cut_block(
+    visit: gl.constexpr, context, state, row, level, head, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr
+):
+    """As `each_block`, for the blocks at `whole`, which the sequence's end cuts: one ring has them, if any."""
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    ring = gl.to_tensor(0)
+    for i in gl.static_range(len(LENGTHS)):
+        start, rows = segment_of(row, i, LENGTHS, R)
+        ring += gl.where((i < level) & (start + rows <= whole), 1, 0)
+    for shown in range(ring + 1, level + 1):
+        first, stride, step, _ = residues_of(shown, level, RATES)
+        for z in range(first, stride, step):
+            for distance in range(z, R, stride):
+                state = visit(context, state, whole, (head + distance) % R, shown - ring)
+    return state
+
+
+# With a causal mask: a tile is rows of one level, in one segment of the shortest branch. Only keys of that segment meet
+# a diagonal; of every other ring, what lies before the segment is seen by all rows and the rest by none.
+
+
+@gluon.jit
+def level_tile_at(tile, num_segments, num_heads, B: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr):
+    """(batch, head, segment, level, distance, first) of a tile.
+
+    Its rows are the places `(head + distance) % stride + (first + t) * stride` of the segment, t < B; the stride is
+    RATES[stride_index(level)]. Tiles of most branches come first; turned from segment to segment, as in `tile_at`.
+    """
+    NB: gl.constexpr = len(RATES)
+    PER: gl.constexpr = LENGTHS[0] // B
+    turn = tile // PER
+    u = PER - 1 - (tile + turn) % PER
+    head = turn // num_segments
+    level = gl.to_tensor(1)
+    distance = gl.to_tensor(0)
+    first = gl.to_tensor(0)
+    for l in gl.static_range(1, NB):
+        # Levels below the last: r_l / r_(l-1) - 1 residues at stride r_l.
+        local = u - (PER - PER // RATES[l - 1])
+        here = local >= 0
+        level = gl.where(here, l, level)
+        distance = gl.where(here, (1 + local // (PER // RATES[l])) * RATES[l - 1], distance)
+        first = gl.where(here, local % (PER // RATES[l]) * B, first)
+    local = u - (PER - PER // RATES[NB - 1])
+    level = gl.where(local >= 0, NB, level)
+    distance = gl.where(local >= 0, 0, distance)
+    first = gl.where(local >= 0, local * B, first)
+    return head // num_heads, head % num_heads, turn % num_segments, level, distance, first
+
+
+@gluon.jit
+def stride_index(level, NB: gl.constexpr):
+    """Index of the rate at whose stride the rows of a level lie."""
+    return gl.minimum(level, NB - 1)
+
+
+@gluon.jit
+def blocks_before(residue, index, low, high, RATES: gl.constexpr, B: gl.constexpr):
+    """Of the places residue + t * RATES[index] of a segment in blocks of B: how many blocks lie wholly at or before the
+    place low, how many begin at or before high."""
+    stride = pick(RATES, index)
+    dense = divide(gl.maximum(low + stride - residue, 0), index, RATES, B)
+    some = gl.where(high >= residue, divide(gl.maximum(high - residue, 0), index, RATES, B) + 1, 0)
+    return dense, some
+
+
+@gluon.jit
+def blocks_after(residue, index, low, high, LENGTHS: gl.constexpr, RATES: gl.constexpr, B: gl.constexpr):
+    """Of the same blocks: the first that ends at or after the place low, and the first that begins at or after high."""
+    stride = pick(RATES, index)
+    count = divide(LENGTHS[0], index, RATES, B)
+    some = gl.minimum(divide(gl.maximum(low + stride - 1 - residue, 0), index, RATES, B), count)
+    dense = gl.minimum(divide(gl.maximum(high + stride * B - 1 - residue, 0), index, RATES, B), count)
+    return some, dense
+
+
+@gluon.jit
+def side_of(row, i, end, AFTER: gl.constexpr, LENGTHS: gl.constexpr, R: gl.constexpr):
+    """First row and number of rows of what ring i >= 1 has before a row's segment of branch i - 1, or after it and
+    before the row `end`."""
+    start, rows = segment_of(row, i, LENGTHS, R)
+    inner, inner_rows = segment_of(row, i - 1, LENGTHS, R)
+    if AFTER:
+        begin = gl.minimum(inner + inner_rows, end)
+        return begin, gl.minimum(start + rows, end) - begin
+    else:
+        return start, inner - start
+
+
+@gluon.jit
+def each_side_block(
+    visit: gl.constexpr, context, state, row, level, head, end, AFTER: gl.constexpr, LENGTHS: gl.constexpr,
+    RATES: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """As `each_block`, for the rings from 1 on: keys before the shortest segment of a row, or queries after it."""
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    for multiplicity in range(1, level):
+        for i in range(1, level - multiplicity + 1):
+            first, stride, step, _ = residues_of(multiplicity + i, level, RATES)
+            start, rows = side_of(row, i, end, AFTER, LENGTHS, R)
+            for z in range(first, stride, step):
+                for distance in range(z, R, stride):
+                    residue = (head + distance) % R
+                    for b in range(0, rows, B):
+                        state = visit(context, state, start + b, residue, multiplicity)
+    return state
+
+
+@gluon.jit
+def side_steps(
+    multiplicity, row, level, end, AFTER: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, B: gl.constexpr
+):
+    """Blocks of `each_side_block` of one multiplicity."""
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    total = gl.to_tensor(0)
+    for i in range(1, level - multiplicity + 1):
+        _, rows = side_of(row, i, end, AFTER, LENGTHS, R)
+        total += rows // B * residue_count(multiplicity + i, level, RATES)
+    return total

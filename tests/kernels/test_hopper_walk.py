@@ -1,0 +1,167 @@
+"""The walks of the Hopper kernels, run as plain Python, against the definition: every key of every tile, counted."""
+
+import importlib.util
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import dilated_attention_pytorch
+
+WALK = Path(dilated_attention_pytorch.__file__).parent / "kernels/triton/hopper/walk.py"
+WHOLE = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def walk():
+    """The module, with Python in place of Gluon."""
+    language = types.SimpleNamespace(
+        where=lambda condition, a, b: a if condition else b, minimum=min, maximum=max, static_range=range,
+        to_tensor=lambda x: x, constexpr=object, log2=lambda x: x,
+    )  # fmt: skip
+    fakes = {"triton": types.ModuleType("triton"), "triton.experimental": types.ModuleType("triton.experimental")}
+    fakes["triton.experimental.gluon"] = types.ModuleType("gluon")
+    fakes["triton.experimental"].gluon = fakes["triton.experimental.gluon"]
+    fakes["triton.experimental.gluon"].jit = lambda function: function
+    fakes["triton.experimental.gluon"].language = language
+    spec = importlib.util.spec_from_file_location("hopper_walk_as_python", WALK)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fake in fakes.items():
+            patch.setitem(sys.modules, name, fake)
+        spec.loader.exec_module(module)
+    return module
+
+
+# Lengths, rates, N, heads, rows of a tile, rows of a block.
+PATTERNS = [
+    ((32, 64, 128, 256), (1, 2, 4, 8), 1024, 3, 4, 4),
+    ((32, 64, 128, 256), (1, 2, 4, 8), 1024, 9, 4, 2),
+    ((64, 256, 1024), (1, 4, 16), 1024, 5, 4, 4),
+    ((72, 216, 648), (1, 3, 9), 648, 4, 4, 2),
+    ((16, 16, 96, WHOLE), (1, 2, 2, 4), 384, 3, 4, 2),
+    ((32, 32), (1, 4), 128, 2, 8, 4),
+    ((16,), (1,), 64, 1, 8, 4),
+    ((48, WHOLE), (1, 2), 100, 2, 4, 4),
+    ((32, 64, 128, 256), (1, 2, 4, 8), 997, 3, 4, 4),
+    ((32, 64, 128, 256), (1, 2, 4, 8), 1000, 1, 4, 2),
+    ((64, 256, 1024), (1, 4, 16), 1023, 3, 4, 4),
+    ((72, 216, WHOLE), (1, 3, 9), 700, 4, 4, 2),
+    ((16, 32), (1, 2), 17, 2, 8, 8),
+]
+
+
+def branches_of(position, head, lengths, rates):
+    return [i for i, (w, r) in enumerate(zip(lengths, rates, strict=True)) if position % w % r == head % r]
+
+
+def keys_of(position, head, lengths, rates, n):
+    """The multiset of the specification."""
+    keys = Counter()
+    for i in branches_of(position, head, lengths, rates):
+        start = position // lengths[i] * lengths[i]
+        for m in range(start + head % rates[i], min(start + lengths[i], n), rates[i]):
+            keys[m] += 1
+    return keys
+
+
+def collect(context, state, row, residue, multiplicity):
+    return [*state, (row, residue, multiplicity)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_tiles_without_a_mask(walk, pattern):
+    lengths, rates, n, heads, bm, b = pattern
+    rate = rates[-1]
+    blocks = -(-n // (rate * bm))
+    whole = n // (rate * b) * b
+    seen = Counter()
+    for tile in range(2 * heads * rate * blocks):
+        batch, head, residue, block = walk.tile_at(tile, blocks, heads, rate)
+        row = block * bm
+        seen[batch, head, residue, block] += 1
+        level = walk.level_of((residue + rate - head % rate) % rate, rates)
+        visits = walk.each_block(collect, None, [], row, level, head, whole, lengths, rates, b)
+        ends = walk.steps_up_to(row, level, whole, lengths, rates, b)
+        # The consumer knows a step's multiplicity by its number alone; the fake log2 is the identity.
+        assert len(visits) == ends[-1]
+        assert [walk.bias_at(j, ends, len(rates)) for j in range(len(visits))] == [m for *_, m in visits]
+        cut = []
+        if n % (rate * b):
+            cut = walk.each_cut_block(collect, None, [], row, level, head, whole, lengths, rates)
+        keys = Counter()
+        for at, place, multiplicity in visits + cut:
+            for t in range(at, at + b):
+                if t * rate + place < n:
+                    keys[t * rate + place] += multiplicity
+        assert all(at + b <= whole for at, *_ in visits)
+        for t in range(row, row + bm):
+            position = t * rate + residue
+            if position < n:
+                assert len(branches_of(position, head, lengths, rates)) == level
+                assert keys == keys_of(position, head, lengths, rates, n)
+    assert len(seen) == 2 * heads * rate * blocks
+
+
+CAUSAL = [pattern for pattern in PATTERNS if pattern[0][0] < pattern[2]]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("pattern", CAUSAL, ids=str)
+def test_tiles_of_one_level(walk, pattern, after):
+    """Keys before the rows of a tile, or queries after them: dense blocks, blocks on the diagonal, other rings."""
+    lengths, rates, n, heads, bm, b = pattern
+    if lengths[0] % (rates[-1] * max(bm, b)):
+        bm = b = lengths[0] // rates[-1]
+    rate, span = rates[-1], lengths[0]
+    segments, per = -(-n // span), span // bm
+    padded = segments * span
+    rows = Counter()
+    for tile in range(heads * segments * per):
+        batch, head, segment, level, distance, first = walk.level_tile_at(tile, segments, heads, bm, lengths, rates)
+        assert batch == 0
+        stride = rates[walk.stride_index(level, len(rates))]
+        low = (head + distance) % stride + first * stride
+        high = low + stride * (bm - 1)
+        places = range(low, high + 1, stride)
+        seen = {place: Counter() for place in places}
+        for shown in range(1, level + 1):
+            begin, hop, step, index = walk.residues_of(shown, level, rates)
+            assert hop == rates[index]
+            for z in range(begin, hop, step):
+                residue = walk.modulo(head + z, index, rates)
+                count = span // (hop * b)
+                if after:
+                    some, dense = walk.blocks_after(residue, index, low, high, lengths, rates, b)
+                    all_see, masked = range(dense, count), range(some, dense)
+                else:
+                    dense, some = walk.blocks_before(residue, index, low, high, rates, b)
+                    all_see, masked = range(dense), range(dense, some)
+                assert min(dense, some) >= 0 and max(dense, some) <= count
+                for block in (*all_see, *masked):
+                    for t in range(block * b, block * b + b):
+                        other = residue + t * hop
+                        for place in places:
+                            visible = other >= place if after else other <= place
+                            assert visible or block in masked
+                            seen[place][segment * span + other] += shown * visible
+        row = segment * span // rate
+        end = padded // rate
+        visits = walk.each_side_block(collect, None, [], row, level, head, end, after, lengths, rates, b)
+        for multiplicity in range(1, level):
+            steps = walk.side_steps(multiplicity, row, level, end, after, lengths, rates, b)
+            assert steps == sum(m == multiplicity for *_, m in visits)
+        assert [m for *_, m in visits] == sorted(m for *_, m in visits)
+        for place in places:
+            position = segment * span + place
+            rows[head, position] += 1
+            assert len(branches_of(position, head, lengths, rates)) == level
+            for at, residue, multiplicity in visits:
+                for t in range(at, at + b):
+                    seen[place][t * rate + residue] += multiplicity
+            want = keys_of(position, head, lengths, rates, padded)
+            want = Counter({m: x for m, x in want.items() if (m >= position if after else m <= position)})
+            assert +seen[place] == want
+    assert len(rows) == heads * padded and set(rows.values()) == {1}
