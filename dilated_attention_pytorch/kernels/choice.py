@@ -32,7 +32,7 @@ def choose_backend(x: QKV, problem: Problem, name: BackendName = "auto") -> Back
         NotImplementedError: the backend named cannot compute the call; the message says why, and which one can.
     """
     if name == "auto":
-        reasons = support.why_not(x, problem) or support.why_not_unasked(x)
+        reasons = support.why_not(x, problem) or support.why_not_unasked(x, problem)
         if not reasons:
             return BackendChoice("triton", "fused Triton kernels: one pass over all branches")
         why = f"torch's own attention, memory linear in N; not triton: {'; '.join(reasons)}"

@@ -26,6 +26,8 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels import fast_path
 from dilated_attention_pytorch.kernels.choice import choose_backend
 from dilated_attention_pytorch.kernels.triton import backend, configs, launch_aligned, launch_branches, replay
+from dilated_attention_pytorch.kernels.triton.configs import Config
+from dilated_attention_pytorch.kernels.triton.grids import grid_of
 from dilated_attention_pytorch.kernels.triton.work import Work, prepare
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Masks, OutputGradient
 
@@ -165,6 +167,49 @@ class TestMasks:
         bits = torch.nn.functional.pad(torch.arange(37) >= starts[:, None], (21, 0))
         layout = {"row_start": starts, "key_padding_mask": bits}
         check(2, 37, 2, 16, (16, 40), (1, 3), q_start=21, k_start=21, seq_len=58, layout=layout, **CAUSAL)
+
+
+class TestShortSegments:
+    """Segments of fewer slots than a tile has share one, where the rate divides their length."""
+
+    @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+    def test_several_in_a_tile(self, changes):
+        problem = make_problem((4, 12, 16), (1, 2, 4), 2, 16, 43, **changes)
+        q = torch.empty(2, 43, 4, 16)
+        config = Config(16, 16, 4, 1)
+        grids = [grid_of(Work(QKV(q, q, q), problem, NO_MASKS), i, config, by_keys=False) for i in range(3)]
+        assert [(grid.length, grid.slots_each, grid.joined) for grid in grids] == [
+            (16, 4, True),
+            (24, 6, True),
+            (32, 4, True),
+        ]
+        check(2, 43, 4, 16, (4, 12, 16), (1, 2, 4), kv_heads=2, **changes)
+
+    def test_with_a_mask_dropout_and_a_partial_range(self):
+        layout = TestMasks().mask(2, 60)
+        where = {"q_start": 13, "k_start": 5, "seq_len": 60, "dropout_p": 0.3}
+        check(2, 20, 2, 16, (4, 12), (1, 3), n_keys=37, layout=layout, **where, **CAUSAL)
+
+    @pytest.mark.parametrize("start", [0, 5])
+    def test_packed(self, start):
+        layout, at = {"cu_seqlens": torch.tensor([0, 17, 17, 18, 47])}, {"q_start": start, "k_start": start}
+        check(1, 47, 2, 16, (4, 10), (1, 2), layout=layout, seq_len=start + 47, **at, **CAUSAL)
+
+    def test_left_padding(self):
+        check(2, 37, 2, 16, (4, 10), (1, 2), layout={"row_start": torch.tensor([5, 37])}, **CAUSAL)
+
+
+@pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
+def test_tiles_and_programs_in_another_order(changes, monkeypatch):
+    """Short segments take a configuration of their own; its programs go head by head."""
+    short = Config(16, 32, 4, 1, spread=True)
+    monkeypatch.setattr(configs, "SHORT_SEGMENT", 24)
+    cut = Config(32, 16, 4, 1, short=short)
+    monkeypatch.setattr(launch_branches, "configs_for", lambda work, way: (cut,) * (1 if way == "forward" else 2))
+    monkeypatch.setattr(launch_aligned, "why_not", lambda work, direction: "not here")
+    replay._tapes.clear()
+    check(2, 83, 4, 16, (20, 40), (1, 1), kv_heads=2, **changes)
+    replay._tapes.clear()
 
 
 class TestPartialRanges:

@@ -9,13 +9,15 @@ branch once more. Where lengths align, `aligned.py` walks all branches in one la
 import triton
 import triton.language as tl
 
-from dilated_attention_pytorch.kernels.triton import geometry, softmax
+from dilated_attention_pytorch.kernels.triton import geometry, softmax, views
+
+_RAGGED = tl.constexpr(views.RAGGED)
 
 # Values that differ from call to call, or from branch to branch, without being worth a compilation of their own. They
 # come one by one: Triton specialises on every member of a tuple, as it should on strides.
 RUNTIME = [
     "num_heads", "num_kv_heads", "num_queries", "num_keys", "q_start", "k_start", "length", "rate", "branch",
-    "num_sequences", "num_segments", "num_tiles", "threshold", "view_rows", "num_batches", "terms_length",
+    "num_sequences", "num_segments", "num_tiles", "threshold", "view_rows", "num_batches", "terms_length", "slots_each",
 ]  # fmt: skip
 
 
@@ -24,10 +26,11 @@ def branch_forward(
     q, k, v, k_view, v_view, out, lse, key_mask, row_start, cu_seqlens, tile_ends, seed,
     q_strides, k_strides, v_strides, out_strides, lse_batch, lse_head, mask_batch,
     num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
-    num_segments, num_tiles, view_rows, qk_scale, threshold, keep_scale,
+    num_segments, num_tiles, view_rows, slots_each, qk_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, NEGATE: tl.constexpr,
-    VIEW: tl.constexpr, EVEN: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    VIEW: tl.constexpr, EVEN: tl.constexpr, JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPREAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Merges a tile of queries' share of one branch into (out, lse)."""
     KEY_MASK: tl.constexpr = key_mask is not None
@@ -36,7 +39,7 @@ def branch_forward(
     # The program's segment and its slots.
     sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
+        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS, SPREAD,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)
@@ -90,10 +93,10 @@ def branch_forward(
         state = geometry.row_hash(seed, sequence, head, branch, out_pos)
 
     # Where the walk over the segment's keys begins and ends, in memory and in the views.
-    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
     view_row = (base - k_begin) // rate
+    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, view_rows - view_row, BM, BN, VIEW, CAUSAL, JOINED)
     residue = (base - k_begin) % rate
     k_at = geometry.head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
     v_at = geometry.head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
@@ -106,14 +109,21 @@ def branch_forward(
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
                 hop = (start * rate).to(tl.int64)
                 load_mask = (start + n < k_hi)[:, None] & d_mask if masked else d_mask
-                k_tile, v_tile = geometry.load_pair(
-                    k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
-                    VIEW,
-                )  # fmt: skip
+                if masked and VIEW == _RAGGED:
+                    # The tile may hold rows that the view lacks.
+                    rows = k_first + (start + n) * rate
+                    k_tile = geometry.load_rows(k, k_strides, batch64, kv_head, rows, d, load_mask)
+                    v_tile = geometry.load_rows(v, v_strides, batch64, kv_head, rows, d, load_mask)
+                else:
+                    k_tile, v_tile = geometry.load_pair(
+                        k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask,
+                        load_mask, VIEW,
+                    )  # fmt: skip
                 # Logits: [BM, D] x [D, BN] -> [BM, BN].
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 if masked:
-                    s = tl.where(geometry.pairs_seen(slots, start, n, k_hi, CAUSAL), s, -float("inf"))
+                    seen = geometry.pairs_seen(slots, start, n, k_hi, slots_each, CAUSAL, JOINED)
+                    s = tl.where(seen, s, -float("inf"))
                 k_pos = base + (start + n) * rate
                 if KEY_MASK:
                     k_rows = k_pos - k_begin + k_start

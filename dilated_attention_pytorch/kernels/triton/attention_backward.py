@@ -8,11 +8,11 @@ the one before it wrote and writes the sum.
 import triton
 import triton.language as tl
 
-from dilated_attention_pytorch.kernels.triton import geometry, softmax
+from dilated_attention_pytorch.kernels.triton import geometry, softmax, views
 from dilated_attention_pytorch.kernels.triton.attention import RUNTIME
-from dilated_attention_pytorch.kernels.triton.views import FLAT
 
-_FLAT = tl.constexpr(FLAT)
+_FLAT = tl.constexpr(views.FLAT)
+_RAGGED = tl.constexpr(views.RAGGED)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads"])
@@ -57,10 +57,10 @@ def branch_backward_dq(
     q, k, v, k_view, v_view, grad_out, lse, delta, dq, key_mask, row_start, cu_seqlens, tile_ends, seed,
     q_strides, k_strides, v_strides, grad_strides, dq_strides, lse_batch, lse_head, mask_batch,
     num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
-    num_segments, num_tiles, view_rows, qk_scale, scale, threshold, keep_scale,
+    num_segments, num_tiles, view_rows, slots_each, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, VIEW: tl.constexpr, EVEN: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq what one branch gives a tile of queries."""
     KEY_MASK: tl.constexpr = key_mask is not None
@@ -69,7 +69,7 @@ def branch_backward_dq(
     # The program's segment and its slots.
     sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
+        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS, SPREAD,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)
@@ -104,10 +104,10 @@ def branch_backward_dq(
         state = geometry.row_hash(seed, sequence, head, branch, out_pos)
 
     # Where the walk over the segment's keys begins and ends, in memory and in the views.
-    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, BM, BN, CAUSAL)
     n = tl.arange(0, BN)
     k_first = (row_base + base - k_begin).to(tl.int64)
     view_row = (base - k_begin) // rate
+    split, end = geometry.keys_seen(first, q_hi, k_lo, k_hi, view_rows - view_row, BM, BN, VIEW, CAUSAL, JOINED)
     residue = (base - k_begin) % rate
     k_at = geometry.head_at(k, k_strides, batch64, kv_head) + k_first * k_strides.row
     v_at = geometry.head_at(v, v_strides, batch64, kv_head) + k_first * v_strides.row
@@ -121,10 +121,16 @@ def branch_backward_dq(
             for start in tl.range(split if masked else k_lo, end if masked else split, BN):
                 hop = (start * rate).to(tl.int64)
                 load_mask = (start + n < k_hi)[:, None] & d_mask if masked else d_mask
-                k_tile, v_tile = geometry.load_pair(
-                    k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask, load_mask,
-                    VIEW,
-                )  # fmt: skip
+                if masked and VIEW == _RAGGED:
+                    # The tile may hold rows that the view lacks.
+                    rows = k_first + (start + n) * rate
+                    k_tile = geometry.load_rows(k, k_strides, batch64, kv_head, rows, d, load_mask)
+                    v_tile = geometry.load_rows(v, v_strides, batch64, kv_head, rows, d, load_mask)
+                else:
+                    k_tile, v_tile = geometry.load_pair(
+                        k_source, v_source, batch, kv_head, view_rows, view_row + start, residue, hop, load_mask,
+                        load_mask, VIEW,
+                    )  # fmt: skip
                 # Logits: [BM, D] x [D, BN] -> [BM, BN].
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 # dP = dO V^T: [BM, D] x [D, BN] -> [BM, BN].
@@ -132,7 +138,7 @@ def branch_backward_dq(
                 # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
                 p = tl.math.exp2(s * qk_scale - row_lse[:, None])
                 if masked:
-                    p = tl.where(geometry.pairs_seen(slots, start, n, k_hi, CAUSAL), p, 0.0)
+                    p = tl.where(geometry.pairs_seen(slots, start, n, k_hi, slots_each, CAUSAL, JOINED), p, 0.0)
                 k_pos = base + (start + n) * rate
                 if KEY_MASK:
                     k_rows = k_pos - k_begin + k_start
@@ -158,10 +164,10 @@ def branch_backward_dkv(
     q, k, v, q_view, grad_view, terms, grad_out, dk, dv, key_mask, row_start, cu_seqlens, tile_ends, seed,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, mask_batch, num_batches, terms_length,
     num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
-    num_segments, num_tiles, view_rows, qk_scale, scale, threshold, keep_scale,
+    num_segments, num_tiles, view_rows, slots_each, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, VIEW: tl.constexpr, EARLY: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv what one branch gives a tile of keys, from the queries of all heads that share them."""
     KEY_MASK: tl.constexpr = key_mask is not None
@@ -170,7 +176,7 @@ def branch_backward_dkv(
     # The program's segment and its slots.
     sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BN, SEARCH_STEPS,
+        row_start, cu_seqlens, tile_ends, num_sequences, BN, SEARCH_STEPS, SPREAD,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
@@ -213,6 +219,9 @@ def branch_backward_dkv(
     out_row = row_base + out_base - q_begin + q_lo * rate
     view_row = out_row // rate - q_lo
     residue = out_row % rate
+    stop = q_hi
+    if VIEW == _RAGGED:
+        stop = tl.minimum(q_hi, begin + tl.maximum(view_rows - view_row - begin, 0) // BM * BM)
 
     acc_k = tl.zeros((BN, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BN, BLOCK_D), tl.float32)
@@ -226,47 +235,63 @@ def branch_backward_dkv(
         lse_at = terms_row.to(tl.int64) * terms_length + view_row
         delta_at = lse_at + num_batches.to(tl.int64) * num_heads * rate * terms_length
 
-        # Walk the queries. A row past the last one has lse +inf: its weights vanish without a mask.
-        for start in tl.range(begin, q_hi, BM):
-            inside = start + m < q_hi
-            row = view_row + start
-            q_tile, grad_tile = geometry.load_pair(
-                q_source, grad_source, batch, head, view_rows, row, residue, (start * rate).to(tl.int64),
-                (start + m < q_real)[:, None] & d_mask, inside[:, None] & d_mask, VIEW,
-            )  # fmt: skip
-            if VIEW == _FLAT:
-                row_lse = terms.load([terms_row, row]).reshape(BM)
-                row_delta = terms.load([num_batches * num_heads * rate + terms_row, row]).reshape(BM)
-            else:
-                row_lse = tl.load(terms + lse_at + start + m, mask=inside, other=float("inf"))
-                row_delta = tl.load(terms + delta_at + start + m, mask=inside, other=0.0)
-            # Transposed logits: [BN, D] x [D, BM] -> [BN, BM], so that P and dS need no transpose below.
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            # Early, the product runs while the exponentials are taken, at the price of registers.
-            if EARLY:
-                # dP^T = V dO^T: [BN, D] x [D, BM] -> [BN, BM].
-                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
-            p = tl.math.exp2(s * qk_scale - row_lse[None, :])
-            if KEY_MASK:
-                p = tl.where(shown[:, None], p, 0.0)
-            if CAUSAL:
-                if start < split:
-                    p = tl.where(slots[:, None] <= start + m[None, :], p, 0.0)
-            # dV takes the weights that dropout kept, dS those before it.
-            kept_p = p
-            if DROPOUT:
-                state = geometry.row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
-                kept = geometry.pairs_kept(state[None, :], k_pos[:, None], threshold)
-                kept_p = tl.where(kept, p * keep_scale, 0.0)
-            # dV += P^T dO: [BN, BM] x [BM, D] -> [BN, D].
-            acc_v = tl.dot(kept_p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
-            if not EARLY:
-                dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
-            if DROPOUT:
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            # dK += dS^T Q: [BN, BM] x [BM, D] -> [BN, D].
-            ds = p * (dp - row_delta[None, :])
-            acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
+        # Walk the queries: those whose tiles lie in the views, then what a ragged view lacks.
+        # A row past the last one has lse +inf: its weights vanish without a mask.
+        for rest in tl.static_range(2):
+            if rest == 0 or VIEW == _RAGGED:
+                # A pipeline for one or two tiles would cost registers that the walk before them has to spill.
+                for start in tl.range(
+                    stop if rest else begin, q_hi if rest else stop, BM, num_stages=1 if rest else None
+                ):
+                    inside = start + m < q_hi
+                    row = view_row + start
+                    q_mask, grad_mask = (start + m < q_real)[:, None] & d_mask, inside[:, None] & d_mask
+                    if rest:
+                        here = (start + m) * rate
+                        q_tile = geometry.load_rows(q, q_strides, batch64, head, q_first + here, d, q_mask)
+                        grad_tile = geometry.load_rows(
+                            grad_out, grad_strides, batch64, head, out_first + here, d, grad_mask
+                        )
+                    else:
+                        q_tile, grad_tile = geometry.load_pair(
+                            q_source, grad_source, batch, head, view_rows, row, residue, (start * rate).to(tl.int64),
+                            q_mask, grad_mask, VIEW,
+                        )  # fmt: skip
+                    if VIEW == _FLAT:
+                        row_lse = terms.load([terms_row, row]).reshape(BM)
+                        row_delta = terms.load([num_batches * num_heads * rate + terms_row, row]).reshape(BM)
+                    else:
+                        row_lse = tl.load(terms + lse_at + start + m, mask=inside, other=float("inf"))
+                        row_delta = tl.load(terms + delta_at + start + m, mask=inside, other=0.0)
+                    # Transposed logits: [BN, D] x [D, BM] -> [BN, BM], so that P and dS need no transpose below.
+                    s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                    # Early, the product runs while the exponentials are taken, at the price of registers.
+                    if EARLY:
+                        # dP^T = V dO^T: [BN, D] x [D, BM] -> [BN, BM].
+                        dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+                    p = tl.math.exp2(s * qk_scale - row_lse[None, :])
+                    if KEY_MASK:
+                        p = tl.where(shown[:, None], p, 0.0)
+                    if CAUSAL:
+                        if start < split:
+                            p = tl.where(slots[:, None] <= start + m[None, :], p, 0.0)
+                    if JOINED:
+                        p = tl.where(geometry.same_segment(slots[:, None], start + m[None, :], slots_each), p, 0.0)
+                    # dV takes the weights that dropout kept, dS those before it.
+                    kept_p = p
+                    if DROPOUT:
+                        state = geometry.row_hash(seed, sequence, head, branch, out_base + (start + m) * rate)
+                        kept = geometry.pairs_kept(state[None, :], k_pos[:, None], threshold)
+                        kept_p = tl.where(kept, p * keep_scale, 0.0)
+                    # dV += P^T dO: [BN, BM] x [BM, D] -> [BN, D].
+                    acc_v = tl.dot(kept_p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
+                    if not EARLY:
+                        dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+                    if DROPOUT:
+                        dp = tl.where(kept, dp * keep_scale, 0.0)
+                    # dK += dS^T Q: [BN, BM] x [BM, D] -> [BN, D].
+                    ds = p * (dp - row_delta[None, :])
+                    acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
 
     # Add to what the branches before gave; the gradients lie alike.
     acc_k *= scale

@@ -27,6 +27,8 @@ class Config(NamedTuple):
         num_stages: depth of the load pipeline.
         early: in dK/dV, issue the product dO V^T before the exponentials.
         descriptors: load through the copy engine (TMA) where there is one and the layout allows it.
+        spread: in the general kernels, neighbouring programs have neighbouring heads, not tiles of one segment.
+        short: what takes its place in a branch of few slots per segment; the general kernels ask by `at`.
     """
 
     block_m: int
@@ -35,12 +37,22 @@ class Config(NamedTuple):
     num_stages: int
     early: bool = False
     descriptors: bool = True
+    spread: bool = False
+    short: Config | None = None
+
+    def at(self, slots: int) -> Config:
+        """The configuration for a branch whose segments have so many slots."""
+        return self.short if self.short is not None and slots <= SHORT_SEGMENT else self
 
     @property
     def flags(self) -> dict[str, int]:
         """The part that every launch is told."""
         return dict(BM=self.block_m, BN=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
 
+
+# Segments of at most so many slots are a few tiles: programs are as many as there are tiles, and wait more than they
+# compute. There small tiles, of which more fit side by side, are faster.
+SHORT_SEGMENT = 512
 
 # A causal forward on a q of at most so many elements is one launch over strided tiles. They waste more of the diagonal
 # than tiles of consecutive slots, but one launch per branch does not fill the chip. Measured with 12 heads of 64:

@@ -12,7 +12,8 @@ import triton.language as tl
 from dilated_attention_pytorch.kernels.triton import views
 
 _FLAT = tl.constexpr(views.FLAT)
-_STRIDED = tl.constexpr(views.STRIDED)
+_POINTERS = tl.constexpr(views.POINTERS)
+_RAGGED = tl.constexpr(views.RAGGED)
 
 
 # Rows of one head of a tensor (B, N, H, D), whose strides are a `views.Strides`.
@@ -62,7 +63,7 @@ def load_tile(source, batch, head, view_rows, row, residue, hop, mask, VIEW: tl.
     view, at, steps, strides = source
     if VIEW == _FLAT:
         return view.load([batch * view_rows + row, residue * strides.row + head * strides.head])
-    elif VIEW == _STRIDED:
+    elif VIEW != _POINTERS:
         return view.load([batch, residue, head, row, 0]).reshape(steps.shape)
     elif mask is None:
         return tl.load(at + hop * strides.row + steps)
@@ -94,8 +95,13 @@ def head_offset(kv_head, rate, num_kv_heads, MODULO: tl.constexpr):
 def locate(
     num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
     row_start, cu_seqlens, tile_ends, num_sequences, TILE: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Which tile of which segment, head and sequence a program has.
+
+    Args:
+        SPREAD: neighbouring programs have neighbouring heads, and the first tiles of all segments come first; otherwise
+            the tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
 
     Returns:
         sequence, head, segment (counted from the first one in range), tile, row_base (memory row of the sequence's
@@ -127,13 +133,20 @@ def locate(
         local = flat - begin
         return sequence, head, local // per_segment, local % per_segment, row_base, q_start, k_start, count, count
     else:
-        # Tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
-        tile = pid % num_tiles
-        pid = pid // num_tiles
-        segment = pid % num_segments
-        pid = pid // num_segments
-        head = pid % num_heads
-        sequence = pid // num_heads
+        if SPREAD:
+            head = pid % num_heads
+            pid = pid // num_heads
+            segment = pid % num_segments
+            pid = pid // num_segments
+            sequence = pid % num_sequences
+            tile = pid // num_sequences
+        else:
+            tile = pid % num_tiles
+            pid = pid // num_tiles
+            segment = pid % num_segments
+            pid = pid // num_segments
+            head = pid % num_heads
+            sequence = pid // num_heads
         q_begin = q_start
         k_begin = k_start
         if row_start is not None:
@@ -187,10 +200,15 @@ def segment_slots(
 
 
 @triton.jit
-def keys_seen(first, q_hi, k_lo, k_hi, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr):
-    """(split, end) of the walk over the keys that the BM slots from `first` see: tiles before split need no mask."""
+def keys_seen(
+    first, q_hi, k_lo, k_hi, view_slots, BM: tl.constexpr, BN: tl.constexpr, VIEW: tl.constexpr, CAUSAL: tl.constexpr,
+    JOINED: tl.constexpr,
+):  # fmt: skip
+    """(split, end) of the walk over the keys that the BM slots from `first` see: tiles before split need no mask, and
+    lie before slot view_slots, where a ragged view ends."""
     end = k_hi
-    split = k_lo + (k_hi - k_lo) // BN * BN
+    whole = tl.minimum(k_hi, view_slots) if VIEW == _RAGGED else k_hi
+    split = k_lo if JOINED else k_lo + tl.maximum(whole - k_lo, 0) // BN * BN
     if CAUSAL:
         end = tl.minimum(k_hi, tl.minimum(first + BM, q_hi))
         split = tl.minimum(split, k_lo + tl.maximum(first + 1 - k_lo, 0) // BN * BN)
@@ -198,12 +216,20 @@ def keys_seen(first, q_hi, k_lo, k_hi, BM: tl.constexpr, BN: tl.constexpr, CAUSA
 
 
 @triton.jit
-def pairs_seen(slots, start, n, k_hi, CAUSAL: tl.constexpr):
+def pairs_seen(slots, start, n, k_hi, segment_slots, CAUSAL: tl.constexpr, JOINED: tl.constexpr):
     """Which pairs of query slots and of key slots start + n count: [BM, BN], or [1, BN] without a diagonal."""
     seen = (start + n < k_hi)[None, :]
     if CAUSAL:
         seen = seen & (slots[:, None] >= start + n[None, :])
+    if JOINED:
+        seen = seen & same_segment(slots[:, None], start + n[None, :], segment_slots)
     return seen
+
+
+@triton.jit
+def same_segment(a, b, segment_slots):
+    """Whether slots of joined segments, of so many slots each, belong to one of them."""
+    return a // segment_slots == b // segment_slots
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, views
 from dilated_attention_pytorch.kernels.triton.configs import Config, Direction
-from dilated_attention_pytorch.kernels.triton.grids import Grid, dilation_rate, grid_of, segment_length
+from dilated_attention_pytorch.kernels.triton.grids import Grid, dilation_rate, grid_of, slots_of
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.views import FLAT, NO_VIEWS, ViewPair, strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
@@ -53,17 +53,18 @@ def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | No
         return AttentionOutput(out, lse)
     # Each launch continues the softmax from the (out, lse) that it finds.
     for branch in order:
-        grid = grid_of(work, branch, config.block_m, by_keys=False)
-        pair = _views(work, k, v, branch, config, config.block_n)
+        cut = config.at(slots_of(work.problem, branch))
+        grid = grid_of(work, branch, cut, by_keys=False)
+        pair = _views(work, k, v, branch, cut, cut.block_n)
         # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
         args = (
             q, k, v, pair.a, pair.b, out, lse, *_masks(work, grid),
             *strides_of(q, k, v, out), *lse.stride()[:2], _mask_stride(work), *_sizes(work, branch, grid),
             max(abs(work.logit_scale), 1e-30), *_dropout(work),
         )  # fmt: skip
-        flags = _flags(work, grid, config) | {
+        flags = _flags(work, grid, cut) | {
             "FIRST": covered and branch == order[0], "NEGATE": work.problem.scale < 0, "VIEW": pair.kind,
-            "EVEN": _whole_tiles(work, k, branch, config),
+            "EVEN": not grid.joined and _whole_tiles(work, k, branch, cut),
         }  # fmt: skip
         kernel, programs = attention.branch_forward, (grid.programs * heads,)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
@@ -102,16 +103,17 @@ def backward_dq(
     covered = _covers_all(work, order[0])
     dq = tape.empty(q, q.shape, fill=None if covered else 0.0)
     for branch in order:
-        grid = grid_of(work, branch, config.block_m, by_keys=False)
-        pair = _views(work, k, v, branch, config, config.block_n)
+        cut = config.at(slots_of(work.problem, branch))
+        grid = grid_of(work, branch, cut, by_keys=False)
+        pair = _views(work, k, v, branch, cut, cut.block_n)
         args = (
             q, k, v, pair.a, pair.b, *terms, dq, *_masks(work, grid), *strides_of(q, k, v, terms.grad, dq),
             *terms.lse.stride()[:2], _mask_stride(work), *_sizes(work, branch, grid),
             work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
-        flags = _flags(work, grid, config) | {
+        flags = _flags(work, grid, cut) | {
             "FIRST": covered and branch == order[0], "VIEW": pair.kind,
-            "EVEN": _whole_tiles(work, k, branch, config),
+            "EVEN": not grid.joined and _whole_tiles(work, k, branch, cut),
         }  # fmt: skip
         kernel, programs = attention_backward.branch_backward_dq, (grid.programs * q.shape[2],)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
@@ -127,8 +129,9 @@ def backward_dkv(
     covered = _covers_all(work, order[0])
     dk, dv = (tape.empty(y, y.shape, fill=None if covered else 0.0) for y in (k, v))
     for branch in order:
-        grid = grid_of(work, branch, config.block_n, by_keys=True)
-        pair = _views(work, q, terms.grad, branch, config, config.block_m)
+        cut = config.at(slots_of(work.problem, branch))
+        grid = grid_of(work, branch, cut, by_keys=True)
+        pair = _views(work, q, terms.grad, branch, cut, cut.block_m)
         # lse and delta in the order of the branch's slots.
         rate = dilation_rate(work.problem, branch)
         length = triton.cdiv(n, rate)
@@ -141,14 +144,14 @@ def backward_dkv(
         rows_view: Tensor | TensorDescriptor = rows
         # A view takes whole tiles, which is all that there are where q and dO have flat ones.
         if pair.kind == FLAT:
-            rows_view = TensorDescriptor(rows, [2 * batch * heads * rate, length], [length, 1], [1, config.block_m])
+            rows_view = TensorDescriptor(rows, [2 * batch * heads * rate, length], [length, 1], [1, cut.block_m])
         args = (
             q, k, v, pair.a, pair.b, rows_view, terms.grad, dk, dv, *_masks(work, grid),
             *strides_of(q, k, v, terms.grad, dk), _mask_stride(work), batch, length, *_sizes(work, branch, grid),
             work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
-        flags = _flags(work, grid, config) | {
-            "FIRST": covered and branch == order[0], "VIEW": pair.kind, "EARLY": config.early
+        flags = _flags(work, grid, cut) | {
+            "FIRST": covered and branch == order[0], "VIEW": pair.kind, "EARLY": cut.early
         }  # fmt: skip
         kernel, programs = attention_backward.branch_backward_dkv, (grid.programs * k.shape[2],)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
@@ -204,8 +207,8 @@ def _sizes(work: Work, branch: int, grid: Grid) -> tuple[int, ...]:
     rate = dilation_rate(problem, branch)
     return (
         q.shape[2], k.shape[2], q.shape[1], k.shape[1], problem.q_start, problem.k_start,
-        segment_length(problem, branch), rate, branch,
-        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // rate,
+        grid.length, rate, branch,
+        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // rate, grid.slots_each,
     )  # fmt: skip
 
 
@@ -221,5 +224,5 @@ def _flags(work: Work, grid: Grid, config: Config) -> dict[str, Any]:
         "D": work.x.q.shape[3], "BLOCK_D": work.block_d, "MODULO": work.problem.pattern.offsets == "modulo",
         "CAUSAL": work.problem.is_causal, "ZERO_KEYS": work.problem.padding == "zero_keys",
         "SEARCH_STEPS": math.ceil(math.log2(grid.num_sequences + 1)) if packed else 0,
-        "PRECISION": work.precision, **config.flags,
+        "PRECISION": work.precision, "SPREAD": config.spread, "JOINED": grid.joined, **config.flags,
     }  # fmt: skip

@@ -12,6 +12,8 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.types import QKV
 
 MAX_HEAD_DIM = 256
+# Wider heads were measured faster on sdpa (docs/log.md): their tiles are padded to 256 columns and hold few rows.
+FAST_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -28,9 +30,17 @@ def why_not(x: QKV, problem: Problem) -> list[str]:
     return reasons + why_not_on(device)
 
 
-def why_not_unasked(x: QKV) -> list[str]:
-    """The reason why `auto` leaves out what a call that names the backend gets: the interpreter is for tests."""
-    return [] if x.q.is_cuda else [f"the device is {x.q.device.type}, not cuda"]
+def why_not_unasked(x: QKV, problem: Problem) -> list[str]:
+    """The reasons why `auto` leaves out what a call that names the backend gets; empty if it does not.
+
+    The interpreter is for tests, and no call should be slower than on sdpa. sdpa drops weights without torch's kernels.
+    """
+    if not x.q.is_cuda:
+        return [f"the device is {x.q.device.type}, not cuda"]
+    head_dim = x.q.shape[-1]
+    if head_dim > FAST_HEAD_DIM and problem.dropout_p == 0.0:
+        return [f"head_dim {head_dim} is above {FAST_HEAD_DIM}, where sdpa was measured faster"]
+    return []
 
 
 @lru_cache

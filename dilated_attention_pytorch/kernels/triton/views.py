@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# How a kernel loads the tiles of its walk: through plain pointers, or through a view of rank 2 or 5.
-POINTERS, FLAT, STRIDED = 0, 1, 2
+# How a kernel loads the tiles of its walk: through plain pointers, or through a view of rank 2 or 5. A ragged view
+# lacks the last rows of a length that the rate does not divide: tiles that may hold them go through pointers.
+POINTERS, FLAT, STRIDED, RAGGED = 0, 1, 2, 3
 
 
 class Strides(NamedTuple):
@@ -42,9 +43,9 @@ def flat_views(a: Tensor, b: Tensor, rate: int, rows: int) -> ViewPair:
 
 
 def strided_views(a: Tensor, b: Tensor, rate: int, rows: int, block_d: int) -> ViewPair:
-    """The views `[B, rate, H, N / rate, D]`. Unlike `flat_views` they take any D: columns from D on come as zeros."""
+    """The views `[B, rate, H, N // rate, D]`. Unlike `flat_views` they take any D: columns from D on come as zeros."""
     views = _strided(a, rate, rows, block_d), _strided(b, rate, rows, block_d)
-    return NO_VIEWS if None in views else ViewPair(STRIDED, *views)
+    return NO_VIEWS if None in views else ViewPair(RAGGED if a.shape[1] % rate else STRIDED, *views)
 
 
 def _flat(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
@@ -62,7 +63,7 @@ def _flat(x: Tensor, rate: int, rows: int) -> TensorDescriptor | None:
 def _strided(x: Tensor, rate: int, rows: int, block_d: int) -> TensorDescriptor | None:
     batch, n, heads, width = x.shape
     strides = (*x.stride()[:3], rate * x.stride(1))
-    if not _aligned(x, strides) or n % rate:
+    if not _aligned(x, strides) or n < rate:
         return None
     # A tile's row takes at most 512 bytes here, and CUDA's limit on a stride is 2^40 bytes.
     if block_d * x.element_size() > 512 or any(size * x.element_size() >= 1 << 40 for size in strides):
