@@ -10,6 +10,7 @@ _RENAMED = {
     "segment_lengths": "--segments",
     "dilation_rates": "--rates",
     "num_heads": "--heads",
+    "num_layers": "--layers",
     "seq_len": "--length",
     "segment_shift": "--shift",
     "greedy": "--temperature 0",
