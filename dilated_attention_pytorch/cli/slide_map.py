@@ -75,6 +75,8 @@ def slide_map(
         raise ValueError(f"{said}, in {file}" if ours else f"expected a slide in {file}, got {said}") from error
     for line in slide.doubts:
         notes.print(f"{slide.name}: {line}", soft_wrap=True)
+    if (float(slide.corners.abs().max()) + slide.tile_size) * unit >= 2**53:
+        raise ValueError(f"expected unit to leave places below 2**53, got {unit}")
     width = slide_width or (slide.extent and slide.extent[0] * unit)
     if thumbnail is None and (thumbnail := viz.find_thumbnail(file)) is not None and not width:
         notes.print(f"{thumbnail} is left out: --slide-width would place it", soft_wrap=True)

@@ -7,7 +7,7 @@ head h) when `(n mod w_i) mod r_i == o_i(h)`; a query sees the members of its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -190,7 +190,7 @@ class DilatedPattern:
             k_range: positions `[start, stop)` of the keys.
 
         Returns:
-            At most nine spans, however long the ranges: all segments but those that a range's end cuts are alike.
+            At most three spans, however long the ranges: all segments but the first and the last are whole.
         """
         offset = self.members(branch, offset).offset
         q_range, k_range = check_int_range("q_range", q_range), check_int_range("k_range", k_range)
@@ -309,17 +309,14 @@ def _spans(
         return ()
     first = max(q_start // length, k_start // length)
     last = min((q_stop - 1) // length, (k_stop - 1) // length)
-    # Only a segment that holds an end of a range can be cut; between those all are whole and alike.
-    cut = sorted({first, last, *(p // length for p in (q_start, q_stop - 1, k_start, k_stop - 1))})
+    if first > last:
+        return ()
 
-    def rows() -> Iterator[tuple[int, int, Sequence[int]]]:
-        following = first
-        for s in (s for s in cut if first <= s <= last):
-            yield following, s - following, (0, slots, 0, slots)
-            base = s * length + offset
-            q_slots = slot_range(q_start, q_stop, base, rate, slots)
-            k_slots = slot_range(k_start, k_stop, base, rate, slots)
-            yield s, 1, (*q_slots, *k_slots)
-            following = s + 1
+    def cut(s: int) -> tuple[int, int, Sequence[int]]:
+        base = s * length + offset
+        q_slots = slot_range(q_start, q_stop, base, rate, slots)
+        return s, 1, (*q_slots, *slot_range(k_start, k_stop, base, rate, slots))
 
-    return group_spans(rows())
+    # The ends of the ranges lie in the first segment, in the last or beyond them; between those all are whole.
+    between = first + 1, last - first - 1, (0, slots, 0, slots)
+    return group_spans([cut(first), between, cut(last)] if first < last else [cut(first)])

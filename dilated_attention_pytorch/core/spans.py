@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dilated_attention_pytorch.core.members import ceil_div
@@ -42,7 +42,7 @@ def slot_range(start: int, stop: int, base: int, rate: int, slots: int) -> tuple
     return lo, hi
 
 
-def group_spans(rows: Iterator[tuple[int, int, Sequence[int]]]) -> tuple[Span, ...]:
+def group_spans(rows: Iterable[tuple[int, int, Sequence[int]]]) -> tuple[Span, ...]:
     """Joins neighbouring (first segment, number of segments, slots) that fill the same slots."""
     spans: list[Span] = []
     for first, count, slots in rows:

@@ -20,6 +20,14 @@ OTHER_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex
 
 FAKE = FakeTensorMode()
 
+# Where tensors of the op, of streaming and of the pool lie; `--device cuda` changes it, before anything is drawn.
+PLACE = torch.device("cpu")
+
+
+def placed(x: Any) -> Any:
+    """A tensor where the run wants it."""
+    return x.to(PLACE) if isinstance(x, Tensor) else x
+
 
 class Width(int):
     """An int by inheritance."""
@@ -230,8 +238,9 @@ WRONG_TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "one row more": lambda x: torch.cat([x, x[:, :1]], 1),
     "one head more": lambda x: torch.cat([x, x[..., :1, :]], -2),
     "wider": lambda x: torch.cat([x, x[..., :1]], -1),
+    "elsewhere": lambda x: x.cpu(),  # right in a run on a CPU
     "list": lambda x: x.tolist(),
-    "array": lambda x: x.detach().float().numpy(),
+    "array": lambda x: x.detach().cpu().float().numpy(),
     "shape": lambda x: x.shape,
 }
 

@@ -127,6 +127,44 @@ def test_errors_are_at_most_twice_those_of_torch_flash(pattern, tails, causal, w
         assert relative_norm(got, want) <= 2 * relative_norm(base, want), name
 
 
+ROWS, HEADS, WIDTH = 150, 2, 64
+STRIDES = {
+    "overlapping rows": (0, 1, ROWS, 1),
+    "overlapping heads": (0, WIDTH, WIDTH // 2, 1),
+    "a last stride of 2": (0, 2 * HEADS * WIDTH, 2 * WIDTH, 2),
+    "a last stride of 0": (0, HEADS, 1, 0),
+    "equal heads": (0, WIDTH, 0, 1),
+    "equal rows": (0, 0, WIDTH, 1),
+    "heads first": (0, WIDTH, ROWS * WIDTH, 1),
+    "width first": (0, 1, ROWS * WIDTH, ROWS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("kind", STRIDES)
+def test_strides_of_every_kind(kind, which, backend, dtype):
+    """Of q, k, v and the gradient that comes in: the values decide, however they lie in memory."""
+    shape, names = (1, ROWS, HEADS, WIDTH), ("q", "k", "v", "grad_out")
+    memory = torch.randn(2 * ROWS * HEADS * WIDTH + 1, device="cuda", dtype=dtype)
+    tensors = {name: torch.randn(shape, device="cuda", dtype=dtype) for name in names}
+    for first in (0, 1):  # the second is not aligned to 16 bytes
+        tensors[which] = memory.as_strided(shape, STRIDES[kind], first)
+
+        def run(backend, tensors):
+            leaves = [tensors[name].detach().requires_grad_() for name in names[:3]]
+            out = dilated_attention(*leaves, **RAGGED, is_causal=True, backend=backend)
+            return out.detach(), *torch.autograd.grad(out, leaves, tensors["grad_out"])
+
+        exact = run("reference", {name: x.double() for name, x in tensors.items()})
+        dense = run(backend, {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()})
+        for got, same, want in zip(run(backend, tensors), dense, exact, strict=True):
+            # What the same values give when they lie densely, twice; and no less than some roundings.
+            allowed = 2 * float((same - want).abs().max()) + 8 * torch.finfo(dtype).eps * float(want.abs().max())
+            assert float((got - want).abs().max()) <= allowed
+
+
 def test_every_cuda_engine_is_used():
     half = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.float16)
     names = {torch_calls.name(half), torch_calls.name(half.float()), torch_calls.name(half.double())}

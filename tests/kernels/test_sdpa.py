@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.sdpa import backend as sdpa_backend
 from dilated_attention_pytorch.kernels.sdpa import torch_calls
 from dilated_attention_pytorch.kernels.sdpa.pieces import pieces
 
@@ -180,6 +181,12 @@ def test_strides_of_every_kind(kind, which, pattern, dtype):
         # What the same values give when they lie densely, twice; and no less than some roundings.
         allowed = 2 * float((same - want).abs().max()) + 8 * torch.finfo(dtype).eps * float(want.abs().max())
         assert float((got - want).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_only_what_torch_cannot_take_is_copied(kind):
+    x = STRIDES[kind]()
+    assert (sdpa_backend._ready(x) is x) == (kind in ("heads first", "equal heads"))
 
 
 def test_plans_of_many_lengths_take_bounded_memory():

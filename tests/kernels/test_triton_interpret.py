@@ -363,6 +363,14 @@ def test_long_causal_sequences_launch_by_branch(n, monkeypatch):
     replay._tapes.clear()
 
 
+def test_long_causal_segments_beside_each_other(monkeypatch):
+    """A walk that begins between tiles ends within the next segment: seen from the square of a tile on."""
+    monkeypatch.setattr(configs, "SHORT_CAUSAL", 0)
+    replay._tapes.clear()
+    check(1, 544, 1, 16, (272,), (1,), **CAUSAL)
+    replay._tapes.clear()
+
+
 @pytest.mark.parametrize(
     ("batch", "n", "heads", "rate"), [(4096, 1, 16, 1), (70_000, 1, 1, 1), (1, 1024, 16, 4096), (1, 1024, 1, 131_072)]
 )

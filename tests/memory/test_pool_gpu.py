@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from dilated_attention_pytorch import UnifiedMemoryPool
 from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.strategies import STRATEGIES
+from dilated_attention_pytorch.core.memory.unified_pool import PoolExhausted
 
 pytestmark = pytest.mark.gpu
 
@@ -150,6 +153,63 @@ def test_the_pools_segments_are_its_own() -> None:
     held.release()
     pool.trim()
     assert not [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == own["segment_pool_id"]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_borrower_that_dies_while_its_work_runs(strategy: str, pinned: bool) -> None:
+    """Its handle is collected, not released: the block comes back, and the next one sees nothing of the old writer."""
+    pool, place = UnifiedMemoryPool(strategy), "cpu" if pinned else "cuda"
+    source, old = torch.full((SIZE,), 1, dtype=torch.uint8, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(5):
+        with torch.cuda.stream(old):
+            handle = pool.borrow(SIZE, torch.uint8, place, "dies", pinned=pinned)
+            torch.cuda._sleep(BUSY // 10)
+            handle.tensor.copy_(source, non_blocking=True)
+        ring: list[Any] = [handle]
+        ring.append(ring)
+        del handle, ring
+        gc.collect()
+        with pool.borrow(SIZE, torch.uint8, place, "next", pinned=pinned) as handle:
+            handle.tensor.fill_(2)
+            torch.cuda._sleep(BUSY // 5)  # the old writer, were it not waited for, would write now
+            torch.cuda.synchronize()
+            assert bool((handle.tensor == 2).all())
+    stats = pool.stats()
+    assert (stats.live, stats.dropped) == (0, 5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_more_than_the_device_has_is_refused_by_name_and_books_nothing(strategy: str) -> None:
+    pool = UnifiedMemoryPool(strategy)
+    with pytest.raises(PoolExhausted, match="for 'too much'"):
+        pool.borrow(1 << 44, torch.uint8, "cuda", "too much")
+    assert pool.stats().reserved == pool.stats().peak_reserved == pool.stats().live == 0
+    pool.borrow(SIZE, torch.uint8, "cuda", "fits").release()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_leaves_page_locked_memory_alone() -> None:
+    """CUDA is none of a child's; that it drops its copy of the pool unlocks nothing of the parent's."""
+    pool = UnifiedMemoryPool("simple")
+    handle = pool.borrow(SIZE, torch.uint8, "cpu", "staging", pinned=True)
+    handle.tensor.fill_(5)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            empty = pool.stats().live == 0
+            handle.release()
+            del handle, pool
+            gc.collect()
+            code = 0 if empty else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert handle.tensor.is_pinned() and bool((handle.tensor.to("cuda", non_blocking=True) == 5).all())
+    handle.release()
+    assert pool.stats().live == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -167,6 +167,21 @@ class TestNuma:
         assert "nodes [0, 1]" in pool.stats().strategies["cpu"]
         assert UnifiedMemoryPool("adaptive", runtime=runtime).strategy == "adaptive"
 
+    def test_it_says_where_pages_went_and_how_many_allocations_nobody_knows(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        maps = iter([{0: 1, 1: 3}, None, None])
+        monkeypatch.setattr(topology, "pages_by_node", lambda _: next(maps))
+        runtime = FakeRuntime()
+        runtime.nodes = 1
+        pool = UnifiedMemoryPool("numa", runtime=runtime)
+        kept = [pool.borrow(size, torch.uint8, "cpu", purpose="x") for size in (10**3, 10**5, 10**7)]
+        assert pool.stats().strategies["cpu"] == (
+            "numa: nodes [1]; of 4 pages that the kernel reports, 3 lie where asked; 2 allocations it does not report"
+        )
+        for handle in kept:
+            handle.release()
+
     def test_adaptive_takes_it_where_there_are_nodes(self) -> None:
         runtime = FakeRuntime()
         runtime.nodes = 1

@@ -149,6 +149,8 @@ def test_mistakes_are_named_before_anything_is_written(
         (["--heads", "max", "--rollout"], "expected --heads to be 'mean' or a head's number with --rollout, got 'max'"),
         (["--layer", "2"], "expected --layer in [0, 2), got 2"),
         (["--unit", "0"], "expected --unit above 0, got 0.0"),
+        (["--unit", "9e18"], "expected --unit to leave places below 2**53, got 9e+18"),
+        (["--max-wsi-size", str(2**62)], "expected --max-wsi-size and tile_size to make fewer than 2**63 tiles"),
         (["--unit", "inf"], "expected --unit to be finite, got inf"),
         (["--slide-width", "nan"], "expected --slide-width to be finite, got nan"),
         (["--query", "9" * 5000], "expected --query to be cls or a number, got '999"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
+from streams import Sink, Source
 from torch import Tensor
 
-from dilated_attention_pytorch import dilated_attention_streamed, dilated_attention_with_lse
+from dilated_attention_pytorch import UnifiedMemoryPool, dilated_attention_streamed, dilated_attention_with_lse
 from dilated_attention_pytorch.streaming import streamed_backward, streamed_forward
 from dilated_attention_pytorch.testing import relative_norm
 
@@ -114,3 +116,48 @@ def test_autograd_and_an_error_in_the_middle() -> None:
         dilated_attention_streamed(*(x.detach() for x in leaves), out=Full(), **NESTED, range_length=4096)
     again = dilated_attention_streamed(*(x.detach() for x in leaves), **NESTED, range_length=4096)
     assert again.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_rows_that_overlap_in_memory(backend: str) -> None:
+    """Of q, k, v and the gradient: the values decide, on their way through staging too."""
+    n, width = 20000, 64
+    overlapping = torch.randn(n + width - 1, dtype=torch.bfloat16).unfold(0, width, 1)[None, :, None]
+    options = {**RAGGED, "range_length": 4096, "backend": backend}
+    for which in range(4):
+        inputs = draw(n, 1, 1, width, torch.bfloat16)
+        inputs[which] = overlapping
+        got = streamed(*inputs, **options)
+        inputs[which] = overlapping.contiguous()
+        for a, b in zip(got, streamed(*inputs, **options), strict=True):
+            assert relative_norm(a, b.double()) <= 8 * torch.finfo(torch.bfloat16).eps, which
+
+
+@pytest.mark.parametrize("strides", [(0, 0, 0, 0), (64, 1, 64, 1), (64 * 20000, 64, 64, 0)])
+def test_an_out_whose_elements_share_memory_is_refused_untouched(strides: tuple[int, ...]) -> None:
+    q, k, v, _ = draw(20000, 1, 1, 64, torch.bfloat16)
+    out = torch.zeros(q.numel(), dtype=q.dtype).as_strided(q.shape, strides)
+    with pytest.raises(ValueError, match="expected out with memory of its own for each element, got strides"):
+        dilated_attention_streamed(q, k, v, out=out, **NESTED, range_length=4096)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_source_or_a_sink_that_fails_leaves_nothing_behind(pinned: bool) -> None:
+    """No thread, no buffer lent, no write after the one that failed; the same buffers serve the next call."""
+    q, k, v, _ = (x.pin_memory() if pinned else x for x in draw(20000, 2, 1, 64, torch.bfloat16))
+    pool, threads = UnifiedMemoryPool(), threading.active_count()
+    options: dict[str, Any] = {**NESTED, "range_length": 2048, "pool": pool}
+    want = dilated_attention_streamed(q, k, v, **options)
+    out = torch.empty_like(q, pin_memory=pinned)
+    with pytest.raises(KeyboardInterrupt):
+        dilated_attention_streamed(Source(q, fail_from=9000), k, v, out=out, **options)
+    assert out[:, 0].isnan().all()
+    sink = Sink(torch.zeros_like(q), fail_at=9000)
+    with pytest.raises(OSError, match="disk is full"):
+        dilated_attention_streamed(q, k, v, out=sink, **options)
+    assert 9000 <= sink.next < 9000 + 2048 and not sink.committed and torch.equal(
+        sink.x[:, : sink.next], want[:, : sink.next]
+    )  # fmt: skip
+    assert threading.active_count() == threads and pool.stats().live == 0
+    assert torch.equal(dilated_attention_streamed(q, k, v, **options), want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from streams import PATTERN, Ledger, draw_qkv, streamed
 from dilated_attention_pytorch import DilatedPattern, dilated_attention
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.streaming import Sizes, plan_ranges
-from dilated_attention_pytorch.streaming.ranges import compact_branches
+from dilated_attention_pytorch.streaming.ranges import RangePlan, compact_branches
 from dilated_attention_pytorch.testing import relative_norm
 
 
@@ -79,6 +80,41 @@ class TestPlan:
         ranges = plan.ranges
         assert ranges[0][0] == 0 and ranges[-1][1] == n
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+    @pytest.mark.parametrize("shift", [0, 7])
+    @pytest.mark.parametrize("is_backward", [False, True])
+    @pytest.mark.parametrize(("is_fused", "device_type"), [(True, "cuda"), (False, "cuda"), (False, "cpu")])
+    def test_device_bytes_are_the_sum_of_what_is_held(
+        self, shift: int, is_backward: bool, is_fused: bool, device_type: str
+    ) -> None:
+        """By counting rows, for bf16 with a mask: two heads over one, ranges of 40 that cut segments of 60 (1 in 4)."""
+        batch, heads, width, rows, n = 3, 2, 8, 40, 400
+        problem = Problem(DilatedPattern((20, 60), (1, 4), 1), False, 1.0, 0.0, shift, shift, n)
+        sizes = Sizes(batch, heads, 1, width, torch.bfloat16, True, is_backward, is_fused, device_type)
+        plan = RangePlan(problem, sizes, rows)
+        (compact,) = plan.compact
+        # Bytes per row: q, k, v and the mask; backward dO and out too, and lse. Results: out and lse, or dq, dk and dv.
+        brought = batch * (((3 if is_backward else 1) * heads + 2) * width * 2 + 1 + (4 * heads if is_backward else 0))
+        values, lse = (heads + 2 if is_backward else heads) * width, 0 if is_backward else 4 * heads
+        half, full = (batch * (values * element + lse) for element in (2, 4))
+        if is_fused:
+            work = half + batch * (16 * heads if is_backward else 0)
+        else:
+            work = 3 * full + brought // 2 * 4
+        # Side by side: a segment of 15 rows ahead of the range, and all those of segments that begin in one.
+        ahead = compact.members.slots
+        most = max(compact.count(*compact.beginning_in(start, start + rows)) for start in range(n - rows))
+        most += ahead if shift else 0  # one segment more, which the shift may cut
+        held = 2 * (rows + ahead) * brought  # two buffers of each
+        held += 2 * rows * half  # results leave while others are computed
+        held += (ahead + most) * full  # results that wait for their range
+        held += max(rows * work + rows * 2 * full, most * (brought + work))
+        held += 1 << 16
+        if is_fused and is_backward:
+            held += 2 * 4 * batch * heads * 128 * 4  # two terms per row, a tile of padding per residue
+        if device_type == "cuda" and not is_fused:
+            held += 4 * (6 << 23)
+        assert plan.device_bytes == held
 
     def test_buffers_are_what_the_plan_says(self) -> None:
         """Staging alone is part of the plan's bytes, for either pass."""

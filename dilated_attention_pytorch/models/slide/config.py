@@ -32,7 +32,7 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
         tile_size: side of a tile, in pixels.
 
     Raises:
-        ValueError: a slide of fewer than 1,024 tiles.
+        ValueError: a slide of fewer than 1,024 tiles, or of 2**63 and more.
 
     Example:
         >>> slide_segment_lengths()
@@ -46,6 +46,8 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
             f"expected max_wsi_size to hold at least {_SHORTEST} tiles of tile_size, got {max_wsi_size} and "
             f"{tile_size}, which make {tiles}"
         )
+    if tiles >= 2**63:
+        raise ValueError(f"expected max_wsi_size and tile_size to make fewer than 2**63 tiles, got {tiles}")
     low, high = math.log2(_SHORTEST), math.floor(math.log2(tiles))
     return tuple(int(2.0 ** (low + i * (high - low) / (_BRANCHES - 1))) for i in range(_BRANCHES))
 

@@ -2,71 +2,117 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import shutil
 import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import slide_files
+import typer
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dilated_attention_pytorch.cli.app import app
-from fuzz.judge import Call
+from dilated_attention_pytorch.cli.app import app, in_options
+from fuzz.judge import REFUSALS, Call
 from fuzz.table import target
 
 _WRONG = ("", "-1", "0", "1", "3", "2147483648", "9223372036854775807", "9223372036854775808", "1e400", "nan", "inf",
-          "0.5", "x", "1,2", "1,,2", ",", "1,2,3,4,5,6", "modulo", "cuda", "cuda:7", "meta", "[bold]",
-          "/nowhere/at/all", "None", "9" * 5000, "None=None", "steps=-1", "\u00e9\n")  # fmt: skip
+          "0.5", "x", "1,2", "1,,2", ",", "1,2,3,4,5,6", "modulo", "cuda", "cuda:7", "meta", "[bold]", "all",
+          "{folder}", "{folder}/none/at/all", "None", "9" * 5000, "None=None", "steps=-1", "alternate", "\u00e9\n")  # fmt: skip
 
-# Of each command: what is given for positional arguments, and every option that takes a value, with a right one.
+_MODEL = {"--checkpoint": "{slides}/encoder", "--device": "cpu"}
+# Of each command: what is given for positional arguments, and right options. All others it has are spoiled too.
 _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "plan": ((), {"--length": "64", "--segments": "16,32", "--rates": "1,2", "--heads": "2", "--head-dim": "8",
-                  "--offsets": "modulo", "--dtype": "fp32", "--query": "5", "--head": "0", "--ranks": "2"}),
-    "show": (("neighbours",), {"--length": "16", "--segments": "8,16", "--rates": "1,2", "--heads": "2",
-                               "--offsets": "modulo", "--head": "0", "--query": "3", "--out": "{folder}/x.svg"}),
+                  "--offsets": "modulo", "--dtype": "fp32", "--query": "5", "--head": "0", "--ranks": "2",
+                  "--layers": "3", "--shift": "alternate"}),
+    "show": (("receptive",), {"--length": "16", "--segments": "8,16", "--rates": "1,2", "--heads": "2",
+                              "--offsets": "modulo", "--query": "3", "--shift": "0", "--out": "{folder}/x.svg"}),
     "bench": ((), {"--length": "64", "--segments": "16,32", "--rates": "1,2", "--heads": "2", "--head-dim": "8",
                    "--offsets": "modulo", "--dtype": "fp32", "--device": "cpu", "--repeats": "1"}),
     "info": ((), {}),
     "convert": (("{folder}/none.pth", "{folder}/out"), {"--from": "gigapath", "--heads": "2", "--segments": "8",
-                                                        "--rates": "1", "--max-wsi-size": "262144",
-                                                        "--tile-size": "256"}),
-    "generate": (("{folder}",), {"--prompt": "def", "--bytes": "2", "--temperature": "0.7", "--top-k": "2",
-                                 "--top-p": "0.5", "--seed": "1", "--device": "cpu"}),
-    "train": ((), {"--data": "{folder}/none", "--out": "{folder}/run", "--preset": "demo", "--set": "steps=1",
-                   "--suffix": ".md", "--context-parallel": "2", "--val-fraction": "0.1", "--device": "cpu",
-                   "--sample-bytes": "2"}),
+                                                        "--rates": "1"}),
+    "generate": (("{folder}",), {"--prompt": "def", "--bytes": "2", "--seed": "1", "--device": "cpu"}),
+    "train": ((), {"--data": "{folder}/none", "--out": "{folder}/run", "--preset": "demo", "--device": "cpu"}),
     "migrate": (("{folder}",), {}),
+    "slide embed": (("{slides}/features",), {"--out": "{folder}/out", **_MODEL}),
+    "slide tune": (("{slides}/labels.csv",), {"--features": "{slides}/features", "--out": "{folder}/out",
+                                              "--folds": "2", "--epochs": "1", "--bootstraps": "5", **_MODEL}),
+    "slide map": (("{slides}/features/s0.h5",), {"--out": "{folder}/x.geojson", **_MODEL}),
 }  # fmt: skip
 # What is not there in an empty folder, so that right options are refused all the same.
 _REFUSED_ANYWAY = ("convert", "generate", "train")
-_ALSO_NAMED = "num_heads segment_lengths dilation_rates seq_len position positions steps path"
-_HUGE = {"--length", "--heads", "--head-dim", "--repeats", "--ranks", "--query", "--bytes"}
+_HUGE = {"--length", "--heads", "--head-dim", "--repeats", "--ranks", "--query", "--bytes", "--bootstraps", "--epochs"}
+
+
+def _options() -> dict[str, dict[str, bool]]:
+    """Of each command every option, and whether it is a flag: from the application, so that none is forgotten."""
+
+    def of(group: Any, before: str = "") -> dict[str, Any]:
+        found = {}
+        for name, command in group.commands.items():
+            found |= of(command, f"{name} ") if hasattr(command, "commands") else {before + name: command}
+        return found
+
+    return {
+        name: {max(x.opts, key=len): x.is_flag for x in command.params if x.param_type_name == "option"}
+        for name, command in of(typer.main.get_command(app)).items()
+    }
+
+
+OPTIONS = _options()
+
+
+@cache
+def _slides() -> str:
+    """A folder with four slides of two classes, their labels and an encoder; read, never written to."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-slides-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "features").mkdir()
+    slide_files.checkpoint(folder / "encoder", depth=1)
+    rows = ["slide_id,case_id,label"]
+    for i in range(8):
+        corners = slide_files.tissue(9 + i) * 512
+        slide_files.trident(folder / f"features/s{i}.h5", slide_files.features(9 + i), corners, magnification=40)
+        rows.append(f"s{i},p{i},{'tumour' if i % 2 else 'normal'}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return str(folder)
 
 
 def invoke(*arguments: str) -> str:
-    """Runs the command line; a usage error of typer's is raised as one of ours."""
-    with tempfile.TemporaryDirectory() as folder:
-        given = [a.replace("{folder}", folder) for a in arguments]
-        result = CliRunner().invoke(app, given, catch_exceptions=False)
-        if result.exit_code == 2:
-            raise ValueError(f"expected a right command line, got {result.output[-400:]}")
+    """Runs the command line; raises what the user reads, of typer's usage errors and slides without a result too."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        given = [a.replace("{folder}", folder).replace("{slides}", _slides()) for a in arguments]
+        try:
+            result = CliRunner().invoke(app, given, catch_exceptions=False)
+        except REFUSALS as error:
+            raise type(error)(in_options(str(error), *given[:2])) from error
+        if result.exit_code in (1, 2):
+            raise ValueError(f"expected a right command line, got {result.output[-2000:]}")
         assert result.exit_code == 0, result.output
         return result.stdout
 
 
-@target("commands", 40)
+@target("commands", 60)
 def _commands(draw: st.DrawFn) -> Call:
-    command = draw(st.sampled_from(sorted(_COMMANDS)))
-    positional, options = _COMMANDS[command]
-    chosen: dict[str, Any] = dict(options)
-    names = draw(st.lists(st.sampled_from(sorted(options)), min_size=1, max_size=2, unique=True)) if options else []
+    command = draw(st.sampled_from(sorted(OPTIONS)))
+    positional, right = _COMMANDS[command]
+    options, chosen = OPTIONS[command], dict(right)
+    names = draw(st.lists(st.sampled_from(sorted(options)), max_size=2, unique=True)) if options else []
     for name in names:
+        if options[name]:
+            chosen[name] = ""
+            continue
         chosen[name] = draw(st.sampled_from(_WRONG))
         if name in _HUGE and chosen[name] in ("2147483648", "9223372036854775807"):
             chosen[name] = "7"  # a right one that takes for ever, or more memory than there is
-    arguments = [command, *positional]
+    arguments = [*command.split(), *positional]
     for name, value in chosen.items():
-        arguments += [name, value]
-    # An option is named by its own words, or by the argument of the library that it stands for.
-    words = {word for name in options for word in (*name.strip("-").split("-"), name.strip("-").replace("-", "_"))}
-    named = words | set(_ALSO_NAMED.split())
-    right = not names and command not in _REFUSED_ANYWAY
-    return Call(invoke, tuple(arguments), {}, sorted(named), right=right, also=(FileNotFoundError,))
+        arguments += [name] if options[name] else [name, value]
+    named = {word for name in options for word in name.strip("-").split("-")}
+    is_right = not names and command not in _REFUSED_ANYWAY
+    return Call(invoke, tuple(arguments), {}, sorted(named), right=is_right, also=(FileNotFoundError,))

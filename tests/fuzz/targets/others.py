@@ -18,6 +18,7 @@ from dilated_attention_pytorch import (
 from dilated_attention_pytorch.core.memory.unified_pool import PoolExhausted
 from dilated_attention_pytorch.kernels.hilbert import curve_order, hilbert_decode, hilbert_encode, hilbert_order
 from dilated_attention_pytorch.types import AttentionOutput
+from fuzz import values
 from fuzz.judge import Call
 from fuzz.table import target
 from fuzz.targets.attention import compare
@@ -120,7 +121,14 @@ def _pool(draw: st.DrawFn) -> Call:
         spoil(draw, given, names)
         return Call(UnifiedMemoryPool, (), given, right=not names)
     pool = UnifiedMemoryPool(draw(st.sampled_from(strategies)), limit=1 << 22)
-    given = {"shape": (3, 5), "dtype": torch.float32, "device": "cpu", "purpose": "fuzz", "pinned": False, "zero": True}
+    given = {
+        "shape": (3, 5),
+        "dtype": torch.float32,
+        "device": str(values.PLACE),
+        "purpose": "fuzz",
+        "pinned": False,
+        "zero": True,
+    }
     if what == "borrow":
         names = pick(draw, list(given))
         spoil(draw, given, [name for name in names if name != "shape"])
