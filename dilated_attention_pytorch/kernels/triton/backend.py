@@ -32,11 +32,12 @@ class KernelChoice(NamedTuple):
 
 def choose(work: Work, direction: Direction) -> KernelChoice:
     """The fastest family that can compute a call. New ones are asked here, before those that they outrun."""
-    if direction == "forward" and not hopper.why_not(work):
-        from dilated_attention_pytorch.kernels.triton.hopper import launch
+    if not hopper.why_not(work):
+        from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward
 
+        module = launch if direction == "forward" else launch_backward
         return KernelChoice(
-            launch, launch.configs_for(work), "all branches in one launch, through Hopper's own pipeline"
+            module, module.configs_for(work), "all branches in one launch, through Hopper's own pipeline"
         )
     # All branches in one launch read q once, and write out once.
     obstacle = launch_aligned.why_not(work, direction)

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import AttentionOutput
 
 # Two warpgroups with 240 registers a thread and a producer with 24 start with as many each.
-_OPTIONS = {"num_warps": 4, "maxnreg": 168}
+OPTIONS = {"num_warps": 4, "maxnreg": 168}
 
 
 class HopperConfig(NamedTuple):
@@ -79,9 +79,9 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     args = (*views, out, lse, *strides_of(q, k, v), n, heads, heads // k.shape[2], count, num_tiles, scale)
     flags |= {
         "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages, "EVEN": even,
-        "Q_REGISTERS": config.q_registers, **_OPTIONS,
+        "Q_REGISTERS": config.q_registers, **OPTIONS,
     }  # fmt: skip
-    grid = (min(_programs(q), num_tiles),)
+    grid = (min(programs_on(q), num_tiles),)
     tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return AttentionOutput(out, lse)
 
@@ -92,6 +92,6 @@ def _blocks(work: Work, config: HopperConfig) -> list[tuple[Tensor, int]]:
     return [(q, ROWS // 2), (k, config.block), (v, config.block)]
 
 
-def _programs(x: Tensor) -> int:
+def programs_on(x: Tensor) -> int:
     """Multiprocessors of the device."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132

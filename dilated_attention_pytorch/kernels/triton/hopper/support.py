@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dilated_attention_pytorch.kernels.triton.support import interpreting
 
@@ -24,7 +25,7 @@ _SHORT = 12 * 64 * 2048
 
 
 def why_not(work: Work) -> list[str]:
-    """The reasons why a forward does not take these kernels; empty if it does."""
+    """The reasons why a call does not take these kernels, forward or backward; empty if it does."""
     return why_not_here(work.x.q.device) or _why_not_the_call(work) or _why_not_the_layout(work)
 
 
@@ -78,15 +79,20 @@ def _why_not_the_call(work: Work) -> list[str]:
 
 def _why_not_the_layout(work: Work) -> list[str]:
     """What the copy engine asks of addresses and strides, and 32-bit arithmetic of offsets within a row of a view."""
-    from dilated_attention_pytorch.kernels.triton.hopper.views import columns_of
     from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
 
     rate = alignment(work).rate
-    reasons = []
-    for name, x in zip("qkv", work.x, strict=True):
-        strides, size = x.stride()[:3], x.element_size()
-        if x.data_ptr() % 16 or any(s * size % 16 for s in strides) or strides[1] <= 0:
-            reasons.append(f"{name} is not aligned to 16 bytes")
-        elif max(columns_of(x, rate), rate * strides[1] * size >> 9) >= 1 << 31:
-            reasons.append(f"{name}'s rows lie too far apart")
-    return reasons
+    found = (misplaced(name, x, rate) for name, x in zip("qkv", work.x, strict=True))
+    return [reason for reason in found if reason is not None]
+
+
+def misplaced(name: str, x: Tensor, rate: int) -> str | None:
+    """Why the copy engine cannot read a tensor's rows at strides up to a rate; None if it can."""
+    from dilated_attention_pytorch.kernels.triton.hopper.views import columns_of
+
+    strides, size = x.stride()[:3], x.element_size()
+    if x.data_ptr() % 16 or any(s * size % 16 for s in strides) or strides[1] <= 0:
+        return f"{name} is not aligned to 16 bytes"
+    if max(columns_of(x, rate), rate * strides[1] * size >> 9) >= 1 << 31:
+        return f"{name}'s rows lie too far apart"
+    return None

@@ -1,0 +1,139 @@
+"""How the backward kernels for Hopper are launched; `support.py` says when."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dilated_attention_pytorch.kernels.triton import attention_backward, launch_branches
+from dilated_attention_pytorch.kernels.triton.hopper import backward as full
+from dilated_attention_pytorch.kernels.triton.hopper import backward_causal, launch, support
+from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
+from dilated_attention_pytorch.kernels.triton.hopper.views import residue_views
+from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
+from dilated_attention_pytorch.kernels.triton.replay import Tape
+from dilated_attention_pytorch.kernels.triton.views import strides_of
+from dilated_attention_pytorch.kernels.triton.work import Work
+from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
+
+# (head_dim, causal) -> rows of a streamed block and stages, of dQ and of dK, dV; the fastest of an H100's.
+_CONFIGS = {
+    (64, False): ((128, 3), (64, 3)),
+    (64, True): ((128, 3), (64, 3)),
+    (128, False): ((128, 2), (64, 2)),
+    (128, True): ((128, 2), (64, 2)),
+}
+# Rows of the tiles by which terms are laid out.
+_TERMS_ROWS = 512
+# lse and delta of rows that do not exist: an exponential of less vanishes, and a product with it is no NaN.
+_NEVER = 1e30
+
+
+def configs_for(work: Work) -> tuple[tuple[int, int], ...]:
+    """The configurations of both passes: rows of a streamed block, stages."""
+    return _CONFIGS[work.x.q.shape[3], work.problem.is_causal]
+
+
+def backward(
+    work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape, dq_config: tuple[int, int],
+    dkv_config: tuple[int, int],
+) -> QKV:  # fmt: skip
+    """dq, dk and dv by two launches, after those that lay out what they need of each query."""
+    if support.misplaced("dO", grad.out, alignment(work).rate):
+        grad = grad._replace(out=grad.out.contiguous())
+    terms = terms_of(work, grad, saved, tape)
+    return QKV(backward_dq(work, grad, terms, tape, dq_config), *backward_dkv(work, grad, terms, tape, dkv_config))
+
+
+def terms_of(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape) -> list[Tensor]:
+    """lse in units of log2 and delta of each query, `[2, B, H, r, length]` for each stride r that tiles have."""
+    delta = launch_branches.compute_delta(work, grad, saved, tape)
+    batch, n, heads, _ = work.x.q.shape
+    found = []
+    for stride in _strides(work):
+        length = _padded(work) // stride
+        whole = length * stride == n
+        terms = tape.empty(work.x.q, (2, batch, heads, stride, length), torch.float32, fill=None if whole else _NEVER)
+        args = (saved.lse, delta, terms, n, stride, length, batch * heads)
+        flags = {"BM": _TERMS_ROWS}
+        kernel, grid = attention_backward.terms_kernel, (triton.cdiv(n, _TERMS_ROWS) * batch * heads,)
+        tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
+        found.append(terms)
+    return found
+
+
+def backward_dq(work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: tuple[int, int]) -> Tensor:
+    """dq."""
+    q, k, v = work.x
+    return _launch(work, (q, grad.out), (k, v), (q,), terms, tape, config)[0]
+
+
+def backward_dkv(
+    work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: tuple[int, int]
+) -> list[Tensor]:
+    """dk and dv."""
+    q, k, v = work.x
+    return _launch(work, (k, v), (q, grad.out), (k, v), terms, tape, config)
+
+
+def _launch(
+    work: Work, a: Sequence[Tensor], b: Sequence[Tensor], like: Sequence[Tensor], terms: list[Tensor], tape: Tape,
+    config: tuple[int, int],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of `like`, given the stationary and the streamed pair."""
+    q, k, _ = work.x
+    plan, problem, (block, stages) = alignment(work), work.problem, config
+    grads = [tape.empty(x, x.shape) for x in like]
+    batch, n, heads, _ = q.shape
+    blocks = *((x, ROWS // 2) for x in a), *((x, block) for x in b)
+    padded = _padded(work)
+    num_tiles = batch * a[0].shape[2] * padded // ROWS
+    sizes = (num_tiles, batch, heads, heads // k.shape[2])
+    flags: dict[str, Any] = {"DKV": len(like) == 2, "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": stages}
+    if problem.is_causal:
+        kernel: Any = backward_causal.hopper_backward_causal
+        # A view for each rate's stride; the kernel has room for more.
+        more = MAX_RATES - len(plan.rates)
+        views = [[residue_views(x, s, rows)[0] for s in (*plan.rates, *more * [plan.rate])] for x, rows in blocks]
+        views.append([_flat(x, block) for x in (*terms, *more * terms[-1:])])
+        sizes += (padded // plan.lengths[0], n)
+    else:
+        kernel = full.hopper_backward
+        views = [[*residue_views(x, plan.rate, rows)] for x, rows in blocks]
+        views.append([_flat(terms[0], block)])
+        length = padded // plan.rate
+        sizes += (length // ROWS, n, length)
+        flags["EVEN"] = padded == n
+    args = (
+        *itertools.chain(*views), terms[0], grads[0], grads[-1], *strides_of(*a, *b, grads[0]), *sizes,
+        work.logit_scale, problem.scale,
+    )  # fmt: skip
+    flags |= launch.OPTIONS
+    grid = (min(launch.programs_on(q), num_tiles),)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
+    return grads
+
+
+def _strides(work: Work) -> tuple[int, ...]:
+    """The strides at which tiles of queries lie."""
+    plan = alignment(work)
+    return plan.rates if work.problem.is_causal else (plan.rate,)
+
+
+def _padded(work: Work) -> int:
+    """The length in whole tiles, or in whole segments of the shortest branch."""
+    plan = alignment(work)
+    unit = plan.lengths[0] if work.problem.is_causal else plan.rate * ROWS
+    return triton.cdiv(work.x.q.shape[1], unit) * unit
+
+
+def _flat(terms: Tensor, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(terms, [terms.numel()], [1], [rows], layout)

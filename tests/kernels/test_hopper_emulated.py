@@ -1,0 +1,69 @@
+"""The Gluon kernels for Hopper where there is none: run by `gluon_emulator`, in fp32, against the reference in fp64."""
+
+import os
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs the kernels themselves", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+triton = pytest.importorskip("triton", minversion="3.6")
+if type(triton.language.cdiv).__name__ != "InterpretedFunction":
+    pytest.skip("Triton was imported before its interpreter was switched on", allow_module_level=True)
+
+import gluon_emulator
+from triton.experimental.gluon import language as gl
+
+from dilated_attention_pytorch.core import reference
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, views
+from dilated_attention_pytorch.kernels.triton.replay import Tape
+from dilated_attention_pytorch.kernels.triton.work import prepare
+from dilated_attention_pytorch.testing import relative_norm
+from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
+
+# Batch, tokens, heads, key heads, lengths, rates: rates that skip and that repeat, groups, segments and blocks cut short.
+CASES = [
+    (1, 1024, 2, 1, (256, 512, 1024), (1, 2, 2)),
+    (1, 1536, 2, 2, (512, 1024), (1, 4)),
+    (2, 1152, 1, 1, (384, 1152), (1, 3)),
+    (1, 768, 2, 1, (256, 1 << 20), (1, 2)),
+    (2, 1002, 2, 1, (256, 512), (1, 2)),
+    (1, 901, 1, 1, (256, 768), (1, 2)),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(monkeypatch, case, causal):
+    """Programs that take several tiles each; gradients of out and of lse."""
+    batch, n, heads, kv_heads, lengths, rates = case
+    if causal:
+        n -= n % rates[-1]
+    width = 64
+    pattern = DilatedPattern(lengths, rates, kv_heads, "modulo")
+    problem = Problem(pattern, causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
+    q, k, v, grad_out = (torch.randn(batch, n, h, width) for h in (heads, kv_heads, kv_heads, heads))
+    grad_lse = torch.randn(batch, heads, n)
+
+    def oracle(dtype):
+        x = [y.to(dtype).requires_grad_() for y in (q, k, v)]
+        out, lse = reference.attention(*x, problem)
+        total = (out * grad_out.to(dtype)).sum() + (lse * grad_lse.to(dtype)).sum()
+        return out.detach(), lse.detach(), torch.autograd.grad(total, x)
+
+    out, lse, exact = oracle(torch.float64)
+    monkeypatch.setattr(launch, "programs_on", lambda _: 3)
+    monkeypatch.setitem(views._TYPES, torch.float32, gl.float32)
+    work = prepare(QKV(q, k, v), problem, NO_MASKS)
+    saved, grad = AttentionOutput(out.float(), lse.float()), OutputGradient(grad_out, grad_lse)
+    with gluon_emulator.emulating():
+        configs = launch_backward.configs_for(work, "backward")
+        ours = launch_backward.backward(work, grad, saved, Tape(), *configs)
+    # Rounding a logit moves its weight by as much, relatively.
+    logit = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * width**-0.5
+    allowed = (2 + logit) * torch.finfo(torch.float32).eps
+    for name, got, want, plain in zip(("dq", "dk", "dv"), ours, exact, oracle(torch.float32)[2], strict=True):
+        assert relative_norm(got, want) <= 2 * relative_norm(plain, want) + allowed, name
