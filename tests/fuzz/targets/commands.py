@@ -21,7 +21,8 @@ from fuzz.table import target
 
 _WRONG = ("", "-1", "0", "1", "3", "2147483648", "9223372036854775807", "9223372036854775808", "1e400", "nan", "inf",
           "0.5", "x", "1,2", "1,,2", ",", "1,2,3,4,5,6", "modulo", "cuda", "cuda:7", "meta", "[bold]", "all",
-          "{folder}", "{folder}/none/at/all", "None", "9" * 5000, "None=None", "steps=-1", "alternate", "\u00e9\n")  # fmt: skip
+          "{folder}", "{folder}/none/at/all", "None", "9" * 5000, "None=None", "steps=-1", "alternate",
+          "\u00e9\n")  # fmt: skip
 
 _MODEL = {"--checkpoint": "{slides}/encoder", "--device": "cpu"}
 # Of each command: what is given for positional arguments, and right options. All others it has are spoiled too.
