@@ -1,9 +1,9 @@
 """Whether a longer context helps, and which pattern makes use of it: byte models trained from scratch on source code.
 
-    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--steps 250] [--out FOLDER]
+    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--steps 500] [--out FOLDER]
     python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, a minute: tiny models, nothing to conclude
 
-Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 262,144 of them, as windows of
+Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 131,072 of them, as windows of
 one context; weights are bf16, with masters in fp32. The text is the installed packages' Python files in the order of
 their paths, one package after another; packages drawn by their name's hash are for validation alone, and all runs are
 judged on the same bytes of them.
@@ -52,8 +52,8 @@ class Setup:
     width: int = 512
     layers: int = 8
     heads: int = 8
-    step_bytes: int = 1 << 18
-    steps: int = 250
+    step_bytes: int = 1 << 17
+    steps: int = 500
     learning_rate: float = 1e-3
     contexts: tuple[int, ...] = (2048, 8192, 32_768, 131_072)
     longest_dense: int = 32_768
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name holds one of these texts")
     parser.add_argument("--seconds", type=float, default=500.0, help="stop training after so long")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="of each run; 250 by default")
+    parser.add_argument("--steps", type=int, help="of each run; 500 by default")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     arguments = parser.parse_args()
     setup = SMOKE if arguments.smoke else Setup()
