@@ -24,7 +24,7 @@ from dilated_attention_pytorch.kernels.triton.work import prepare
 from dilated_attention_pytorch.testing import relative_norm
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
 
-# Batch, tokens, heads, key heads, lengths, rates: rates that skip and that repeat, groups, segments and blocks cut short.
+# Batch, tokens, heads, key heads, lengths, rates: some skip, some repeat; groups; segments and blocks cut short.
 CASES = [
     (1, 1024, 2, 1, (256, 512, 1024), (1, 2, 2)),
     (1, 1536, 2, 2, (512, 1024), (1, 4)),
@@ -60,7 +60,7 @@ def test_gradients(monkeypatch, case, causal):
     work = prepare(QKV(q, k, v), problem, NO_MASKS)
     saved, grad = AttentionOutput(out.float(), lse.float()), OutputGradient(grad_out, grad_lse)
     with gluon_emulator.emulating():
-        configs = launch_backward.configs_for(work, "backward")
+        configs = launch_backward.configs_for(work)
         ours = launch_backward.backward(work, grad, saved, Tape(), *configs)
     # Rounding a logit moves its weight by as much, relatively.
     logit = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * width**-0.5
