@@ -117,14 +117,15 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
                 launch_aligned.backward(work, grad, saved, tape, config("aligned_dq"), config("aligned_dkv"))
             if capability == 90 and dtype != SINGLE:
                 hopper.forward(work, tape, *hopper.configs_for(work))
-                if not is_causal:  # a sequence whose end cuts tiles
-                    short = QKV(*3 * (q[:, :-1],))
-                    cut = work._replace(x=short, problem=replace(problem, seq_len=n - 1))
-                    hopper.forward(cut, tape, *hopper.configs_for(cut))
-                    grad_cut, saved_cut = OutputGradient(short.q, None), AttentionOutput(short.q, lse[:, :, :-1])
-                    hopper_backward.backward(cut, grad_cut, saved_cut, tape, *hopper_backward.configs_for(cut))
                 # dQ, then dK and dV.
                 hopper_backward.backward(work, grad, saved, tape, *hopper_backward.configs_for(work))
+                # A sequence whose end cuts tiles, and whose residues differ in length.
+                short = QKV(*3 * (q[:, :-1],))
+                cut = work._replace(x=short, problem=replace(problem, seq_len=n - 1))
+                hopper.forward(cut, tape, *hopper.configs_for(cut))
+                if not is_causal:
+                    grad_cut, saved_cut = OutputGradient(short.q, None), AttentionOutput(short.q, lse[:, :, :-1])
+                    hopper_backward.backward(cut, grad_cut, saved_cut, tape, *hopper_backward.configs_for(cut))
         # A decoding step, with key heads that share rows and rotary positions.
         pattern = DilatedPattern(lengths, rates, max(1, heads // 3))
         q, kv = (torch.empty(1, 1, h, width, dtype=getattr(torch, dtype)) for h in (heads, pattern.num_heads))
