@@ -12,6 +12,9 @@ CASES = {
     "aligned, ragged end": (1000, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2]}),
     "aligned, fewer keys": (1000, {"segment_lengths": [2048], "dilation_rates": [2], "num_keys": 700}),
     "short causal": (1000, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2], "is_causal": True}),
+    # Long enough for the kernels that Hopper has for itself.
+    "long, ragged end": (6201, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2]}),
+    "long causal": (6202, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2], "is_causal": True}),
     "general": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3]}),
     "general causal": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3], "is_causal": True}),
     "zero keys": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3], "padding": "zero_keys"}),

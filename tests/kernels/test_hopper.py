@@ -39,10 +39,8 @@ def draw(seed):
     while len(lengths) < len(rates):
         lengths.append(lengths[-1] * chance.choice([1, 2, 2, 3]))
     n = chance.randint(max(lengths[0] + rates[-1], 128 * rates[-1]), max(12_000, 2 * lengths[0]))
-    if causal:
-        n -= n % rates[-1]
-    elif chance.random() < 0.3:
-        n = 128 * rates[-1] * max(1, n // (128 * rates[-1]))
+    if chance.random() < 0.3:
+        n = 128 * rates[-1] * (n // (128 * rates[-1]) + 1)
     kv_heads = chance.randint(1, 3)
     heads = kv_heads * chance.choice([1, 1, 2, 4])
     dtype = chance.choice([torch.bfloat16, torch.float16])

@@ -24,7 +24,8 @@ from dilated_attention_pytorch.kernels.triton.work import prepare
 from dilated_attention_pytorch.testing import relative_norm
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
 
-# Batch, tokens, heads, key heads, lengths, rates: rates that skip and that repeat, groups, segments and blocks cut short.
+WIDTH = 64
+# Batch, tokens, heads, key heads, lengths, rates: some skip, some repeat; groups; segments and blocks cut short.
 CASES = [
     (1, 1024, 2, 1, (256, 512, 1024), (1, 2, 2)),
     (1, 1536, 2, 2, (512, 1024), (1, 4)),
@@ -35,35 +36,59 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients(monkeypatch, case, causal):
-    """Programs that take several tiles each; gradients of out and of lse."""
+def call(case, causal):
+    """Inputs, cotangents of out and lse, the problem, and the reference in a dtype: out, lse and gradients."""
     batch, n, heads, kv_heads, lengths, rates = case
     if causal:
         n -= n % rates[-1]
-    width = 64
-    pattern = DilatedPattern(lengths, rates, kv_heads, "modulo")
-    problem = Problem(pattern, causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
-    q, k, v, grad_out = (torch.randn(batch, n, h, width) for h in (heads, kv_heads, kv_heads, heads))
+    problem = Problem(
+        DilatedPattern(lengths, rates, kv_heads, "modulo"), causal, WIDTH**-0.5, 0.0, 0, 0, n, "exact", "none"
+    )
+    q, k, v, grad_out = (torch.randn(batch, n, h, WIDTH) for h in (heads, kv_heads, kv_heads, heads))
     grad_lse = torch.randn(batch, heads, n)
 
     def oracle(dtype):
         x = [y.to(dtype).requires_grad_() for y in (q, k, v)]
         out, lse = reference.attention(*x, problem)
         total = (out * grad_out.to(dtype)).sum() + (lse * grad_lse.to(dtype)).sum()
-        return out.detach(), lse.detach(), torch.autograd.grad(total, x)
+        return AttentionOutput(out.detach(), lse.detach()), torch.autograd.grad(total, x)
 
-    out, lse, exact = oracle(torch.float64)
+    return QKV(q, k, v), OutputGradient(grad_out, grad_lse), problem, oracle
+
+
+def run(monkeypatch, x, grad, saved, problem):
+    """dq, dk and dv, by few programs with several tiles each."""
     monkeypatch.setattr(launch, "programs_on", lambda _: 3)
     monkeypatch.setitem(views._TYPES, torch.float32, gl.float32)
-    work = prepare(QKV(q, k, v), problem, NO_MASKS)
-    saved, grad = AttentionOutput(out.float(), lse.float()), OutputGradient(grad_out, grad_lse)
+    work, saved = prepare(x, problem, NO_MASKS), AttentionOutput(*(y.float() for y in saved))
     with gluon_emulator.emulating():
-        configs = launch_backward.configs_for(work, "backward")
-        ours = launch_backward.backward(work, grad, saved, Tape(), *configs)
+        return launch_backward.backward(work, grad, saved, Tape(), *launch_backward.configs_for(work))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(monkeypatch, case, causal):
+    x, grad, problem, oracle = call(case, causal)
+    saved, exact = oracle(torch.float64)
+    ours = run(monkeypatch, x, grad, saved, problem)
     # Rounding a logit moves its weight by as much, relatively.
-    logit = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * width**-0.5
+    logit = float(x.q.norm(dim=-1).max() * x.k.norm(dim=-1).max()) * WIDTH**-0.5
     allowed = (2 + logit) * torch.finfo(torch.float32).eps
-    for name, got, want, plain in zip(("dq", "dk", "dv"), ours, exact, oracle(torch.float32)[2], strict=True):
+    for name, got, want, plain in zip(("dq", "dk", "dv"), ours, exact, oracle(torch.float32)[1], strict=True):
         assert relative_norm(got, want) <= 2 * relative_norm(plain, want) + allowed, name
+
+
+def test_the_emulator_sees_what_goes_wrong(monkeypatch):
+    """A slot that nobody gives back is a deadlock, and without barriers nothing comes out right."""
+    x, grad, problem, oracle = call(CASES[0], False)
+    saved, exact = oracle(torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(gluon_emulator, "DEADLOCK", 1.0)
+        patch.setattr(gluon_emulator._BARRIERS, "arrive", lambda *_, **__: None)
+        with pytest.raises(RuntimeError, match="deadlock"):
+            run(patch, x, grad, saved, problem)
+    with monkeypatch.context() as patch:
+        for name in ("arrive", "expect", "wait"):
+            patch.setattr(gluon_emulator._BARRIERS, name, lambda *_, **__: None)
+        for got, want in zip(run(patch, x, grad, saved, problem), exact, strict=True):
+            assert not relative_norm(got, want) < 0.1

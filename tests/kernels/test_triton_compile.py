@@ -45,9 +45,10 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
     from dilated_attention_pytorch.kernels import decode_layout
     from dilated_attention_pytorch.kernels.triton import configs, launch_aligned, launch_branches, launch_decode
     from dilated_attention_pytorch.kernels.triton.hopper import launch as hopper
+    from dilated_attention_pytorch.kernels.triton.hopper import launch_backward as hopper_backward
     from dilated_attention_pytorch.kernels.triton.replay import Tape
     from dilated_attention_pytorch.kernels.triton.work import Work
-    from dilated_attention_pytorch.types import NO_MASKS, QKV, OutputGradient
+    from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
 
     class NoGPU:
         def get_current_target(self):
@@ -111,16 +112,20 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             launch_branches.backward_dkv(work, terms, tape, config("dkv"), branches=(1,))
             if not configs.candidates("aligned_forward", q, is_causal):
                 continue
-            saved = launch_aligned.forward(work, tape, config("aligned_forward"))
+            saved, grad = launch_aligned.forward(work, tape, config("aligned_forward")), OutputGradient(q, None)
             if not is_causal:
-                grad, both = OutputGradient(q, None), (config("aligned_dq"), config("aligned_dkv"))
-                launch_aligned.backward(work, grad, saved, tape, *both)
+                launch_aligned.backward(work, grad, saved, tape, config("aligned_dq"), config("aligned_dkv"))
             if capability == 90 and dtype != SINGLE:
                 hopper.forward(work, tape, *hopper.configs_for(work))
-                if not is_causal:  # a sequence whose end cuts tiles
-                    short = QKV(*3 * (q[:, :-1],))
-                    cut = work._replace(x=short, problem=replace(problem, seq_len=n - 1))
-                    hopper.forward(cut, tape, *hopper.configs_for(cut))
+                # dQ, then dK and dV.
+                hopper_backward.backward(work, grad, saved, tape, *hopper_backward.configs_for(work))
+                # A sequence whose end cuts tiles, and whose residues differ in length.
+                short = QKV(*3 * (q[:, :-1],))
+                cut = work._replace(x=short, problem=replace(problem, seq_len=n - 1))
+                hopper.forward(cut, tape, *hopper.configs_for(cut))
+                if not is_causal:
+                    grad_cut, saved_cut = OutputGradient(short.q, None), AttentionOutput(short.q, lse[:, :, :-1])
+                    hopper_backward.backward(cut, grad_cut, saved_cut, tape, *hopper_backward.configs_for(cut))
         # A decoding step, with key heads that share rows and rotary positions.
         pattern = DilatedPattern(lengths, rates, max(1, heads // 3))
         q, kv = (torch.empty(1, 1, h, width, dtype=getattr(torch, dtype)) for h in (heads, pattern.num_heads))
@@ -163,7 +168,8 @@ def compiled(request) -> tuple[int, list[dict]]:
 
 def test_every_kernel_compiles(compiled):
     capability, reports = compiled
-    hoppers = {"hopper_forward", "hopper_forward_causal"} if capability == 90 else set()
+    parts = "forward", "forward_causal", "backward", "backward_causal"
+    hoppers = {f"hopper_{part}" for part in parts} if capability == 90 else set()
     assert {r["kernel"] for r in reports} - hoppers == {
         "branch_forward", "branch_backward_dq", "branch_backward_dkv", "aligned_forward", "aligned_backward_dq",
         "aligned_backward_dkv", "decode_split", "decode_merge",
@@ -185,9 +191,14 @@ def test_shared_memory_fits(compiled):
 
 
 def test_nothing_spills(compiled):
-    """But for what a producer warp of Hopper's, with its 24 registers, keeps from tile to tile."""
-    spilled = spilling(compiled[1])
-    assert [r for r in spilled if not r["kernel"].startswith("hopper") or r["spills"] > 8] == []
+    """But for what a producer warp of Hopper's, with its 24 registers, keeps from tile to tile, and for the backward
+    at D = 128: two accumulators, P and dS fill all registers, and tiles that fill fewer are slower (docs/log.md)."""
+
+    def allowed(report):
+        wide = report["kernel"].startswith("hopper_backward") and report["d"] == 128
+        return report["kernel"].startswith("hopper") and report["spills"] <= (200 if wide else 8)
+
+    assert [r for r in spilling(compiled[1]) if not allowed(r)] == []
 
 
 def test_the_copy_engine_loads_on_hopper(compiled):

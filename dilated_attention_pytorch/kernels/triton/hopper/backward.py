@@ -77,8 +77,8 @@ def _produce(
             column1 = batch * b1_strides.batch + b_head * b1_strides.head
             column2 = batch * b2_strides.batch + b_head * b2_strides.head
             context = (
-                column1, column2, b1_strides, b2_strides, (batch * num_heads + b_head) * R, length, apart, remainder, b1,
-                b2, terms_view, memory,
+                column1, column2, b1_strides, b2_strides, (batch * num_heads + b_head) * R, length, apart, remainder,
+                b1, b2, terms_view, memory,
             )  # fmt: skip
             it = walk.each_block(visit, context, it, row, level, kv_head, whole, LENGTHS, RATES, BN)
             if not EVEN:
@@ -125,7 +125,7 @@ def _consume(
         batch, head, kv_head, residue, row, level = _tile_of(tile, sizes, DKV, RATES)
         ends = walk.steps_up_to(row, level, whole, LENGTHS, RATES, BN)
         terms_row = ((batch * num_heads + head) * R + residue).to(gl.int64) * length
-        _, row_terms = shared.rows_of(
+        _places, row_terms = shared.rows_of(
             terms, terms_row, row + WHICH * shared.HALF, 1, length, num_batches.to(gl.int64) * num_heads * R * length,
             memory, DKV,
         )  # fmt: skip

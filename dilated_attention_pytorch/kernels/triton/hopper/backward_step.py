@@ -218,8 +218,9 @@ def rows_of(terms, base, first, stride, num_places, apart, memory, DKV: gl.const
 @gluon.jit
 def start(turn, memory, WHICH: gl.constexpr):
     """Waits for the program's next tile: this half of the pair, and its accumulators."""
+    D: gl.constexpr = memory.b1.shape[2]
     mbarrier.wait(memory.a_full.index(WHICH), turn & 1)
-    acc = gl.zeros([HALF, memory.b1.shape[2]], gl.float32, stages.layout_of(memory.b1.shape[2]))
+    acc = gl.zeros([HALF, D], gl.float32, stages.layout_of(D))
     return (memory.a1.index(WHICH), memory.a2.index(WHICH)), acc, acc
 
 

@@ -14,44 +14,50 @@ from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
 
 
 @gluon.jit
-def _copy_rows(views, index, row, column, bar, to):
-    """Starts to load rows at the stride RATES[index], which the view of that index has."""
-    a, b, c, d, e = views
-    if index == 0:
-        tma.async_copy_global_to_shared(a, [row, column], bar, to)
-    elif index == 1:
-        tma.async_copy_global_to_shared(b, [row, column], bar, to)
-    elif index == 2:
-        tma.async_copy_global_to_shared(c, [row, column], bar, to)
-    elif index == 3:
-        tma.async_copy_global_to_shared(d, [row, column], bar, to)
-    else:
-        tma.async_copy_global_to_shared(e, [row, column], bar, to)
+def _copy_rows(views, index, row, residue, column, num_keys, bar, to, RATES: gl.constexpr):
+    """Starts to load rows at the stride RATES[index], which the views of that index have."""
+    every, longer = views
+    has_more = residue < walk.modulo(num_keys, index, RATES)
+    for i in gl.static_range(len(RATES)):
+        if longer[i] is None:
+            if index == i:
+                tma.async_copy_global_to_shared(every[i], [row, column], bar, to)
+        else:
+            if (index == i) & has_more:
+                tma.async_copy_global_to_shared(longer[i], [row, column], bar, to)
+            if (index == i) & (not has_more):
+                tma.async_copy_global_to_shared(every[i], [row, column], bar, to)
 
 
 @gluon.jit
-def _fill(context, it, index, row, residue):
+def _fill(context, it, index, row, residue, RATES: gl.constexpr):
     """Loads the blocks of one step, as soon as its stage is empty."""
-    k_views, v_views, k_column, v_column, k_stride, v_stride, smem, bars = context
+    k_views, v_views, k_column, v_column, k_stride, v_stride, num_keys, smem, bars = context
     _, k_smem, v_smem = smem
     _, _, k_full, k_empty, v_full, v_empty, _ = bars
     STAGES: gl.constexpr = k_smem.shape[0]
     stage = it % STAGES
     phase = (it // STAGES) & 1
+    k_column += residue * k_stride
+    v_column += residue * v_stride
     mbarrier.wait(k_empty.index(stage), phase ^ 1)
-    mbarrier.expect(k_full.index(stage), k_views[0].block_type.nbytes)
-    _copy_rows(k_views, index, row, k_column + residue * k_stride, k_full.index(stage), k_smem.index(stage))
+    mbarrier.expect(k_full.index(stage), k_views[0][0].block_type.nbytes)
+    _copy_rows(k_views, index, row, residue, k_column, num_keys, k_full.index(stage), k_smem.index(stage), RATES)
     mbarrier.wait(v_empty.index(stage), phase ^ 1)
-    mbarrier.expect(v_full.index(stage), v_views[0].block_type.nbytes)
-    _copy_rows(v_views, index, row, v_column + residue * v_stride, v_full.index(stage), v_smem.index(stage))
+    mbarrier.expect(v_full.index(stage), v_views[0][0].block_type.nbytes)
+    _copy_rows(v_views, index, row, residue, v_column, num_keys, v_full.index(stage), v_smem.index(stage), RATES)
     return it + 1
 
 
 @gluon.jit
 def _fill_side(context, it, row, residue, multiplicity):
-    """The same for a block that `walk.each_side_block` visits."""
-    longest, context = context
-    return _fill(context, it, longest, row, residue)
+    """Loads a block that `walk.each_side_block` visits."""
+    k_views, v_views, k_column, v_column, k_stride, v_stride, remainder, smem, bars = context
+    stages.fill(
+        it, k_views, v_views, row, residue, k_column + residue * k_stride, v_column + residue * v_stride, remainder,
+        smem, bars,
+    )  # fmt: skip
+    return it + 1
 
 
 @gluon.jit
@@ -62,7 +68,7 @@ def _produce(
     views, smem, bars, _, strides, sizes, _ = work
     q_views, k_views, v_views = views
     q_strides, k_strides, v_strides = strides
-    _, num_heads, group, num_segments, num_tiles = sizes
+    num_keys, num_heads, group, num_segments, num_tiles = sizes
     q_smem, k_smem, _ = smem
     q_full, q_empty, _, _, _, _, _ = bars
     NB: gl.constexpr = len(RATES)
@@ -82,15 +88,14 @@ def _produce(
         column = batch * q_strides.batch + head * q_strides.head + residue * q_strides.row
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_views[0].block_type.nbytes)
-            _copy_rows(q_views, index, row + w * HM, column, q_full.index(w), q_smem.index(w))
+            mbarrier.expect(q_full.index(w), q_views[0][0].block_type.nbytes)
+            _copy_rows(q_views, index, row + w * HM, residue, column, num_keys, q_full.index(w), q_smem.index(w), RATES)
         low = residue + first * stride
         middle = low + (HM - 1) * stride
         high = middle + HM * stride
-        context = (
-            k_views, v_views, batch * k_strides.batch + kv_head * k_strides.head,
-            batch * v_strides.batch + kv_head * v_strides.head, k_strides.row, v_strides.row, smem, bars,
-        )  # fmt: skip
+        k_column = batch * k_strides.batch + kv_head * k_strides.head
+        v_column = batch * v_strides.batch + kv_head * v_strides.head
+        context = (k_views, v_views, k_column, v_column, k_strides.row, v_strides.row, num_keys, smem, bars)
         for part in gl.static_range(3):
             for shown in range(1, level + 1):
                 begin, hop, step, at = walk.residues_of(shown, level, RATES)
@@ -101,18 +106,20 @@ def _produce(
                     both = walk.blocks_before(key, at, low, middle, RATES, BN)[1]
                     if part == 0:
                         for b in range(0, dense):
-                            it = _fill(context, it, at, base + b * BN, key)
+                            it = _fill(context, it, at, base + b * BN, key, RATES)
                     elif part == 1:
                         for b in range(dense, both):
-                            it = _fill(context, it, at, base + b * BN, key)
+                            it = _fill(context, it, at, base + b * BN, key, RATES)
                     else:
                         for b in range(both, some):
-                            it = _fill(context, it, at, base + b * BN, key)
+                            it = _fill(context, it, at, base + b * BN, key, RATES)
             if part == 0:
                 start = segment * (LENGTHS[0] // RATES[NB - 1])
-                it = walk.each_side_block(
-                    _fill_side, (NB - 1, context), it, start, level, kv_head, 0, False, LENGTHS, RATES, BN
-                )
+                k_last = k_views[0][NB - 1], k_views[1][NB - 1]
+                v_last = v_views[0][NB - 1], v_views[1][NB - 1]
+                remainder = num_keys % RATES[NB - 1]
+                side = (k_last, v_last, k_column, v_column, k_strides.row, v_strides.row, remainder, smem, bars)
+                it = walk.each_side_block(_fill_side, side, it, start, level, kv_head, 0, False, LENGTHS, RATES, BN)
         turn += 1
 
 
@@ -207,22 +214,27 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["num_keys", "num_heads", "group", "num_segments", "num_tiles"])
 def hopper_forward_causal(
-    q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4, out, lse, q_strides, k_strides, v_strides,
+    q0, q1, q2, q3, q4, q0_longer, q1_longer, q2_longer, q3_longer, q4_longer,
+    k0, k1, k2, k3, k4, k0_longer, k1_longer, k2_longer, k3_longer, k4_longer,
+    v0, v1, v2, v3, v4, v0_longer, v1_longer, v2_longer, v3_longer, v4_longer,
+    out, lse, q_strides, k_strides, v_strides,
     num_keys, num_heads, group, num_segments, num_tiles, qk_scale,
     LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and lse.
 
     Args:
-        q0, q1, ..: views by residue (`views.residue_views`), of each rate; the last again where there are fewer.
+        q0, q0_longer, ..: views by residue of each rate (`views.residue_views`); None beyond the last rate.
         group: query heads per key head.
         num_segments: segments of the shortest branch.
     """
     smem, bars = stages.allocate(q0, k0, STAGES)
-    views = (q0, q1, q2, q3, q4), (k0, k1, k2, k3, k4), (v0, v1, v2, v3, v4)
+    q = (q0, q1, q2, q3, q4), (q0_longer, q1_longer, q2_longer, q3_longer, q4_longer)
+    k = (k0, k1, k2, k3, k4), (k0_longer, k1_longer, k2_longer, k3_longer, k4_longer)
+    v = (v0, v1, v2, v3, v4), (v0_longer, v1_longer, v2_longer, v3_longer, v4_longer)
     strides = q_strides, k_strides, v_strides
     sizes = num_keys, num_heads, group, num_segments, num_tiles
-    work = views, smem, bars, (out, lse), strides, sizes, qk_scale
+    work = (q, k, v), smem, bars, (out, lse), strides, sizes, qk_scale
     gl.warp_specialize([
         (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 0)),
         (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 1)),

@@ -61,7 +61,9 @@ def allocate(q_view, k_view, STAGES: gl.constexpr):
 def copy_rows(views, row, residue, column, remainder, bar, to):
     """Starts to load a block: rows of a residue from `row` on, as `views.residue_views` describes them."""
     every, longer = views
-    if residue < remainder:
+    if longer is None:
+        tma.async_copy_global_to_shared(every, [row, column], bar, to)
+    elif residue < remainder:
         tma.async_copy_global_to_shared(longer, [row, column], bar, to)
     else:
         tma.async_copy_global_to_shared(every, [row, column], bar, to)

@@ -17,9 +17,9 @@ def residue_views(x: Tensor, stride: int, rows: int) -> tuple[TensorDescriptor, 
     not as the next batch's. Where the stride does not divide N, the first residues have a row more than the others:
     the second view is theirs, and ends where the tensor does.
     """
-    n, every = x.shape[1], x.shape[1] // stride
-    view = _view(x, every, stride, stride, rows)
-    return view, view if n % stride == 0 else _view(x, every + 1, n % stride, stride, rows)
+    length, longer = divmod(x.shape[1], stride)
+    view = _view(x, length, stride, stride, rows)
+    return view, _view(x, length + 1, longer, stride, rows) if longer else view
 
 
 def columns_of(x: Tensor, residues: int) -> int:
