@@ -95,7 +95,7 @@ def _launch(
     blocks = *((x, ROWS // 2) for x in a), *((x, block) for x in b)
     padded = _padded(work)
     num_tiles = batch * a[0].shape[2] * padded // ROWS
-    sizes = (num_tiles, batch, heads, heads // k.shape[2])
+    sizes: tuple[int, ...] = (num_tiles, batch, heads, heads // k.shape[2])
     flags: dict[str, Any] = {"DKV": len(like) == 2, "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": stages}
     if problem.is_causal:
         kernel: Any = backward_causal.hopper_backward_causal
