@@ -32,8 +32,8 @@ def _load(context, it, row, residue, DKV: gl.constexpr):
     """Loads a block of the streamed pair."""
     column1, column2, strides1, strides2, terms_row, length, apart, remainder, b1, b2, terms, memory = context
     shared.load_step(
-        it, gl.where(residue < remainder, 1, 0), row, residue * strides1.row + column1,
-        residue * strides2.row + column2, (terms_row + residue) * length + row, apart, b1, b2, (terms,), memory, DKV,
+        it, 0, residue < remainder, row, residue * strides1.row + column1, residue * strides2.row + column2,
+        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, DKV,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def _produce(
 ):
     """The warp that loads."""
     views, memory, _, _, strides, sizes, _ = work
-    a1, a2, b1, b2, terms_view = views
+    a1, a2, b1, b2, terms_views = views
     a1_strides, a2_strides, b1_strides, b2_strides, _ = strides
     num_tiles, num_batches, num_heads, group, _, num_rows, length = sizes
     R: gl.constexpr = RATES[len(RATES) - 1]
@@ -68,7 +68,7 @@ def _produce(
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         batch, head, kv_head, residue, row, level = _tile_of(tile, sizes, DKV, RATES)
         shared.load_tile(
-            turn, gl.where(residue < remainder, 1, 0), row,
+            turn, 0, residue < remainder, row,
             batch * a1_strides.batch + residue * a1_strides.row + head * a1_strides.head,
             batch * a2_strides.batch + residue * a2_strides.row + head * a2_strides.head, a1, a2, memory,
         )  # fmt: skip
@@ -78,7 +78,7 @@ def _produce(
             column2 = batch * b2_strides.batch + b_head * b2_strides.head
             context = (
                 column1, column2, b1_strides, b2_strides, (batch * num_heads + b_head) * R, length, apart, remainder,
-                b1, b2, terms_view, memory,
+                b1, b2, terms_views, memory,
             )  # fmt: skip
             it = walk.each_block(visit, context, it, row, level, kv_head, whole, LENGTHS, RATES, BN)
             if not EVEN:
@@ -158,17 +158,17 @@ def hopper_backward(
     """dq into grad1; or dk into grad1 and dv into grad2.
 
     Args:
-        a1, a1_longer, ..: views by residue (`views.residue_views`) of the pairs, in halves of tiles and in blocks.
+        a1, a1_longer, ..: views by residue (`views.stride_views`) of the pairs, in halves of tiles and in blocks.
         terms: `[2, B, H, R, length]`, lse (log2) and delta of each query; terms_view is the same, flat.
         group: query heads per key head.
         num_blocks: tiles per residue.
         EVEN: whether the sequence is a whole number of tiles.
     """
     memory = shared.allocate(a1, b1, terms_view, STAGES)
-    if EVEN:
-        views = (a1,), (a2,), (b1,), (b2,), terms_view
-    else:
-        views = (a1, a1_longer), (a2, a2_longer), (b1, b1_longer), (b2, b2_longer), terms_view
+    views = (
+        ((a1,), (a1_longer,)), ((a2,), (a2_longer,)), ((b1,), (b1_longer,)), ((b2,), (b2_longer,)),
+        ((terms_view,), (None,)),
+    )  # fmt: skip
     strides = a1_strides, a2_strides, b1_strides, b2_strides, grad_strides
     sizes = num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length
     work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)

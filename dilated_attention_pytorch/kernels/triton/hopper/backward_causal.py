@@ -69,11 +69,18 @@ def _load_queries(context, it, row, residue, multiplicity):
 @gluon.jit
 def _load(context, it, row, residue, DKV: gl.constexpr):
     """Loads a block of another ring."""
-    column1, column2, strides1, strides2, terms_row, length, apart, b1, b2, terms, memory = context
+    column1, column2, strides1, strides2, terms_row, length, apart, remainder, b1, b2, terms, memory = context
     shared.load_step(
-        it, 0, row, residue * strides1.row + column1, residue * strides2.row + column2,
-        (terms_row + residue) * length + row, apart, (b1,), (b2,), (terms,), memory, DKV,
+        it, 0, residue < remainder, row, residue * strides1.row + column1, residue * strides2.row + column2,
+        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, DKV,
     )  # fmt: skip
+
+
+@gluon.jit
+def _last(views, NB: gl.constexpr):
+    """The views of the largest stride alone."""
+    every, longer = views
+    return (every[NB - 1],), (longer[NB - 1],)
 
 
 @gluon.jit
@@ -82,7 +89,7 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
     views, memory, _, _, strides, sizes, _ = work
     a1, a2, b1, b2, terms_views = views
     a1_strides, a2_strides, b1_strides, b2_strides, _ = strides
-    num_tiles, num_batches, num_heads, group, num_segments, _ = sizes
+    num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
     NB: gl.constexpr = len(RATES)
     R: gl.constexpr = RATES[NB - 1]
     BN: gl.constexpr = memory.b1.shape[1]
@@ -95,7 +102,8 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
         batch, head, kv_head, segment, level, index, low = _tile_of(tile, sizes, DKV, LENGTHS, RATES)
         residue = walk.modulo(low, index, RATES)
         shared.load_tile(
-            turn, index, walk.divide(segment * LENGTHS[0] + low, index, RATES, 1),
+            turn, index, residue < walk.modulo(num_rows, index, RATES),
+            walk.divide(segment * LENGTHS[0] + low, index, RATES, 1),
             batch * a1_strides.batch + residue * a1_strides.row + head * a1_strides.head,
             batch * a2_strides.batch + residue * a2_strides.row + head * a2_strides.head, a1, a2, memory,
         )  # fmt: skip
@@ -110,20 +118,22 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
                 begin, hop, every, at = walk.residues_of(shown, level, RATES)
                 start = walk.divide(segment * LENGTHS[0], at, RATES, 1)
                 length = walk.divide(padded, at, RATES, 1)
+                remainder = walk.modulo(num_rows, at, RATES)
                 for z in range(begin, hop, every):
                     place = walk.modulo(kv_head + z, at, RATES)
                     first, end = _blocks_met(place, at, low, high, BN, DKV, LENGTHS, RATES)
                     for block in range(first, end):
                         row = start + block * BN
                         shared.load_step(
-                            it, at, row, place * b1_strides.row + column1, place * b2_strides.row + column2,
-                            (terms_row * hop + place) * length + row, apart, b1, b2, terms_views, memory, DKV,
+                            it, at, place < remainder, row, place * b1_strides.row + column1,
+                            place * b2_strides.row + column2, (terms_row * hop + place) * length + row, apart, b1, b2,
+                            terms_views, memory, DKV,
                         )  # fmt: skip
                         it += 1
             # Those of the other rings.
             context = (
-                column1, column2, b1_strides, b2_strides, terms_row * R, padded // R, apart, b1[NB - 1], b2[NB - 1],
-                terms_views[NB - 1], memory,
+                column1, column2, b1_strides, b2_strides, terms_row * R, padded // R, apart, num_rows % R,
+                _last(b1, NB), _last(b2, NB), _last(terms_views, NB), memory,
             )  # fmt: skip
             it = walk.each_side_block(
                 visit, context, it, segment * (LENGTHS[0] // R), level, kv_head, padded // R, DKV, LENGTHS, RATES, BN
@@ -215,8 +225,11 @@ def _pass(it, number, memory):
 
 @gluon.jit(do_not_specialize=["num_tiles", "num_batches", "num_heads", "group", "num_segments", "num_rows"])
 def hopper_backward_causal(
-    a1_0, a1_1, a1_2, a1_3, a1_4, a2_0, a2_1, a2_2, a2_3, a2_4, b1_0, b1_1, b1_2, b1_3, b1_4, b2_0, b2_1, b2_2, b2_3,
-    b2_4, terms_0, terms_1, terms_2, terms_3, terms_4, terms, grad1, grad2,
+    a1_0, a1_1, a1_2, a1_3, a1_4, a1_longer_0, a1_longer_1, a1_longer_2, a1_longer_3, a1_longer_4,
+    a2_0, a2_1, a2_2, a2_3, a2_4, a2_longer_0, a2_longer_1, a2_longer_2, a2_longer_3, a2_longer_4,
+    b1_0, b1_1, b1_2, b1_3, b1_4, b1_longer_0, b1_longer_1, b1_longer_2, b1_longer_3, b1_longer_4,
+    b2_0, b2_1, b2_2, b2_3, b2_4, b2_longer_0, b2_longer_1, b2_longer_2, b2_longer_3, b2_longer_4,
+    terms_0, terms_1, terms_2, terms_3, terms_4, terms, grad1, grad2,
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_segments, num_rows, qk_scale, scale,
     DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr,
@@ -224,18 +237,20 @@ def hopper_backward_causal(
     """dq into grad1; or dk into grad1 and dv into grad2.
 
     Args:
-        a1_0, a1_1, ..: views by residue (`views.residue_views`) of the pairs, of each rate, in halves of tiles and in
-            blocks; the last again where there are fewer.
-        terms_0, terms_1, ..: flat, `[2, B, H, r, length]` for each rate r, in whole segments: lse (log2) and delta.
+        a1_0, a1_longer_0, ..: views by residue of each rate (`views.stride_views`) of the pairs, in halves of tiles and
+            in blocks; None beyond the last rate.
+        terms_0, ..: flat, `[2, B, H, r, length]` for each rate r, in whole segments: lse (log2) and delta.
         terms: the same at rate 1.
         group: query heads per key head.
         num_segments: segments of the shortest branch.
     """
     memory = shared.allocate(a1_0, b1_0, terms_0, STAGES)
-    views = (
-        (a1_0, a1_1, a1_2, a1_3, a1_4), (a2_0, a2_1, a2_2, a2_3, a2_4), (b1_0, b1_1, b1_2, b1_3, b1_4),
-        (b2_0, b2_1, b2_2, b2_3, b2_4), (terms_0, terms_1, terms_2, terms_3, terms_4),
-    )  # fmt: skip
+    a1 = (a1_0, a1_1, a1_2, a1_3, a1_4), (a1_longer_0, a1_longer_1, a1_longer_2, a1_longer_3, a1_longer_4)
+    a2 = (a2_0, a2_1, a2_2, a2_3, a2_4), (a2_longer_0, a2_longer_1, a2_longer_2, a2_longer_3, a2_longer_4)
+    b1 = (b1_0, b1_1, b1_2, b1_3, b1_4), (b1_longer_0, b1_longer_1, b1_longer_2, b1_longer_3, b1_longer_4)
+    b2 = (b2_0, b2_1, b2_2, b2_3, b2_4), (b2_longer_0, b2_longer_1, b2_longer_2, b2_longer_3, b2_longer_4)
+    terms_views = (terms_0, terms_1, terms_2, terms_3, terms_4), (None, None, None, None, None)
+    views = a1, a2, b1, b2, terms_views
     strides = a1_strides, a2_strides, b1_strides, b2_strides, grad_strides
     sizes = num_tiles, num_batches, num_heads, group, num_segments, num_rows
     work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)

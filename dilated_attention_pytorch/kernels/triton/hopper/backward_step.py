@@ -73,49 +73,66 @@ def allocate(a_view, b_view, terms_view, STAGES: gl.constexpr):
 # The warp that loads.
 
 
+# `views` of a tensor are two tuples over strides: of the residues that have `N // stride` rows, and of the first ones,
+# which have one more; None where there are none. `number` says which stride, `is_longer` which residue.
+
+
 @gluon.jit
-def load_tile(turn, number, row, column1, column2, views1, views2, memory):
+def load_tile(turn, number, is_longer, row, column1, column2, views1, views2, memory):
     """A program's next stationary tile, half by half."""
     for half in gl.static_range(2):
         mbarrier.wait(memory.a_empty.index(half), (turn & 1) ^ 1)
         full = memory.a_full.index(half)
-        mbarrier.expect(full, 2 * views1[0].block_type.nbytes)
-        _copy(views1, number, [row + half * HALF, column1], full, memory.a1.index(half))
-        _copy(views2, number, [row + half * HALF, column2], full, memory.a2.index(half))
+        mbarrier.expect(full, 2 * views1[0][0].block_type.nbytes)
+        _copy(views1, number, is_longer, [row + half * HALF, column1], full, memory.a1.index(half))
+        _copy(views2, number, is_longer, [row + half * HALF, column2], full, memory.a2.index(half))
 
 
 @gluon.jit
 def load_step(
-    it, number, row, column1, column2, terms_at, terms_apart, views1, views2, terms_views, memory, DKV: gl.constexpr
-):
-    """A streamed tile of both tensors, at `row` of the views of that number, and its terms."""
+    it, number, is_longer, row, column1, column2, terms_at, terms_apart, views1, views2, terms_views, memory,
+    DKV: gl.constexpr,
+):  # fmt: skip
+    """A streamed tile of both tensors, and its terms."""
     STAGES: gl.constexpr = memory.b1.shape[0]
     slot = it % STAGES
     phase = (it // STAGES) & 1
-    size: gl.constexpr = views1[0].block_type.nbytes + (terms_views[0].block_type.nbytes if DKV else 0)
+    size: gl.constexpr = views1[0][0].block_type.nbytes + (terms_views[0][0].block_type.nbytes if DKV else 0)
     mbarrier.wait(memory.b1_empty.index(slot), phase ^ 1)
     full = memory.b1_full.index(slot)
     mbarrier.expect(full, size)
     if DKV:
-        _copy(terms_views, number, [terms_at], full, memory.terms.index(slot * 2))
-    _copy(views1, number, [row, column1], full, memory.b1.index(slot))
+        _copy(terms_views, number, False, [terms_at], full, memory.terms.index(slot * 2))
+    _copy(views1, number, is_longer, [row, column1], full, memory.b1.index(slot))
     mbarrier.wait(memory.b2_empty.index(slot), phase ^ 1)
     full = memory.b2_full.index(slot)
     mbarrier.expect(full, size)
     if DKV:
-        _copy(terms_views, number, [terms_at + terms_apart], full, memory.terms.index(slot * 2 + 1))
-    _copy(views2, number, [row, column2], full, memory.b2.index(slot))
+        _copy(terms_views, number, False, [terms_at + terms_apart], full, memory.terms.index(slot * 2 + 1))
+    _copy(views2, number, is_longer, [row, column2], full, memory.b2.index(slot))
 
 
 @gluon.jit
-def _copy(views, number, at, full, to):
-    """Starts to load a block through the view of that number, or through the only one."""
-    if len(views) == 1:
-        tma.async_copy_global_to_shared(views[0], at, full, to)
+def _copy(views, number, is_longer, at, full, to):
+    """Starts to load a block."""
+    every, longer = views
+    if len(every) == 1:
+        _copy_by(every[0], longer[0], is_longer, at, full, to)
     else:
-        for i in gl.static_range(len(views)):
-            if number == i:
-                tma.async_copy_global_to_shared(views[i], at, full, to)
+        for i in gl.static_range(len(every)):
+            if every[i] is not None:
+                if number == i:
+                    _copy_by(every[i], longer[i], is_longer, at, full, to)
+
+
+@gluon.jit
+def _copy_by(every, longer, is_longer, at, full, to):
+    if longer is None:
+        tma.async_copy_global_to_shared(every, at, full, to)
+    elif is_longer:
+        tma.async_copy_global_to_shared(longer, at, full, to)
+    else:
+        tma.async_copy_global_to_shared(every, at, full, to)
 
 
 # The warpgroups that multiply.

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dilated_attention_pytorch.kernels.triton.hopper import causal
 from dilated_attention_pytorch.kernels.triton.hopper import forward as full
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
-from dilated_attention_pytorch.kernels.triton.hopper.views import residue_views
+from dilated_attention_pytorch.kernels.triton.hopper.views import residue_views, stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.views import strides_of
@@ -61,12 +60,7 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     lse = tape.empty(q, (batch, heads, n), torch.float32)
     if work.problem.is_causal:
         kernel: Any = causal.hopper_forward_causal
-        views: list[TensorDescriptor | None] = []
-        for x, rows in _blocks(work, config):
-            # Of each rate's stride; the kernel has room for more, and asks for one of each where N is even.
-            every, longer = zip(*(residue_views(x, rate, rows) for rate in plan.rates), strict=True)
-            none = (None,) * (MAX_RATES - len(every))
-            views += [*every, *none, *(longer if n % plan.rate else [None] * len(every)), *none]
+        views = [v for x, rows in _blocks(work, config) for v in stride_views(x, plan.rates, rows, MAX_RATES)]
         count = triton.cdiv(n, plan.lengths[0])
         num_tiles = batch * heads * count * (plan.lengths[0] // ROWS)
         even = n % plan.lengths[0] == 0

@@ -16,7 +16,7 @@ from dilated_attention_pytorch.kernels.triton import attention_backward, launch_
 from dilated_attention_pytorch.kernels.triton.hopper import backward as full
 from dilated_attention_pytorch.kernels.triton.hopper import backward_causal, launch, support
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
-from dilated_attention_pytorch.kernels.triton.hopper.views import residue_views
+from dilated_attention_pytorch.kernels.triton.hopper.views import stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.views import strides_of
@@ -95,18 +95,16 @@ def _launch(
     blocks = *((x, ROWS // 2) for x in a), *((x, block) for x in b)
     padded = _padded(work)
     num_tiles = batch * a[0].shape[2] * padded // ROWS
-    sizes = (num_tiles, batch, heads, heads // k.shape[2])
+    sizes: tuple[int, ...] = (num_tiles, batch, heads, heads // k.shape[2])
     flags: dict[str, Any] = {"DKV": len(like) == 2, "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": stages}
     if problem.is_causal:
         kernel: Any = backward_causal.hopper_backward_causal
-        # A view for each rate's stride; the kernel has room for more.
-        more = MAX_RATES - len(plan.rates)
-        views = [[residue_views(x, s, rows)[0] for s in (*plan.rates, *more * [plan.rate])] for x, rows in blocks]
-        views.append([_flat(x, block) for x in (*terms, *more * terms[-1:])])
+        views = [stride_views(x, plan.rates, rows, MAX_RATES) for x, rows in blocks]
+        views.append([*(_flat(x, block) for x in terms), *[None] * (MAX_RATES - len(terms))])
         sizes += (padded // plan.lengths[0], n)
     else:
         kernel = full.hopper_backward
-        views = [[*residue_views(x, plan.rate, rows)] for x, rows in blocks]
+        views = [stride_views(x, (plan.rate,), rows, 1) for x, rows in blocks]
         views.append([_flat(terms[0], block)])
         length = padded // plan.rate
         sizes += (length // ROWS, n, length)

@@ -13,7 +13,6 @@ from torch import Tensor
 from dilated_attention_pytorch.kernels.triton.support import interpreting
 
 if TYPE_CHECKING:
-    from dilated_attention_pytorch.kernels.triton.configs import Direction
     from dilated_attention_pytorch.kernels.triton.work import Work
 
 ROWS = 128  # of a tile: two warpgroups of 64
@@ -25,9 +24,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _SHORT = 12 * 64 * 2048
 
 
-def why_not(work: Work, direction: Direction = "forward") -> list[str]:
-    """The reasons why a pass does not take these kernels; empty if it does."""
-    return why_not_here(work.x.q.device) or _why_not_the_call(work, direction) or _why_not_the_layout(work)
+def why_not(work: Work) -> list[str]:
+    """The reasons why a call does not take these kernels, forward or backward; empty if it does."""
+    return why_not_here(work.x.q.device) or _why_not_the_call(work) or _why_not_the_layout(work)
 
 
 @lru_cache
@@ -45,7 +44,7 @@ def why_not_here(device: torch.device) -> list[str]:
     return []
 
 
-def _why_not_the_call(work: Work, direction: Direction) -> list[str]:
+def _why_not_the_call(work: Work) -> list[str]:
     """The reasons that lie in dtype, width and problem."""
     from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment, misalignment
 
@@ -73,7 +72,6 @@ def _why_not_the_call(work: Work, direction: Direction) -> list[str]:
         obstacles |= {
             f"it is causal and has more than {MAX_RATES} branches": len(plan.rates) > MAX_RATES,
             "it is causal and its shortest segment covers the sequence": plan.lengths[0] > n,
-            "it is causal and its rates do not divide its length": direction == "backward" and n % plan.rate != 0,
         }
     return [reason for reason, holds in obstacles.items() if holds]
 

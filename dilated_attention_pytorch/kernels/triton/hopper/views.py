@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -20,6 +22,16 @@ def residue_views(x: Tensor, stride: int, rows: int) -> tuple[TensorDescriptor, 
     length, longer = divmod(x.shape[1], stride)
     view = _view(x, length, stride, stride, rows)
     return view, _view(x, length + 1, longer, stride, rows) if longer else view
+
+
+def stride_views(x: Tensor, strides: Sequence[int], rows: int, room: int) -> list[TensorDescriptor | None]:
+    """The views of each stride, filled up with None to a kernel's room for them; then the longer residues' views.
+
+    Where the last stride, a multiple of the others, divides N, no residue is longer: None for all.
+    """
+    every, longer = zip(*(residue_views(x, stride, rows) for stride in strides), strict=True)
+    none = [None] * (room - len(every))
+    return [*every, *none, *(longer if x.shape[1] % strides[-1] else [None] * len(every)), *none]
 
 
 def columns_of(x: Tensor, residues: int) -> int:
