@@ -27,7 +27,7 @@ class Rows(NamedTuple):
             raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
         if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return cls()
-        real = attention_mask.bool()
+        real = attention_mask != 0  # a tensor of its own, which a gradient may keep
         return cls(real, (real.cumsum(1) == 0).sum(1))
 
     @classmethod

@@ -275,11 +275,8 @@ def _forward(draw: st.DrawFn) -> Call:
     flags = (name for name in ("is_causal", "return_hidden", "all_layer_embed") if name in options)
     given |= {name: draw(st.booleans()) for name in flags}
     if "inputs_embeds" in options and draw(st.booleans()):
-        rows_of = tuple(given["tokens"].shape)
-        given |= {
-            "tokens": None,
-            "inputs_embeds": torch.linspace(-2, 2, 16 * given["tokens"].numel()).view(*rows_of, 16),
-        }
+        x = torch.linspace(-2, 2, 16 * given["tokens"].numel()).view(*given["tokens"].shape, 16)
+        given |= {"tokens": None, "inputs_embeds": x}
     names = pick(draw, [*tensors, *tensors, *options])
     spoil(draw, given, names)
 
