@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.core.validation import shown
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path, given as a str or as anything that stands for one."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"expected {name} to be a path, got {shown(value)}")
+    return Path(value)
 
 
 def replace_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:

@@ -88,6 +88,12 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_instance(name: str, value: object, *kinds: type) -> None:
+    """An object of one of these classes."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"expected {name} to be of {' or '.join(x.__name__ for x in kinds)}, got {shown(value)}")
+
+
 def check_device(name: str, value: object) -> torch.device:
     """Parse a str or torch.device; does not check that the device exists."""
     if not isinstance(value, (str, torch.device)):

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    Cache,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from dilated_attention_pytorch.core.validation import check_dense, check_instance
 from dilated_attention_pytorch.integrations.longnet_config import LongNetHFConfig as LongNetHFConfig
 from dilated_attention_pytorch.integrations.rows import Rows
 from dilated_attention_pytorch.models.checkpoint import check_head_groups
@@ -128,6 +130,7 @@ class _LongNetModel(PreTrainedModel):
     def _loss(self, logits: Tensor, labels: Tensor | None, items: Tensor | int | None) -> Tensor | None:
         if labels is None:
             return None
+        check_dense("labels", labels)
         extra = {} if items is None else {"num_items_in_batch": items}
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
         return loss  # type: ignore[no-any-return]
@@ -304,6 +307,7 @@ class LongNetForSequenceClassification(_LongNetModel):
         logits = self.classifier((hidden * real[..., None]).sum(1) / count)
         loss = None
         if labels is not None:
+            check_dense("labels", labels)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         hidden_states = None if states is None else tuple(states)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
@@ -325,6 +329,7 @@ def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     x = inputs_embeds if input_ids is None else input_ids
     if x is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("expected either input_ids or inputs_embeds, got " + ("neither" if x is None else "both"))
+    check_dense("input_ids" if inputs_embeds is None else "inputs_embeds", x)
     if x.dim() < 2:
         raise ValueError(f"expected input_ids of shape (B, T), got {tuple(x.shape)}")
     return x
@@ -353,6 +358,7 @@ class _Cache:
     """A cache of `LongNetLM` on top of transformers' own: all keys stay, so beams can be reordered."""
 
     def __init__(self, cache: DynamicCache, num_layers: int, num_new: int, rows: Rows) -> None:
+        check_instance("past_key_values", cache, Cache)
         self.row_start, self.length = rows.row_start, int(cache.get_seq_length())
         total, given = self.length + num_new, rows.key_padding_mask
         if getattr(cache, "is_compileable", False):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core.validation import check_dense, check_values
 from dilated_attention_pytorch.integrations.packing import bounds, check, documents
 
 
@@ -20,11 +21,13 @@ class Rows(NamedTuple):
     @classmethod
     def padded(cls, attention_mask: Tensor | None) -> Rows:
         """Rows of a mask `(B, tokens)`, 1 = real. Reading it makes the host wait; a traced one is taken as it is."""
+        if attention_mask is not None:
+            check_values("attention_mask", attention_mask)
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
         if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return cls()
-        real = attention_mask.bool()
+        real = attention_mask != 0  # a tensor of its own, which a gradient may keep
         return cls(real, (real.cumsum(1) == 0).sum(1))
 
     @classmethod
@@ -64,8 +67,9 @@ class Rows(NamedTuple):
             return cls(cu_seqlens=cu_seq_lens)
         numbers, of_each = None, position_ids if seq_idx is None else seq_idx
         if of_each is not None and shape[1] > 1:
+            name = "position_ids" if seq_idx is None else "seq_idx"
+            check_dense(name, of_each)
             if of_each.shape not in ((1, shape[1]), shape):
-                name = "position_ids" if seq_idx is None else "seq_idx"
                 raise ValueError(f"expected {name} of shape {shape}, got {tuple(of_each.shape)}")
             of_each = of_each.expand(shape)
             numbers = documents(of_each, real) if seq_idx is None else of_each

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.core import validation as check
+
 _SMALLEST = 256  # rows of a first buffer; it doubles from there
 
 
@@ -54,6 +56,9 @@ class KeyValueCache:
         row_start: int `(B,)`, first real position of each row of a left-padded batch. Its rows stand at different
             positions; keys that no row needs are dropped.
 
+    Raises:
+        ValueError, TypeError: no lengths, or none above 0; no layers; shifts below 0; a row_start of another shape.
+
     Attributes:
         start: first position held.
         layers: one store per layer, for `MultiheadDilatedAttention.forward(cache=...)`.
@@ -67,8 +72,13 @@ class KeyValueCache:
         shifts: Iterable[int] = (0,),
         row_start: Tensor | None = None,
     ) -> None:
-        self.segment_lengths = tuple(dict.fromkeys(segment_lengths))
-        self.shifts = tuple(dict.fromkeys(shifts))
+        self.segment_lengths = tuple(dict.fromkeys(check.check_positive_ints("segment_lengths", segment_lengths)))
+        check.check_instance("shifts", shifts, Iterable)
+        self.shifts = tuple(dict.fromkeys(check.check_int("shifts", x, 0) for x in shifts)) or (0,)
+        check.check_depth("num_layers", num_layers)
+        if row_start is not None:
+            check.check_values("row_start", row_start)
+            check.check_row_start(row_start, row_start.numel())
         self.row_start = row_start
         self._firsts = [0] if row_start is None else sorted(set(row_start.tolist()))
         self.start = self._capacity = 0

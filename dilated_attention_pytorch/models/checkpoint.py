@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dilated_attention_pytorch.core.files import replace_file
+from dilated_attention_pytorch.core.files import check_path, replace_file
 from dilated_attention_pytorch.core.validation import check_factory, quoted
 from dilated_attention_pytorch.models import weights
 from dilated_attention_pytorch.models.config import Model
@@ -35,18 +34,17 @@ def save_pretrained(model: Model[Any], folder: str | os.PathLike[str]) -> None:
         folder: where to.
 
     Raises:
-        TypeError: something else than a model of this package.
+        TypeError: something else than a model of this package, or than a path.
         ValueError: a model made in legacy mode; a folder that holds a model of another class or library.
         ImportError: safetensors is not installed.
     """
-    name = type(model).__name__
+    target, name = check_path("folder", folder), type(model).__name__
     if _ARCHITECTURES.get(name) is not type(model):
         raise TypeError(f"expected model to be one of {list(_ARCHITECTURES)}, got {name}; pass the bare model")
     check_head_groups(model)
     save_file = weights.safetensors().save_file
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     config = json.dumps({"architecture": name, **model.config.to_dict()}, indent=2) + "\n"
-    target = Path(folder)
     _check_place(target, name)
     target.mkdir(parents=True, exist_ok=True)
     replace_file(target / weights.WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
@@ -93,17 +91,19 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is not there.
+        TypeError: something else than a path.
         ValueError: weights that cannot be read, or keys or shapes that are not the model's, with the first of them.
         ImportError: safetensors is not installed.
     """
-    architecture, values = weights.read_config(Path(folder))
+    folder = check_path("folder", folder)
+    architecture, values = weights.read_config(folder)
     if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         known, got = list(_ARCHITECTURES), quoted(architecture)
         raise ValueError(f"expected architecture in {weights.CONFIG} to be one of {known}, got {got}")
     check_factory(device, dtype)
     # Built without memory: the file's tensors become the parameters.
-    kind, file = _ARCHITECTURES[architecture], Path(folder) / weights.WEIGHTS
-    with weights.naming(Path(folder) / weights.CONFIG):
+    kind, file = _ARCHITECTURES[architecture], folder / weights.WEIGHTS
+    with weights.naming(folder / weights.CONFIG):
         config = kind.config_class.from_dict(values)
     model = kind(config, backend=backend, device="meta")
     state = weights.read_safetensors(file, device)

@@ -215,14 +215,20 @@ def left_pad(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
         int64 `(B, N)`, and `row_start` int64 `(B,)`.
 
     Raises:
-        ValueError: no sequence, or an empty one.
-        TypeError: one that is no tensor.
+        ValueError: no sequence, an empty one, or one on another device than the first.
+        TypeError: one that is no int tensor.
     """
+    check.check_instance("sequences", sequences, list, tuple)
+    check.check_int("pad_token", pad_token, -(2**63))
     for i, x in enumerate(sequences):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected sequences[{i}] to be a Tensor, got {type(x).__name__}")
+        check.check_values(f"sequences[{i}]", x)
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"expected sequences[{i}] of dtype int32 or int64, got {x.dtype}")
+        if x.device != sequences[0].device:
+            raise ValueError(f"expected sequences[{i}] on the first one's device {sequences[0].device}, got {x.device}")
     if not sequences or any(x.dim() != 1 or x.numel() == 0 for x in sequences):
-        raise ValueError(f"expected non-empty tensors of shape (N,), got shapes {[tuple(x.shape) for x in sequences]}")
+        shapes = [tuple(x.shape) for x in sequences]
+        raise ValueError(f"expected sequences to be non-empty tensors of shape (N,), got shapes {shapes}")
     longest = max(len(x) for x in sequences)
     batch = torch.full((len(sequences), longest), pad_token, dtype=torch.int64, device=sequences[0].device)
     for row, x in zip(batch, sequences, strict=True):

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
-from dilated_attention_pytorch.core.validation import check_bool, check_int, check_looked_up, check_multiplicand, quoted
+from dilated_attention_pytorch.core.validation import (
+    check_bool,
+    check_instance,
+    check_int,
+    check_looked_up,
+    check_multiplicand,
+    quoted,
+)
 from dilated_attention_pytorch.models import decoding
 from dilated_attention_pytorch.models.cache import KeyValueCache
 from dilated_attention_pytorch.models.config import LongNetConfig, Model
@@ -153,6 +160,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             `(B, N, vocab_size)`, or `(total, vocab_size)`.
         """
         check_bool("return_hidden", return_hidden)
+        check_instance("states", states, list, type(None))
         options: dict[str, Any] = {"cache": cache, "seq_len": seq_len, "is_causal": is_causal, **rows}
         hidden = self._hidden(tokens, inputs_embeds, states, **options)
         return hidden if return_hidden else self.logits(hidden)

@@ -51,8 +51,11 @@ def settings(args: Any, stack: Stack) -> dict[str, Any]:
         stack: whose settings they are.
 
     Raises:
+        TypeError: no settings by name.
         ValueError: settings of a network that no model here is, such as post-LN, with the reason.
     """
+    if not isinstance(args, Mapping) and not hasattr(args, "__dict__"):
+        raise TypeError(f"expected args to hold settings by name, got {check.shown(args)}")
     values: Mapping[str, Any] = args if isinstance(args, Mapping) else vars(args)
     deepnorm = bool(values.get("deepnorm"))
     subln = bool(values.get("subln", True)) and not deepnorm  # as torchscale settles the three of them

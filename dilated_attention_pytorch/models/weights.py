@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.core.files import parse_json
+from dilated_attention_pytorch.core.files import check_path, parse_json
 from dilated_attention_pytorch.core.validation import listed
 
 WeightsSource = str | os.PathLike[str] | Mapping[str, Any]
@@ -42,12 +42,13 @@ def read_checkpoint(source: WeightsSource) -> tuple[dict[str, Tensor], dict[str,
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: neither a path nor a mapping.
         ValueError: a file that cannot be read; a file or mapping that holds anything but tensors by name.
         ImportError: a `.safetensors` file without the package.
     """
     if isinstance(source, Mapping):
         return _tensors(source, "the mapping"), arguments_of(source)
-    path = Path(source)
+    path = check_path("weights, unless they are a mapping,", source)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of weights at {path}, found none")
     if path.suffix == ".safetensors":
@@ -115,7 +116,11 @@ def _tensors(loaded: Any, where: str) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise ValueError(f"expected {where} to hold tensors by name, got {type(loaded).__name__}")
-    others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
+    others = [
+        f"{key} ({type(value).__name__})"
+        for key, value in loaded.items()
+        if not isinstance(value, Tensor) or not isinstance(key, str)
+    ]
     if others:
         raise ValueError(f"expected {where} to hold tensors by name, got beside them: {listed(others)}")
     return dict(loaded)

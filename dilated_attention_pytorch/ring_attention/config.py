@@ -79,11 +79,11 @@ class RingAttentionConfig:
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
         shift = validation.check_int("segment_shift", self.segment_shift, 0)
         object.__setattr__(self, "segment_shift", shift)
-        if shift and self.padding == "zero_keys":
-            raise ValueError(f"expected segment_shift=0 with padding='zero_keys', got {shift}")
         options = {"padding": Padding, "mode": Mode, "remote_rows": RemoteRows, "check": Check, "backend": BackendName}
         for name, allowed in options.items():
             validation.check_choice(name, getattr(self, name), allowed)
+        if shift and self.padding == "zero_keys":
+            raise ValueError(f"expected segment_shift=0 with padding='zero_keys', got {shift}")
         if self.backend == "reference":
             raise ValueError("expected backend 'auto', 'sdpa' or 'triton', got 'reference', which takes no ring")
         object.__setattr__(self, "dropout", validation.check_probability("dropout", self.dropout))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.validation import check_int, check_positive_int
+from dilated_attention_pytorch.core.validation import check_bool, check_instance, check_int, check_positive_int
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, unit_bytes
 
 
@@ -58,13 +58,15 @@ def balanced_bounds(
 
     Raises:
         ValueError: a negative length, no ranks, a multiple below 1.
-        TypeError: one of them is no int.
+        TypeError: one of them is no int; no pattern; a flag that is no bool.
 
     Example:
         >>> from dilated_attention_pytorch import DilatedPattern
         >>> balanced_bounds(DilatedPattern((64, 1024), (1, 1), 4), 1024, 2)
         (0, 704, 1024)
     """
+    check_instance("pattern", pattern, DilatedPattern)
+    check_bool("is_causal", is_causal)
     seq_len = check_int("seq_len", seq_len, 0)
     world_size = check_positive_int("world_size", world_size)
     if multiple is not None:

@@ -139,6 +139,9 @@ def test_bad_input_of_reach():
     for layers, size, error in ((0, 5, ValueError), (1, -1, ValueError), (1.0, 5, TypeError), (1, "5", TypeError)):
         with pytest.raises(error):
             pattern.reach(layers, size)
+    assert pattern.reach(2**16 - 1, 8) == pattern.reach(1, 8)
+    with pytest.raises(ValueError, match="num_layers to be below 65536"):
+        pattern.reach(2**16, 8)
     with pytest.raises(TypeError, match="is_causal"):
         pattern.reach(1, 5, is_causal=1)
     assert pattern.reach(2, 5, segment_shift=2**62) == pattern.reach(2, 5)

@@ -1,5 +1,6 @@
 """The reference against a loop that knows nothing of it, and second derivatives."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch import DilatedPattern, dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch.core import zero_keys
 
 
 def ten_lines(q, k, v, lengths, rates, offset_of, causal):
@@ -121,3 +123,21 @@ def test_queries_without_any_key(n):
     out, lse = dilated_attention_with_lse(q, k, k, **options)
     assert not out.any() and lse.isneginf().all() and lse.shape == (1, 2, n)
     assert not torch.autograd.grad(out.sum(), q)[0].any()
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_zero_keys_of_one_query_are_those_of_the_dense_form(data):
+    draw, sizes = data.draw, st.lists(st.integers(1, 9), min_size=2, max_size=2)
+    pattern = DilatedPattern(tuple(draw(sizes)), tuple(draw(sizes)), draw(st.integers(1, 3)), "blocked")
+    n = draw(st.integers(1, 20))
+    at, length = torch.arange(n)[None], torch.full((1, n), n)
+    for branch in range(2):
+        seen, source, pads = zero_keys.visibility(pattern, branch, at, at, length, 1)
+        for head, position in itertools.product(range(pattern.num_heads), range(n)):
+            found = zero_keys.keys_of(pattern, branch, position, head, n)
+            keys, zeros = seen[0, head, position].nonzero().flatten().tolist(), int(pads[0, head, position])
+            if found is None:
+                assert not keys and not zeros
+            else:
+                assert (found[0], list(found[1]), found[2]) == (int(source[0, position]), keys, zeros)

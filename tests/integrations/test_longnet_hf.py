@@ -33,6 +33,7 @@ from dilated_attention_pytorch.integrations.transformers import (  # noqa: E402
     LongNetForSequenceClassification,
     LongNetHFConfig,
     register,
+    use_dilated_attention,
 )
 
 VOCAB = 99
@@ -273,6 +274,30 @@ class TestInputsAndOutputs:
             model(torch.full((1, 3), size))
         model.save_pretrained(tmp_path)
         assert torch.equal(AUTO[kind].from_pretrained(tmp_path).double()(x).logits, after)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": "tokens"}, "input_ids to be a Tensor, got str"),
+        ({"attention_mask": 1}, "attention_mask to be a Tensor, got int"),
+        ({"position_ids": "all"}, "position_ids to be a Tensor, got str"),
+        ({"labels": 0.5}, "labels to be a Tensor, got float"),
+        ({"past_key_values": 1}, "past_key_values to be of Cache, got int 1"),
+    ],
+)
+def test_what_is_no_tensor_is_named(given: dict[str, Any], message: str) -> None:
+    model = build()
+    with torch.no_grad(), pytest.raises(TypeError, match=f"^expected {message}"):
+        model(**{"input_ids": torch.arange(5)[None], **given})
+    with pytest.raises(TypeError, match=r"^expected model to be of Module, got int 3"):
+        use_dilated_attention(3, [8], [1])
+
+
+def test_a_mask_of_inference_mode_serves_training() -> None:
+    with torch.inference_mode():
+        mask = torch.tensor([[0, 1, 1, 1, 1]]).bool()
+    assert bool(build()(torch.arange(5)[None], attention_mask=mask).logits.isfinite().all())
 
 
 class TestConfig:

@@ -14,6 +14,8 @@ from pool_checks import adds_up
 
 from dilated_attention_pytorch import UnifiedMemoryPool
 from dilated_attention_pytorch.core.memory import topology
+from dilated_attention_pytorch.core.memory.blocks import Place
+from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.stats import MOST_PURPOSES, OTHERS, fragmentation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -155,6 +157,21 @@ class TestNuma:
         assert topology.pages_by_node(0x8F00, tmp_path) == {1: 9}
         assert topology.pages_by_node(0x1, tmp_path) is None
         assert topology.pages_by_node(0x7F00, tmp_path / "none") is None
+
+    @pytest.mark.parametrize(("pinned", "node"), [(False, None), (False, 1), (True, None), (True, 1)])
+    def test_a_node_and_a_lock_ask_for_pages_of_their_own(
+        self, pinned: bool, node: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+
+        def pages(size: int, node: int | None, *, lock: bool) -> torch.Tensor:
+            asked.append((size, node, lock))
+            return torch.empty(size, dtype=torch.uint8)
+
+        monkeypatch.setattr(topology, "allocate_pages", pages)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: pinned)  # else nothing is locked
+        assert Runtime().allocate(Place(torch.device("cpu"), pinned), 10, node).numel() == 10
+        assert asked == ([(10, node, pinned)] if pinned or node is not None else [])
 
     def test_a_node_has_its_own_arena(self) -> None:
         runtime = FakeRuntime()

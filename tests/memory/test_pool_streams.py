@@ -15,6 +15,24 @@ from dilated_attention_pytorch import UnifiedMemoryPool
 CUDA_0 = torch.device("cuda", 0)
 
 
+def test_a_use_that_is_over_keeps_no_neighbours_apart() -> None:
+    runtime = FakeRuntime()
+    first, second, last = (runtime.stream(name) for name in ("first", "second", "last"))
+    pool = UnifiedMemoryPool("fragment_aware", runtime=runtime)
+    with runtime.using(first, CUDA_0):
+        pool.borrow(2 << 20, torch.uint8, CUDA_0, purpose="both").release()
+        handle = pool.borrow(1 << 20, torch.uint8, CUDA_0, purpose="x")
+        beside = pool.borrow(1 << 20, torch.uint8, CUDA_0, purpose="beside")
+        handle.release()
+    with runtime.using(second, CUDA_0):  # which comes after the first one's use
+        handle = pool.borrow(1 << 20, torch.uint8, CUDA_0, purpose="x")
+    runtime.advance(first)
+    beside.release([last])
+    handle.release([last])
+    (arena,) = pool._arenas.values()
+    assert [block.size for block in arena.strategy.free_blocks()] == [2 << 20]
+
+
 class TestStreams:
     """Fake streams through the very code that CUDA's go through."""
 

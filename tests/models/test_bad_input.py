@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dilated_attention_pytorch import MultiheadDilatedAttention
+from dilated_attention_pytorch import MultiheadDilatedAttention, RingAttentionConfig
 from dilated_attention_pytorch.models import (
+    KeyValueCache,
     LongNet,
     LongNetConfig,
     LongNetEncoder,
@@ -22,9 +23,18 @@ from dilated_attention_pytorch.models import (
     LongViTConfig,
     SlideEncoder,
     SlideEncoderConfig,
+    convert,
+    left_pad,
     load_pretrained,
     save_pretrained,
+    slide_segment_lengths,
 )
+from dilated_attention_pytorch.models.slide.embed import EmbedOptions
+from dilated_attention_pytorch.models.slide.files import SlideReader, find_slides, pad_slides
+from dilated_attention_pytorch.models.slide.maps import slide_map
+from dilated_attention_pytorch.models.slide.results import ResultFolder
+from dilated_attention_pytorch.models.torchscale import settings
+from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds
 
 PATTERN: dict[str, Any] = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]}
 TINY: dict[str, Any] = {
@@ -229,3 +239,52 @@ def test_saved_weights_are_floating_and_go_to_a_device_that_is_there(tmp_path: A
     save_file({**weights, "embed_tokens.weight": weights["embed_tokens.weight"].long()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"embed_tokens.weight of torch.int64, expected a floating dtype"):
         load_pretrained(tmp_path)
+
+
+ENCODER: Any = SlideEncoder(**VISION, in_chans=6).eval()
+TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: left_pad(5), TypeError, "sequences to be of list or tuple, got int 5"),
+        (lambda: left_pad([]), ValueError, "sequences to be non-empty tensors"),
+        (lambda: left_pad([torch.zeros(3)]), TypeError, r"sequences\[0\] of dtype int32 or int64, got torch.float32"),
+        (lambda: left_pad([torch.ones(3, dtype=torch.int64, device="meta")]), TypeError, r"sequences\[0\] with values"),
+        (lambda: left_pad([torch.ones(3, dtype=torch.int64)], "x"), TypeError, "pad_token to be an int, got str"),
+        (lambda: KeyValueCache([], 1), ValueError, "segment_lengths to hold at least one"),
+        (lambda: KeyValueCache([8], "one"), TypeError, "num_layers to be an int"),
+        (lambda: KeyValueCache([8], 1, shifts=3), TypeError, "shifts to be of Iterable, got int 3"),
+        (lambda: KeyValueCache([8], 1, row_start=4), TypeError, "row_start to be a Tensor, got int"),
+        (lambda: save_pretrained(LongNetLM(**TINY, vocab_size=11), 3), TypeError, "folder to be a path, got int 3"),
+        (lambda: load_pretrained(None), TypeError, "folder to be a path, got NoneType"),
+        (lambda: convert(4), TypeError, "weights, unless they are a mapping, to be a path, got int 4"),
+        (lambda: convert({4: torch.zeros(2)}), ValueError, r"to hold tensors by name, got beside them: 4 \(Tensor\)"),
+        (lambda: SlideEncoder.from_pretrained(4), TypeError, "weights, unless they are a mapping, to be a path"),
+        (lambda: settings(3, "encoder"), TypeError, "args to hold settings by name, got int 3"),
+        (lambda: slide_segment_lengths(2**62), ValueError, r"max_wsi_size and tile_size to make fewer than 2\*\*63"),
+        (lambda: slide_map(3, TILES, PLACES), TypeError, "encoder to be of SlideEncoder, got int 3"),
+        (lambda: slide_map(ENCODER, TILES, PLACES, heads=9), ValueError, r"heads in \[0, 2\), got 9"),
+        (lambda: slide_map(ENCODER, TILES, PLACES, heads=np.ones(2)), TypeError, "heads to be an int, got ndarray"),
+        (lambda: slide_map(ENCODER, TILES, PLACES, rollout=1), TypeError, "rollout to be a bool, got int 1"),
+        (lambda: SlideReader(in_chans=0), ValueError, "in_chans to be at least 1, got 0"),
+        (lambda: SlideReader(tile_size="256"), TypeError, "tile_size to be an int, got str"),
+        (lambda: SlideReader(coords_folder=3), TypeError, "coords_folder to be a path, got int 3"),
+        (lambda: find_slides(None), TypeError, "folder to be a path, got NoneType"),
+        (lambda: pad_slides([3]), TypeError, r"slides\[0\] to be of Slide, got int 3"),
+        (lambda: pad_slides([]), ValueError, "slides to hold at least one, got none"),
+        (lambda: EmbedOptions(layers=3), TypeError, "layers to be of tuple or list, got int 3"),
+        (lambda: ResultFolder("x", "gif", {}), ValueError, "format to be one of"),
+        (lambda: balanced_bounds(3, 8, 2), TypeError, "pattern to be of DilatedPattern, got int 3"),
+        (lambda: RingAttentionConfig(**PATTERN, segment_shift=1, padding=np.ones(2)), ValueError, "padding to be one"),
+    ],
+)
+def test_what_stands_where_another_object_should(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^expected .*{message}"):
+        call()
+
+
+def test_hidden_states_go_into_a_list() -> None:
+    with pytest.raises(TypeError, match=r"^expected states to be of list or NoneType, got tuple"):
+        LongNetLM(**TINY, vocab_size=11)(torch.zeros(1, 3, dtype=torch.int64), states=())

@@ -41,6 +41,13 @@ class TestCompactRows:
             assert out[0, :, 0, 0].tolist() == positions[(positions >= start) & (positions < stop)].tolist()
         assert all(not members[h].any() for h in range(pattern.num_heads) if h not in seen)
 
+    @pytest.mark.parametrize("shift", [0, 7, 25])
+    def test_segments_begin_where_the_shift_puts_them(self, shift: int) -> None:
+        (branch,) = compact_branches(DilatedPattern((20,), (1,), 1), 0, 100, shift)
+        for position in range(100):
+            start = max(p for p in range(-19, position + 1) if (p + shift) % 20 == 0)
+            assert branch.segment_start(position) == start
+
 
 class TestPlan:
     def plan(self, n: int, limit: int, lengths: tuple[int, ...], rates: tuple[int, ...], **sizes: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift
-from dilated_attention_pytorch.core.validation import check_choice, check_index, shown
+from dilated_attention_pytorch.core.validation import check_choice, check_index, check_instance, shown
 from dilated_attention_pytorch.integrations.transformers.pattern import NAME, NEEDED, has_pattern, is_per_layer
 from dilated_attention_pytorch.integrations.transformers.reach import check_config
 from dilated_attention_pytorch.integrations.transformers.registry import register
@@ -48,12 +48,13 @@ def use_dilated_attention(
     Raises:
         ValueError: a pattern that does not fit together, an unknown option, layers that are not there, or a model whose
             attention cannot be replaced; the model stays as it was.
-        TypeError: layers of another type.
+        TypeError: layers of another type; no model.
     """
     pattern = DilatedPattern(segment_lengths, dilation_rates, 1, offsets)  # type: ignore[arg-type]
     segment_shift = check_segment_shift("segment_shift", segment_shift)
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check_choice("backend", backend, BackendName)
+    check_instance("model", model, nn.Module)
     found = attention_layers(model)
     if not getattr(model, "_can_set_attn_implementation", bool)() or not found:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.files import check_path
 from dilated_attention_pytorch.models import weights
 from dilated_attention_pytorch.models.config import AboveZero, Probability, VisionConfig, Width
 from dilated_attention_pytorch.models.slide.positions import sincos
@@ -131,13 +132,15 @@ def config_and_state(
         sizes = {"max_wsi_size": max_wsi_size, "tile_size": tile_size}
         given = {name: size for name, size in sizes.items() if size is not None}
         options["segment_lengths"] = slide_segment_lengths(**given)
-    if not isinstance(source, Mapping) and Path(source).is_dir():
-        architecture, values = weights.read_config(Path(source))
+    if not isinstance(source, Mapping):
+        source = check_path("weights, unless they are a mapping,", source)
+    if isinstance(source, Path) and source.is_dir():
+        architecture, values = weights.read_config(source)
         if architecture != "SlideEncoder":
-            raise ValueError(f"expected a SlideEncoder in {source}, got a {architecture}")
-        with weights.naming(Path(source) / weights.CONFIG):
+            raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}; see load_pretrained")
+        with weights.naming(source / weights.CONFIG):
             config = SlideEncoderConfig.from_dict(values)
-        return replace(config, **options), weights.read_safetensors(Path(source) / weights.WEIGHTS)
+        return replace(config, **options), weights.read_safetensors(source / weights.WEIGHTS)
     state = weights.read_state(source)
     # Sizes that shapes tell; the check of names and shapes finds what is missing.
     shapes = {"embed_dim": ("cls_token", -1), "in_chans": ("patch_embed.proj.weight", -1)}

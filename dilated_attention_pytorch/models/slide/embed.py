@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.validation import check_int
+from dilated_attention_pytorch.core.validation import check_bool, check_instance, check_int
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 from dilated_attention_pytorch.models.slide.files import Slide, SlideReader, pad_slides
 from dilated_attention_pytorch.models.slide.results import Embedding, ResultFolder
@@ -75,6 +75,8 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {self.dtype}")
+        check_instance("layers", self.layers, tuple, list)
+        check_bool("tiles", self.tiles)
         check_int("batch_tokens", self.batch_tokens, 1)
         if self.ring_above is not None:
             check_int("ring_above", self.ring_above, 1)
@@ -123,6 +125,11 @@ class SlideEmbedder:
         options: EmbedOptions | None = None,
         ranks: Ranks | None = None,
     ) -> None:
+        check_instance("encoder", encoder, SlideEncoder)
+        check_instance("reader", reader, SlideReader)
+        check_instance("folder", folder, ResultFolder)
+        check_instance("options", options, EmbedOptions, type(None))
+        check_instance("ranks", ranks, Ranks, type(None))
         if encoder.training:
             raise ValueError("expected an encoder in evaluation mode, got one in training: call eval() first")
         self.options, self.ranks = options or EmbedOptions(), ranks or Ranks()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.files import check_path
 from dilated_attention_pytorch.models.slide import formats
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
 from dilated_attention_pytorch.models.slide.grid import (
@@ -60,13 +61,14 @@ def find_slides(folder: Path) -> list[Path]:
     Raises:
         ValueError: no folder, or none in it; the folders below it that hold some are named.
     """
+    folder = check_path("folder", folder)
     if not folder.is_dir():
         raise ValueError(f"expected a folder of feature files, got {folder}")
     found = sorted(path for path in folder.iterdir() if _is_slide(path))
     if not found:
         below = sorted({str(path.parent) for path in folder.glob("*/*") if _is_slide(path)})
         hint = f"; there are some in {', '.join(below[:5])}" if below else ""
-        raise ValueError(f"expected files ending in {', '.join(formats.ENDINGS)} in {folder}, found none{hint}")
+        raise ValueError(f"expected folder to hold files in {', '.join(formats.ENDINGS)}, found none in {folder}{hint}")
     return found
 
 
@@ -106,10 +108,17 @@ class SlideReader:
 
     def __post_init__(self) -> None:
         check.check_choice("grid", self.grid, Grid)
+        check.check_bool("strict", self.strict)
+        for name in ("in_chans", "tile_size", "slide_ngrids"):
+            if getattr(self, name) is not None or name != "in_chans":
+                check.check_int(name, getattr(self, name), 1, 2**31)
         if self.patch_size_level0 is not None:
             check.check_above_zero("patch_size_level0", self.patch_size_level0)
-        if self.coords_folder is not None and not self.coords_folder.is_dir():
-            raise ValueError(f"expected coords_folder to be a folder, got {self.coords_folder}")
+        if self.coords_folder is not None:
+            folder = check_path("coords_folder", self.coords_folder)
+            if not folder.is_dir():
+                raise ValueError(f"expected coords_folder to be a folder, got {folder}")
+            object.__setattr__(self, "coords_folder", folder)
 
     @classmethod
     def of(cls, config: SlideEncoderConfig, **options: Any) -> Self:
@@ -206,7 +215,16 @@ def pad_slides(slides: Sequence[Slide]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tiles `(B, L, D)`, coords `(B, L, 2)` and mask `(B, L)` of several slides, as `SlideEncoder` takes them.
 
     The mask is None where all have one length.
+
+    Raises:
+        TypeError: something else than slides.
+        ValueError: none.
     """
+    check.check_instance("slides", slides, list, tuple)
+    for i, slide in enumerate(slides):
+        check.check_instance(f"slides[{i}]", slide, Slide)
+    if not slides:
+        raise ValueError("expected slides to hold at least one, got none")
     lengths = torch.tensor([slide.tiles.shape[1] for slide in slides])
     if len(slides) == 1:
         return slides[0].tiles, slides[0].coords, None

@@ -11,18 +11,17 @@ respect to its values: dV[m] = sum over n of P[n, m] dO[n]. So any backend compu
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator, without_autocast
+from dilated_attention_pytorch.core.validation import check_bool, check_index, check_instance
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.models.slide.attention import queries_and_keys, query_rows
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
+from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 
 
 class SlideMap(NamedTuple):
@@ -73,9 +72,13 @@ def slide_map(
         >>> slide_map(encoder, torch.randn(1, 30, 8), coords[None], rollout=True).ratio.shape
         torch.Size([30])
     """
-    config, largest = encoder.config, heads == "max"
+    check_instance("encoder", encoder, SlideEncoder)
+    check_bool("rollout", rollout)
+    config, largest = encoder.config, isinstance(heads, str) and heads == "max"
     if isinstance(heads, str) and heads not in ("mean", "max"):
         raise ValueError(f"expected heads to be 'mean', 'max' or a head's number, got {heads!r}")
+    if not isinstance(heads, str):
+        heads = check_index("heads", heads, config.num_heads)
     if largest and rollout:
         raise ValueError("expected heads to be 'mean' or a head's number with rollout=True, got 'max'")
     last = config.depth - 1 if layer is None else layer

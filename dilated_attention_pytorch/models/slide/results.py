@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.files import lock, remove_leftovers, replace_file, replace_text
+from dilated_attention_pytorch.core.files import check_path, lock, remove_leftovers, replace_file, replace_text
+from dilated_attention_pytorch.core.validation import check_choice, check_instance
 from dilated_attention_pytorch.models.slide.formats import package
 
 Format = Literal["h5", "pt", "npz", "csv", "parquet"]
@@ -88,6 +89,9 @@ class ResultFolder:
     """
 
     def __init__(self, path: Path, format: Format, settings: dict[str, Any]) -> None:
+        path = check_path("path", path)
+        check_choice("format", format, Format)
+        check_instance("settings", settings, dict)
         for name in {"h5": ["h5py"], "csv": ["pandas"], "parquet": ["pandas", "pyarrow"]}.get(format, []):
             package(name)
         self.path, self.format, self.settings = path, format, settings

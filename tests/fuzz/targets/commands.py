@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import shutil
 import tempfile
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import slide_files
 import typer
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -18,6 +13,7 @@ from typer.testing import CliRunner
 from dilated_attention_pytorch.cli.app import app, in_options
 from fuzz.judge import REFUSALS, Call
 from fuzz.table import target
+from fuzz.targets import slides
 
 _WRONG = ("", "-1", "0", "1", "3", "2147483648", "9223372036854775807", "9223372036854775808", "1e400", "nan", "inf",
           "0.5", "x", "1,2", "1,,2", ",", "1,2,3,4,5,6", "modulo", "cuda", "cuda:7", "meta", "[bold]", "all",
@@ -68,26 +64,10 @@ def _options() -> dict[str, dict[str, bool]]:
 OPTIONS = _options()
 
 
-@cache
-def _slides() -> str:
-    """A folder with four slides of two classes, their labels and an encoder; read, never written to."""
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-slides-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "features").mkdir()
-    slide_files.checkpoint(folder / "encoder", depth=1)
-    rows = ["slide_id,case_id,label"]
-    for i in range(8):
-        corners = slide_files.tissue(9 + i) * 512
-        slide_files.trident(folder / f"features/s{i}.h5", slide_files.features(9 + i), corners, magnification=40)
-        rows.append(f"s{i},p{i},{'tumour' if i % 2 else 'normal'}")
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    return str(folder)
-
-
 def invoke(*arguments: str) -> str:
     """Runs the command line; raises what the user reads, of typer's usage errors and slides without a result too."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        given = [a.replace("{folder}", folder).replace("{slides}", _slides()) for a in arguments]
+        given = [a.replace("{folder}", folder).replace("{slides}", str(slides.folder())) for a in arguments]
         try:
             result = CliRunner().invoke(app, given, catch_exceptions=False)
         except REFUSALS as error:

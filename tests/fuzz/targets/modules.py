@@ -69,8 +69,7 @@ def compare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], got
     )
     with torch.no_grad():
         want = in_fp64(model)(*args, **kwargs)
-    want = want if isinstance(want, tuple) else (want,)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got, as_tuple(want), strict=True):
         if a is None:
             continue
         error = float((a.detach().double() - b).norm() / (b.norm() + b.numel() ** 0.5 * 1e-3)) if b.numel() else 0.0
@@ -83,7 +82,7 @@ def _widened(x: Any) -> Any:
 
 def as_tuple(result: Any) -> tuple[Tensor | None, ...]:
     """The tensors of a result."""
-    return tuple(result) if isinstance(result, tuple) else (result,)
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def construction(cls: type, given: dict[str, Any], names: list[str], inputs: tuple[Tensor, ...]) -> Call:
@@ -196,7 +195,7 @@ _CONFIGS: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@target("configs", 30)
+@target("configs", 30, "LongNetConfig", "SlideEncoderConfig", "LongViTConfig")
 def _configs(draw: st.DrawFn) -> Call:
     cls = draw(st.sampled_from(list(_CONFIGS)))
     fields = {name: field.default for name, field in cls.__dataclass_fields__.items()}
@@ -223,7 +222,7 @@ _MODELS: dict[type, tuple[type, tuple[Tensor, ...]]] = {
 }  # fmt: skip
 
 
-@target("models", 30)
+@target("models", 30, "LongNet", "LongNetEncoder", "LongNetLM", "SlideEncoder", "LongViT")
 def _models(draw: st.DrawFn) -> Call:
     cls = draw(st.sampled_from(list(_MODELS)))
     config, inputs = _MODELS[cls]
@@ -241,7 +240,8 @@ def _models(draw: st.DrawFn) -> Call:
 
 
 @cache
-def _model(cls: type) -> nn.Module:
+def fuzzed_model(cls: type) -> Any:
+    """A small model of a class, with weights at random."""
     torch.manual_seed(0)
     return cls(**_CONFIGS[_MODELS[cls][0]]).eval()  # type: ignore[no-any-return]
 
@@ -250,8 +250,8 @@ _ROWS = ("key_padding_mask", "row_start", "cu_seqlens")
 _ARGUMENTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
     LongNet: (("x",), ("is_causal", *_ROWS)),
     LongNetEncoder: (("x",), ("is_causal", *_ROWS)),
-    LongNetLM: (("tokens",), (*_ROWS, "cache", "seq_len")),
-    SlideEncoder: (("tiles", "coords"), ("mask",)),
+    LongNetLM: (("tokens",), ("is_causal", *_ROWS, "cache", "seq_len", "inputs_embeds", "return_hidden", "states")),
+    SlideEncoder: (("tiles", "coords"), ("mask", "all_layer_embed")),
     LongViT: (("images",), ()),
 }
 
@@ -259,7 +259,7 @@ _ARGUMENTS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
 @target("models' forward", 40)
 def _forward(draw: st.DrawFn) -> Call:
     cls = draw(st.sampled_from(list(_MODELS)))
-    model, inputs = _model(cls), _MODELS[cls][1]
+    model, inputs = fuzzed_model(cls), _MODELS[cls][1]
     tensors, options = _ARGUMENTS[cls]
     given: dict[str, Any] = dict(zip(tensors, inputs, strict=True))
     rows = draw(st.sampled_from(["whole", "masked", "left", "packed"]))
@@ -272,8 +272,11 @@ def _forward(draw: st.DrawFn) -> Call:
         given["cu_seqlens"] = torch.tensor([0, 4, 9], dtype=torch.int32)
     elif rows == "masked" and "mask" in options:
         given["mask"] = torch.arange(9)[None] < torch.tensor([[9], [5]])
-    if "is_causal" in options:
-        given["is_causal"] = draw(st.booleans())
+    flags = (name for name in ("is_causal", "return_hidden", "all_layer_embed") if name in options)
+    given |= {name: draw(st.booleans()) for name in flags}
+    if "inputs_embeds" in options and draw(st.booleans()):
+        x = torch.linspace(-2, 2, 16 * given["tokens"].numel()).view(*given["tokens"].shape, 16)
+        given |= {"tokens": None, "inputs_embeds": x}
     names = pick(draw, [*tensors, *tensors, *options])
     spoil(draw, given, names)
 
@@ -285,11 +288,11 @@ def _forward(draw: st.DrawFn) -> Call:
 
 @target("generate", 20)
 def _generate(draw: st.DrawFn) -> Call:
-    model = _model(LongNetLM)
+    model = fuzzed_model(LongNetLM)
     given: dict[str, Any] = {"prompt": torch.arange(10).view(2, 5), "max_new_tokens": draw(st.integers(0, 6))}
     defaults = {
         "temperature": 1.0, "top_k": None, "top_p": None, "greedy": False, "seed": 0, "generator": None,
-        "eos_token": None, "row_start": torch.tensor([0, 2]),
+        "eos_token": None, "row_start": torch.tensor([0, 2]), "prefill_chunk": None, "graphed": False,
     }  # fmt: skip
     given |= {name: defaults[name] for name in draw(st.lists(st.sampled_from(sorted(defaults)), unique=True))}
     names = pick(draw, ["prompt", "max_new_tokens", *defaults])

@@ -31,7 +31,8 @@ _BRANCHES: dict[str, Any] = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]
 @target("RingAttentionConfig", 12)
 def _ring_config(draw: st.DrawFn) -> Call:
     given: dict[str, Any] = {
-        **_BRANCHES, "offsets": "modulo", "scale": None, "dropout": 0.1, "padding": "none", "mode": "sparse",
+        **_BRANCHES, "offsets": "modulo", "segment_shift": draw(st.sampled_from([0, 3])), "scale": None,
+        "dropout": 0.1, "padding": "none", "mode": "sparse",
         "gradient_dtype": None, "remote_rows": "keep", "check": "first", "timeout": 60.0, "backend": "auto",
     }  # fmt: skip
     names = pick(draw, list(given))
@@ -111,7 +112,7 @@ def _streamed(draw: st.DrawFn) -> Call:
     return Call(dilated_attention_streamed, (), given, check=check, right=not names)
 
 
-@target("UnifiedMemoryPool", 24)
+@target("UnifiedMemoryPool", 24, "UnifiedMemoryPool", "Handle")
 def _pool(draw: st.DrawFn) -> Call:
     strategies = ["simple", "bucketed", "fragment_aware", "numa", "adaptive"]
     what = draw(st.sampled_from(["pool", "borrow", "borrow", "release", "handle"]))
@@ -150,7 +151,7 @@ def _pool(draw: st.DrawFn) -> Call:
     return Call(pool.release, (), wrong, right=not names, keep=handle)
 
 
-@target("Hilbert curves", 24)
+@target("Hilbert curves", 24, "hilbert_encode", "hilbert_decode", "hilbert_order", "curve_order")
 def _hilbert(draw: st.DrawFn) -> Call:
     dims, bits = draw(st.sampled_from([2, 3])), draw(st.integers(1, 6))
     points = torch.randint(1 << bits, (draw(st.integers(0, 20)), dims))

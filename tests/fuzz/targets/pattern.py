@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import torch
@@ -51,7 +52,27 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "repeats_from": ("start", "stop"),
     "pairs": ("seq_len", "is_causal", "q_range", "k_range"),
     "coverage": ("seq_len",),
+    "reach": ("num_layers", "seq_len", "is_causal", "segment_shift"),
 }
+
+
+@target("DilatedPattern.geometric", 12)
+def _geometric(draw: st.DrawFn) -> Call:
+    given: dict[str, Any] = {
+        "seq_len": draw(st.integers(1, 300)), "shortest": draw(_SMALL), "factor": draw(st.integers(2, 8)),
+        "num_heads": draw(_SMALL), "max_rate": draw(st.sampled_from([None, 1, 7])), "offsets": "modulo",
+    }  # fmt: skip
+    names = pick(draw, list(given))
+    for name in names:
+        given[name] = draw(st.one_of(numbers, anything))
+
+    def check(pattern: DilatedPattern) -> None:
+        lengths, rates = pattern.segment_lengths, pattern.dilation_rates
+        assert lengths[0] == given["shortest"] and rates[0] == 1 and lengths[-1] >= given["seq_len"]
+        assert all(b % a == 0 for a, b in itertools.pairwise(lengths)) and len(lengths) <= 64
+        assert given["max_rate"] is not None or all(w == r * lengths[0] for w, r in pattern.branches)
+
+    return Call(DilatedPattern.geometric, (), given, check=check, right=not names)
 
 
 @target("DilatedPattern's methods", 80)
@@ -79,6 +100,8 @@ def _methods(draw: st.DrawFn) -> Call:
         "k_range": (0, n),
         "start": start,
         "stop": stop,
+        "num_layers": draw(st.integers(1, 4)),
+        "segment_shift": draw(st.sampled_from([0, 3, "alternate"])),
     }
     given = {name: right[name] for name in _METHODS[method]}
     names = pick(draw, list(given))
@@ -89,7 +112,7 @@ def _methods(draw: st.DrawFn) -> Call:
             else ranges if name.endswith("_range")
             else st.one_of(numbers, numbers, anything)
         )  # fmt: skip
-    if method == "coverage" and isinstance(given["seq_len"], int) and 2**16 < given["seq_len"] < 2**36:
+    if method in ("coverage", "reach") and isinstance(given["seq_len"], int) and 2**16 < given["seq_len"] < 2**36:
         given["seq_len"] = 2**16  # it looks at each position, which is no hang
 
     def brute() -> list[list[int]]:
