@@ -87,7 +87,8 @@ def dilated_attention(
 
     Example:
         >>> q, k, v = (torch.randn(1, 1000, 4, 32) for _ in range(3))
-        >>> dilated_attention(q, k, v, segment_lengths=[128, 512], dilation_rates=[1, 4], is_causal=True).shape
+        >>> dilated_attention(q, k, v, segment_lengths=[128, 512], dilation_rates=[1, 4],
+        ...                   is_causal=True).shape
         torch.Size([1, 1000, 4, 32])
     """
     return dilated_attention_with_lse(

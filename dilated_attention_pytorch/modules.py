@@ -197,7 +197,8 @@ class MultiheadDilatedAttention(Projections):
         TypeError: an argument of the wrong type.
 
     Example:
-        >>> attention = MultiheadDilatedAttention(64, 4, segment_lengths=[128, 512], dilation_rates=[1, 4])
+        >>> attention = MultiheadDilatedAttention(64, 4, segment_lengths=[128, 512],
+        ...                                       dilation_rates=[1, 4])
         >>> x = torch.randn(2, 1000, 64)
         >>> attention(x, x, x, is_causal=True)[0].shape
         torch.Size([2, 1000, 64])

@@ -68,7 +68,7 @@ def plan(
     if ranks is not None:
         bounds = balanced_bounds(pattern, length, ranks, is_causal=causal) if balanced else equal_bounds(length, ranks)
         shares = forecast(pattern, bounds, head_dim, element_size=width, is_causal=causal)
-        needs = "--full" if causal else "shards of equal length" if balanced else None
+        needs = "--bidirectional" if causal else "shards of equal length" if balanced else None
         needs = needs or closed_form_needs(pattern, length, ranks)
         units = None if needs else closed_form_units(pattern, length, ranks)
         closed = None if units is None else units * unit_bytes(1, head_dim, width)

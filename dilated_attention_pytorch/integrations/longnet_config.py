@@ -21,7 +21,8 @@ class LongNetHFConfig(PreTrainedConfig):
         ValueError: a value that `LongNetConfig` refuses; `tie_word_embeddings`, which is called `tie_weights` here.
 
     Example:
-        >>> config = LongNetHFConfig(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
+        >>> config = LongNetHFConfig(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2,
+        ...                          dim_feedforward=128)
         >>> config.hidden_size
         64
     """

@@ -33,8 +33,10 @@ class GigaPathSlideEncoder(nn.Module):
         ValueError: no weights; a layer that is not there; weights of another model.
 
     Example:
-        >>> encoder = GigaPathSlideEncoder(pretrained=False, layer=1, in_chans=8, embed_dim=16, depth=2, num_heads=4)
-        >>> batch = {"features": torch.randn(1, 5, 8), "coords": 512 * torch.arange(10).view(1, 5, 2)}
+        >>> encoder = GigaPathSlideEncoder(pretrained=False, layer=1, in_chans=8, embed_dim=16,
+        ...                                depth=2, num_heads=4)
+        >>> batch = {"features": torch.randn(1, 5, 8),
+        ...          "coords": 512 * torch.arange(10).view(1, 5, 2)}
         >>> encoder(batch | {"attributes": {"patch_size_level0": 512}}, "cpu").shape
         torch.Size([1, 16])
     """

@@ -144,7 +144,8 @@ class LongNetConfig(ModelConfig):
         TypeError: a value of the wrong type.
 
     Example:
-        >>> config = LongNetConfig(d_model=64, nhead=4, segment_lengths=[128, 512], dilation_rates=[1, 4])
+        >>> config = LongNetConfig(d_model=64, nhead=4, segment_lengths=[128, 512],
+        ...                        dilation_rates=[1, 4])
         >>> LongNetConfig.from_dict(config.to_dict()) == config
         True
     """

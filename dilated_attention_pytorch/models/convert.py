@@ -137,7 +137,8 @@ def convert(weights: WeightsSource, source: Source | None = None, *, args: Any =
         TypeError: an option that the source does not have.
 
     Example:
-        >>> state = LongNetEncoder(d_model=32, nhead=4, dim_feedforward=64, num_encoder_layers=2).state_dict()
+        >>> state = LongNetEncoder(d_model=32, nhead=4, dim_feedforward=64,
+        ...                        num_encoder_layers=2).state_dict()
         >>> theirs = {name.removeprefix("encoder."): x for name, x in state.items()}
         >>> convert(theirs, num_heads=4, segment_lengths=[16], dilation_rates=[1]).source
         'torchscale-encoder'

@@ -43,7 +43,8 @@ class LongNet(Model[LongNetConfig]):
         overrides: fields of `LongNetConfig` by name, in place of the config's.
 
     Example:
-        >>> model = LongNet(d_model=64, nhead=4, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=128)
+        >>> model = LongNet(d_model=64, nhead=4, num_encoder_layers=2, num_decoder_layers=2,
+        ...                 dim_feedforward=128)
         >>> model(torch.randn(1, 100, 64), is_causal=True).shape
         torch.Size([1, 100, 64])
     """
@@ -80,7 +81,8 @@ class LongNetEncoder(Model[LongNetConfig]):
         config: the model's shape; its decoder layers are not used.
 
     Example:
-        >>> model = LongNetEncoder(d_model=64, nhead=4, num_encoder_layers=2, dim_feedforward=128)
+        >>> model = LongNetEncoder(d_model=64, nhead=4, num_encoder_layers=2,
+        ...                        dim_feedforward=128)
         >>> model(torch.randn(1, 100, 64)).shape
         torch.Size([1, 100, 64])
     """
@@ -109,7 +111,8 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         config: the model's shape, with `vocab_size` or else a ValueError; its encoder layers are not used.
 
     Example:
-        >>> model = LongNetLM(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2, dim_feedforward=128)
+        >>> model = LongNetLM(vocab_size=256, d_model=64, nhead=4, num_decoder_layers=2,
+        ...                   dim_feedforward=128)
         >>> tokens = torch.randint(256, (1, 100))
         >>> model(tokens).shape
         torch.Size([1, 100, 256])

@@ -150,7 +150,8 @@ class LongViT(Model[LongViTConfig]):
         overrides: fields of `LongViTConfig` by name, in place of the config's.
 
     Example:
-        >>> model = LongViT(patch_size=8, embed_dim=64, depth=2, num_heads=4, ffn_dim=128, positions="sincos")
+        >>> model = LongViT(patch_size=8, embed_dim=64, depth=2, num_heads=4, ffn_dim=128,
+        ...                 positions="sincos")
         >>> out = model.eval()(torch.randn(1, 3, 64, 96))
         >>> out.pooled.shape, out.patches.shape
         (torch.Size([1, 64]), torch.Size([1, 8, 12, 64]))

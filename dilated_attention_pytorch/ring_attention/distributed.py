@@ -33,7 +33,9 @@ class RingDistributedDilatedAttention(Projections):
         ValueError: sizes that do not divide.
 
     Example:
-        >>> from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDistributedDilatedAttention
+        >>> from dilated_attention_pytorch.ring_attention import (
+        ...     RingAttentionConfig, RingDistributedDilatedAttention,
+        ... )
         >>> config = RingAttentionConfig(segment_lengths=[128, 512], dilation_rates=[1, 4])
         >>> attention = RingDistributedDilatedAttention(64, 4, config)
         >>> attention(torch.randn(2, 1000, 64), is_causal=True).shape

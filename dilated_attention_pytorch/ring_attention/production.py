@@ -43,8 +43,11 @@ class RingDilatedAttention(BaseRingAttention):
         ValueError: a mesh of several dimensions without `mesh_dim`.
 
     Example:
-        >>> from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention
-        >>> attention = RingDilatedAttention(RingAttentionConfig(segment_lengths=[128, 512], dilation_rates=[1, 4]))
+        >>> from dilated_attention_pytorch.ring_attention import (
+        ...     RingAttentionConfig, RingDilatedAttention,
+        ... )
+        >>> config = RingAttentionConfig(segment_lengths=[128, 512], dilation_rates=[1, 4])
+        >>> attention = RingDilatedAttention(config)
         >>> q = k = v = torch.randn(1, 1000, 4, 32)
         >>> attention(q, k, v, is_causal=True).shape
         torch.Size([1, 1000, 4, 32])

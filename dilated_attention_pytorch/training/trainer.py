@@ -79,7 +79,8 @@ class Trainer:
 
     Example:
         >>> with join() as world:
-        ...     result = Trainer(preset("demo"), build_corpus(), Path("runs/demo"), world=world).run()
+        ...     result = Trainer(preset("demo"), build_corpus(), Path("runs/demo"),
+        ...                      world=world).run()
     """
 
     def __init__(

@@ -125,6 +125,13 @@ class TestLayouts:
             assert slide.doubts == expected
             assert_official(encoder, slide, self.x, self.at)
 
+    def test_torch_before_1_6(self, encoder: SlideEncoder, tmp_path: Path) -> None:
+        """Its files are no archives, which cannot be mapped into memory."""
+        stored = {"features": torch.from_numpy(self.x), "coords": torch.from_numpy(self.at * 256)}
+        torch.save(stored | {"patch_size_level0": 256}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+        slide = SlideReader.of(encoder.config).read(tmp_path / "a.pt")
+        assert_official(encoder, slide, self.x, self.at)
+
     @pytest.mark.filterwarnings("ignore")  # of what their own code will do one day
     def test_anndata_and_zarr(self, encoder: SlideEncoder, tmp_path: Path) -> None:
         anndata, zarr = pytest.importorskip("anndata"), pytest.importorskip("zarr")

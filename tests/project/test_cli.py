@@ -130,7 +130,7 @@ def test_plan_counts_what_the_pattern_counts() -> None:
         {"branch": 0, "count": 3, "first": 128, "last": 130, "step": 1},
         {"branch": 1, "count": 33, "first": 2, "last": 130, "step": 4},
     ]
-    shown = call(*options, "--query", "130", "--full")
+    shown = call(*options, "--query", "130", "--bidirectional")
     assert "branches at 1,000 positions, 3 heads, bidirectional" in shown and "keys of query 130, head 0" in shown
     no_branch = json.loads(call("plan", "-n", "16", "-w", "16", "-r", "4", "--heads", "2", "--query", "3", "--json"))
     assert no_branch["coverage"] == 0.25
@@ -179,20 +179,21 @@ def test_plan_prints_the_bytes_of_a_ring() -> None:
         "--head-dim",
         "128",
     )
-    ring = json.loads(call(*options, "--ranks", "8", "--full", "--json"))["ring"]
-    assert ring["bytes_closed_form"] == 640 * 2**20
+    options += ("--ranks", "8", "--bidirectional")
+    ring = json.loads(call(*options, "--json"))["ring"]
+    assert ring["bytes_closed_form"] == 640 * 2**20 and ring["closed_form_needs"] is None
     assert {(s["received"], s["sent"], s["dense"]) for s in ring["shares"]} == {(640 << 20, 640 << 20, 14336 << 20)}
-    assert "640.0 MiB per rank" in call(*options, "--ranks", "8", "--full") and ring["closed_form_needs"] is None
+    assert "640.0 MiB per rank" in call(*options)
     for more, needs in (
-        (("--causal",), "--full"),
-        (("--full", "--balanced"), "shards of equal length"),
-        (("--full", "-n", "1048577"), "shards of equal length"),
-        (("--full", "--offsets", "blocked"), "modulo offsets"),
-        (("--full", "-r", "1,8,12"), "rates that are multiples of the one before"),
-        (("--full", "-w", "3000,262144,1048576"), "shards of whole segments"),
-        (("--full", "-w", "2048,262145,1048576"), "segments of whole shards, each a multiple of the one before"),
+        (("--causal",), "--bidirectional"),
+        (("--balanced",), "shards of equal length"),
+        (("-n", "1048577"), "shards of equal length"),
+        (("--offsets", "blocked"), "modulo offsets"),
+        (("-r", "1,8,12"), "rates that are multiples of the one before"),
+        (("-w", "3000,262144,1048576"), "shards of whole segments"),
+        (("-w", "2048,262145,1048576"), "segments of whole shards, each a multiple of the one before"),
     ):
-        assert f"closed form: needs {needs}\n" in call(*options, "--ranks", "8", *more)
+        assert f"closed form: needs {needs}\n" in call(*options, *more)
     causal = ("plan", "-n", "1048576", "-w", "2048,32768,524288,1048576", "-r", "1,2,8,16", "--ranks", "4", "--json")
     equal, even = (json.loads(call(*causal, *more))["ring"]["shares"] for more in ((), ("--balanced",)))
     assert sum(s["pairs"] for s in equal) == sum(s["pairs"] for s in even)

@@ -257,3 +257,14 @@ def test_no_code_line_is_wider_than_the_column(path: Path) -> None:
         elif inside and len(line) > 88 and not line.startswith(tuple("│┃┏┡└╭╰")):
             wide.append(f"line {number}: {len(line)} characters")
     assert not wide, "\n".join(wide)
+
+
+def test_no_example_of_a_docstring_is_wider_than_the_column() -> None:
+    """They stand on the page of the API."""
+    wide = [
+        f"{name_of(path)}, line {number}: {len(line.strip())} characters"
+        for path in sorted((ROOT / "dilated_attention_pytorch").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.lstrip().startswith((">>> ", "... ")) and len(line.strip()) > 88
+    ]
+    assert not wide, "\n".join(wide)

@@ -11,8 +11,9 @@ import pytest
 import slide_files as write
 import torch
 from command import call, fails
+from typer.main import get_command
 
-from dilated_attention_pytorch.cli.app import run
+from dilated_attention_pytorch.cli.app import app, run
 from dilated_attention_pytorch.models import LongNetLM, reach, save_pretrained
 
 EMBED = "slide embed {slides} --checkpoint {encoder} --out {out}"
@@ -105,15 +106,21 @@ def test_one_line_and_nothing_written(
     assert not re.search(r"=True|=False|\bNone\b|torch\.\w+\d", line), line
 
 
-def test_there_are_a_hundred_over_all_commands() -> None:
-    from typer.main import get_command
-
-    from dilated_attention_pytorch.cli.app import app
-
-    assert len(cases()) >= 100
+def commands() -> list[str]:
     top = get_command(app).commands  # type: ignore[attr-defined]
-    names = {name for name in top if name != "slide"} | {f"slide {name}" for name in top["slide"].commands}
-    assert {name for name in names if any(command.startswith(name) for command, _ in cases())} == names
+    return [name for name in top if name != "slide"] + [f"slide {name}" for name in top["slide"].commands]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_refuses_an_option_that_it_has_not(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = fails(capsys, monkeypatch, *command.split(), "--no-such-option")
+    assert line.startswith(f"error: expected an option of 'dilated-attention {command}', got '--no-such-option'")
+
+
+def test_there_are_a_hundred() -> None:
+    assert len({command for command, _ in cases()}) >= 100
 
 
 def test_nothing_reaches_stdout_before_a_refusal(

@@ -31,8 +31,10 @@ def register() -> None:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> register()
         >>> config = LlamaConfig(
-        ...     vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        ...     num_key_value_heads=2, dilated_segment_lengths=[16, 64], dilated_dilation_rates=[1, 4],
+        ...     vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        ...     num_attention_heads=4,
+        ...     num_key_value_heads=2, dilated_segment_lengths=[16, 64],
+        ...     dilated_dilation_rates=[1, 4],
         ... )
         >>> model = LlamaForCausalLM._from_config(config, attn_implementation="dilated")
         >>> model(torch.randint(99, (1, 200))).logits.shape

@@ -74,7 +74,8 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         overrides: fields of `SlideEncoderConfig` by name, in place of the config's.
 
     Example:
-        >>> encoder = SlideEncoder(in_chans=32, embed_dim=64, depth=2, num_heads=4, ffn_dim=128).eval()
+        >>> encoder = SlideEncoder(in_chans=32, embed_dim=64, depth=2, num_heads=4,
+        ...                        ffn_dim=128).eval()
         >>> coords = 256 * torch.cartesian_prod(torch.arange(20), torch.arange(30))
         >>> out = encoder(torch.randn(1, 600, 32), coords[None])
         >>> out.pooled.shape, out.layers.shape, out.tiles.shape

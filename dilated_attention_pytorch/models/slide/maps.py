@@ -67,7 +67,8 @@ def slide_map(
         ValueError: a layer, head or query that is not there; `heads="max"` with a rollout; as `attention_map`.
 
     Example:
-        >>> encoder = SlideEncoder(in_chans=8, embed_dim=16, depth=2, num_heads=4, ffn_dim=16).eval()
+        >>> encoder = SlideEncoder(in_chans=8, embed_dim=16, depth=2, num_heads=4,
+        ...                        ffn_dim=16).eval()
         >>> coords = 256 * torch.cartesian_prod(torch.arange(5), torch.arange(6))
         >>> slide_map(encoder, torch.randn(1, 30, 8), coords[None], rollout=True).ratio.shape
         torch.Size([30])

@@ -206,7 +206,9 @@ class RingDilatedAttentionHilbert(HilbertMixin, RingDilatedAttention):
     branches that span ranks travel once more, to where their segment sorts them, and back.
 
     Example:
-        >>> from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttentionHilbert
+        >>> from dilated_attention_pytorch.ring_attention import (
+        ...     RingAttentionConfig, RingDilatedAttentionHilbert,
+        ... )
         >>> config = RingAttentionConfig(segment_lengths=[16, 64], dilation_rates=[1, 2])
         >>> attention = RingDilatedAttentionHilbert(config, grid=(12, 12))
         >>> x = attention.own_rows(attention.apply_hilbert_ordering(torch.randn(1, 144, 4, 8)))
@@ -228,7 +230,9 @@ class HilbertRingAttention(HilbertMixin, RingDilatedAttention):
     queries, keys and values and one of outputs more than `RingDilatedAttentionHilbert`. Results are the same.
 
     Example:
-        >>> from dilated_attention_pytorch.ring_attention import HilbertRingAttention, RingAttentionConfig
+        >>> from dilated_attention_pytorch.ring_attention import (
+        ...     HilbertRingAttention, RingAttentionConfig,
+        ... )
         >>> config = RingAttentionConfig(segment_lengths=[16, 64], dilation_rates=[1, 2])
         >>> attention = HilbertRingAttention(config, grid=(12, 12))
         >>> x = torch.randn(1, 144, 4, 8)
