@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.kernels.triton.launch_linear import MOST_ROWS, linear
+from dilated_attention_pytorch.kernels.triton.support import MOST_ROWS
 from dilated_attention_pytorch.models.layers import FeedForward, Layer, LayerStack
 from dilated_attention_pytorch.modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_attention_pytorch.types import QKV
@@ -51,6 +51,8 @@ class DecodeStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits `(B, vocab_size)` of what follows tokens `(B, 1)`, whose keys and values go to the cache."""
+        from dilated_attention_pytorch.kernels.triton.launch_linear import linear
+
         model, cache = self._model, self._cache
         x = model.embed_tokens(tokens[:, 0]) * math.sqrt(model.config.d_model)  # (B, d_model)
         rotation = cache.rotation(x.dtype)

@@ -9,10 +9,7 @@ import triton
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.kernels.triton.linear import decode_linear
-from dilated_attention_pytorch.kernels.triton.support import interpreting
-
-# Rows of one step: beyond, products are no longer bound by reading weights, and a library computes them faster.
-MOST_ROWS = 64
+from dilated_attention_pytorch.kernels.triton.support import MOST_ROWS, interpreting
 
 
 def linear(

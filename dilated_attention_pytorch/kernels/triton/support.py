@@ -12,6 +12,8 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.types import QKV
 
 MAX_HEAD_DIM = 256
+# Rows of a decoding step: beyond, products are no longer bound by reading weights, and a library computes them faster.
+MOST_ROWS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
