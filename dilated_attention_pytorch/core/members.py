@@ -59,6 +59,23 @@ class Members(NamedTuple):
         return members // slots * length + members % slots * rate + offset - start
 
 
+def keys_behind(own: Tensor, branch: tuple[int, int], shift: int, offsets: Tensor, steps: Tensor) -> Tensor:
+    """Which keys `steps` (S,) times a branch's rate back the queries at positions `own` (B,) see: bool `(B, heads, S)`.
+
+    Args:
+        own: int64, in each row's own sequence.
+        branch: w and r.
+        shift: segment shift.
+        offsets: int64 `(heads,)`.
+        steps: int64 `(S,)`, 0 for the query's own key.
+    """
+    length, rate = branch
+    place = (own + shift) % length
+    # A first segment that the shift has cut begins at position 0.
+    near = steps * rate <= torch.minimum(place, own)[:, None]
+    return (place[:, None] % rate == offsets)[:, :, None] & near[:, None]
+
+
 def segment_and_residue(positions: Tensor, length: int, rate: int) -> Tensor:
     """One number per (segment, residue) of a branch: positions with the same number see one another."""
     return positions // length * rate + positions % length % rate

@@ -121,6 +121,11 @@ class DilatedPattern:
         head = check_index("head", head, self.num_heads)
         return head % rate if self.offsets == "modulo" else head // ceil_div(self.num_heads, rate)
 
+    def offsets_of(self, branch: int, heads: Tensor) -> Tensor:
+        """The residues that some key/value heads keep, int64 like `heads`; nothing is looked at."""
+        rate = self.dilation_rates[self._checked(branch)]
+        return heads % rate if self.offsets == "modulo" else heads // ceil_div(self.num_heads, rate)
+
     def head_groups(self, branch: int) -> list[tuple[int, slice]]:
         """The heads of a branch by the offset they share, as (offset, slice of heads)."""
         rate = self.dilation_rates[self._checked(branch)]

@@ -26,13 +26,17 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.positions import Rotation, rotate
 from dilated_attention_pytorch.core.validation import check_dense, check_instance
 from dilated_attention_pytorch.integrations.longnet_config import LongNetHFConfig as LongNetHFConfig
 from dilated_attention_pytorch.integrations.rows import Rows
+from dilated_attention_pytorch.integrations.static_step import static_step
 from dilated_attention_pytorch.models.checkpoint import check_head_groups
 from dilated_attention_pytorch.models.layers import FeedForward
 from dilated_attention_pytorch.models.longnet import LongNetLM
 from dilated_attention_pytorch.modules import MultiheadDilatedAttention
+from dilated_attention_pytorch.types import QKV
 
 
 class Options(TypedDict, total=False):
@@ -177,7 +181,7 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -190,7 +194,7 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
             attention_mask: `(B, all tokens so far)`, 1 = real. Positions count from a row's first real token.
             position_ids: int `(B, T)`. Where they restart, another document begins, and nothing looks across; beyond
                 that `attention_mask` says where a row starts.
-            past_key_values: a `DynamicCache`; only without gradients, and with one sequence per row.
+            past_key_values: a cache of transformers; only without gradients, and with one sequence per row.
             inputs_embeds: `(B, T, hidden_size)` in place of input_ids, as the embedding of tokens gives them.
             labels: int `(B, T)`, -100 for none; shifted inside.
             logits_to_keep: number of last positions whose logits are computed, or their indices; 0 for all.
@@ -200,20 +204,30 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
             loss, logits `(B, T, vocab_size)`, past_key_values and hidden_states.
 
         Raises:
-            ValueError: a static cache, right padding or packing with a cache, an argument that LongNet does not have.
+            ValueError: right padding or packing with a cache, an argument that LongNet does not have.
         """
         use_cache = options.pop("use_cache", None)
         cached = past_key_values is not None or bool(use_cache)
         x, states = _given(input_ids, inputs_embeds), self._states(options)
         items = options.pop("num_items_in_batch", None)
-        rows = _rows(x, attention_mask, position_ids, options, cached=cached)
+        # A static cache that has seen tokens counts them on the device.
+        is_step = (
+            x.shape[1] == 1 and past_key_values is not None and isinstance(past_key_values.get_seq_length(), Tensor)
+        )
+        if is_step:
+            _check_known(options)
+            rows = Rows() if attention_mask is None else Rows(row_start=attention_mask.to(torch.uint8).argmax(1))
+        else:
+            if attention_mask is not None and past_key_values is not None and past_key_values.is_compileable:
+                attention_mask = attention_mask[:, : int(past_key_values.get_seq_length()) + x.shape[1]]
+            rows = _rows(x, attention_mask, position_ids, options, cached=cached)
         if use_cache is None and past_key_values is None and self.config.use_cache and not torch.is_grad_enabled():
             cached = rows.suit_a_cache()
         if cached and past_key_values is None:
             past_key_values = DynamicCache()
         cache = None
         if past_key_values is not None:
-            cache = _Cache(past_key_values, self.config.num_hidden_layers, x.shape[1], rows)
+            cache = (_StaticStep if is_step else _Cache)(past_key_values, self.model, x.shape[1], rows)
         hidden = self._hidden(input_ids, inputs_embeds, rows, is_causal=True, states=states, cache=cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept])
@@ -223,6 +237,15 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
             past_key_values=None if use_cache is False else past_key_values,
             hidden_states=None if states is None else tuple(states),
         )
+
+    @staticmethod
+    def create_masks_for_generate(
+        *_: Any, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **__: Any
+    ) -> Tensor | None:
+        """`generate` asks for it with a static cache: attention_mask in a shape that no token changes."""
+        if attention_mask is None or past_key_values is None:
+            return attention_mask
+        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
 
 
 class LongNetForMaskedLM(_LongNetModel):
@@ -355,17 +378,15 @@ def _check_known(options: Any) -> None:
 
 
 class _Cache:
-    """A cache of `LongNetLM` on top of transformers' own: all keys stay, so beams can be reordered."""
+    """A cache of `LongNetLM` on top of transformers' own, which may be static, or lack what nobody sees any more."""
 
-    def __init__(self, cache: DynamicCache, num_layers: int, num_new: int, rows: Rows) -> None:
+    def __init__(self, cache: Cache, model: LongNetLM, num_new: int, rows: Rows) -> None:
         check_instance("past_key_values", cache, Cache)
         self.row_start, self.length = rows.row_start, int(cache.get_seq_length())
         total, given = self.length + num_new, rows.key_padding_mask
-        if getattr(cache, "is_compileable", False):
-            raise ValueError(f"expected a DynamicCache, which grows, got a {type(cache).__name__}")
         if given is not None and given.shape[1] != total:
             raise ValueError(f"expected attention_mask of {total} tokens, old and new ones, got {given.shape[1]}")
-        self.layers = [_Layer(cache, i, self.length) for i in range(num_layers)]
+        self.layers: Any = [_Layer(cache, i, self.length) for i in range(model.config.num_decoder_layers)]
 
     def options(self, x: Tensor) -> dict[str, Any]:
         """What the layers are called with for new rows x."""
@@ -379,9 +400,46 @@ class _Cache:
 
 
 class _Layer:
-    def __init__(self, cache: DynamicCache, index: int, length: int) -> None:
+    def __init__(self, cache: Cache, index: int, length: int) -> None:
         self._cache, self._index, self.length = cache, index, length
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        keys, values = self._cache.update(key.transpose(1, 2), value.transpose(1, 2), self._index)
-        return keys.transpose(1, 2), values.transpose(1, 2), 0
+        total = self.length + key.shape[1]
+        held = self._cache.update(key.transpose(1, 2), value.transpose(1, 2), self._index)
+        keys, values = (x[:, :, :total].transpose(1, 2) for x in held)  # a static cache has room behind them
+        return keys, values, total - keys.shape[1]
+
+
+class _StaticStep(_Cache):
+    """One new position of each row of a static cache, in shapes that no position changes."""
+
+    def __init__(self, cache: Cache, model: LongNetLM, _: int, rows: Rows) -> None:
+        first: Any = model.decoder.layers[0].self_attn
+        # The first layer that appends moves the cache's own count on.
+        at = (cache.get_seq_length().clone(), 0 if rows.row_start is None else rows.row_start)
+        self._rotary, self._own = first.rotary, (at[0] - at[1]).reshape(-1, 1)
+        self.layers = [_StaticLayer(cache, i, at, layer.self_attn) for i, layer in enumerate(model.decoder.layers)]
+
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """What the layers are called with for new rows x."""
+        own = self._own.expand(x.shape[0], 1)
+        return {
+            "rotation": None if self._rotary is None else self._rotary.rotation(own, x.dtype),
+            "caches": self.layers,
+        }
+
+
+class _StaticLayer:
+    def __init__(self, cache: Cache, index: int, at: tuple[Tensor, Tensor | int], attention: Any) -> None:
+        self._cache, self._index, self._at, self._attention = cache, index, at, attention.attention
+
+    def attend(self, x: QKV, rotation: Rotation | None, scale: float) -> Tensor:
+        """Attention `(B, 1, H, D)` of a new position, whose key and value are kept."""
+        q, k, v = x
+        if rotation is not None:
+            q, k = rotate(q, rotation.q_cos, rotation.q_sin), rotate(k, rotation.k_cos, rotation.k_sin)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        inner = self._attention
+        pattern = DilatedPattern(inner.segment_lengths, inner.dilation_rates, k.shape[1], inner.offsets)
+        buffers = self._cache.update(k, v, self._index)
+        return static_step(q, buffers, self._at, pattern, inner.segment_shift, scale).transpose(1, 2)

@@ -7,6 +7,7 @@ same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -124,9 +125,13 @@ class DecodingCache:
 
     def options(self, x: Tensor) -> dict[str, Any]:
         """What the layers are called with for rows x `(B, 1, d_model)`."""
+        return {"rotation": self.rotation(x.dtype), "caches": self.layers}
+
+    def rotation(self, dtype: torch.dtype) -> Rotation | None:
+        """Of the next positions, `(B, 1, 1, D / 2)`."""
         rotary = self._attentions[0].rotary
-        rotation = None if rotary is None else rotary.rotation(self.positions[:, None], x.dtype)
-        return {"rotation": rotation, "caches": self.layers}
+        found: Rotation | None = None if rotary is None else rotary.rotation(self.positions[:, None], dtype)
+        return found
 
 
 class _LayerBuffers:
@@ -167,13 +172,18 @@ class EagerSteps:
     ahead = 1
 
     def __init__(self, model: Any, cache: Any, draw: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
-        self._model, self._cache, self._draw = model, cache, draw
+        self._logits: Callable[[Tensor], Tensor] = partial(_next_logits, model, cache)
+        self._draw = draw
         self.tokens = tokens[:, None].clone()
+        if isinstance(cache, DecodingCache):
+            from dilated_attention_pytorch.models import decode_step
+
+            if decode_step.suits(model, len(tokens)):
+                self._logits = decode_step.DecodeStep(model, cache)
 
     def step(self) -> None:
         """Replaces the tokens by those that follow them."""
-        new = self._draw(self._model.logits(self._model.hidden(self.tokens, cache=self._cache)[:, -1]))
-        self.tokens.copy_(new[:, None])
+        self.tokens.copy_(self._draw(self._logits(self.tokens))[:, None])
 
     def take(self, count: int) -> list[Tensor]:
         """The tokens of that many steps, int64 `(B,)` each."""
@@ -185,6 +195,12 @@ class EagerSteps:
 
     def rewind(self, used: int) -> None:
         """Nothing was drawn ahead."""
+
+
+def _next_logits(model: Any, cache: Any, tokens: Tensor) -> Tensor:
+    """Logits `(B, vocab_size)` of what follows tokens `(B, 1)`, through the model's modules."""
+    logits: Tensor = model.logits(model.hidden(tokens, cache=cache)[:, -1])
+    return logits
 
 
 class GraphedSteps:

@@ -32,7 +32,6 @@ from transformers import (  # noqa: E402
     MambaModel,
     ModernBertConfig,
     ModernBertModel,
-    StaticCache,
 )
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import AttentionInterface  # noqa: E402
@@ -293,12 +292,10 @@ class TestWhatIsRefused:
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 attention(module, q, k, k, None, **wrong)
 
-    def test_static_caches(self) -> None:
+    def test_prefix_caches(self) -> None:
         model = llama()
-        with pytest.raises(ValueError, match="expected a cache whose keys end with the last query"):
-            model(tokens(1, 10), past_key_values=StaticCache(model.config, max_cache_len=32))
-        with pytest.raises(ValueError, match="expected a DynamicCache"), torch.no_grad():
-            longnet()(tokens(1, 10), past_key_values=StaticCache(model.config, max_cache_len=32))
+        with pytest.raises(ValueError, match="prefix caches are not supported"):
+            model(tokens(1, 10), attention_mask=torch.ones(1, 16, dtype=torch.int64), use_cache=False)
 
     def test_other_masks(self) -> None:
         model, x = llama(), tokens(1, 10)

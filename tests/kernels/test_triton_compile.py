@@ -43,7 +43,13 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
     from dilated_attention_pytorch.core.positions import Rotation
     from dilated_attention_pytorch.core.problem import Problem
     from dilated_attention_pytorch.kernels import decode_layout
-    from dilated_attention_pytorch.kernels.triton import configs, launch_aligned, launch_branches, launch_decode
+    from dilated_attention_pytorch.kernels.triton import (
+        configs,
+        launch_aligned,
+        launch_branches,
+        launch_decode,
+        launch_linear,
+    )
     from dilated_attention_pytorch.kernels.triton.hopper import launch as hopper
     from dilated_attention_pytorch.kernels.triton.hopper import launch_backward as hopper_backward
     from dilated_attention_pytorch.kernels.triton.replay import Tape
@@ -133,6 +139,10 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
         buffer = torch.empty(1, pattern.num_heads, 8192, width, dtype=q.dtype)
         layout, position = decode_layout.DecodeLayout(pattern, n), torch.zeros(1, dtype=torch.int64)
         launch_decode.step(QKV(q, kv, kv), Rotation(*4 * (table,)), position, (buffer, buffer), layout, 1.0)
+        x, norm = torch.empty(64, 1024, dtype=q.dtype), torch.nn.LayerNorm(1024, dtype=q.dtype)
+        for rows, columns in ((1, 3072), (8, 1024), (64, 32_000)):
+            weight, out = torch.empty(columns, 1024, dtype=q.dtype), torch.empty(rows, columns, dtype=q.dtype)
+            launch_linear.linear(x[:rows], weight, norm=norm, activation="gelu", residual=out)
     return reports
 
 
@@ -172,7 +182,7 @@ def test_every_kernel_compiles(compiled):
     hoppers = {f"hopper_{part}" for part in parts} if capability == 90 else set()
     assert {r["kernel"] for r in reports} - hoppers == {
         "branch_forward", "branch_backward_dq", "branch_backward_dkv", "aligned_forward", "aligned_backward_dq",
-        "aligned_backward_dkv", "decode_split", "decode_merge",
+        "aligned_backward_dkv", "decode_split", "decode_merge", "decode_linear",
     }  # fmt: skip
     assert hoppers <= {r["kernel"] for r in reports}
 

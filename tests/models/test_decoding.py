@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from dilated_attention_pytorch.models import LongNetLM, generation, longnet
 from dilated_attention_pytorch.models.cache import KeyValueCache
+from dilated_attention_pytorch.models.decode_step import DecodeStep, suits
 from dilated_attention_pytorch.models.decoding import DecodingCache, EagerSteps, why_not, why_not_unasked
 from dilated_attention_pytorch.models.generation import Sampler
 
@@ -57,6 +58,42 @@ def test_logits_equal_the_growing_cache(positions: str | None) -> None:
             want, got = (model(tokens[:, n : n + 1], cache=cache) for cache in (growing, fixed))
             assert (want - got).abs().max() <= 1e-5, n
     assert fixed.positions.tolist() == [26, 17]
+
+
+PLAIN: tuple[dict[str, Any], ...] = (
+    {"positions": "xpos", "segment_shift": "alternate", "tie_weights": True},
+    {"positions": None, "activation": "relu", "num_kv_heads": 4},
+)
+
+
+@pytest.mark.parametrize("changes", PLAIN, ids=["xpos, shifted, tied", "relu"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_logits_of_few_launches_equal_those_of_modules(changes: dict[str, Any], rows: int) -> None:
+    model, tokens = lm(**changes), prompt(rows, 19)
+    row_start = torch.tensor([9, 0], device=DEVICE)[:rows]
+    with torch.inference_mode():
+        for each in model.parameters():  # biases start at 0 and norms at 1
+            each.add_(torch.randn_like(each), alpha=0.1)
+        growing = model.make_cache(row_start=row_start)
+        model(tokens[:, :13], cache=growing)
+        fixed = fixed_buffers(model, growing, 19)
+        step = DecodeStep(model, fixed)
+        for n in range(13, 19):
+            want, got = model(tokens[:, n : n + 1], cache=growing)[:, 0], step(tokens[:, n : n + 1])
+            assert (want - got).abs().max() <= 1e-5, n
+
+
+def test_only_plain_models_are_read_in_place_of_being_called() -> None:
+    class Mine(LongNetLM):
+        pass
+
+    model, adapted, patched = lm(), lm(), lm()
+    adapted.decoder.layers[0].ffn.fc1 = Adapted(adapted.decoder.layers[0].ffn.fc1)
+    patched.decoder.layers[1].self_attn.q_proj.forward = patched.decoder.layers[1].self_attn.q_proj.forward
+    mixed = lm()
+    mixed.output_projection = mixed.output_projection.double()
+    assert suits(model, 64) and not suits(model, 65)
+    assert not any(suits(each, 1) for each in (adapted, patched, mixed, Mine(**SMALL)))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from dilated_attention_pytorch.integrations.longnet import (
     LongNetForSequenceClassification,
     LongNetHFConfig,
 )
+from dilated_attention_pytorch.integrations.transformers.bounded import bounded_cache
 from dilated_attention_pytorch.integrations.transformers.layers import attention
 from dilated_attention_pytorch.integrations.transformers.masks import mask
 from dilated_attention_pytorch.integrations.transformers.registry import register
@@ -43,6 +44,7 @@ __all__ = [
     "LongNetForSequenceClassification",
     "LongNetHFConfig",
     "attention",
+    "bounded_cache",
     "mask",
     "register",
     "use_dilated_attention",

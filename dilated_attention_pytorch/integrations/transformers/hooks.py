@@ -92,7 +92,12 @@ def _sees_packed_documents(original: Callable[..., tuple[Any, ...]]) -> Callable
         early_exit, real, _, q_length, kv_length, *offsets = found
         if early_exit or position_ids is None or config._attn_implementation != NAME or position_ids.dim() != 2:
             return found
-        if kv_length != q_length or (real is not None and real.shape[1] != q_length):
+        if real is not None and real.shape[1] != q_length:
+            return found
+        if kv_length != q_length:
+            static = getattr(past_key_values, "is_compileable", False) and packing.is_readable(position_ids)
+            if static and packing.documents(position_ids.expand(inputs_embeds.shape[0], -1), real) is not None:
+                raise ValueError(f"expected one sequence per row with a static cache {WITH}, got packed position_ids")
             return found
         numbers = packing.documents(position_ids.expand(inputs_embeds.shape[0], -1), real)
         chunks = setting(config, "attention_chunk_size") is not None

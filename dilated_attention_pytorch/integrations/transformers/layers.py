@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.integrations import packing
+from dilated_attention_pytorch.integrations.static_step import static_step
 from dilated_attention_pytorch.integrations.transformers.masks import Form
 from dilated_attention_pytorch.integrations.transformers.pattern import WITH, LayerPattern
 from dilated_attention_pytorch.integrations.transformers.reach import layer_shift
@@ -41,6 +42,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attend with `(B, H, Q, D)` queries to `(B, H_kv, K, D)` keys and `(B, H_kv, K, D_v)` values.
 
+    A static cache has room behind the last query, a bounded one has forgotten what nobody sees.
+
     Returns:
         `(B, Q, H, D_v)`, and None for the weights.
 
@@ -57,6 +60,8 @@ def attention(
     cu_seqlens = _given_bounds(kwargs, query, key)
     if form is None or _is_cross(module, form, queries, keys):
         return _own(module, query, key, value, attention_mask, dropout, scaling, cu_seqlens)
+    if form.step is None and form.length is not None and form.length < keys:
+        key, value, keys = key[:, :, : form.length], value[:, :, : form.length], form.length
     if queries > keys:
         raise ValueError(f"expected self-attention {WITH}, got {queries} queries over {keys} keys")
     if form.real is not None and not form.is_causal and _reads_hidden_tokens(type(module).__module__):
@@ -81,7 +86,12 @@ def _dilated(
     config: Any = module.config
     offsets: Offsets = getattr(config, "dilated_offsets", "modulo")
     pattern = DilatedPattern(*LayerPattern.of(module), key.shape[1], offsets)  # type: ignore[arg-type]
+    total = key.shape[2] if form.length is None else form.length
+    shift = layer_shift(module, pattern, total, is_causal=form.is_causal)
     batch, _, queries, head_dim = query.shape
+    scale = head_dim**-0.5 if scaling is None else scaling
+    if form.step is not None:
+        return static_step(query, (key, value), form.step, pattern, shift, scale).transpose(1, 2)
     value_dim = value.shape[-1]
     if value_dim != head_dim:
         # Latent attention (DeepSeek) has narrower values; zeros in the last columns change no product.
@@ -92,7 +102,8 @@ def _dilated(
         "key_padding_mask": real,
         # Positions count from a row's first real token, so left padding changes nothing; 0 for right padding.
         "row_start": None if real is None else real.int().argmax(1),
-        "q_start": key.shape[2] - queries,
+        "q_start": total - queries,
+        "k_start": total - key.shape[2],
     }
     if form.cu_seqlens is not None:
         x, where = [y.flatten(0, 1) for y in x], {"cu_seqlens": form.cu_seqlens}
@@ -100,9 +111,9 @@ def _dilated(
         *x,
         segment_lengths=pattern.segment_lengths,
         dilation_rates=pattern.dilation_rates,
-        segment_shift=layer_shift(module, pattern, key.shape[2], is_causal=form.is_causal),
+        segment_shift=shift,
         is_causal=form.is_causal,
-        scale=head_dim**-0.5 if scaling is None else scaling,
+        scale=scale,
         offsets=offsets,
         dropout_p=float(dropout or 0.0),
         mixing_gradient=getattr(config, "dilated_mixing_gradient", "exact"),

@@ -2,13 +2,15 @@
 
 | asked for | made | `attention` computes |
 |---|---|---|
-| causal | uint8 `(B, 1, 1, K)`, 1 = real | dilated, causal |
+| causal | uint8 `(B, 1, 1, N)`, 1 = real; int16 if all are | dilated, causal |
+| one token over a static cache | int64 `(B, 1, 1, 2)`: its position, the row's first real one | dilated, causal |
 | bidirectional | bool `(B, 1, 1, K)` | dilated |
 | packed documents | int32 `(B, 1, 1, K)`, the document of each token | dilated, causal, documents apart |
 | a window, chunks, a prefix, image tokens | bool `(B, 1, Q, K)` | sdpa |
 
-Where nothing is hidden, the first two have stride 0 along the keys, which spares the kernels a mask. None is never
-made, so a layer that gets none belongs to a model without masks (vision, audio).
+N counts the positions so far: a static cache has room behind them, a bounded one lacks the first. Where nothing is
+hidden, the first and the third have stride 0 along the keys, which spares the kernels a mask. None is never made, so a
+layer that gets none belongs to a model without masks (vision, audio).
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ class Form(NamedTuple):
     """What a mask says of a layer."""
 
     is_causal: bool
-    real: Tensor | None = None  # (B, K) bool, None if nothing is hidden
+    real: Tensor | None = None  # (B, N) bool, None if nothing is hidden
     cu_seqlens: Tensor | None = None  # (documents + 1,) over all tokens of all rows
+    length: int | None = None  # N; None where the keys are all there is
+    step: tuple[Tensor, Tensor] | None = None  # the position of the one query, and each row's first real one (B,)
 
     @classmethod
     def read(cls, attention_mask: Tensor, num_queries: int) -> Form | None:
@@ -41,8 +45,11 @@ class Form(NamedTuple):
         if attention_mask.dim() == 4:
             row = attention_mask[:, 0, 0]
             real = None if attention_mask.stride(-1) == 0 else row
-            if attention_mask.dtype == torch.uint8:
-                return cls(True, None if real is None else real.bool())
+            if attention_mask.dtype in (torch.uint8, torch.int16):
+                hidden = real is not None and attention_mask.dtype == torch.uint8
+                return cls(True, row.bool() if hidden else None, length=row.shape[1])
+            if attention_mask.dtype == torch.int64:
+                return cls(True, step=(row[0, 0], row[:, 1]))
             if attention_mask.dtype == torch.int32:
                 # Dynamo does not read the attribute.
                 bounds = getattr(attention_mask, "cu_seqlens", None) if packing.is_readable(attention_mask) else None
@@ -71,22 +78,28 @@ def mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor:
-    """The mask of `attention`, in one of four forms; arguments are those of transformers' `sdpa_mask`.
+    """The mask of `attention`, in one of five forms; arguments are those of transformers' `sdpa_mask`.
 
     Raises:
-        ValueError: a cache whose keys do not end with the last query.
+        ValueError: a cache that neither ends with the last query nor is static; right padding with a static one.
     """
-    is_causal = mask_function is causal_mask_function
     if local_size is None and not use_vmap:
-        if is_causal and allow_is_causal_skip:
-            growing = not isinstance(q_offset, Tensor) and not kv_offset and kv_length == q_offset + q_length
-            if not growing:
+        if mask_function is causal_mask_function and q_length == 1 and isinstance(q_offset, Tensor):
+            # A step over a static cache, which transformers never allows to skip.
+            first = _first_real(attention_mask, batch_size, device)
+            return torch.stack((q_offset.expand(batch_size), first), 1)[:, None, None]
+        if mask_function is causal_mask_function and allow_is_causal_skip:
+            start = int(q_offset) if isinstance(q_offset, Tensor) else q_offset  # of a static cache, on the device
+            length = start + q_length
+            room = kv_offset + kv_length - length
+            if room > 0 and attention_mask is not None and attention_mask.shape[1] == length:
+                _check_left(attention_mask)
+            elif room and (room < 0 or attention_mask is not None):
                 raise ValueError(
-                    f"expected a cache whose keys end with the last query (DynamicCache) {WITH}, got {kv_length} keys "
-                    f"for {q_length} queries from position {q_offset} on: static, sliding and prefix caches are not "
-                    "supported"
+                    f"expected a cache whose keys end with the last query, or a static one, {WITH}, got {kv_length} "
+                    f"keys for {q_length} queries from position {start} on: prefix caches are not supported"
                 )
-            return _hidden(batch_size, kv_length, attention_mask, device, torch.uint8)
+            return _hidden(batch_size, length, attention_mask, device, torch.uint8)
         # A model that forbids to skip the mask joins it with another one.
         if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
             return _hidden(batch_size, kv_length, attention_mask, device, torch.bool)
@@ -109,8 +122,23 @@ def _hidden(
             f"{tuple(real.shape)}"
         )
     if real is None or (packing.is_readable(real) and bool(real.all())):
+        # int16 says it too: `generate` makes masks for static caches contiguous.
+        dtype = torch.int16 if dtype == torch.uint8 else dtype
         return torch.ones((), dtype=dtype, device=device).expand(batch_size, 1, 1, kv_length)
     return real[:, None, None].to(dtype).contiguous()
+
+
+def _first_real(real: Tensor | None, batch_size: int, device: torch.device | str) -> Tensor:
+    """int64 `(B,)`."""
+    if real is None:
+        return torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return real.to(torch.uint8).argmax(1)
+
+
+def _check_left(real: Tensor) -> None:
+    """A step over a static cache looks at each row's first real token alone."""
+    left = real == (real.cumsum(1) > 0)
+    packing.check(left.all(), f"expected padding on the left alone with a static cache {WITH}, got 0 after 1")
 
 
 def _is_packed(mask_function: Any) -> bool:

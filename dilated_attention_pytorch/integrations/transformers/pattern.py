@@ -10,7 +10,8 @@ NAME = "dilated"
 WITH = f"with attn_implementation={NAME!r}"
 NEEDED = ("dilated_segment_lengths", "dilated_dilation_rates")
 # One branch over everything: dense attention, of any length.
-_DENSE = ([1 << 40], [1])
+DENSE_LENGTH = 1 << 40
+_DENSE = ([DENSE_LENGTH], [1])
 
 
 class LayerPattern(NamedTuple):

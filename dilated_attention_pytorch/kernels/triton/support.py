@@ -14,6 +14,8 @@ from dilated_attention_pytorch.types import QKV
 MAX_HEAD_DIM = 256
 # Wider heads were measured faster on sdpa (docs/log.md): their tiles are padded to 256 columns and hold few rows.
 FAST_HEAD_DIM = 128
+# Rows of a decoding step: beyond, products are no longer bound by reading weights, and a library computes them faster.
+MOST_ROWS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
