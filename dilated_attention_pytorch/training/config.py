@@ -62,9 +62,10 @@ class TrainConfig(ModelConfig):
         grad_clip: largest norm of the gradient.
         precision: `"fp32"`, `"bf16"` (autocast), or `"auto"`: bf16 on CUDA, fp32 on a CPU.
         gradient_checkpointing: recompute activations in the backward.
-        compile: torch.compile the model.
-        context_parallel: number of processes that share a sequence, one shard per process. Parameters, gradients and
-            optimizer states are then sharded over all processes (FSDP2).
+        compile: torch.compile the model, or each of its layers where parameters are sharded.
+        shard_parameters: shard parameters, gradients and optimizer states over all processes (FSDP2), in place of DDP.
+        context_parallel: number of processes that share a sequence, one shard per process; parameters are then sharded
+            too.
         cpu_threads: of a run on a CPU, 0 for torch's choice; the last bits of a run depend on it.
         seed: of the first weights, the order of the data and dropout.
         eval_excerpts: validation sequences per evaluation, spread over the split; 0 for all of it.
@@ -78,7 +79,14 @@ class TrainConfig(ModelConfig):
     """
 
     # Fields that may change when a run is resumed: who computes, and what is written.
-    FREE: ClassVar = {"log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel"}
+    FREE: ClassVar = {
+        "log_every",
+        "eval_every",
+        "eval_excerpts",
+        "checkpoint_every",
+        "context_parallel",
+        "shard_parameters",
+    }
 
     d_model: int = 512
     nhead: int = 8
@@ -105,6 +113,7 @@ class TrainConfig(ModelConfig):
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard_parameters: bool = False
     context_parallel: int = 1
     cpu_threads: int = 0
     seed: int = 0
@@ -127,6 +136,7 @@ class TrainConfig(ModelConfig):
         check.check_choice("precision", self.precision, Precision)
         check.check_bool("gradient_checkpointing", self.gradient_checkpointing)
         check.check_bool("compile", self.compile)
+        check.check_bool("shard_parameters", self.shard_parameters)
         if self.warmup_steps >= self.steps:
             raise ValueError(f"expected warmup_steps below steps, got {self.warmup_steps} and {self.steps}")
         batch, micro, context, shards = self.batch_size, self.micro_batch_size, self.context, self.context_parallel
@@ -134,8 +144,6 @@ class TrainConfig(ModelConfig):
             raise ValueError(f"expected batch_size to be a multiple of micro_batch_size, got {batch} and {micro}")
         if context < shards:
             raise ValueError(f"expected context of at least context_parallel, got {context} and {shards}")
-        if self.compile and shards > 1:
-            raise ValueError(f"expected compile=False with context_parallel={shards}, got True")
         pattern = self.model_config().pattern
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)

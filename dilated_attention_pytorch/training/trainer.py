@@ -20,6 +20,7 @@ from dilated_attention_pytorch.core.files import lock, remove_leftovers, replace
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
+from dilated_attention_pytorch.training.checkpoint import Checkpoints
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus, training_excerpts, validation_excerpts
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
@@ -38,7 +39,7 @@ class Interrupted(Exception):
 class Result(NamedTuple):
     """The results of a finished run, beside its files."""
 
-    model: LongNetLM  # with `context_parallel` whole on rank 0, a shard on each other rank
+    model: LongNetLM  # whole on rank 0; on another rank its share, where parameters are sharded
     evaluation: Evaluation  # the last one
 
 
@@ -61,8 +62,8 @@ class Reporter(Protocol):
 class Trainer:
     """Train a byte-level `LongNetLM` in a folder, from the folder's last state on.
 
-    The folder gets `state.pt` (for resume), `model.safetensors` and `config.json` (for use), `train.json` (the
-    settings) and `metrics.jsonl` (the record).
+    The folder gets `step-N/` (for resume), `train.json` (the settings), `metrics.jsonl` (the record), and at the end
+    `model.safetensors` and `config.json` (for use).
 
     Args:
         config: of the run.
@@ -96,30 +97,30 @@ class Trainer:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
         self.tensorboard, self.reporter = tensorboard, reporter if world.is_main else None
         self.micro_steps = config.micro_steps(world.size)
-        self.layout = distributed.arrange(world, config.context_parallel)
+        self.layout = distributed.arrange(world, config.context_parallel, sharded=config.shard_parameters)
         self.held_out = validation_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
-        torch.manual_seed(config.seed)
+        half = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
         shape = config.model_config()
         warn_out_of_reach(shape.pattern, shape.shifts(config.num_layers), config.context)
-        # Made on the CPU: the first weights do not depend on the device.
-        model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing)
-        self.model = model.to(world.device)
+        self.model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing, device="meta")
         self.step, self._signal, self._restart = 0, 0, restart
         self._log: MetricsLog | None = None
-        load = partial(state.load_state, folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
-        kept = None if restart else load()
+        self.checkpoints = Checkpoints(folder, world)
+        kept = None if restart else self.checkpoints.newest()
         if kept is not None:
-            self.step = kept["step"]
-            self.model.load_state_dict(kept["model"])
+            state.check_about(kept, folder, config, corpus.fingerprint)
         if self.layout.mesh is not None:
-            distributed.shard_model(self.model, self.layout.mesh)
+            distributed.shard_model(self.model, self.layout.mesh, half=half, compiled=config.compile)
+        self.model.to_empty(device=world.device)
         self.optimizer = adamw(self.model, config)
-        if kept is not None:
-            self.optimizer.load_state_dict(distributed.spread(kept["optimizer"], self.optimizer))
+        if kept is None:
+            distributed.first_weights(self.model, config.seed)
+        else:
+            self.step = kept["step"]
+            self.checkpoints.load(self.step, state.tensors(self.model, self.optimizer))
         self.runner: nn.Module = self._runner()
-        half = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
         self._autocast = partial(torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half)
         how: Any = {"batch_size": config.micro_batch_size, "autocast": self._autocast, "layout": self.layout}
         self._evaluate: Callable[[], Evaluation] = partial(evaluate, self.model, self.held_out, world, **how)
@@ -137,19 +138,18 @@ class Trainer:
             self.world.first(partial(self._open, held))
             held.callback(self._tell, "stop")
             self._tell("start", self.step, self.config, sum(p.numel() for p in self.model.parameters()))
+            held.callback(self.checkpoints.close)
             with self._signals():
                 evaluation = self._loop()
-            model = self._whole_model()
-            return Result(model.to(self.world.device) if self.world.is_main else model, evaluation)
+            return Result(self.world.first(self._export) or self.model, evaluation)
 
     def _open(self, held: contextlib.ExitStack) -> None:
         """Lock the folder, write the settings and open the record, until `held` closes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock(self.folder))
         remove_leftovers(self.folder)
-        if self._restart:  # now, not at the first save: nothing may go on from the old run
-            (self.folder / state.FILE).unlink(missing_ok=True)
-            self._restart = False
+        self.checkpoints.sweep(everything=self._restart)  # now: nothing may go on from the old run
+        self._restart = False
         settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
         replace_text(self.folder / "train.json", settings + "\n")
         self._log = MetricsLog(
@@ -190,11 +190,10 @@ class Trainer:
             if stop or last or self.step % config.checkpoint_every == 0:
                 self.save()
             if stop and not last:
+                self.checkpoints.wait()
                 raise Interrupted(self.step, self._signal or signal.SIGINT)
-        if evaluation is None:  # nothing was left to train; the model may have been lost since
-            self.save()
-            evaluation = self._evaluate()
-        return evaluation
+        self.checkpoints.wait()
+        return evaluation or self._evaluate()  # nothing was left to train
 
     def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; this rank's mean loss and the gradient's norm."""
@@ -230,38 +229,22 @@ class Trainer:
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean over tokens; of a shard, scaled so that the mean over ranks is the mean over tokens."""
-        if self.layout.mesh is None:
+        if self.layout.context_size == 1:
             return F.cross_entropy(logits, targets)
         # Shards may be unequal; a mean of their means would weigh tokens differently.
         share = self.config.micro_batch_size * self.config.context / self.layout.context_size
         return F.cross_entropy(logits, targets, reduction="sum") / share
 
     def save(self) -> None:
-        """Leave the present step on disk: the model for use, and the state; whole, however they are sharded."""
-        model = self._whole_model()
-        optimizer = distributed.whole(self.optimizer.state_dict(), keep=self.world.is_main)
+        """Begin to write the state after the present step; it counts once `checkpoints.wait` has returned."""
+        about = state.about(self.config, self.corpus.fingerprint)
+        self.checkpoints.save(self.step, state.tensors(self.model, self.optimizer), about)
 
-        def write() -> None:
-            save_pretrained(model, self.folder)
-            # Last: beside a state of the last step there is always its model.
-            state.save_state(
-                self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
-                model=model.state_dict(), optimizer=optimizer,
-            )  # fmt: skip
-
-        self.world.first(write)
-
-    def _whole_model(self) -> LongNetLM:
-        """The model itself, or on rank 0 a whole copy of a sharded one, on the CPU."""
-        if self.layout.mesh is None:
-            return self.model
-        weights = distributed.whole(self.model.state_dict(), keep=self.world.is_main)
-        self.world.wait()  # no process leaves while another still gathers
-        if not self.world.is_main:
-            return self.model
-        model = LongNetLM(self.config.model_config(), device="meta")
-        model.load_state_dict(weights, assign=True)
-        return model
+    def _export(self) -> LongNetLM:
+        """Leave the trained model beside the states, whole; in the main process, which has memory for it on its CPU."""
+        model, _ = state.trained_model(self.folder)
+        save_pretrained(model, self.folder)
+        return model.to(self.world.device)
 
     def _record(self, line: dict[str, Any]) -> None:
         if self._log is not None:
@@ -270,8 +253,10 @@ class Trainer:
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
+        if self.layout.mesh is not None:
+            return self.model  # its layers are compiled, each for itself
         runner = cast("nn.Module", torch.compile(self.model)) if self.config.compile else self.model
-        if self.world.size == 1 or self.layout.mesh is not None:
+        if self.world.size == 1:
             return runner
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(runner, device_ids=devices)
