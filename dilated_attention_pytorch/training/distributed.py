@@ -162,13 +162,13 @@ def arrange(world: World, context_parallel: int, *, sharded: bool = False) -> Ra
     return RankLayout(data_rank, readers, context_rank, context_parallel, mesh)
 
 
-def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: bool = False, compiled: bool = False) -> None:
+def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: torch.dtype | None = None, compiled: bool = False) -> None:
     """Turn attention into ring attention over "context" and shard the parameters over all ranks, in place.
 
     Args:
         model: on any device, the meta device too.
         mesh: data x context.
-        half: gather weights in bf16 to compute with; gradients are summed in fp32.
+        half: gather weights in this dtype to compute with; gradients are summed in fp32.
         compiled: compile each layer; the graph breaks at the ring, whose lengths the ranks find out together.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -178,7 +178,7 @@ def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: bool = False, compi
     # One dimension over all ranks: given two, FSDP2 would shard over one and replicate over the other.
     ranks = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))
     # Autocast alone would keep a copy of every weight in bf16, whole, until the backward.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else None
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False) if half else None
     options: dict[str, Any] = {"mesh": ranks} | ({} if policy is None else {"mp_policy": policy})
     # One layer at a time is whole in memory.
     for layer in model.decoder.layers:

@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.models import LongNetConfig, LongNetLM
+from dilated_attention_pytorch.models import LongNetConfig, LongNetLM, load_pretrained
+from dilated_attention_pytorch.models.weights import check_state
 from dilated_attention_pytorch.training import checkpoint
 from dilated_attention_pytorch.training.config import TrainConfig
+from dilated_attention_pytorch.training.distributed import fill
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step: linear up to `learning_rate`, then half a cosine down to `final_rate` of it."""
+    """The rate of a step: linear up to `learning_rate`, then as `schedule` says, down to `final_rate` of it."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * share
+    left = 1.0  # of the way down
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.schedule == "warmup-stable-decay":
+        left = min(1.0, (config.steps - step) / max(1.0, config.decay_share * config.steps))
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * left)
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -49,6 +55,14 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return found
 
 
+def take_weights(model: LongNetLM, folder: Path) -> None:
+    """Fill a model, however it is sharded, from a folder of `save_pretrained`; a ValueError says what does not fit."""
+    weights = load_pretrained(folder).state_dict()
+    check_state(model, weights)
+    for name, parameter in model.state_dict().items():
+        fill(parameter, weights[name])
+
+
 def about(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
     """What a state says of its run."""
     return {"config": config.to_dict(), "model": config.model_config().to_dict(), "fingerprint": fingerprint}
@@ -56,8 +70,8 @@ def about(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
 
 def check_about(kept: dict[str, Any], folder: Path, config: TrainConfig, fingerprint: str) -> None:
     """Raise a ValueError where a run's state has another config or corpus; the message names what differs."""
-    # Runs from before there was a shift had none.
-    wanted, found = config.to_dict(), {"segment_shift": 0, **kept["config"]}
+    # What older runs do not name was as it is by default.
+    wanted, found = config.to_dict(), {**TrainConfig().to_dict(), **kept["config"]}
     names = [name for name in sorted({*wanted, *found} - config.FREE) if wanted.get(name) != found.get(name)]
     if names:
         differences = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in names)
@@ -70,8 +84,10 @@ def check_about(kept: dict[str, Any], folder: Path, config: TrainConfig, fingerp
             f"expected the corpus that the run in {folder} was started with, fingerprint {kept['fingerprint']}, "
             f"got {fingerprint}: the text has changed; give another folder, or {checkpoint.RESTART}"
         )
-    if not 0 <= kept["step"] <= config.steps:
-        raise checkpoint.damaged(checkpoint.path_of(folder, kept["step"]), f"step {kept['step']} of {config.steps}")
+    if kept["step"] > config.steps:
+        raise ValueError(
+            f"expected steps of at least the {kept['step']} that the run in {folder} has done, got {config.steps}"
+        )
 
 
 def trained_model(folder: Path, step: int | None = None) -> tuple[LongNetLM, int]:

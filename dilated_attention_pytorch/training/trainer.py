@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +24,11 @@ from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.checkpoint import Checkpoints
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus, training_excerpts, validation_excerpts
-from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
-from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
+from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, predict
+from dilated_attention_pytorch.training.metrics import MetricsLog, flops_per_sequence, peak_flops, peak_memory
+from dilated_attention_pytorch.training.precision import LossScale, computed_in
 from dilated_attention_pytorch.training.state import adamw, learning_rate
+from dilated_attention_pytorch.training.tokenizer import FILE
 
 
 class Interrupted(Exception):
@@ -60,7 +63,7 @@ class Reporter(Protocol):
 
 
 class Trainer:
-    """Train a byte-level `LongNetLM` in a folder, from the folder's last state on.
+    """Train a `LongNetLM` in a folder, from the folder's last state on.
 
     The folder gets `step-N/` (for resume), `train.json` (the settings), `metrics.jsonl` (the record), and at the end
     `model.safetensors` and `config.json` (for use).
@@ -71,12 +74,14 @@ class Trainer:
         folder: of the run.
         world: from `distributed.join`.
         tensorboard: also write TensorBoard events.
+        wandb: a project of Weights & Biases to write to as well.
+        init_from: a folder of `save_pretrained` with the first weights; they may come from another context or pattern.
         restart: start over, whatever the folder holds.
         reporter: an observer of the run.
 
     Raises:
         ValueError: the folder's run is damaged or has another config or corpus; a batch that the ranks cannot share
-            evenly; a number of ranks that `context_parallel` does not divide.
+            evenly; a number of ranks that `context_parallel` does not divide; tokens that the config does not know.
 
     Example:
         >>> with join() as world:
@@ -91,23 +96,35 @@ class Trainer:
         *,
         world: distributed.World,
         tensorboard: bool = False,
+        wandb: str | None = None,
+        init_from: Path | None = None,
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
-        self.tensorboard, self.reporter = tensorboard, reporter if world.is_main else None
+        self.reporter = reporter if world.is_main else None
+        self._boards: Any = {"tensorboard": tensorboard, "wandb": wandb}
+        if corpus.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"expected vocab_size of at least the corpus's {corpus.vocab_size}, got {config.vocab_size}"
+            )
+        if config.packed and corpus.end_token is None:
+            raise ValueError("expected a corpus whose documents end with a token with packed=True, got none known")
         self.micro_steps = config.micro_steps(world.size)
         self.layout = distributed.arrange(world, config.context_parallel, sharded=config.shard_parameters)
         self.held_out = validation_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
-        half = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+        dtype = computed_in(config.precision, world.device)
+        half = None if dtype is torch.float32 else dtype
         shape = config.model_config()
         warn_out_of_reach(shape.pattern, shape.shifts(config.num_layers), config.context)
         self.model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing, device="meta")
         self.step, self._signal, self._restart = 0, 0, restart
         self._log: MetricsLog | None = None
-        self.checkpoints = Checkpoints(folder, world)
+        self.scale = LossScale(dtype)
+        self.best: tuple[float, int] | None = None  # loss and step of the best evaluation
+        self.checkpoints = Checkpoints(folder, world, keep=config.keep_last)
         kept = None if restart else self.checkpoints.newest()
         if kept is not None:
             state.check_about(kept, folder, config, corpus.fingerprint)
@@ -115,14 +132,21 @@ class Trainer:
             distributed.shard_model(self.model, self.layout.mesh, half=half, compiled=config.compile)
         self.model.to_empty(device=world.device)
         self.optimizer = adamw(self.model, config)
-        if kept is None:
+        if kept is None and init_from is not None:
+            state.take_weights(self.model, init_from)
+        elif kept is None:
             distributed.first_weights(self.model, config.seed)
         else:
             self.step = kept["step"]
+            self.scale.state = kept.get("loss_scale", self.scale.state)
+            self._keep(kept.get("best"))
             self.checkpoints.load(self.step, state.tensors(self.model, self.optimizer))
         self.runner: nn.Module = self._runner()
-        self._autocast = partial(torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half)
+        self._autocast = partial(torch.autocast, world.device.type, dtype=dtype, enabled=half is not None)
         how: Any = {"batch_size": config.micro_batch_size, "autocast": self._autocast, "layout": self.layout}
+        how |= {"end_token": corpus.end_token, "bytes_per_token": corpus.bytes_per_token, "packed": config.packed}
+        peak = peak_flops(world.device) if half is not None else None
+        self._mfu = flops_per_sequence(config) / config.context / world.size / peak if peak else None  # by tokens/s
         self._evaluate: Callable[[], Evaluation] = partial(evaluate, self.model, self.held_out, world, **how)
 
     def run(self) -> Result:
@@ -150,11 +174,11 @@ class Trainer:
         remove_leftovers(self.folder)
         self.checkpoints.sweep(everything=self._restart)  # now: nothing may go on from the old run
         self._restart = False
-        settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
-        replace_text(self.folder / "train.json", settings + "\n")
-        self._log = MetricsLog(
-            self.folder, step=self.step, log_every=self.config.log_every, tensorboard=self.tensorboard
-        )
+        more = {"data": self.corpus.made_from, "corpus": self.corpus.fingerprint}
+        replace_text(self.folder / "train.json", json.dumps(self.config.to_dict() | more, indent=1) + "\n")
+        if (self.corpus.folder / FILE).is_file():
+            shutil.copyfile(self.corpus.folder / FILE, self.folder / FILE)
+        self._log = MetricsLog(self.folder, step=self.step, log_every=self.config.log_every, **self._boards)
         held.callback(self._log.close)
 
     def _tell(self, event: str, *values: Any) -> None:
@@ -175,19 +199,25 @@ class Trainer:
                 mean_loss = float(self.world.sum(loss)) / self.world.size
                 now = time.perf_counter()
                 tokens = (self.step - seen) * config.batch_size * config.context
-                line = {"step": self.step, "loss": mean_loss, "bpb": mean_loss / math.log(2), "lr": rate}
-                line |= {"grad_norm": float(grad_norm), "tokens_per_s": round(tokens / (now - since), 1)}
-                self._record(line | {"memory_bytes": peak_memory(self.world.device)})
+                speed, bits = tokens / (now - since), mean_loss / math.log(2) / self.corpus.bytes_per_token
+                line: dict[str, Any] = {"step": self.step, "loss": mean_loss, "bpb": bits, "lr": rate}
+                line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None}
+                line |= {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory(self.world.device)}
+                self._record(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
                 seen, since = self.step, now
             if last or self.step % config.eval_every == 0:
                 paused = time.perf_counter()
                 evaluation = self._evaluate()
-                self._record({"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte})
+                line = {"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte}
+                self._record(line | {"val_loss_by_position": evaluation.by_position})
                 since += time.perf_counter() - paused
+                if config.keep_best and (self.best is None or evaluation.loss < self.best[0]):
+                    self._keep((evaluation.loss, self.step))
             self._tell("step", self.step)
             # Ranks agree on a signal: none is left waiting for another.
             stop = self.world.any(bool(self._signal))
-            if stop or last or self.step % config.checkpoint_every == 0:
+            best = self.best is not None and self.best[1] == self.step
+            if stop or last or best or self.step % config.checkpoint_every == 0:
                 self.save()
             if stop and not last:
                 self.checkpoints.wait()
@@ -213,17 +243,22 @@ class Trainer:
             with distributed.gradients(self.runner, last=i + 1 == self.micro_steps):
                 with self._autocast():
                     inputs, targets, whole = layout.shard(tokens)
-                    logits = self.runner(inputs, **whole)
+                    logits = predict(self.runner, inputs, self.corpus.end_token if config.packed else None, **whole)
                     loss = self._loss(logits.flatten(0, 1).float(), targets.flatten()) / self.micro_steps
-                loss.backward()
+                (loss * self.scale.factor).backward()
             total += loss.detach()
+        if self.scale.factor != 1.0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.scale.factor)
         grad_norm = distributed.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
-        if not math.isfinite(grad_norm):  # the same on all ranks, so all of them stop
+        finite = math.isfinite(grad_norm)  # the same on all ranks, so all of them stop, or leave the step out
+        if not self.scale.update(finite):
             raise FloatingPointError(
                 f"expected a finite gradient in step {self.step + 1}, got a norm of {float(grad_norm)}: the run ends, "
                 "and its folder keeps the last state that was saved; start over with a lower learning_rate"
             )
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return total, grad_norm
 
@@ -235,9 +270,14 @@ class Trainer:
         share = self.config.micro_batch_size * self.config.context / self.layout.context_size
         return F.cross_entropy(logits, targets, reduction="sum") / share
 
+    def _keep(self, best: tuple[float, int] | None) -> None:
+        self.best = best
+        self.checkpoints.spared = set() if best is None else {best[1]}
+
     def save(self) -> None:
         """Begin to write the state after the present step; it counts once `checkpoints.wait` has returned."""
         about = state.about(self.config, self.corpus.fingerprint)
+        about |= {"loss_scale": self.scale.state, "best": self.best}
         self.checkpoints.save(self.step, state.tensors(self.model, self.optimizer), about)
 
     def _export(self) -> LongNetLM:

@@ -420,6 +420,7 @@ def test_what_a_run_writes(corpus: Corpus, tmp_path: Path) -> None:
     assert {"step", "loss", "bpb", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} == set(train[0])
     assert train[0]["bpb"] == pytest.approx(train[0]["loss"] / math.log(2))
     assert [line["step"] for line in lines if "val_bpb" in line] == [3, 6]
+    assert set(lines[-1]["val_loss_by_position"]) == {"0", "1", "2", "4", "8", "16", "32"}
     assert lines[-1]["val_bpb"] == result.evaluation.bits_per_byte
     settings = json.loads((tmp_path / "train.json").read_text())
     assert settings["corpus"] == corpus.fingerprint and settings["segment_lengths"] == [16, 64]
@@ -448,6 +449,7 @@ def test_bits_per_byte_weigh_every_byte_alike(corpus: Corpus) -> None:
     torch.manual_seed(0)
     model = LongNetLM(TINY.model_config())
     excerpts = validation_excerpts(corpus.val[:1500], context=64)
+    assert len({len(excerpt) for excerpt in excerpts}) == 2
     found = evaluate(model, excerpts, ALONE, batch_size=3)
     assert model.training
     nats, text = 0.0, 0
@@ -561,7 +563,7 @@ import torch
 torch.set_num_threads(1)
 config, cache, out = TrainConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
 with join("cpu") as world:
-    Trainer(config, Corpus.load(cache), out, world=world).run()
+    Trainer(config, Corpus.load(cache, 0.3), out, world=world).run()
 """
 
 
@@ -614,7 +616,7 @@ def test_a_group_ends_some_time_after_its_last_collective() -> None:
 def test_two_processes_equal_one_on_the_joined_batch(corpus: Corpus, tmp_path: Path) -> None:
     """Losses, gradient norms, evaluations and final weights of DDP over gloo, to fp32 rounding."""
     config = replace(TINY, steps=3, warmup_steps=0, eval_every=3, dropout=0.0)
-    cache = Path(corpus.train.filename).parent
+    cache = corpus.folder
     values = asdict(config)
     launch(2, values, cache, tmp_path / "two")
     one = Trainer(config, corpus, tmp_path / "one", world=ALONE).run()
@@ -631,7 +633,7 @@ def test_a_killed_process_loses_nothing_saved(corpus: Corpus, tmp_path: Path) ->
     """SIGTERM to a real process: it saves the step in hand, and another process goes on from there."""
     config = replace(TINY, steps=2000, checkpoint_every=2000, eval_every=2000)
     values = asdict(config)
-    cache, out = Path(corpus.train.filename).parent, tmp_path / "run"
+    cache, out = corpus.folder, tmp_path / "run"
     command = [sys.executable, "-c", DISTRIBUTED, json.dumps(values), str(cache), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
