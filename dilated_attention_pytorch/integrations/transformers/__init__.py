@@ -35,6 +35,7 @@ from dilated_attention_pytorch.integrations.longnet import (
 from dilated_attention_pytorch.integrations.transformers.layers import attention
 from dilated_attention_pytorch.integrations.transformers.masks import mask
 from dilated_attention_pytorch.integrations.transformers.registry import register
+from dilated_attention_pytorch.integrations.transformers.sharding import ShardingCollator
 from dilated_attention_pytorch.integrations.transformers.switch import use_dilated_attention
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "LongNetForMaskedLM",
     "LongNetForSequenceClassification",
     "LongNetHFConfig",
+    "ShardingCollator",
     "attention",
     "mask",
     "register",
