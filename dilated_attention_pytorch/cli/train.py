@@ -148,7 +148,7 @@ def _data(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         known = _READERS.get(name.removeprefix("data."))
         if known is None:
-            raise ValueError(f"expected data. and one of {sorted(_READERS)}, got {quoted(name)}")
+            raise ValueError(f"expected a setting of the data, one of {sorted(_READERS)}, got {quoted(name)}")
         read[name.removeprefix("data.")] = known(value) if isinstance(value, str) else value
     return read
 

@@ -170,7 +170,7 @@ def _record(value: object, path: Path, where: str, after: int) -> Part:
 
 
 def _no_field(path: Path, field: str, known: object) -> ValueError:
-    return ValueError(f"expected a field {field!r} in {path}, got {known}: name another one (field)")
+    return ValueError(f"expected field to name one of {known} in {path}, got {field!r}")
 
 
 def _jsonl(path: Path, at: int, field: str) -> Iterator[Part]:
@@ -185,7 +185,7 @@ def _jsonl(path: Path, at: int, field: str) -> Iterator[Part]:
             except ValueError as error:
                 raise ValueError(f"expected JSON in {where} of {path}, got {error}") from error
             if not isinstance(record, dict) or field not in record:
-                raise _no_field(path, field, sorted(record) if isinstance(record, dict) else type(record).__name__)
+                raise _no_field(path, field, sorted(record) if isinstance(record, dict) else [])
             yield _record(record[field], path, f"{field!r} of {where}", at)
 
 

@@ -143,8 +143,8 @@ def test_what_is_no_text_is_named(content: bytes, kind: str, tmp_path: Path, mon
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"tex', r"expected JSON in the line at byte 14 of .*a\.jsonl, got "),
-        ("a.jsonl", b'{"body": "a"}\n', r"expected a field 'text' in .*a\.jsonl, got \['body'\]: name another one"),
-        ("a.jsonl", b"[1]\n", r"expected a field 'text' in .*a\.jsonl, got list"),
+        ("a.jsonl", b'{"body": "a"}\n', r"expected field to name one of \['body'\] in .*a\.jsonl, got 'text'"),
+        ("a.jsonl", b"[1]\n", r"expected field to name one of \[\] in .*a\.jsonl, got 'text'"),
         ("a.jsonl", b'{"text": 3}\n', r"expected text in 'text' of the line at byte 0 of .*a\.jsonl, got int"),
         ("a.fa", b"ACGT\n", r"expected FASTA in .*a\.fa, got a first line without >"),
         ("a.npy", b"ACGT\n", r"expected an array of tokens in .*a\.npy, got: "),
@@ -159,7 +159,7 @@ def test_what_is_not_what_its_name_says_is_named(name: str, content: bytes, mess
 
 def test_a_field_of_parquet_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"expected a field 'body' in .*, got \['n', 'text'\]: name another one"):
+    with pytest.raises(ValueError, match=r"expected field to name one of \['n', 'text'\] in .*, got 'body'"):
         build_corpus(tmp_path / "a.parquet", field="body", cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"expected text in 'n' of row 0 of .*, got int"):
         build_corpus(tmp_path / "a.parquet", field="n", cache=tmp_path / "cache")
