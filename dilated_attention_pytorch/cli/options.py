@@ -66,6 +66,14 @@ def shift(text: str) -> int | tuple[int, ...] | str:
     return found[0] if len(found) == 1 else found
 
 
+def pairs(settings: Sequence[str]) -> dict[str, str]:
+    """What `--set NAME=VALUE` says, by name."""
+    for setting in settings:
+        if "=" not in setting:
+            raise ValueError(f"expected --set NAME=VALUE, got {check.quoted(setting)}")
+    return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
+
+
 def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> DilatedPattern:
     """The pattern that the options describe."""
     rule: Offsets = offsets  # type: ignore[assignment]  # checked by DilatedPattern, with the library's own message

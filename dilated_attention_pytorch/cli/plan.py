@@ -10,6 +10,7 @@ from typer import Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes, human_count, print_table
+from dilated_attention_pytorch.cli.plan_model import plan_model
 from dilated_attention_pytorch.cli.suggest import reach_of, show_suggested, suggest
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import layer_shifts
@@ -17,6 +18,8 @@ from dilated_attention_pytorch.core.validation import check_index, check_positiv
 from dilated_attention_pytorch.models.reach import out_of_reach
 from dilated_attention_pytorch.ring_attention.forecast import balanced_bounds, forecast
 from dilated_attention_pytorch.ring_attention.plan import closed_form_units, equal_bounds, unit_bytes
+
+_MODEL = "Plan the training of a model: a preset of train, or a file such as the train.json of a run."
 
 
 def plan(
@@ -37,9 +40,24 @@ def plan(
     head: Annotated[int, Option(help="The head of --query.")] = 0,
     ranks: Annotated[int | None, Option(min=1, max=65536, help="Also the bytes of a ring of so many ranks.")] = None,
     balanced: Annotated[bool, Option(help="With --ranks: shards of equal work instead of equal length.")] = False,
+    model: Annotated[str | None, Option(metavar="PRESET|FILE", help=_MODEL)] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="NAME=VALUE", help="With --model: change a field.")
+    ] = None,
+    devices: Annotated[int, Option(help="With --model: how many.")] = 1,
+    memory: Annotated[float, Option(help="With --model: GiB of each.")] = 80.0,
+    tflops: Annotated[float, Option(help="With --model: dense bf16 TFLOP/s of each; 989 is an H100's.")] = 989.0,
+    mfu: Annotated[float, Option(help="With --model: the share of them that is assumed.")] = 0.4,
     as_json: options.AsJson = False,
 ) -> None:
-    """Reach, FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
+    """Reach, FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one).
+
+    With --model: what training a whole model costs, the mesh it would take, and where it does not fit.
+    """
+    if model is not None:
+        costs = {"devices": devices, "memory": memory, "tflops": tflops, "mfu": mfu}
+        plan_model(model, options.pairs(set_ or []), **costs, as_json=as_json)  # type: ignore[arg-type]
+        return
     width = options.check_dtype(dtype).itemsize
     if suggest_for is not None:
         check_positive_int("suggest_for", suggest_for)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeE
 from typer import Exit, Option
 
 from dilated_attention_pytorch.cli.generate import printable
-from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes
+from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes, pairs
 from dilated_attention_pytorch.core.validation import quoted
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def train(
     options = {"folder": data, "field": field, "suffixes": suffix, "tokenizer": tokenizer, "val_fraction": val_fraction}
     given |= {f"data.{name}": value for name, value in options.items() if value is not None}
     given |= {} if context_parallel is None else {"context_parallel": context_parallel}
-    given |= _pairs(set_ or [])
+    given |= pairs(set_ or [])
     source = _data({name: given.pop(name) for name in list(given) if name.startswith("data.")})
     settings = preset_named(preset or named or "demo").changed(given)
     if out.exists() and not out.is_dir():
@@ -133,13 +133,6 @@ def _build(source: dict[str, Any]) -> Corpus:
     for kind, files in corpus.left_out.items():
         console.print(f"left out: {corpus.documents[kind]:,} {kind} ({', '.join(files)} ..)", soft_wrap=True)
     return corpus
-
-
-def _pairs(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise ValueError(f"expected --set NAME=VALUE, got {quoted(setting)}")
-    return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
 
 
 def _data(given: dict[str, Any]) -> dict[str, Any]:

@@ -179,13 +179,13 @@ def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: torch.dtype | None 
     ranks = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))
     # Autocast alone would keep a copy of every weight in bf16, whole, until the backward.
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False) if half else None
-    options: dict[str, Any] = {"mesh": ranks} | ({} if policy is None else {"mp_policy": policy})
+    options: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
     # One layer at a time is whole in memory.
     for layer in model.decoder.layers:
         if compiled:
             layer.compile()
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+        fully_shard(layer, mesh=ranks, **options)
+    fully_shard(model, mesh=ranks)  # embeddings in fp32, which the residual stream is in
 
 
 def first_weights(model: LongNetLM, seed: int) -> None:
