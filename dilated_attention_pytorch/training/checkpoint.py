@@ -55,13 +55,16 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         content = parse_json((path / ABOUT).read_text(encoding="utf-8"))
         about = content["about"]
-        whole = content["crc32"] == zlib.crc32(json.dumps(about).encode()) and isinstance(about["step"], int)
+        whole = content["crc32"] == zlib.crc32(json.dumps(about).encode())
+        version, step = about["version"], about["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(path / ABOUT, type(error).__name__) from error
     if not whole:
         raise damaged(path / ABOUT, "a wrong checksum")
-    if about["version"] != VERSION:
-        raise ValueError(f"expected a state of version {VERSION} in {path}, got {about['version']}")
+    if version != VERSION:
+        raise ValueError(f"expected a state of version {VERSION} in {path}, got {version}")
+    if not isinstance(step, int) or path != path_of(path.parent, step):
+        raise damaged(path / ABOUT, f"step {step}")
     return about  # type: ignore[no-any-return]
 
 
@@ -212,6 +215,8 @@ class Checkpoints:
             raise OSError(f"expected room and permission to write {place}, got: {_reason(error)}") from error
 
     def _commit(self, part: Path, place: Path, about: dict[str, Any]) -> None:
+        if missing := [name for name in about["files"] if not (part / name).is_file()]:
+            raise FileNotFoundError(f"no {missing[0]}: all processes have to see one folder")
         about = json.loads(json.dumps(about))
         text = json.dumps({"about": about, "crc32": zlib.crc32(json.dumps(about).encode())}, indent=1)
         replace_text(part / ABOUT, text + "\n")

@@ -73,7 +73,7 @@ def _flipped(share: float) -> Callable[[bytes], bytes]:
     return flip
 
 
-_ANEW = ("model.safetensors", "config.json", "train.json")
+_ANEW = ("train.json",)
 _STATE, _SHARD = "step-*/state.json", "step-*/*.safetensors"
 _DEEP = b'{"a":' * 100_000
 _ANY: dict[str, Callable[[bytes], bytes]] = {

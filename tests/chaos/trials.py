@@ -39,7 +39,7 @@ def damage(kills: Kills, kind: Damage) -> tuple[str, str]:
         if Path("executed").exists():
             raise Lost("code in the file was executed")
         if kind.outcome == NAMED:
-            check_named(ended, target.name, str(target.parent))
+            check_named(ended, target.name, str(target.parent), str(folder / "run"))
             if changed := before.items() ^ (_digests(folder) | _digests(cache)).items():
                 raise Lost(f"files changed although it was refused: {sorted({Path(name).name for name, _ in changed})}")
         elif ended.code:

@@ -284,10 +284,10 @@ class TestDamagedState:
         ("of", "change", "message"),
         [
             (sealed, lambda s: s.clear(), "state.json to hold the state of a run, got KeyError"),
-            (sealed, lambda s: s.update(step=10**9), "got step 1000000000 of 2"),
-            (sealed, lambda s: s.update(step=-3), "got step -3 of 2"),
+            (sealed, lambda s: s.update(step=10**9), r"state.json to hold the state of a run, got step 1000000000:"),
+            (sealed, lambda s: s.update(step=-3), "got step -3:"),
             (sealed, lambda s: s.update(version=3), "expected a state of version 2 in .*, got 3"),
-            (sealed, lambda s: s.update(step="2"), "to hold the state of a run, got "),
+            (sealed, lambda s: s.update(step="2"), "to hold the state of a run, got step 2:"),
             (sealed, lambda s: s["files"].update({"another": 1}), "got no another"),
             (tensors, lambda s: s.pop(WEIGHT), f"got less than the run has: {WEIGHT}"),
             (tensors, lambda s: s.pop(MOMENT), f"got less than the run has: {MOMENT}"),

@@ -26,13 +26,15 @@ from dilated_attention_pytorch.training.distributed import RankLayout
 
 # Runs jobs one after another: [config, folder, step after which a signal comes, or 0].
 WORKER = """
-import json, os, signal, sys
+import functools, json, os, signal, sys
 from pathlib import Path
 from dilated_attention_pytorch.training import Corpus, Interrupted, TrainConfig, Trainer
 from dilated_attention_pytorch.training.distributed import join
 from torch.distributed.tensor import DTensor
 import torch
 torch.set_num_threads(1)
+# Inductor takes minutes here; graphs, their breaks and sharded parameters are the same.
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
 
 class Stop:
     def __init__(self, at): self.at = at
@@ -73,15 +75,20 @@ UNEVEN = replace(
 
 def start(processes: int, command: list[str]) -> list[subprocess.Popen[str]]:
     """What torchrun sets, without its launcher's own seconds."""
+    port = free_port()
+    return [start_rank(rank, processes, port, command) for rank in range(processes)]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        env = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        started.append(subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True))
-    return started
+        return int(probe.getsockname()[1])
+
+
+def start_rank(rank: int, processes: int, port: int, command: list[str]) -> subprocess.Popen[str]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    env = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
 
 
 def finish(started: list[subprocess.Popen[str]]) -> list[str]:
@@ -187,7 +194,7 @@ def test_two_readers_of_two_shards_equal_one_process(corpus: Corpus, tmp_path: P
 
 
 def test_parameters_alone_can_be_sharded(corpus: Corpus, one: Path, tmp_path: Path) -> None:
-    """FSDP2 without context parallelism; compiled, and with weights gathered in bf16."""
+    """FSDP2 without context parallelism, interrupted once; and with weights gathered in bf16."""
     sharded = replace(PLAIN, shard_parameters=True)
     short = replace(sharded, steps=2, warmup_steps=0, eval_every=2, precision="bf16", gradient_checkpointing=True)
     jobs = [(sharded, tmp_path / "run", 3), (sharded, tmp_path / "run", 0), (short, tmp_path / "half", 0)]
@@ -197,6 +204,17 @@ def test_parameters_alone_can_be_sharded(corpus: Corpus, one: Path, tmp_path: Pa
     # Weights of two ranks and of one are rounded alike; sums over ranks are not.
     wanted = curve(tmp_path / "half_one")
     assert curve(tmp_path / "half") == [(step, name, pytest.approx(value, rel=0.02)) for step, name, value in wanted]
+
+
+def test_compiled_layers_around_a_ring_equal_eager_ones(corpus: Corpus, one: Path, tmp_path: Path) -> None:
+    config = replace(PLAIN, compile=True)
+    launch(
+        2,
+        [(config, tmp_path / "run", 0), (replace(config, gradient_checkpointing=True), tmp_path / "again", 0)],
+        corpus,
+    )
+    check_equal(tmp_path / "run", one / "plain")
+    check_equal(tmp_path / "again", one / "plain")
 
 
 def test_labels_are_shifted_before_the_cut() -> None:
@@ -250,6 +268,15 @@ def test_the_command_line_takes_it(
     with pytest.raises(SystemExit):
         run()
     assert f"error: expected --out to be a folder, got the file {out}" in capsys.readouterr().err
+
+
+def test_processes_that_see_different_folders_are_told(corpus: Corpus, tmp_path: Path) -> None:
+    config = asdict(replace(PLAIN, shard_parameters=True))
+    work = [json.dumps([(config, str(tmp_path / name), 0)]) for name in "ab"]
+    cache, port = str(Path(corpus.train.filename).parent), free_port()
+    first, second = finish([start_rank(i, 2, port, ["-c", WORKER, work[i], cache]) for i in range(2)])
+    assert "no shard-00002-model-00001-of-00001.safetensors: all processes have to see one folder" in first
+    assert "rank 1 ends: rank 0 failed, and says why" in second
 
 
 def test_where_the_first_rank_fails_the_others_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
