@@ -95,7 +95,8 @@ class _Builder:
             _save(self.folder / name, np.concatenate(self.tokens))
             self.add(name)
         self.meta["complete"] = complete
-        replace_text(self.folder / META, json.dumps(self.meta, indent=1) + "\n")
+        sealed = self.meta | {"crc32": zlib.crc32(json.dumps(self.meta).encode())}
+        replace_text(self.folder / META, json.dumps(sealed, indent=1) + "\n")
         self.tokens, self.rows = [], []
 
     def add(self, name: str) -> None:
@@ -159,18 +160,13 @@ def map_tokens(path: Path) -> NDArray[Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `corpus.json` says; a ValueError where it has not the form that it should have."""
+    """What `corpus.json` says; a ValueError where that is not what was written."""
     path = folder / META
     try:
         meta: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
-        forms = [meta["digest"] or "", meta["next"]["digest"], *(shard["file"] for shard in meta["shards"])]
-        forms += [str(name) for files in meta["left_out"].values() for name in files["first"]]
-        numbers = [meta["vocab_size"] or 0, meta["end_token"] or 0, meta["complete"], meta["next"]["source"]]
-        numbers += [files["number"] for files in meta["left_out"].values()]
-        numbers += [number for shard in meta["shards"] for number in (shard["crc32"][0], shard["crc32"][1])]
-        if not all(isinstance(x, str) for x in forms) or not all(isinstance(x, int) for x in numbers):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if meta.pop("crc32") != zlib.crc32(json.dumps(meta).encode()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to describe a corpus, got {type(error).__name__}; {AGAIN}") from error
     return meta
 

@@ -52,10 +52,10 @@ def damages() -> list[Damage]:
     found += [Damage("generate", "config.json", name, _json(change)) for name, change in _CONFIGS.items()]
     found += [Damage("train", "corpus.json", name, _bytes(change)) for name, change in _ANY.items()]
     found += [Damage("train", "corpus.json", name, _json(change)) for name, change in _CORPORA.items()]
-    for name in ("empty", "half of it", "a flipped bit"):
-        found.append(Damage("train", "train.bin", name, _bytes(_ANY.get(name, _flipped(0.5)))))
-        found.append(Damage("train", "val.bin", name, _bytes(_ANY.get(name, _flipped(0.5)))))
-    found.append(Damage("train", "train.bin", "absent", Path.unlink))
+    for file in ("00000.npy", "00000.documents.npy"):
+        for name in ("empty", "half of it", "a flipped bit"):
+            found.append(Damage("train", file, name, _bytes(_ANY.get(name, _flipped(0.5)))))
+        found.append(Damage("train", file, "absent", Path.unlink))
     # What a run writes anew.
     found += [Damage("train", file, name, _bytes(_ANY[name]), MENDED) for file in _ANEW for name in ("empty", "text")]
     found += [Damage("train", file, "absent", Path.unlink, MENDED) for file in _ANEW]
@@ -115,10 +115,10 @@ _CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
     "an epsilon of NaN": lambda c: c.update(layer_norm_eps=float("nan")),
 }
 _CORPORA: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a negative size": lambda c: c["bytes"].update(train=-1),
-    "a size of 2**70": lambda c: c["bytes"].update(train=2**70),
-    "another corpus": lambda c: c.update(fingerprint="0" * 32),
-    "documents that are no counts": lambda c: c.update(documents={"train": "many", "val": None}),
+    "no shards": lambda c: c["shards"].clear(),
+    "a vocabulary of 2**70": lambda c: c.update(vocab_size=2**70),
+    "another tokenizer": lambda c: c.update(digest="0" * 64),
+    "counts that are none": lambda c: c.update(left_out={"binary": "many"}),
 }
 _TAILS: dict[str, Callable[[bytes], bytes]] = {
     "half a last line": lambda data: data + b'{"step": 99, "lo',

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,22 +176,28 @@ def test_a_damaged_cache_is_not_taken(name: str, damage: str, tmp_path: Path) ->
         build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
 
 
-FORM = {
-    "format": 2, "complete": True, "tokenizer": "bytes", "end_token": 0, "vocab_size": 256, "shards": [],
-    "left_out": {}, "next": {"source": 0, "at": 0, "tokens": 0, "bytes": 0, "digest": ""},
-}  # fmt: skip
-SHARDS = json.dumps(FORM | {"shards": [{"file": 1}]})
-COUNTS = json.dumps(FORM | {"left_out": {"binary": {"number": "many", "first": []}}})
-OTHER = json.dumps(FORM | {"format": 1})
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", SHARDS, COUNTS, OTHER, '{"a":' * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"crc32": 5}', '{"crc32": "many"}', '{"a":' * 100_000])
 def test_a_damaged_description_is_named(text: str, tmp_path: Path) -> None:
     write_files(tmp_path / "text")
     corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
     (corpus.folder / "corpus.json").write_text(text)
     with pytest.raises(ValueError, match=r"expected .*corpus\.json to describe a corpus, got .*; remove the folder"):
         build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+
+
+def test_no_number_of_a_description_can_change_unseen(tmp_path: Path) -> None:
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    path = corpus.folder / "corpus.json"
+    whole = path.read_text()
+    for name in ("vocab_size", "end_token", "crc32", "at"):
+        changed = re.sub(
+            rf'("{name}": \[?\s*)(\d)', lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", whole, count=1
+        )
+        assert changed != whole
+        path.write_text(changed)
+        with pytest.raises(ValueError, match=r"expected .*corpus\.json to describe a corpus, got ValueError"):
+            Corpus.load(corpus.folder)
 
 
 def test_bad_input(tmp_path: Path) -> None:
@@ -208,8 +216,8 @@ def test_bad_input(tmp_path: Path) -> None:
         build_corpus(tmp_path / "text", cache=tmp_path / "cache")
     write_files(tmp_path / "many")
     corpus = build_corpus(tmp_path / "many", cache=tmp_path / "cache")
-    meta = json.loads((corpus.folder / "corpus.json").read_text())
-    (corpus.folder / "corpus.json").write_text(json.dumps(meta | {"complete": False}))
+    meta = shards.read_meta(corpus.folder) | {"complete": False}
+    (corpus.folder / "corpus.json").write_text(json.dumps(meta | {"crc32": zlib.crc32(json.dumps(meta).encode())}))
     with pytest.raises(ValueError, match=r"expected a whole corpus in .*, got one whose build was stopped"):
         Corpus.load(corpus.folder)
 
