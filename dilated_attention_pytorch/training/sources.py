@@ -16,6 +16,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -45,17 +46,24 @@ class Part(NamedTuple):
     left_out: str = ""  # why the document is none: "binary", "Latin-1" or "UTF-16"
 
 
+Stretch = tuple[bytes, bool, int]  # the first three of a Part, not yet looked at
+
+
 @dataclass(frozen=True)
 class Source:
     """A file, or a data set by name."""
 
     path: Path
-    read: Callable[[Path, int, str], Iterator[Part]]
+    read: Callable[[Path, int, str], Iterator[Stretch]]
 
     def parts(self, at: int, field: str) -> Iterator[Part]:
         """The parts from a place on; `field` is that of records."""
         try:
-            yield from self.read(self.path, at, field)
+            for data, ends, after in self.read(self.path, at, field):
+                reason = _why_not(data)
+                yield Part(data, ends, after) if not reason else Part(b"", True, after if ends else _END, reason)
+                if reason and not ends:
+                    return
         except (ValueError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             if str(self.path) in str(error):
                 raise
@@ -99,8 +107,9 @@ def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[
         return [Source(root, _hugging_face)]
     paths = list(_walk(root, suffixes))
     if paths and all(path.suffix == TOKENS for path in paths):
-        return [Source(path, _no_text) for path in paths]
-    return [Source(path, _READERS.get(Path(path.name.removesuffix(".gz")).suffix.lower(), _text)) for path in paths]
+        return [Source(path, _tokens) for path in paths]
+    names = [path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path for path in paths]
+    return [Source(path, _READERS.get(name.suffix.lower(), _text)) for path, name in zip(paths, names, strict=True)]
 
 
 def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
@@ -136,44 +145,24 @@ def _why_not(data: bytes) -> str:
     return ""
 
 
-def _text(path: Path, at: int, field: str) -> Iterator[Part]:
-    """Parts that end with a line where there is one; the same ones from whichever of their ends they begin."""
+def _text(path: Path, at: int, field: str) -> Iterator[Stretch]:
+    """Stretches that end with a line where there is one; the same ones from whichever of their ends they begin."""
     with _open(path) as stream:
         stream.seek(at)
-        rest = b""
-        while True:
-            block = rest + stream.read(PART + 1 - len(rest))
-            cut = len(block)
-            if ends := cut <= PART:
-                pass
-            elif (cut := block.rfind(b"\n", 0, PART) + 1) == 0:
+        block = stream.read(PART + 1)
+        while len(block) > PART:
+            cut = block.rfind(b"\n", 0, PART) + 1
+            if cut == 0:
                 cut = PART
                 while cut > PART - 4 and block[cut] & 0xC0 == 0x80:  # within a character
                     cut -= 1
-            data, rest, at = block[:cut], block[cut:], at + cut
-            reason = _why_not(data)
-            if reason:
-                yield Part(b"", True, _END, reason)
-                return
-            yield Part(data, ends, at)
-            if ends:
-                return
+            at += cut
+            yield block[:cut], False, at
+            block = block[cut:] + stream.read(cut)
+        yield block, True, at + len(block)
 
 
-def _record(value: object, path: Path, where: str, after: int) -> Part:
-    """A document that is a field of a record."""
-    if not isinstance(value, str):
-        raise ValueError(f"expected text in {where} of {path}, got {type(value).__name__}")
-    data = value.encode("utf-8", "replace")  # a lone surrogate is no character
-    reason = _why_not(data)
-    return Part(b"" if reason else data, True, after, reason)
-
-
-def _no_field(path: Path, field: str, known: object) -> ValueError:
-    return ValueError(f"expected field to name one of {known} in {path}, got {field!r}")
-
-
-def _jsonl(path: Path, at: int, field: str) -> Iterator[Part]:
+def _jsonl(path: Path, at: int, field: str) -> Iterator[Stretch]:
     with _open(path) as stream:
         stream.seek(at)
         while line := stream.readline():
@@ -184,47 +173,19 @@ def _jsonl(path: Path, at: int, field: str) -> Iterator[Part]:
                 record = parse_json(line.decode())
             except ValueError as error:
                 raise ValueError(f"expected JSON in {where} of {path}, got {error}") from error
-            if not isinstance(record, dict) or field not in record:
-                raise _no_field(path, field, sorted(record) if isinstance(record, dict) else [])
-            yield _record(record[field], path, f"{field!r} of {where}", at)
+            _check_field(path, field, sorted(record) if isinstance(record, dict) else [])
+            yield _encoded(record[field], path, where), True, at
 
 
-def _parquet(path: Path, at: int, field: str) -> Iterator[Part]:
-    parquet = _needs("pyarrow.parquet")
-    with parquet.ParquetFile(path) as file:
-        if field not in file.schema_arrow.names:
-            raise _no_field(path, field, file.schema_arrow.names)
-        row = 0
-        for batch in file.iter_batches(256, columns=[field]):
-            row += len(batch)
-            values = batch.column(0).slice(max(0, len(batch) - (row - at))) if row > at else ()
-            for value in values:
-                at += 1
-                yield _record(value.as_py(), path, f"{field!r} of row {at - 1:,}", at)
+def _parquet(path: Path, at: int, field: str) -> Iterator[Stretch]:
+    with _needs("pyarrow.parquet").ParquetFile(path) as file:
+        _check_field(path, field, file.schema_arrow.names)
+        rows = (value.as_py() for batch in file.iter_batches(256, columns=[field]) for value in batch.column(0))
+        for number, value in enumerate(islice(rows, at, None), at):
+            yield _encoded(value, path, f"row {number:,}"), True, number + 1
 
 
-def _fasta(path: Path, at: int, field: str) -> Iterator[Part]:
-    """Sequences without their headers and line ends."""
-    with _open(path) as stream:
-        stream.seek(at)
-        held = b""
-        if at == 0 and not stream.peek(1).startswith((b">", b";")):  # type: ignore[attr-defined]
-            raise ValueError(f"expected FASTA in {path}, got a first line without >")
-        while line := stream.readline(PART):
-            new = line.startswith((b">", b";"))
-            if (new and at) or len(held) >= PART:
-                yield Part(held, new, at)
-                held = b""
-            at += len(line)
-            if not new:
-                if reason := _why_not(line):
-                    yield Part(b"", True, _END, reason)
-                    return
-                held += line.strip()
-        yield Part(held, True, at)
-
-
-def _hugging_face(path: Path, at: int, field: str) -> Iterator[Part]:
+def _hugging_face(path: Path, at: int, field: str) -> Iterator[Stretch]:
     datasets = _needs("datasets")
     if path.exists():
         rows = datasets.load_from_disk(str(path))
@@ -232,16 +193,42 @@ def _hugging_face(path: Path, at: int, field: str) -> Iterator[Part]:
     else:
         name, _, config = str(path).removeprefix("hf:").partition(":")
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-    names = rows.column_names
-    if names is not None and field not in names:
-        raise _no_field(path, field, names)
-    for row in rows.skip(at) if at != getattr(rows, "num_rows", -1) else ():
-        at += 1
-        yield _record(row[field], path, f"{field!r} of row {at - 1:,}", at)
+    if rows.column_names is not None:  # a stream may not know them
+        _check_field(path, field, rows.column_names)
+    for number, row in enumerate(rows.skip(at) if at != getattr(rows, "num_rows", -1) else (), at):
+        yield _encoded(row[field], path, f"row {number:,}"), True, number + 1
 
 
-def _no_text(path: Path, at: int, field: str) -> Iterator[Part]:
+def _fasta(path: Path, at: int, field: str) -> Iterator[Stretch]:
+    """Sequences without their headers and line ends."""
+    with _open(path) as stream:
+        stream.seek(at)
+        held = b""
+        while line := stream.readline(PART):
+            header = line.startswith((b">", b";"))
+            if at == 0 and not header:
+                raise ValueError(f"expected FASTA in {path}, got a first line without >")
+            if (header and at) or len(held) >= PART:
+                yield held, header, at
+                held = b""
+            at += len(line)
+            held += b"" if header else line.strip()
+        yield held, True, at
+
+
+def _tokens(path: Path, at: int, field: str) -> Iterator[Stretch]:
     raise AssertionError("tokens are mapped, not read")
+
+
+def _check_field(path: Path, field: str, known: Sequence[str]) -> None:
+    if field not in known:
+        raise ValueError(f"expected field to name one of {known} in {path}, got {field!r}")
+
+
+def _encoded(value: object, path: Path, where: str) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text in {where} of {path}, got {type(value).__name__}")
+    return value.encode("utf-8", "replace")  # a lone surrogate is no character
 
 
 def _needs(name: str) -> Any:

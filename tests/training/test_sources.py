@@ -71,6 +71,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "sequences.fasta": write_fasta,
     "dataset": write_dataset,
     "rows.jsonl.gz": compressed(gzip.open),
+    "rows.jsonl.xz": compressed(lzma.open),
 }
 
 
@@ -145,7 +146,7 @@ def test_what_is_no_text_is_named(content: bytes, kind: str, tmp_path: Path, mon
         ("a.jsonl", b'{"text": "a"}\n{"tex', r"expected JSON in the line at byte 14 of .*a\.jsonl, got "),
         ("a.jsonl", b'{"body": "a"}\n', r"expected field to name one of \['body'\] in .*a\.jsonl, got 'text'"),
         ("a.jsonl", b"[1]\n", r"expected field to name one of \[\] in .*a\.jsonl, got 'text'"),
-        ("a.jsonl", b'{"text": 3}\n', r"expected text in 'text' of the line at byte 0 of .*a\.jsonl, got int"),
+        ("a.jsonl", b'{"text": 3}\n', r"expected text in the line at byte 0 of .*a\.jsonl, got int"),
         ("a.fa", b"ACGT\n", r"expected FASTA in .*a\.fa, got a first line without >"),
         ("a.npy", b"ACGT\n", r"expected an array of tokens in .*a\.npy, got: "),
         ("a.parquet", b"ACGT\n", r"expected .*a\.parquet to be what its name and start say, got: "),
@@ -161,7 +162,7 @@ def test_a_field_of_parquet_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"expected field to name one of \['n', 'text'\] in .*, got 'body'"):
         build_corpus(tmp_path / "a.parquet", field="body", cache=tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"expected text in 'n' of row 0 of .*, got int"):
+    with pytest.raises(ValueError, match=r"expected text in row 0 of .*, got int"):
         build_corpus(tmp_path / "a.parquet", field="n", cache=tmp_path / "cache")
 
 
