@@ -54,7 +54,7 @@ def train(
 ) -> None:
     """Train a language model; resumes exactly, and runs under torchrun as it is.
 
-    Leaves model.safetensors, config.json, train.json, state.pt, metrics.jsonl, loss.png, pattern.png and sample.txt.
+    Leaves model.safetensors, config.json, train.json, a state, metrics.jsonl, loss.png, pattern.png and sample.txt.
     """
     from dilated_attention_pytorch.core.files import replace_text
     from dilated_attention_pytorch.training import Interrupted, Trainer, build_corpus, read_settings, text_stream
