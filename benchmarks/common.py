@@ -14,9 +14,11 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,18 @@ def announce() -> None:
     """Prints machine and versions."""
     for values in (machine(), versions()):
         print(", ".join(f"{name} {value}" for name, value in values.items()), flush=True)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that all ranks of a launch on one machine see, and that rank 0 removes."""
+    folder = Path(tempfile.gettempdir()) / f"benchmark-{os.environ.get('MASTER_PORT', os.getpid())}"
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder)
 
 
 def refuse(failures: Iterable[str]) -> None:

@@ -16,7 +16,6 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def main() -> None:
     if options.smoke:
         torch.set_num_threads(1)
     base = SMOKE if options.smoke else MILLION
-    with join("cpu" if options.smoke else "cuda") as world, tempfile.TemporaryDirectory() as scratch:
+    with common.scratch() as scratch, join("cpu" if options.smoke else "cuda") as world:
         common.refuse(check(world))
         config = replace(
             base,
@@ -144,7 +143,7 @@ def main() -> None:
         if world.is_main:
             common.announce()
             print(f"{world.size} ranks on {world.device.type}, {len(list(standard_library())):,} files")
-        out = options.run or Path(scratch)
+        out = options.run or scratch
         Trainer(config, corpus, out, world=world, restart=True, reporter=printer).run()
         memory = peaks(world)
         if world.is_main:

@@ -17,6 +17,7 @@ from dilated_attention_pytorch._old.migrate.command import migrate  # 0.4.0: goe
 from dilated_attention_pytorch.cli import words
 from dilated_attention_pytorch.cli.bench import bench
 from dilated_attention_pytorch.cli.convert import convert
+from dilated_attention_pytorch.cli.export import export
 from dilated_attention_pytorch.cli.generate import generate
 from dilated_attention_pytorch.cli.info import info
 from dilated_attention_pytorch.cli.options import notes
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, convert, plan, show, bench, info):
+for command in (train, export, generate, convert, plan, show, bench, info):
     app.command()(command)
 app.add_typer(slide, name="slide")
 app.command()(migrate)  # 0.4.0: goes with _old

@@ -75,6 +75,14 @@ def refuse(context: Any, names: Iterable[str], where: str) -> None:
             raise ValueError(f"expected no {max(param.opts, key=len)} {where}, got {'it' if value is True else value}")
 
 
+def pairs(settings: Sequence[str]) -> dict[str, str]:
+    """What `--set NAME=VALUE` says, by name."""
+    for setting in settings:
+        if "=" not in setting:
+            raise ValueError(f"expected --set NAME=VALUE, got {check.quoted(setting)}")
+    return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
+
+
 def make_pattern(segments: str, rates: str, heads: int, offsets: str) -> DilatedPattern:
     """The pattern that the options describe."""
     rule: Offsets = offsets  # type: ignore[assignment]  # checked by DilatedPattern, with the library's own message

@@ -10,6 +10,7 @@ from typer import Context, Option
 
 from dilated_attention_pytorch.cli import options
 from dilated_attention_pytorch.cli.options import console, human_bytes, human_count, print_table
+from dilated_attention_pytorch.cli.plan_model import plan_model
 from dilated_attention_pytorch.cli.suggest import reach_of, show_suggested, suggest
 from dilated_attention_pytorch.cli.words import in_options
 from dilated_attention_pytorch.core.pattern import DilatedPattern
@@ -21,6 +22,20 @@ from dilated_attention_pytorch.ring_attention.plan import closed_form_needs, clo
 
 # What --suggest says nothing of, or chooses itself.
 _NOT_SUGGESTED = ("length", "segments", "rates", "dtype", "shift", "query", "ranks")
+
+# What the model's own file says.
+_NOT_OF_MODELS = (
+    *_NOT_SUGGESTED,
+    "heads",
+    "head_dim",
+    "layers",
+    "offsets",
+    "causal",
+    "balanced",
+    "head",
+    "suggest_for",
+)
+_MODEL = "Plan the training of a model: a preset of train, or a file such as the train.json of a run."
 
 
 def plan(
@@ -44,9 +59,26 @@ def plan(
     balanced: Annotated[
         bool, Option("--balanced", help="With --ranks: shards of equal work instead of equal length.")
     ] = False,
+    model: Annotated[str | None, Option(metavar="PRESET|FILE", help=_MODEL)] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="NAME=VALUE", help="With --model: change a field.")
+    ] = None,
+    devices: Annotated[int, Option(help="With --model: how many.")] = 1,
+    memory: Annotated[float, Option(help="With --model: GiB of each.")] = 80.0,
+    tflops: Annotated[float, Option(help="With --model: dense bf16 TFLOP/s of each; 989 is an H100's.")] = 989.0,
+    mfu: Annotated[float, Option(help="With --model: the share of them that is assumed.")] = 0.4,
     as_json: options.AsJson = False,
 ) -> None:
-    """Reach, FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one)."""
+    """Reach, FLOPs, memory, coverage and neighbours of a pattern for a length (batch of one).
+
+    With --model: what training a whole model costs, the mesh it would take, and where it does not fit.
+    """
+    if model is not None:
+        options.refuse(context, _NOT_OF_MODELS, "with --model")
+        costs = {"devices": devices, "memory": memory, "tflops": tflops, "mfu": mfu}
+        plan_model(model, options.pairs(set_ or []), **costs, as_json=as_json)  # type: ignore[arg-type]
+        return
+    options.refuse(context, ("set_", "devices", "memory", "tflops", "mfu"), "without --model")
     width = options.check_dtype(dtype).itemsize
     if ranks is None:
         options.refuse(context, ("balanced",), "without --ranks")

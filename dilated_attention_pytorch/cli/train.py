@@ -1,8 +1,9 @@
-"""`train`: a byte-level LongNet on a folder of text."""
+"""`train`: a LongNet language model on text."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,61 +12,81 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 from typer import Exit, Option
 
-from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes
+from dilated_attention_pytorch.cli.generate import printable
+from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes, pairs
 from dilated_attention_pytorch.core.validation import quoted
 
 if TYPE_CHECKING:
-    from dilated_attention_pytorch.training import TrainConfig
+    from dilated_attention_pytorch.training import Corpus, TrainConfig
 
-_DATA = "Folder of text to train on. Without it: Python's own standard library."
-_SET = "Change a field of the preset; repeat for more."
+_CONFIG = "YAML or JSON of settings, such as the train.json of a run; options and --set come on top."
+_DATA = "Text: a file, a folder, hf:NAME. Without it: Python's own standard library."
+_SET = "Change a field of the config, or data.NAME; repeat for more."
+_FIELD = "Field with the text, of jsonl, parquet and datasets: text."
 _SUFFIX = "Take files with this ending only, such as .md; repeat for more."
+_TOKENIZER = "A tokenizer.json, or a folder with one; bytes by default."
 _CONTEXT_PARALLEL = "Processes that share each sequence, one shard per process; under torchrun."
+_FRACTION = "Share of documents for validation, 0.05; of each one, where there are few."
+_INIT = "Folder of a model to begin with, in place of random weights."
+# How the fields of the data are read from text: arguments of build_corpus.
+_READERS: dict[str, Callable[[str], Any]] = {"folder": str, "field": str, "tokenizer": str, "val_fraction": float}
+_READERS["suffixes"] = lambda text: text.split(",")
 
 
 def train(
     out: Annotated[Path, Option(help="Folder of the run; one that was interrupted goes on where it was.")],
-    data: Annotated[Path | None, Option(help=_DATA)] = None,
-    preset: Annotated[str, Option(help="demo, small or base.")] = "demo",
+    config: Annotated[Path | None, Option(help=_CONFIG)] = None,
+    data: Annotated[str | None, Option(help=_DATA)] = None,
+    preset: Annotated[str | None, Option(help="demo, small or base; demo by default.")] = None,
     set_: Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help=_SET)] = None,
+    field: Annotated[str | None, Option(help=_FIELD)] = None,
     suffix: Annotated[list[str] | None, Option(help=_SUFFIX)] = None,
+    tokenizer: Annotated[str | None, Option(help=_TOKENIZER)] = None,
     context_parallel: Annotated[int | None, Option(metavar="P", help=_CONTEXT_PARALLEL)] = None,
-    val_fraction: Annotated[float, Option(help="Share of files for validation.")] = 0.05,
+    val_fraction: Annotated[float | None, Option(help=_FRACTION)] = None,
+    init_from: Annotated[Path | None, Option(help=_INIT)] = None,
     device: Annotated[str | None, Option(help="cpu, cuda or cuda:1; by default CUDA where there is one.")] = None,
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    wandb: Annotated[str | None, Option(metavar="PROJECT", help="Also write to Weights & Biases.")] = None,
     restart: Annotated[bool, Option("--restart", help="Start over, replacing the run in the folder.")] = False,
-    sample_bytes: Annotated[int, Option(min=0, help="Length of the sample written at the end.")] = 600,
+    sample_bytes: Annotated[int, Option(min=0, help="Length of the sample written at the end, in tokens.")] = 600,
     prompt: Annotated[str, Option(help="Start of the sample.")] = "def ",
 ) -> None:
-    """Train a byte-level language model; resumes exactly, and runs under torchrun as it is.
+    """Train a language model; resumes exactly, and runs under torchrun as it is.
 
-    Leaves model.safetensors, config.json, train.json, state.pt, metrics.jsonl, loss.png, pattern.png and sample.txt.
+    Leaves model.safetensors, config.json, train.json, a state, metrics.jsonl, loss.png, pattern.png and sample.txt.
     """
     from dilated_attention_pytorch.core.files import replace_text
-    from dilated_attention_pytorch.training import Interrupted, Trainer, build_corpus, write_text
+    from dilated_attention_pytorch.training import Interrupted, Trainer, build_corpus, read_settings, text_stream
     from dilated_attention_pytorch.training import preset as preset_named
     from dilated_attention_pytorch.training.distributed import join
 
     # Imported now: matplotlib may be missing, which is better known before the training than after it.
     from dilated_attention_pytorch.viz import loss_figure, pattern_figure, save
 
-    config = preset_named(preset).changed(_pairs(set_ or []))
-    if context_parallel is not None:
-        config = replace(config, context_parallel=context_parallel)
+    given = {} if config is None else read_settings(config)
+    wanted, named = given.pop("corpus", None), given.pop("preset", None)
+    options = {"folder": data, "field": field, "suffixes": suffix, "tokenizer": tokenizer, "val_fraction": val_fraction}
+    given |= {f"data.{name}": value for name, value in options.items() if value is not None}
+    given |= {} if context_parallel is None else {"context_parallel": context_parallel}
+    given |= pairs(set_ or [])
+    source = _data({name: given.pop(name) for name in list(given) if name.startswith("data.")})
+    settings = preset_named(preset or named or "demo").changed(given)
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected --out to be a folder, got the file {out}")
     with join(None if device is None else check_device(device)) as world:
-        config.micro_steps(world.size)  # before anything is read
-        build = partial(build_corpus, data, suffixes=suffix or (), val_fraction=val_fraction)
-        corpus = world.first(build) or build()  # the others find the first one's
-        reporter = None
-        if world.is_main:
-            reporter = _RichReporter()
-            console.print(
-                f"corpus: {human_bytes(corpus.train.size)} of training text in {corpus.documents['train']:,} files, "
-                f"{human_bytes(corpus.val.size)} of validation text in {corpus.documents['val']:,}"
-            )
-        trainer = Trainer(config, corpus, out, world=world, tensorboard=tensorboard, restart=restart, reporter=reporter)
+        settings.micro_steps(world.size)  # before anything is read
+        corpus = world.first(partial(_build, source)) or build_corpus(**source)  # the others find the first one's
+        if wanted not in (None, corpus.fingerprint):
+            raise ValueError(f"expected the corpus of {config}, fingerprint {wanted}, got {corpus.fingerprint}")
+        if "vocab_size" not in given:
+            settings = replace(settings, vocab_size=corpus.vocab_size)
+        reporter = _RichReporter() if world.is_main else None
+        trainer = Trainer(
+            settings, corpus, out, world=world, tensorboard=tensorboard, wandb=wandb, init_from=init_from,
+            restart=restart, reporter=reporter,
+        )  # fmt: skip
+        done = trainer.step == settings.steps
         try:
             result = trainer.run()
         except Interrupted as stop:
@@ -75,26 +96,54 @@ def train(
         if not world.is_main:
             return
         # The whole sequence, and its start at a scale that shows the rates.
-        spans = [(0, config.context), (0, min(64, config.context))]
-        drawn = pattern_figure(config.model_config().pattern, config.context, spans=spans, is_causal=True)
+        spans = [(0, settings.context), (0, min(64, settings.context))]
+        drawn = pattern_figure(settings.model_config().pattern, settings.context, spans=spans, is_causal=True)
         save(drawn, out / "pattern.png")
         save(loss_figure(out / "metrics.jsonl"), out / "loss.png")
-        text = write_text(result.model, prompt, sample_bytes, temperature=0.7, seed=config.seed)
-        replace_text(out / "sample.txt", text + "\n")
-        console.rule("sample")
-        console.print(text, soft_wrap=True)
-        console.rule()
-        _, bits, count = result.evaluation
-        console.print(f"validation: {bits:.3f} bits per byte on {count:,} bytes of validation files")
+        if done and (out / "sample.txt").exists():
+            console.print("nothing was left to train; sample.txt stays as it is")
+        elif (known := corpus.tokenizer) is not None:
+            more = text_stream(result.model, known, prompt, sample_bytes, temperature=0.7, seed=settings.seed)
+            text = printable(prompt + "".join(more))
+            replace_text(out / "sample.txt", text + "\n")
+            console.rule("sample")
+            console.print(text, soft_wrap=True)
+            console.rule()
+        _, bits, count, _ = result.evaluation
+        unit = "token" if corpus.tokenizer is None else "byte"
+        console.print(f"validation: {bits:.3f} bits per {unit} on {count:,} {unit}s of validation files")
         spent = time.process_time()
         console.print(f"CPU time of this process: {spent:.0f} s; everything is in {out}", soft_wrap=True)
 
 
-def _pairs(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise ValueError(f"expected --set NAME=VALUE, got {quoted(setting)}")
-    return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
+def _build(source: dict[str, Any]) -> Corpus:
+    """The corpus, with a bar while text is tokenised, and what it is."""
+    from dilated_attention_pytorch.training import build_corpus
+
+    with Progress("tokenising", BarColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(), console=console,
+                  transient=True, disable=not console.is_terminal) as bar:  # fmt: skip
+        task = bar.add_task("")
+        corpus = build_corpus(**source, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    sizes = {split: x.size * corpus.bytes_per_token for split, x in (("train", corpus.train), ("val", corpus.val))}
+    console.print(
+        f"corpus: {human_bytes(sizes['train'])} of training text in {corpus.documents['train']:,} files, "
+        f"{human_bytes(sizes['val'])} of validation text in {corpus.documents['val']:,}",
+        soft_wrap=True,
+    )
+    for kind, files in corpus.left_out.items():
+        console.print(f"left out: {corpus.documents[kind]:,} {kind} ({', '.join(files)} ..)", soft_wrap=True)
+    return corpus
+
+
+def _data(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `build_corpus` from fields `data.NAME`, by value or text."""
+    read = {}
+    for name, value in given.items():
+        known = _READERS.get(name.removeprefix("data."))
+        if known is None:
+            raise ValueError(f"expected a setting of the data, one of {sorted(_READERS)}, got {quoted(name)}")
+        read[name.removeprefix("data.")] = known(value) if isinstance(value, str) else value
+    return read
 
 
 class _RichReporter:
@@ -109,7 +158,8 @@ class _RichReporter:
 
     def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
         branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
-        size = f"{num_parameters:,} parameters, {config.num_layers} layers, context {config.context:,} bytes"
+        unit = "bytes" if config.vocab_size == 256 else "tokens"
+        size = f"{num_parameters:,} parameters, {config.num_layers} layers, context {config.context:,} {unit}"
         console.print(f"{size}, branches (segment/rate) {branches}", soft_wrap=True)
         if step:
             console.print(f"going on after step {step:,} of {config.steps:,}")
@@ -120,7 +170,8 @@ class _RichReporter:
         if "val_bpb" in line:
             console.print(f"step {line['step']:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
         else:  # beside the bar
-            last = f"{line['bpb']:.2f} bits/byte, {line['tokens_per_s']:,.0f} bytes/s"
+            last = f"{line['bpb']:.2f} bits/byte, {line['tokens_per_s']:,.0f} tokens/s"
+            last += f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
             self._progress.update(self._task, last=last)
 
     def step(self, step: int) -> None:

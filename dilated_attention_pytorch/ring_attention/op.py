@@ -79,6 +79,8 @@ class _Arguments(NamedTuple):
         return _Arguments(x, Masks(key_padding, seed=seed), problem, Wire(*arguments[first:]))
 
 
+# Where a graph breaks at the op, Dynamo would go on with the frames below it.
+@torch_private.uncompiled
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     given = _Arguments.of(arguments)
     x, masks, problem, wire = given
@@ -91,6 +93,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     return out, lse, kept, torch.tensor(lengths, dtype=torch.int64), _seed_out(x.q, masks.seed)
 
 
+@torch_private.uncompiled
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     grad, saved, given = OutputGradient(*arguments[:2]), AttentionOutput(*arguments[2:4]), _Arguments.of(arguments[7:])
     kept, lengths, used_seed = arguments[4:7]

@@ -1,6 +1,6 @@
-"""Training a byte-level LongNet language model on a folder of text, exactly resumable, on one device or many."""
+"""Training a LongNet language model on text, exactly resumable, on one device or many."""
 
-from dilated_attention_pytorch.training.config import PRESETS, TrainConfig, preset
+from dilated_attention_pytorch.training.config import PRESETS, TrainConfig, preset, read_settings
 from dilated_attention_pytorch.training.corpus import (
     Corpus,
     build_corpus,
@@ -8,9 +8,9 @@ from dilated_attention_pytorch.training.corpus import (
     training_excerpts,
     validation_excerpts,
 )
-from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream, evaluate, write_text
+from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream, evaluate, text_stream, write_text
 from dilated_attention_pytorch.training.trainer import Interrupted, Reporter, Result, Trainer
 
-__all__ = ["PRESETS", "Interrupted", "Reporter", "Result", "TrainConfig", "Trainer", "preset"]
+__all__ = ["PRESETS", "Interrupted", "Reporter", "Result", "TrainConfig", "Trainer", "preset", "read_settings"]
 __all__ += ["Corpus", "build_corpus", "validation_excerpts", "standard_library", "training_excerpts"]
-__all__ += ["Evaluation", "byte_stream", "evaluate", "write_text"]
+__all__ += ["Evaluation", "byte_stream", "evaluate", "text_stream", "write_text"]

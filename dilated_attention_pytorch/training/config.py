@@ -6,20 +6,23 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dilated_attention_pytorch.core import validation as check
+from dilated_attention_pytorch.core.files import parse_json
 from dilated_attention_pytorch.core.shift import SegmentShift
 from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "constant", "warmup-stable-decay"]
 VOCAB_SIZE = 256  # bytes; a zero byte ends each document
 
 # Least values of the ints.
 _MINIMA = {
     0: ("warmup_steps", "cpu_threads", "seed", "eval_excerpts"),
     1: ("context", "batch_size", "micro_batch_size", "steps", "num_layers", "context_parallel", "eval_every",
-        "log_every", "checkpoint_every"),
+        "log_every", "checkpoint_every", "keep_last", "vocab_size"),
 }  # fmt: skip
 
 
@@ -50,27 +53,35 @@ class TrainConfig(ModelConfig):
         num_layers: layers of the decoder.
         d_model, nhead, dim_feedforward, segment_lengths, dilation_rates, offsets, segment_shift: as in `LongNetConfig`.
         dropout, attention_dropout, tie_weights: as in `LongNetConfig`.
-        context: bytes that a prediction can look back on.
-        batch_size: sequences of `context` bytes per step, over all ranks and micro-steps.
+        vocab_size: tokens there are; 256 bytes by default.
+        context: tokens that a prediction can look back on.
+        packed: attention stays within each document of a sequence, by `cu_seqlens`; without, it goes across.
+        batch_size: sequences of `context` tokens per step, over all ranks and micro-steps.
         micro_batch_size: sequences per forward; `batch_size / (ranks * micro_batch_size)` forwards accumulate.
-        steps: optimizer steps.
+        steps: optimizer steps; a run that is done goes on with more of them.
         learning_rate: peak of the schedule.
-        final_rate: share of the peak at the end of the cosine.
+        schedule: after the warm-up half a cosine, a constant rate, or a constant one and then a linear decay.
+        final_rate: share of the peak at the end of a decay.
+        decay_share: share of the steps in the linear decay.
         warmup_steps: linear warm-up.
         weight_decay: of matrices; none for gains and biases.
         beta1, beta2: of AdamW.
         grad_clip: largest norm of the gradient.
-        precision: `"fp32"`, `"bf16"` (autocast), or `"auto"`: bf16 on CUDA, fp32 on a CPU.
+        precision: `"fp32"`, `"bf16"` or `"fp16"` (autocast; in fp16 the loss is scaled), or `"auto"`: bf16 on CUDA,
+            fp32 on a CPU.
         gradient_checkpointing: recompute activations in the backward.
-        compile: torch.compile the model.
-        context_parallel: number of processes that share a sequence, one shard per process. Parameters, gradients and
-            optimizer states are then sharded over all processes (FSDP2).
+        compile: torch.compile the model, or each of its layers where parameters are sharded.
+        shard_parameters: shard parameters, gradients and optimizer states over all processes (FSDP2), in place of DDP.
+        context_parallel: number of processes that share a sequence, one shard per process; parameters are then sharded
+            too.
         cpu_threads: of a run on a CPU, 0 for torch's choice; the last bits of a run depend on it.
         seed: of the first weights, the order of the data and dropout.
         eval_excerpts: validation sequences per evaluation, spread over the split; 0 for all of it.
         eval_every: steps between evaluations; one more follows the last step.
         log_every: steps between lines of the record.
         checkpoint_every: steps between states on disk; an interruption and the end leave one too.
+        keep_last: states that stay on disk.
+        keep_best: save the step of the best evaluation too, and keep it.
 
     Raises:
         ValueError: a value out of range, or two that do not fit together.
@@ -78,7 +89,10 @@ class TrainConfig(ModelConfig):
     """
 
     # Fields that may change when a run is resumed: who computes, and what is written.
-    FREE: ClassVar = {"log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel"}
+    FREE: ClassVar = {
+        "log_every", "eval_every", "eval_excerpts", "checkpoint_every", "context_parallel", "shard_parameters", "steps",
+        "keep_last", "keep_best",
+    }  # fmt: skip
 
     d_model: int = 512
     nhead: int = 8
@@ -91,12 +105,16 @@ class TrainConfig(ModelConfig):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     tie_weights: bool = True
+    vocab_size: int = VOCAB_SIZE
     context: int = 16384
+    packed: bool = False
     batch_size: int = 16
     micro_batch_size: int = 1
     steps: int = 10_000
     learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
     final_rate: float = 0.1
+    decay_share: float = 0.2
     warmup_steps: int = 500
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -105,6 +123,7 @@ class TrainConfig(ModelConfig):
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard_parameters: bool = False
     context_parallel: int = 1
     cpu_threads: int = 0
     seed: int = 0
@@ -112,6 +131,8 @@ class TrainConfig(ModelConfig):
     eval_every: int = 500
     log_every: int = 10
     checkpoint_every: int = 500
+    keep_last: int = 1
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         for minimum, names in _MINIMA.items():
@@ -121,12 +142,14 @@ class TrainConfig(ModelConfig):
             check.check_above_zero(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             check.check_probability(name, getattr(self, name))
-        for name, most, words in (("final_rate", 1, "in [0, 1]"), ("weight_decay", math.inf, "of at least 0")):
+        shares = [("final_rate", 1, "in [0, 1]"), ("decay_share", 1, "in [0, 1]")]
+        for name, most, words in (*shares, ("weight_decay", math.inf, "of at least 0")):
             if not 0 <= check.check_float(name, getattr(self, name)) <= most:
                 raise ValueError(f"expected {name} {words}, got {getattr(self, name)}")
         check.check_choice("precision", self.precision, Precision)
-        check.check_bool("gradient_checkpointing", self.gradient_checkpointing)
-        check.check_bool("compile", self.compile)
+        check.check_choice("schedule", self.schedule, Schedule)
+        for name in ("gradient_checkpointing", "compile", "shard_parameters", "packed", "keep_best"):
+            check.check_bool(name, getattr(self, name))
         if self.warmup_steps >= self.steps:
             raise ValueError(f"expected warmup_steps below steps, got {self.warmup_steps} and {self.steps}")
         batch, micro, context, shards = self.batch_size, self.micro_batch_size, self.context, self.context_parallel
@@ -134,8 +157,9 @@ class TrainConfig(ModelConfig):
             raise ValueError(f"expected batch_size to be a multiple of micro_batch_size, got {batch} and {micro}")
         if context < shards:
             raise ValueError(f"expected context of at least context_parallel, got {context} and {shards}")
-        if self.compile and shards > 1:
-            raise ValueError(f"expected compile=False with context_parallel={shards}, got True")
+        if self.packed and (shards > 1 or self.compile):
+            other = "compile=False" if self.compile else "context_parallel=1"
+            raise ValueError(f"expected {other} with packed=True: documents have other lengths in each step")
         pattern = self.model_config().pattern
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
@@ -145,7 +169,7 @@ class TrainConfig(ModelConfig):
     def model_config(self) -> LongNetConfig:
         """The model's share of the config."""
         shared = {name: getattr(self, name) for name in self.__dataclass_fields__.keys() & _MODEL_FIELDS}
-        return LongNetConfig(**shared, num_decoder_layers=self.num_layers, activation="gelu", vocab_size=VOCAB_SIZE)
+        return LongNetConfig(**shared, num_decoder_layers=self.num_layers, activation="gelu")
 
     def micro_steps(self, world_size: int) -> int:
         """The number of forwards that a rank accumulates per step.
@@ -171,23 +195,48 @@ class TrainConfig(ModelConfig):
             )
         return self.batch_size // share
 
-    def changed(self, values: Mapping[str, str]) -> TrainConfig:
-        """The config with some fields read from text, as `--set name=value` gives them.
+    def changed(self, values: Mapping[str, Any]) -> TrainConfig:
+        """The config with some fields changed, by values or by text as `--set name=value` gives them.
 
         Raises:
             ValueError: an unknown name, or text that does not name a value of the field's type.
         """
         kinds, known = typing.get_type_hints(type(self)), sorted(field.name for field in fields(self))
         read_values: dict[str, Any] = {}
-        for name, text in values.items():
+        for name, value in values.items():
             if name not in known:
                 raise ValueError(f"expected a field of the training config, got {name!r}; known are {known}")
             expected, read = _READERS.get(kinds[name], ("text", str))
             try:
-                read_values[name] = read(text)
+                read_values[name] = read(value) if isinstance(value, str) else value
             except (ValueError, KeyError):
-                raise ValueError(f"expected {expected} for {name}, got {text!r}") from None
+                raise ValueError(f"expected {expected} for {name}, got {value!r}") from None
         return replace(self, **read_values)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML or JSON file, such as a run's `train.json`; of a mapping in it by `outer.inner`.
+
+    Raises:
+        ValueError: a file that holds none.
+        ImportError: YAML, and PyYAML is not installed.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        values = parse_json(text)
+    else:
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError("expected PyYAML, which is not installed: pip install pyyaml, or give JSON") from error
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"expected YAML in {path}, got: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected names and values in {path}, got {check.shown(values)}")
+    inner = {f"{name}.{key}": x for name, one in values.items() if isinstance(one, dict) for key, x in one.items()}
+    return {str(name): x for name, x in values.items() if not isinstance(x, dict)} | inner
 
 
 PRESETS: Mapping[str, TrainConfig] = {

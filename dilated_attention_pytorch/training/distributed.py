@@ -1,8 +1,8 @@
 """The processes of a run, the part of a sequence that each computes, and parameters sharded over them.
 
 Ranks form a mesh of two dimensions, data x context. The ranks of a row share each sequence, one contiguous shard per
-rank; rows read different excerpts. Parameters are sharded over all ranks (FSDP2), so the mean of gradients spans both
-dimensions.
+rank; rows read different excerpts. Parameters, where they are sharded, are sharded over all ranks (FSDP2), so the mean
+of gradients spans both dimensions. A model is built on the meta device: a rank makes its own share of it alone.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.models import LongNetLM
+from dilated_attention_pytorch.models.layers import Layer
 
 if dist.is_available():  # before there is a group: see ring_attention/utils/communication.py
     import torch.distributed.nn
@@ -120,7 +122,7 @@ class RankLayout:
     data_size: int  # number of readers
     context_rank: int = 0  # number of its shard of each sequence
     context_size: int = 1  # shards per sequence
-    mesh: DeviceMesh | None = None  # data x context; None where each process reads whole sequences
+    mesh: DeviceMesh | None = None  # data x context, over which parameters are sharded; None where each has them whole
 
     @property
     def seed(self) -> int:
@@ -133,7 +135,7 @@ class RankLayout:
         Labels are shifted before the cut: the last label of a shard is the first input of the next one.
         """
         inputs, labels = excerpts[:, :-1], excerpts[:, 1:]
-        if self.mesh is None:
+        if self.context_size == 1:
             return inputs, labels, {}
         # Here, since a run on one process needs no ring.
         from dilated_attention_pytorch.ring_attention.plan import equal_bounds
@@ -142,12 +144,17 @@ class RankLayout:
         return inputs[:, start:stop], labels[:, start:stop], {"seq_len": inputs.shape[1]}
 
 
-def arrange(world: World, context_parallel: int) -> RankLayout:
+def arrange(world: World, context_parallel: int, *, sharded: bool = False) -> RankLayout:
     """The layout with `context_parallel` processes per sequence, a divisor of their number.
 
     Neighbouring ranks share a sequence: the exchange within a layer needs the fast links most.
+
+    Args:
+        world: the processes.
+        context_parallel: how many share a sequence.
+        sharded: shard parameters too where none do.
     """
-    if context_parallel == 1:
+    if world.size == 1 or (context_parallel == 1 and not sharded):
         return RankLayout(world.rank, world.size)
     readers = world.size // context_parallel
     mesh = init_device_mesh(world.device.type, (readers, context_parallel), mesh_dim_names=("data", "context"))
@@ -155,17 +162,69 @@ def arrange(world: World, context_parallel: int) -> RankLayout:
     return RankLayout(data_rank, readers, context_rank, context_parallel, mesh)
 
 
-def shard_model(model: LongNetLM, mesh: DeviceMesh) -> None:
-    """Turn attention into ring attention over "context" and shard the parameters over all ranks, in place."""
-    from torch.distributed.fsdp import fully_shard
+def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: torch.dtype | None = None, compiled: bool = False) -> None:
+    """Turn attention into ring attention over "context" and shard the parameters over all ranks, in place.
 
-    model.shard_context(mesh, mesh_dim="context")
+    Args:
+        model: on any device, the meta device too.
+        mesh: data x context.
+        half: gather weights in this dtype to compute with; gradients are summed in fp32.
+        compiled: compile each layer; the graph breaks at the ring, whose lengths the ranks find out together.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if mesh["context"].size() > 1:
+        model.shard_context(mesh, mesh_dim="context")
     # One dimension over all ranks: given two, FSDP2 would shard over one and replicate over the other.
     ranks = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))
+    # Autocast alone would keep a copy of every weight in bf16, whole, until the backward.
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False) if half else None
+    options: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
     # One layer at a time is whole in memory.
     for layer in model.decoder.layers:
-        fully_shard(layer, mesh=ranks)
-    fully_shard(model, mesh=ranks)
+        if compiled:
+            layer.compile()
+        fully_shard(layer, mesh=ranks, **options)
+    fully_shard(model, mesh=ranks)  # embeddings in fp32, which the residual stream is in
+
+
+def first_weights(model: LongNetLM, seed: int) -> None:
+    """Fill a model with the first weights of a seed, the same on any device and however it is sharded.
+
+    A whole model is built on the CPU, where one layer at a time has memory: each is taken as soon as it is drawn.
+    """
+    mine = model.state_dict()
+
+    def take(module: nn.Module, prefix: str) -> None:
+        for name, x in module.state_dict(prefix=prefix).items():
+            if not x.is_meta:
+                fill(mine[name], x)
+
+    def registered(parent: nn.Module, name: str, module: nn.Module | None) -> Any:
+        if not isinstance(module, Layer):
+            return None
+        take(module, f"decoder.layers.{name}.")
+        return module.to("meta")
+
+    torch.manual_seed(seed)
+    hook = register_module_module_registration_hook(registered)
+    try:
+        rest = LongNetLM(model.config)
+    finally:
+        hook.remove()
+    take(rest, "")
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Write a tensor that every rank has whole into a parameter, or a rank's share of one."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):
+        # Every rank has the same, so nothing travels.
+        whole = whole.to(parameter.device)
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
 
 
 def gradients(runner: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -184,38 +243,3 @@ def complete(value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def whole(state: Any, *, keep: bool) -> Any:
-    """A state dict of nested dicts and lists with its sharded tensors whole, on the CPU; collective if there are any.
-
-    Without `keep` a process only takes part, and holds one tensor at a time.
-    """
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(state, DTensor):
-        full = complete(state)
-        # A copy: a gather may return memory that the next step writes to.
-        return full.detach().to("cpu", copy=True) if keep else None
-    if isinstance(state, dict):
-        return {key: whole(value, keep=keep) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value, keep=keep) for value in state]
-    return state
-
-
-def spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state dict, its tensors sharded as their parameters are."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def shard(value: Any, p: Tensor) -> Any:
-        if not isinstance(p, DTensor) or not isinstance(value, Tensor) or value.shape != p.shape:
-            return value
-        # Every rank has read the same file, so nothing travels.
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-
-    # State dicts number the parameters in the order of the groups.
-    kept = {i: {key: shard(value, parameters[i]) for key, value in one.items()} for i, one in state["state"].items()}
-    return {**state, "state": kept}

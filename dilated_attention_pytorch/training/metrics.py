@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object per line, and TensorBoard where asked for."""
+"""The record of a run: one JSON object per line, TensorBoard and Weights & Biases where asked for; what it measures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from dilated_attention_pytorch.core.files import parse_json, replace_text
+from dilated_attention_pytorch.models import LongNetLM
+from dilated_attention_pytorch.training.config import TrainConfig
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -42,15 +44,52 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+# FLOP/s of dense bf16 by the maker's data sheets (from torchtitan's tools/utils.py); the first name that fits counts.
+_PEAKS = {
+    "A100": 312e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GB200": 2500e12,
+    "B200": 2250e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that a device can do in bf16 or fp16 at most, or None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in _PEAKS.items() if known in name), None)
+
+
+def flops_per_sequence(config: TrainConfig) -> int:
+    """FLOPs of a forward and a backward of one sequence of `context` tokens, counted on a model without memory.
+
+    As `torch.utils.flop_counter` counts: all products of matrices, five in attention's backward. Activations that are
+    computed again do not count; documents count as if they were not packed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = LongNetLM(config.model_config(), device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, config.context, dtype=torch.int64, device="meta")).sum().backward()
+    return int(counter.get_total_flops())
+
+
 class MetricsLog:
-    """Write the record of a run that starts, or goes on, after `step` steps; also as TensorBoard events.
+    """Write the record of a run that starts, or goes on, after `step` steps.
 
     Lines of later steps are dropped: that work was lost and is done again. Damaged lines, and none at all where there
     should be one per `log_every` steps, are a warning.
+
+    Args:
+        folder: of the run.
+        step: steps that are done.
+        log_every: steps between lines.
+        tensorboard: write TensorBoard events too.
+        wandb: a project of Weights & Biases to write to as well; each start is a run there, in a group with the others.
     """
 
-    def __init__(self, folder: Path, *, step: int, log_every: int, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, log_every: int, tensorboard: bool = False, wandb: str | None = None
+    ) -> None:
         self._board: Any = None
+        self._run: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -59,6 +98,13 @@ class MetricsLog:
                     "expected TensorBoard, which is not installed: pip install 'dilated-attention-pytorch[track]'"
                 ) from error
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if wandb is not None:
+            try:
+                import wandb as weights_and_biases
+            except ImportError as error:
+                raise ImportError("expected wandb, which is not installed: pip install wandb") from error
+            settings = parse_json((folder / "train.json").read_text(encoding="utf-8"))
+            self._run = weights_and_biases.init(project=wandb, group=folder.name, dir=str(folder), config=settings)
         path = folder / "metrics.jsonl"
         lines = _lines(path) if step and path.exists() else []
         if None in lines[:-1] or (not any(lines) and step >= log_every):
@@ -74,12 +120,16 @@ class MetricsLog:
         """Add a line, and hand it to the system."""
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
-        for name, value in line.items():
-            if self._board is not None and name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, line["step"])
+        numbers = {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
+        if self._run is not None:
+            self._run.log(numbers, step=line["step"])
+        for name, value in numbers.items() if self._board is not None else ():
+            self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         """Close the files."""
         self._stream.close()
         if self._board is not None:
             self._board.close()
+        if self._run is not None:
+            self._run.finish()

@@ -1,32 +1,32 @@
-"""The optimizer, a function of the step, and the state of a run for exact resume, checked when it is read."""
+"""The optimizer, a function of the step, and what a run's state holds beside its tensors, checked when it is read."""
 
 from __future__ import annotations
 
 import math
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dilated_attention_pytorch.core.files import replace_file
+from dilated_attention_pytorch.models import LongNetConfig, LongNetLM, load_pretrained
 from dilated_attention_pytorch.models.weights import check_state
+from dilated_attention_pytorch.training import checkpoint
 from dilated_attention_pytorch.training.config import TrainConfig
-
-FILE = "state.pt"
-_VERSION = 1
-_KINDS = {"version": int, "step": int, "config": dict, "fingerprint": str, "model": dict, "optimizer": dict}
-_RESTART = "start over (restart=True)"
+from dilated_attention_pytorch.training.distributed import fill
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step: linear up to `learning_rate`, then half a cosine down to `final_rate` of it."""
+    """The rate of a step: linear up to `learning_rate`, then as `schedule` says, down to `final_rate` of it."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * share
+    left = 1.0  # of the way down
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.schedule == "warmup-stable-decay":
+        left = min(1.0, (config.steps - step) / max(1.0, config.decay_share * config.steps))
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * left)
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -39,86 +39,71 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(split, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
-def save_state(folder: Path, *, config: TrainConfig, **content: Any) -> None:
-    """Write `state.pt`: the config, `step`, the corpus's `fingerprint`, and the state dicts of `model` and `optimizer`.
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a run has learned, by name: `model.<weight>`, and `optimizer.<weight>.<moment>`, zeros before a step.
 
-    Model and optimizer share one file: no interruption can pair one step's weights with another's moments. There is no
-    random state to save: every draw is a function of (seed, step, rank).
+    There is no random state to save: every draw is a function of (seed, step, rank).
     """
-    content |= {"version": _VERSION, "config": config.to_dict()}
-    replace_file(folder / FILE, lambda path: torch.save(content, path))
+    found = {f"model.{name}": x for name, x in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if not optimizer.state[p]:
+            moments = {key: torch.zeros_like(p, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        found |= {f"optimizer.{name}.{key}": x for key, x in optimizer.state[p].items()}
+    return found
 
 
-def load_state(folder: Path, *, config: TrainConfig, fingerprint: str, model: nn.Module) -> dict[str, Any] | None:
-    """The state of the run in `folder`, or None where there is none; `model`, not yet sharded, says names and shapes.
+def take_weights(model: LongNetLM, folder: Path) -> None:
+    """Fill a model, however it is sharded, from a folder of `save_pretrained`; a ValueError says what does not fit."""
+    weights = load_pretrained(folder).state_dict()
+    check_state(model, weights)
+    for name, parameter in model.state_dict().items():
+        fill(parameter, weights[name])
 
-    Raises:
-        ValueError: a damaged file, or a run with another config or corpus; the message names what differs.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not compare them
-            damaged = archive.testzip()
-        state: Any = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # half a file can raise anything; torch's own text is advice to run what the file holds
-        raise _damaged(path, type(error).__name__) from error
-    if not isinstance(state, dict) or any(not _is_a(state.get(name), kind) for name, kind in _KINDS.items()):
-        raise _damaged(path, f"a wrong checksum of {damaged}" if damaged else f"not {', '.join(_KINDS)}")
-    if state["version"] != _VERSION:
-        raise ValueError(f"expected a state of version {_VERSION} in {path}, got {state['version']}")
-    # Runs from before there was a shift had none.
-    wanted, kept = config.to_dict(), {"segment_shift": 0, **state["config"]}
-    names = [name for name in sorted({*wanted, *kept} - config.FREE) if wanted.get(name) != kept.get(name)]
+
+def about(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    """What a state says of its run."""
+    return {"config": config.to_dict(), "model": config.model_config().to_dict(), "fingerprint": fingerprint}
+
+
+def check_about(kept: dict[str, Any], folder: Path, config: TrainConfig, fingerprint: str) -> None:
+    """Raise a ValueError where a run's state has another config or corpus; the message names what differs."""
+    # What older runs do not name was as it is by default.
+    wanted, found = config.to_dict(), {**TrainConfig().to_dict(), **kept["config"]}
+    names = [name for name in sorted({*wanted, *found} - config.FREE) if wanted.get(name) != found.get(name)]
     if names:
-        differences = ", ".join(f"{name} {kept.get(name)!r} (now {wanted.get(name)!r})" for name in names)
+        differences = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in names)
         raise ValueError(
             f"expected the config that the run in {folder} was started with, which has {differences}; "
-            f"give that one, another folder, or {_RESTART}"
+            f"give that one, another folder, or {checkpoint.RESTART}"
         )
-    if state["fingerprint"] != fingerprint:
+    if kept["fingerprint"] != fingerprint:
         raise ValueError(
-            f"expected the corpus that the run in {folder} was started with, fingerprint {state['fingerprint']}, "
-            f"got {fingerprint}: the text has changed; give another folder, or {_RESTART}"
+            f"expected the corpus that the run in {folder} was started with, fingerprint {kept['fingerprint']}, "
+            f"got {fingerprint}: the text has changed; give another folder, or {checkpoint.RESTART}"
         )
-    if not 0 <= state["step"] <= config.steps:
-        raise _damaged(path, f"step {state['step']} of {config.steps}")
-    try:
-        check_state(model, state["model"])
-        _check_optimizer(adamw(model, config), state["optimizer"])
-        moments = (x for one in state["optimizer"]["state"].values() for x in one.values())
-        if any(x.isnan().any() for x in (*state["model"].values(), *moments)):
-            raise ValueError("numbers that are NaN, which no run saves")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path, str(error)) from error
-    return state
+    if kept["step"] > config.steps:
+        raise ValueError(
+            f"expected steps of at least the {kept['step']} that the run in {folder} has done, got {config.steps}"
+        )
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
-    """Hold an optimizer's state dict to the optimizer that is to take it: a fused update checks nothing."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # `step` is a number in fp32, whatever the weights are.
-    like = [{"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
-    kinds = {i: {name: _kind(x) for name, x in one.items()} for i, one in enumerate(like)}
-    if {i: {name: _kind(x) for name, x in one.items()} for i, one in kept["state"].items()} != kinds:
-        raise ValueError("an optimizer whose moments have other shapes or dtypes than the weights")
-    groups = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in kept["param_groups"]] != [group["params"] for group in groups]:
-        raise ValueError("an optimizer of other groups of weights")
-    for found, wanted in zip(kept["param_groups"], groups, strict=True):
-        # Which settings there are is a matter of torch's version; the rate follows from the step.
-        if names := [name for name in found.keys() & wanted.keys() - {"lr"} if found[name] != wanted[name]]:
-            raise ValueError(f"an optimizer with another {', '.join(sorted(names))}")
+def trained_model(folder: Path, step: int | None = None) -> tuple[LongNetLM, int]:
+    """The model of a run's folder after a saved step, the last one by default, whole and on the CPU; and that step.
 
-
-def _kind(x: torch.Tensor) -> tuple[Any, ...]:
-    return x.shape, x.dtype, x.layout
-
-
-def _is_a(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)  # which Python counts as an int
-
-
-def _damaged(path: Path, found: str) -> ValueError:
-    return ValueError(f"expected {path} to hold the state of a run, got {found}: put a copy back, or {_RESTART}")
+    Raises:
+        ValueError: no such state, or a damaged one.
+        ImportError: safetensors is not installed.
+    """
+    steps = checkpoint.steps_in(folder)
+    if not steps or step not in (None, *steps):
+        raise ValueError(f"expected a saved step of the run in {folder}, one of {steps}, got {step}")
+    step = steps[-1] if step is None else step
+    path = checkpoint.path_of(folder, step)
+    config = LongNetConfig.from_dict(checkpoint.read_about(path)["model"])
+    model = LongNetLM(config, device="meta").to_empty(device="cpu")
+    weights = {f"model.{name}": x for name, x in model.state_dict().items()}
+    checkpoint.load(path, weights, part="model.", single=True)
+    return model.eval(), step

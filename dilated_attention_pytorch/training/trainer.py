@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ from dilated_attention_pytorch.core.files import lock, remove_leftovers, replace
 from dilated_attention_pytorch.models import LongNetLM, save_pretrained
 from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
+from dilated_attention_pytorch.training.checkpoint import Checkpoints
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus, training_excerpts, validation_excerpts
-from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate
-from dilated_attention_pytorch.training.metrics import MetricsLog, peak_memory
+from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, predict
+from dilated_attention_pytorch.training.metrics import MetricsLog, flops_per_sequence, peak_flops, peak_memory
+from dilated_attention_pytorch.training.precision import LossScale, computed_in
 from dilated_attention_pytorch.training.state import adamw, learning_rate
+from dilated_attention_pytorch.training.tokenizer import FILE
 
 
 class Interrupted(Exception):
@@ -38,7 +42,7 @@ class Interrupted(Exception):
 class Result(NamedTuple):
     """The results of a finished run, beside its files."""
 
-    model: LongNetLM  # with `context_parallel` whole on rank 0, a shard on each other rank
+    model: LongNetLM  # whole on rank 0; on another rank its share, where parameters are sharded
     evaluation: Evaluation  # the last one
 
 
@@ -59,10 +63,10 @@ class Reporter(Protocol):
 
 
 class Trainer:
-    """Train a byte-level `LongNetLM` in a folder, from the folder's last state on.
+    """Train a `LongNetLM` in a folder, from the folder's last state on.
 
-    The folder gets `state.pt` (for resume), `model.safetensors` and `config.json` (for use), `train.json` (the
-    settings) and `metrics.jsonl` (the record).
+    The folder gets `step-N/` (for resume), `train.json` (the settings), `metrics.jsonl` (the record), and at the end
+    `model.safetensors` and `config.json` (for use).
 
     Args:
         config: of the run.
@@ -70,12 +74,14 @@ class Trainer:
         folder: of the run.
         world: from `distributed.join`.
         tensorboard: also write TensorBoard events.
+        wandb: a project of Weights & Biases to write to as well.
+        init_from: a folder of `save_pretrained` with the first weights; they may come from another context or pattern.
         restart: start over, whatever the folder holds.
         reporter: an observer of the run.
 
     Raises:
         ValueError: the folder's run is damaged or has another config or corpus; a batch that the ranks cannot share
-            evenly; a number of ranks that `context_parallel` does not divide.
+            evenly; a number of ranks that `context_parallel` does not divide; tokens that the config does not know.
 
     Example:
         >>> with join() as world:
@@ -91,38 +97,57 @@ class Trainer:
         *,
         world: distributed.World,
         tensorboard: bool = False,
+        wandb: str | None = None,
+        init_from: Path | None = None,
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
-        self.tensorboard, self.reporter = tensorboard, reporter if world.is_main else None
+        self.reporter = reporter if world.is_main else None
+        self._boards: Any = {"tensorboard": tensorboard, "wandb": wandb}
+        if corpus.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"expected vocab_size of at least the corpus's {corpus.vocab_size}, got {config.vocab_size}"
+            )
+        if config.packed and corpus.end_token is None:
+            raise ValueError("expected a corpus whose documents end with a token with packed=True, got none known")
         self.micro_steps = config.micro_steps(world.size)
-        self.layout = distributed.arrange(world, config.context_parallel)
+        self.layout = distributed.arrange(world, config.context_parallel, sharded=config.shard_parameters)
         self.held_out = validation_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
-        torch.manual_seed(config.seed)
+        dtype = computed_in(config.precision, world.device)
+        half = None if dtype is torch.float32 else dtype
         shape = config.model_config()
         warn_out_of_reach(shape.pattern, shape.shifts(config.num_layers), config.context)
-        # Made on the CPU: the first weights do not depend on the device.
-        model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing)
-        self.model = model.to(world.device)
+        self.model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing, device="meta")
         self.step, self._signal, self._restart = 0, 0, restart
         self._log: MetricsLog | None = None
-        load = partial(state.load_state, folder, config=config, fingerprint=corpus.fingerprint, model=self.model)
-        kept = None if restart else load()
+        self.scale = LossScale(dtype)
+        self.best: tuple[float, int] | None = None  # loss and step of the best evaluation
+        self.checkpoints = Checkpoints(folder, world, keep=config.keep_last)
+        kept = None if restart else self.checkpoints.newest()
         if kept is not None:
-            self.step = kept["step"]
-            self.model.load_state_dict(kept["model"])
+            state.check_about(kept, folder, config, corpus.fingerprint)
         if self.layout.mesh is not None:
-            distributed.shard_model(self.model, self.layout.mesh)
+            distributed.shard_model(self.model, self.layout.mesh, half=half, compiled=config.compile)
+        self.model.to_empty(device=world.device)
         self.optimizer = adamw(self.model, config)
-        if kept is not None:
-            self.optimizer.load_state_dict(distributed.spread(kept["optimizer"], self.optimizer))
+        if kept is None and init_from is not None:
+            state.take_weights(self.model, init_from)
+        elif kept is None:
+            distributed.first_weights(self.model, config.seed)
+        else:
+            self.step = kept["step"]
+            self.scale.state = kept.get("loss_scale", self.scale.state)
+            self._keep(kept.get("best"))
+            self.checkpoints.load(self.step, state.tensors(self.model, self.optimizer))
         self.runner: nn.Module = self._runner()
-        half = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-        self._autocast = partial(torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half)
+        self._autocast = partial(torch.autocast, world.device.type, dtype=dtype, enabled=half is not None)
         how: Any = {"batch_size": config.micro_batch_size, "autocast": self._autocast, "layout": self.layout}
+        how |= {"end_token": corpus.end_token, "bytes_per_token": corpus.bytes_per_token, "packed": config.packed}
+        peak = peak_flops(world.device) if half is not None else None
+        self._mfu = flops_per_sequence(config) / config.context / world.size / peak if peak else None  # by tokens/s
         self._evaluate: Callable[[], Evaluation] = partial(evaluate, self.model, self.held_out, world, **how)
 
     def run(self) -> Result:
@@ -138,24 +163,23 @@ class Trainer:
             self.world.first(partial(self._open, held))
             held.callback(self._tell, "stop")
             self._tell("start", self.step, self.config, sum(p.numel() for p in self.model.parameters()))
+            held.callback(self.checkpoints.close)
             with self._signals():
                 evaluation = self._loop()
-            model = self._whole_model()
-            return Result(model.to(self.world.device) if self.world.is_main else model, evaluation)
+            return Result(self.world.first(self._export) or self.model, evaluation)
 
     def _open(self, held: contextlib.ExitStack) -> None:
         """Lock the folder, write the settings and open the record, until `held` closes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock(self.folder))
         remove_leftovers(self.folder)
-        if self._restart:  # now, not at the first save: nothing may go on from the old run
-            (self.folder / state.FILE).unlink(missing_ok=True)
-            self._restart = False
-        settings = json.dumps(self.config.to_dict() | {"corpus": self.corpus.fingerprint}, indent=1)
-        replace_text(self.folder / "train.json", settings + "\n")
-        self._log = MetricsLog(
-            self.folder, step=self.step, log_every=self.config.log_every, tensorboard=self.tensorboard
-        )
+        self.checkpoints.sweep(everything=self._restart)  # now: nothing may go on from the old run
+        self._restart = False
+        more = {"data": self.corpus.made_from, "corpus": self.corpus.fingerprint}
+        replace_text(self.folder / "train.json", json.dumps(self.config.to_dict() | more, indent=1) + "\n")
+        if (self.corpus.folder / FILE).is_file():
+            shutil.copyfile(self.corpus.folder / FILE, self.folder / FILE)
+        self._log = MetricsLog(self.folder, step=self.step, log_every=self.config.log_every, **self._boards)
         held.callback(self._log.close)
 
     def _tell(self, event: str, *values: Any) -> None:
@@ -176,26 +200,31 @@ class Trainer:
                 mean_loss = float(self.world.sum(loss)) / self.world.size
                 now = time.perf_counter()
                 tokens = (self.step - seen) * config.batch_size * config.context
-                line = {"step": self.step, "loss": mean_loss, "bpb": mean_loss / math.log(2), "lr": rate}
-                line |= {"grad_norm": float(grad_norm), "tokens_per_s": round(tokens / (now - since), 1)}
-                self._record(line | {"memory_bytes": peak_memory(self.world.device)})
+                speed, bits = tokens / (now - since), mean_loss / math.log(2) / self.corpus.bytes_per_token
+                line: dict[str, Any] = {"step": self.step, "loss": mean_loss, "bpb": bits, "lr": rate}
+                line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None}
+                line |= {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory(self.world.device)}
+                self._record(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
                 seen, since = self.step, now
             if last or self.step % config.eval_every == 0:
                 paused = time.perf_counter()
                 evaluation = self._evaluate()
-                self._record({"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte})
+                line = {"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte}
+                self._record(line | {"val_loss_by_position": evaluation.by_position})
                 since += time.perf_counter() - paused
+                if config.keep_best and (self.best is None or evaluation.loss < self.best[0]):
+                    self._keep((evaluation.loss, self.step))
             self._tell("step", self.step)
             # Ranks agree on a signal: none is left waiting for another.
             stop = self.world.any(bool(self._signal))
-            if stop or last or self.step % config.checkpoint_every == 0:
+            best = self.best is not None and self.best[1] == self.step
+            if stop or last or best or self.step % config.checkpoint_every == 0:
                 self.save()
             if stop and not last:
+                self.checkpoints.wait()
                 raise Interrupted(self.step, self._signal or signal.SIGINT)
-        if evaluation is None:  # nothing was left to train; the model may have been lost since
-            self.save()
-            evaluation = self._evaluate()
-        return evaluation
+        self.checkpoints.wait()
+        return evaluation or self._evaluate()  # nothing was left to train
 
     def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; this rank's mean loss and the gradient's norm."""
@@ -215,54 +244,48 @@ class Trainer:
             with distributed.gradients(self.runner, last=i + 1 == self.micro_steps):
                 with self._autocast():
                     inputs, targets, whole = layout.shard(tokens)
-                    logits = self.runner(inputs, **whole)
+                    logits = predict(self.runner, inputs, self.corpus.end_token if config.packed else None, **whole)
                     loss = self._loss(logits.flatten(0, 1).float(), targets.flatten()) / self.micro_steps
-                loss.backward()
+                (loss * self.scale.factor).backward()
             total += loss.detach()
+        if self.scale.factor != 1.0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.scale.factor)
         grad_norm = distributed.complete(nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
-        if not math.isfinite(grad_norm):  # the same on all ranks, so all of them stop
+        finite = math.isfinite(grad_norm)  # the same on all ranks, so all of them stop, or leave the step out
+        if not self.scale.update(finite):
             raise FloatingPointError(
                 f"expected a finite gradient in step {self.step + 1}, got a norm of {float(grad_norm)}: the run ends, "
                 "and its folder keeps the last state that was saved; start over with a lower learning_rate"
             )
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return total, grad_norm
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean over tokens; of a shard, scaled so that the mean over ranks is the mean over tokens."""
-        if self.layout.mesh is None:
+        if self.layout.context_size == 1:
             return F.cross_entropy(logits, targets)
         # Shards may be unequal; a mean of their means would weigh tokens differently.
         share = self.config.micro_batch_size * self.config.context / self.layout.context_size
         return F.cross_entropy(logits, targets, reduction="sum") / share
 
+    def _keep(self, best: tuple[float, int] | None) -> None:
+        self.best = best
+        self.checkpoints.spared = set() if best is None else {best[1]}
+
     def save(self) -> None:
-        """Leave the present step on disk: the model for use, and the state; whole, however they are sharded."""
-        model = self._whole_model()
-        optimizer = distributed.whole(self.optimizer.state_dict(), keep=self.world.is_main)
+        """Begin to write the state after the present step; it counts once `checkpoints.wait` has returned."""
+        about = state.about(self.config, self.corpus.fingerprint)
+        about |= {"loss_scale": self.scale.state, "best": self.best}
+        self.checkpoints.save(self.step, state.tensors(self.model, self.optimizer), about)
 
-        def write() -> None:
-            save_pretrained(model, self.folder)
-            # Last: beside a state of the last step there is always its model.
-            state.save_state(
-                self.folder, step=self.step, config=self.config, fingerprint=self.corpus.fingerprint,
-                model=model.state_dict(), optimizer=optimizer,
-            )  # fmt: skip
-
-        self.world.first(write)
-
-    def _whole_model(self) -> LongNetLM:
-        """The model itself, or on rank 0 a whole copy of a sharded one, on the CPU."""
-        if self.layout.mesh is None:
-            return self.model
-        weights = distributed.whole(self.model.state_dict(), keep=self.world.is_main)
-        self.world.wait()  # no process leaves while another still gathers
-        if not self.world.is_main:
-            return self.model
-        model = LongNetLM(self.config.model_config(), device="meta")
-        model.load_state_dict(weights, assign=True)
-        return model
+    def _export(self) -> LongNetLM:
+        """Leave the trained model beside the states, whole; in the main process, which has memory for it on its CPU."""
+        model, _ = state.trained_model(self.folder)
+        save_pretrained(model, self.folder)
+        return model.to(self.world.device)
 
     def _record(self, line: dict[str, Any]) -> None:
         if self._log is not None:
@@ -271,8 +294,10 @@ class Trainer:
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
+        if self.layout.mesh is not None:
+            return self.model  # its layers are compiled, each for itself
         runner = cast("nn.Module", torch.compile(self.model)) if self.config.compile else self.model
-        if self.world.size == 1 or self.layout.mesh is not None:
+        if self.world.size == 1:
             return runner
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(runner, device_ids=devices)

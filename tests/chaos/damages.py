@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,19 +39,23 @@ class Code:
 def damages() -> list[Damage]:
     """All kinds."""
     found = []
-    for program, file in (("train", "state.pt"), ("generate", "model.safetensors"), ("generate", "config.json")):
+    for program, file in (("train", _STATE), ("train", _SHARD), ("generate", "model.safetensors"),
+                          ("generate", "config.json")):  # fmt: skip
         found += [Damage(program, file, name, _bytes(change)) for name, change in _ANY.items()]
-    found += [Damage("train", "state.pt", name, _state(change)) for name, change in _STATES.items()]
-    found += [Damage("train", "state.pt", name, _bytes(change)) for name, change in _ARCHIVES.items()]
-    found += [Damage("train", "state.pt", "code in a pickle", lambda path: torch.save(Code(), path))]
+    found += [Damage("train", _STATE, name, _about(change)) for name, change in _STATES.items()]
+    found += [Damage("train", _SHARD, name, _header(change)) for name, change in _HEADERS.items()]
+    for file in (_STATE, _SHARD):
+        found.append(Damage("train", file, "a flipped bit", _bytes(_flipped(0.5))))
+        found.append(Damage("train", file, "code in a pickle", lambda path: torch.save(Code(), path)))
+        found.append(Damage("train", file, "absent", Path.unlink))
     found += [Damage("generate", "model.safetensors", name, _header(change)) for name, change in _HEADERS.items()]
     found += [Damage("generate", "config.json", name, _json(change)) for name, change in _CONFIGS.items()]
     found += [Damage("train", "corpus.json", name, _bytes(change)) for name, change in _ANY.items()]
     found += [Damage("train", "corpus.json", name, _json(change)) for name, change in _CORPORA.items()]
-    for name in ("empty", "half of it", "a flipped bit"):
-        found.append(Damage("train", "train.bin", name, _bytes(_ANY.get(name, _flipped(0.5)))))
-        found.append(Damage("train", "val.bin", name, _bytes(_ANY.get(name, _flipped(0.5)))))
-    found.append(Damage("train", "train.bin", "absent", Path.unlink))
+    for file in ("00000.npy", "00000.documents.npy"):
+        for name in ("empty", "half of it", "a flipped bit"):
+            found.append(Damage("train", file, name, _bytes(_ANY.get(name, _flipped(0.5)))))
+        found.append(Damage("train", file, "absent", Path.unlink))
     # What a run writes anew.
     found += [Damage("train", file, name, _bytes(_ANY[name]), MENDED) for file in _ANEW for name in ("empty", "text")]
     found += [Damage("train", file, "absent", Path.unlink, MENDED) for file in _ANEW]
@@ -68,7 +73,8 @@ def _flipped(share: float) -> Callable[[bytes], bytes]:
     return flip
 
 
-_ANEW = ("model.safetensors", "config.json", "train.json")
+_ANEW = ("train.json",)
+_STATE, _SHARD = "step-*/state.json", "step-*/*.safetensors"
 _DEEP = b'{"a":' * 100_000
 _ANY: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
@@ -79,37 +85,16 @@ _ANY: dict[str, Callable[[bytes], bytes]] = {
     "a pickle": lambda data: pickle.dumps({"step": 1}),
     "JSON, a hundred thousand deep": lambda data: _DEEP,
 }
-_ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
-    "a flipped bit in a tensor": _flipped(0.5),
-    "a flipped bit in the pickle": lambda data: _flipped((data.index(b"optimizer") + 2) / len(data))(data),
-    "a flipped bit in the directory": lambda data: _flipped((data.rindex(b"PK\x01\x02") + 50) / len(data))(data),
-}
 _STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no keys": lambda s: s.clear(),
-    "another version": lambda s: s.update(version=2),
+    "another version": lambda s: s.update(version=1),
     "a step of 10**9": lambda s: s.update(step=10**9),
     "a step of -3": lambda s: s.update(step=-3),
-    "a step of True": lambda s: s.update(step=True),
     "a step that is text": lambda s: s.update(step="4"),
     "another config": lambda s: s["config"].update(d_model=48),
     "another corpus": lambda s: s.update(fingerprint="0" * 32),
-    "a weight missing": lambda s: s["model"].popitem(),
-    "a weight too many": lambda s: s["model"].update(more=torch.zeros(2)),
-    "a weight of another shape": lambda s: s["model"].update({next(iter(s["model"])): torch.zeros(3)}),
-    "a weight of ints": lambda s: s["model"].update({n: x.int() for n, x in list(s["model"].items())[:1]}),
-    "a weight of NaN": lambda s: next(iter(s["model"].values())).fill_(torch.nan),
-    "no moments": lambda s: s["optimizer"]["state"].clear(),
-    "a moment of another shape": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)),
-    "a moment of another dtype": lambda s: s["optimizer"]["state"][0].update(
-        exp_avg=s["optimizer"]["state"][0]["exp_avg"].double()
-    ),
-    "a moment of NaN": lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(torch.nan),
-    "a moment that is sparse": lambda s: s["optimizer"]["state"][1].update(
-        exp_avg=s["optimizer"]["state"][1]["exp_avg"].to_sparse()
-    ),
-    "no groups": lambda s: s["optimizer"]["param_groups"].clear(),
-    "groups of other sizes": lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
-    "another rule of decay": lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.0, 0.0)),
+    "a file too many": lambda s: s["files"].update(more=1),
+    "a file of another checksum": lambda s: s["files"].update(dict.fromkeys(s["files"], 1)),
 }
 _HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a tensor missing": lambda h: h.pop(max(h)),
@@ -130,10 +115,10 @@ _CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
     "an epsilon of NaN": lambda c: c.update(layer_norm_eps=float("nan")),
 }
 _CORPORA: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a negative size": lambda c: c["bytes"].update(train=-1),
-    "a size of 2**70": lambda c: c["bytes"].update(train=2**70),
-    "another corpus": lambda c: c.update(fingerprint="0" * 32),
-    "documents that are no counts": lambda c: c.update(documents={"train": "many", "val": None}),
+    "no shards": lambda c: c["shards"].clear(),
+    "a vocabulary of 2**70": lambda c: c.update(vocab_size=2**70),
+    "another tokenizer": lambda c: c.update(digest="0" * 64),
+    "counts that are none": lambda c: c.update(left_out={"binary": "many"}),
 }
 _TAILS: dict[str, Callable[[bytes], bytes]] = {
     "half a last line": lambda data: data + b'{"step": 99, "lo',
@@ -162,11 +147,13 @@ def _json(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object
     return apply
 
 
-def _state(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+def _about(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """A change of what a state says of itself, with a checksum that fits."""
+
     def apply(path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        change(state)
-        torch.save(state, path)
+        content = json.loads(path.read_text())
+        change(content["about"])
+        path.write_text(json.dumps(content | {"crc32": zlib.crc32(json.dumps(content["about"]).encode())}))
 
     return apply
 

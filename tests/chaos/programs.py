@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ def train(folder: Path, *more: str) -> None:
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
     where = ["--data", str(folder.parent / "text"), "--out", str(folder / "run"), "--device", "cpu"]
     command("train", *where, "--val-fraction", "0.3", "--sample-bytes", "20", *settings, *more)
+
+
+def sharded(folder: Path) -> None:
+    """The same with parameters over all ranks (FSDP2), and with two ranks per sequence where their number is even."""
+    shards = "1" if int(os.environ.get("WORLD_SIZE", "1")) % 2 else "2"
+    train(folder, "--set=shard_parameters=true", "--context-parallel", shards)
 
 
 def generate(folder: Path) -> None:
@@ -102,7 +109,7 @@ def named(program: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 PROGRAMS: dict[str, Callable[[Path], Any]] = {
-    "train": train, "generate": generate, "stream": named(stream), "embed": named(embed)
+    "train": train, "sharded": sharded, "generate": generate, "stream": named(stream), "embed": named(embed)
 }  # fmt: skip
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from chaos.programs import SMALL, mapped
 from dilated_attention_pytorch.models import load_pretrained
+from dilated_attention_pytorch.training.checkpoint import checksum, load, path_of, read_about, steps_in
 from dilated_attention_pytorch.training.metrics import read_metrics
 
 _CLOCK = ("tokens_per_s", "memory_bytes")
@@ -36,9 +37,17 @@ def final(program: str, folder: Path, out: bytes) -> dict[str, Any]:
         {name: value for name, value in line.items() if name not in _CLOCK}
         for line in read_metrics(run / "metrics.jsonl")
     ]
-    state = torch.load(run / "state.pt", weights_only=True)
-    found["step"] = state["step"]
-    found["moments"] = [one["exp_avg"].tolist() for one in state["optimizer"]["state"].values()]
+    (found["step"],) = steps_in(run)
+    found["tensors"] = {name: x.tolist() for name, x in tensors_of(run, found["step"]).items()}
+    return found
+
+
+def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a state, whole, however many ranks wrote it."""
+    path = path_of(run, step)
+    kinds = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    found = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()}
+    load(path, found, single=True)
     return found
 
 
@@ -47,6 +56,14 @@ def check_final(program: str, folder: Path, out: bytes, wanted: dict[str, Any]) 
     found = final(program, folder, out)
     if wrong := [name for name in sorted({*found, *wanted}) if found.get(name, ...) != wanted.get(name, ...)]:
         raise Lost(f"after the same command again, others than without a disturbance: {', '.join(wrong)}")
+
+
+def check_curve(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises Lost where losses of another world differ by more than 1e-4 of themselves."""
+    for theirs, line in zip(found["curve"], wanted["curve"], strict=True):
+        for name in line.keys() & {"loss", "val_loss"}:
+            if theirs["step"] != line["step"] or abs(theirs[name] - line[name]) > 1e-4 * line[name]:
+                raise Lost(f"in another world {name} {theirs[name]} in step {line['step']}, not {line[name]}")
 
 
 def check_between(program: str, folder: Path, out: bytes, wanted: dict[str, Any], *, gaps: bool = False) -> int:
@@ -61,17 +78,20 @@ def check_between(program: str, folder: Path, out: bytes, wanted: dict[str, Any]
         whole = not mapped(folder / "out")[0, 0].isnan().any()
         if whole and (_digest(folder / "out"), _digest(folder / "lse")) != (wanted["out"], wanted["lse"]):
             raise Lost("rows that pass for whole and are not")
-    return _saved(folder / "run", gaps) if program == "train" else 0
+    return _saved(folder / "run", gaps) if program in ("train", "sharded") else 0
 
 
 def _saved(run: Path, gaps: bool) -> int:
-    if not (run / "state.pt").exists():
+    saved = steps_in(run) if run.exists() else []
+    for step in saved:
+        about = read_about(path_of(run, step))
+        for name, wanted in about["files"].items():
+            if checksum(path_of(run, step) / name) != wanted:
+                raise Lost(f"a damaged {name} of step {step}")
+    if (run / "model.safetensors").exists() and (run / "config.json").exists():
+        load_pretrained(run)
+    if not saved:
         return 0
-    with zipfile.ZipFile(run / "state.pt") as archive:
-        if archive.testzip():
-            raise Lost("a damaged state.pt")
-    step: int = torch.load(run / "state.pt", weights_only=True)["step"]
-    load_pretrained(run)
     steps = {line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
     if not gaps and (missing := set(range(1, step + 1)) - steps):
         raise Lost(f"lines of steps {sorted(missing)} of {step} saved ones")

@@ -29,7 +29,7 @@ def damage(kills: Kills, kind: Damage) -> tuple[str, str]:
     if kind.program == "train":
         shutil.copytree(_half_way(kills), folder, dirs_exist_ok=True)
     in_cache = list(cache.rglob(kind.file))
-    target = in_cache[0] if in_cache else folder / "run" / kind.file
+    target = in_cache[0] if in_cache else next((folder / "run").glob(kind.file))
     kind.change(target)
     before = _digests(folder) | _digests(cache)
     (process,) = kills.start(kind.program, folder, env={"XDG_CACHE_HOME": str(cache)})
@@ -39,14 +39,14 @@ def damage(kills: Kills, kind: Damage) -> tuple[str, str]:
         if Path("executed").exists():
             raise Lost("code in the file was executed")
         if kind.outcome == NAMED:
-            check_named(ended, target.name, str(target.parent))
+            check_named(ended, target.name, str(target.parent), str(folder / "run"))
             if changed := before.items() ^ (_digests(folder) | _digests(cache)).items():
                 raise Lost(f"files changed although it was refused: {sorted({Path(name).name for name, _ in changed})}")
         elif ended.code:
             raise Lost(f"exit code {ended.code}: {ended.err.strip()[-300:]}")
         elif kind.outcome == MENDED:
             check_final(kind.program, folder, ended.out, kills.straight(kind.program).left)
-        elif kind.file not in ended.err or "gap" not in ended.err:
+        elif target.name not in ended.err or "gap" not in ended.err:
             raise Lost(f"not a word of what is gone: {ended.err.strip()[-300:]}")
         else:
             check_between(kind.program, folder, ended.out, {}, gaps=True)
@@ -133,7 +133,7 @@ def _half_way(kills: Kills) -> Path:
     if not folder.exists():
         folder.mkdir()
         (process,) = kills.start("train", folder)
-        _until((folder / "run" / "state.pt").exists, [process])
+        _until(lambda: any((folder / "run").glob("step-*")), [process])
         process.send(signal.SIGTERM)
         ended, lines = process.end(), read_metrics(folder / "run" / "metrics.jsonl")
         if "interrupted" not in ended.err or len(lines) < 3:

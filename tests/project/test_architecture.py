@@ -64,6 +64,10 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "sklearn": (),
     "torchsurv": (),
     "huggingface_hub": ("integrations/",),
+    "datasets": (),
+    "tokenizers": (),
+    "wandb": (),
+    "yaml": (),
 }
 
 

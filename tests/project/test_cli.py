@@ -50,7 +50,7 @@ def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_train_leaves_everything(trained: tuple[Path, str]) -> None:
     out, printed = trained
     assert {path.name for path in out.iterdir()} == {
-        "model.safetensors", "config.json", "train.json", "state.pt", "metrics.jsonl",
+        "model.safetensors", "config.json", "train.json", "step-00000004", "metrics.jsonl",
         "loss.png", "pattern.png", "sample.txt", ".lock",
     }  # fmt: skip
     sample = (out / "sample.txt").read_text()

@@ -18,7 +18,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^(?:<!-- ?([^\n]*?) ?-->\n)?( *)```(\w+)[^\n]*\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 # Why a Python block may stay unrun, and how many there are: one more is added here on purpose.
-REASONS = {"needs torchrun": 3, "needs a GPU": 1, "needs weights": 2, "takes minutes": 1}
+REASONS = {"needs torchrun": 4, "needs a GPU": 1, "needs weights": 2, "takes minutes": 1}
 SHELL = {"sh", "bash", "console", "shell"}
 
 

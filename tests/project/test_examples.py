@@ -18,6 +18,7 @@ RUNS: dict[str, tuple[list[str], list[str], str]] = {
     "accelerate_lm.py": ([], ["--cpu", "--steps", "21", "--context", "256"], "accelerate"),
     "lightning_lm.py": ([], ["--accelerator", "cpu", "--steps", "21", "--context", "256"], "pytorch_lightning"),
     "fsdp2_lm.py": (TORCHRUN, ["--steps", "21", "--context", "256"], "torch"),
+    "context_parallel_llama.py": (TORCHRUN, ["--device", "cpu", "--steps", "21", "--context", "256"], "transformers"),
     "convert_llama.py": (
         [],
         ["--context", "64", "--width", "64", "--steps", "30", "--fine-tune-steps", "15"],

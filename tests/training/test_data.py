@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,13 @@ import pytest
 from dilated_attention_pytorch.training import (
     Corpus,
     build_corpus,
+    shards,
+    sources,
     standard_library,
     training_excerpts,
     validation_excerpts,
 )
-from dilated_attention_pytorch.training import corpus as corpus_module
+from dilated_attention_pytorch.training.excerpts import Stream, TokenStream
 
 
 def write_files(folder: Path, count: int = 40) -> dict[str, bytes]:
@@ -27,9 +32,10 @@ def write_files(folder: Path, count: int = 40) -> dict[str, bytes]:
     return texts
 
 
-def documents(stream: np.ndarray) -> list[bytes]:
-    assert stream[-1] == 0
-    return bytes(stream).split(b"\0")[:-1]
+def documents(stream: Stream) -> list[bytes]:
+    content = np.asarray(stream).tobytes()
+    assert content.endswith(b"\0")
+    return content.split(b"\0")[:-1]
 
 
 def test_every_text_is_in_one_split_by_its_hash(tmp_path: Path) -> None:
@@ -46,7 +52,16 @@ def test_the_fingerprint_of_a_text_stays(tmp_path: Path) -> None:
     """Another one would end the resume of every run that was started before."""
     write_files(tmp_path / "text")
     corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    assert corpus.fingerprint == "140f2e7f770491e1aee40e1b70175d6b"
+    assert corpus.fingerprint == "503144ae292b002329a033f247e02f1e"
+
+
+def test_files_keep_their_order(tmp_path: Path) -> None:
+    texts = write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    for stream in (corpus.train, corpus.val):
+        names = {text: name for name, text in texts.items()}
+        found = [names[text] for text in documents(stream)]
+        assert len(found) > 8 and found == sorted(found)
 
 
 def test_copies_binaries_hidden_files_and_links_are_left_out(tmp_path: Path) -> None:
@@ -57,6 +72,7 @@ def test_copies_binaries_hidden_files_and_links_are_left_out(tmp_path: Path) -> 
     (folder / "sub" / "copy.txt").write_bytes(texts["file3.txt"])
     (folder / "nul.bin").write_bytes(b"a\0b")
     (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "wide.txt").write_bytes("wide".encode("utf-16"))
     (folder / "empty.txt").write_bytes(b"")
     (folder / ".hidden").write_bytes(b"hidden")
     (folder / ".git").mkdir()
@@ -64,44 +80,79 @@ def test_copies_binaries_hidden_files_and_links_are_left_out(tmp_path: Path) -> 
     (folder / "link.txt").symlink_to(folder / "file1.txt")
     corpus = build_corpus(folder, val_fraction=0.3, cache=tmp_path / "other")
     assert corpus.fingerprint == plain.fingerprint
-    assert bytes(corpus.train) == bytes(plain.train)
-    assert corpus.documents == plain.documents | {"copies": 1, "binary": 2}
+    assert np.array_equal(corpus.train, plain.train)
+    assert corpus.documents == plain.documents | {"copies": 1, "binary": 1, "Latin-1": 1, "UTF-16": 1}
+    assert corpus.left_out["Latin-1"] == [str(folder / "latin.txt")]
 
 
 def test_names_and_places_do_not_matter(tmp_path: Path) -> None:
     texts = write_files(tmp_path / "a")
-    for i, text in enumerate(reversed(texts.values())):
-        path = tmp_path / "b" / str(i % 3) / f"renamed{i}"
+    for name in sorted(texts):
+        path = tmp_path / "b" / "sub" / f"renamed {name}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
+        path.write_bytes(texts[name])
     one, other = (build_corpus(tmp_path / x, val_fraction=0.3, cache=tmp_path / f"cache-{x}") for x in "ab")
     assert one.fingerprint == other.fingerprint
-    assert bytes(one.train) == bytes(other.train) and bytes(one.val) == bytes(other.val)
+    assert np.array_equal(one.train, other.train) and np.array_equal(one.val, other.val)
 
 
 def test_built_once_and_again_when_the_content_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path / "text")
     calls = []
-    write = corpus_module._write
-    monkeypatch.setattr(corpus_module, "_write", lambda *a: calls.append(a) or write(*a))
+    read = shards._Builder.read
+    monkeypatch.setattr(shards._Builder, "read", lambda *a: calls.append(a) or read(*a))
     first = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
     assert build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache").fingerprint == first.fingerprint
+    assert build_corpus(tmp_path / "text", val_fraction=0.4, cache=tmp_path / "cache").fingerprint != first.fingerprint
     assert len(calls) == 1
     (tmp_path / "text" / "file0.txt").write_bytes(b"something else")
     assert build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache").fingerprint != first.fingerprint
     assert len(calls) == 2
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("one_document", [True, False])
+def test_a_build_that_was_stopped_goes_on(one_document: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped again and again, as by a kill: the shards that are there are not made again."""
+    monkeypatch.setattr(sources, "PART", 100)
+    monkeypatch.setattr(shards, "_BATCH", 200)
+    monkeypatch.setattr(shards, "SHARD", 200)
+    texts = write_files(tmp_path / "text", 12)
+    if one_document:
+        (tmp_path / "text" / "file0.txt").write_bytes(b"\n".join(texts.values()))
+    whole = build_corpus(tmp_path / "text", cache=tmp_path / "whole")
+    assert len(list(whole.folder.glob("0*.documents.npy"))) > 3
+    saves: list[str] = []
+    stops = 0
+    replace = shards.replace_file
+
+    def stop(path: Path, write: Callable[[Path], object]) -> None:
+        saves.append(path.name)
+        if len(saves) % 4 == 0:
+            raise KeyboardInterrupt
+        replace(path, write)
+
+    monkeypatch.setattr(shards, "replace_file", stop)
+    while True:
+        try:
+            corpus = build_corpus(tmp_path / "text", cache=tmp_path / "cache")
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 1 and saves[:5] == [
+        "00000.npy", "00000.documents.npy", "00001.npy", "00001.documents.npy", "00001.npy",
+    ]  # fmt: skip
+    assert corpus.fingerprint == whole.fingerprint
+    assert np.array_equal(corpus.train, whole.train) and np.array_equal(corpus.val, whole.val)
+    assert {path.name for path in corpus.folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path / "text")
-
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(corpus_module.json, "dumps", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    identity = sources.Source.identity
+    calls = iter(range(10**6))
+    monkeypatch.setattr(sources.Source, "identity", lambda source: (*identity(source), next(calls)))
+    with pytest.raises(ValueError, match=r"expected .*file0\.txt to stay as it is while it is read, but it changed"):
+        build_corpus(tmp_path / "text", cache=tmp_path / "cache")
 
 
 def test_suffixes_choose(tmp_path: Path) -> None:
@@ -111,55 +162,42 @@ def test_suffixes_choose(tmp_path: Path) -> None:
     assert corpus.documents["train"] + corpus.documents["val"] == len(texts)
 
 
-def test_a_cut_cache_is_not_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["00000.npy", "00000.documents.npy"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "absent"])
+def test_a_damaged_cache_is_not_taken(name: str, damage: str, tmp_path: Path) -> None:
     write_files(tmp_path / "text")
     corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    path = tmp_path / "cache" / corpus.fingerprint / "train.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"expected \d+ bytes in .*train\.bin, got \d+"):
-        build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_flipped_bit_in_the_cache_is_noticed(split: str, tmp_path: Path) -> None:
-    write_files(tmp_path / "text")
-    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    folder = tmp_path / "cache" / corpus.fingerprint
-    data = bytearray((folder / f"{split}.bin").read_bytes())
+    data = bytearray((corpus.folder / name).read_bytes())
     data[len(data) // 2] ^= 4
-    (folder / f"{split}.bin").write_bytes(data)
-    with pytest.raises(
-        ValueError, match=rf"expected bytes of CRC-32 \d+ in .*{split}\.bin, got \d+; remove the folder"
-    ):
-        build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    meta = json.loads((folder / "corpus.json").read_text())
-    del meta["crc32"]  # as an older version wrote it
-    (folder / "corpus.json").write_text(json.dumps(meta))
-    assert Corpus.load(folder).fingerprint == corpus.fingerprint
-
-
-def test_the_description_of_another_corpus_is_named(tmp_path: Path) -> None:
-    write_files(tmp_path / "text")
-    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    path = tmp_path / "cache" / corpus.fingerprint / "corpus.json"
-    path.write_text(path.read_text().replace(corpus.fingerprint, "0" * 32))
-    with pytest.raises(
-        ValueError, match=rf"expected .*corpus\.json to describe the corpus {corpus.fingerprint}, got 0+;"
-    ):
+    (corpus.folder / name).write_bytes(data[:-1] if damage == "cut" else data)
+    if damage == "absent":
+        (corpus.folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"expected .*{name}.*; remove the folder, it will be built again"):
         build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
 
 
-COUNTS = '{"fingerprint": "a", "documents": {"train": "many", "val": 1}, "bytes": {"train": 1, "val": 1}}'
-BYTES = '{"fingerprint": "a", "documents": {}, "bytes": {"train": []}}'
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", BYTES, COUNTS, '{"a":' * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"crc32": 5}', '{"crc32": "many"}', '{"a":' * 100_000])
 def test_a_damaged_description_is_named(text: str, tmp_path: Path) -> None:
     write_files(tmp_path / "text")
     corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
-    (tmp_path / "cache" / corpus.fingerprint / "corpus.json").write_text(text)
+    (corpus.folder / "corpus.json").write_text(text)
     with pytest.raises(ValueError, match=r"expected .*corpus\.json to describe a corpus, got .*; remove the folder"):
         build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+
+
+def test_no_number_of_a_description_can_change_unseen(tmp_path: Path) -> None:
+    write_files(tmp_path / "text")
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.3, cache=tmp_path / "cache")
+    path = corpus.folder / "corpus.json"
+    whole = path.read_text()
+    for name in ("vocab_size", "end_token", "crc32", "at"):
+        changed = re.sub(
+            rf'("{name}": \[?\s*)(\d)', lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", whole, count=1
+        )
+        assert changed != whole
+        path.write_text(changed)
+        with pytest.raises(ValueError, match=r"expected .*corpus\.json to describe a corpus, got ValueError"):
+            Corpus.load(corpus.folder)
 
 
 def test_bad_input(tmp_path: Path) -> None:
@@ -169,8 +207,50 @@ def test_bad_input(tmp_path: Path) -> None:
         build_corpus(tmp_path, val_fraction=1.0, cache=tmp_path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "only.txt").write_bytes(b"one")
-    with pytest.raises(ValueError, match=r"expected text files in both splits .* 1 different text files"):
+    with pytest.raises(
+        ValueError, match=r"expected text in both splits, got none in 'val': 1 different documents of 4"
+    ):
         build_corpus(tmp_path / "text", cache=tmp_path / "cache")
+    (tmp_path / "text" / "only.txt").write_bytes(b"\x89PNG\0")
+    with pytest.raises(ValueError, match=r"got none in 'train': 0 different documents .*'binary': 1"):
+        build_corpus(tmp_path / "text", cache=tmp_path / "cache")
+    write_files(tmp_path / "many")
+    corpus = build_corpus(tmp_path / "many", cache=tmp_path / "cache")
+    meta = shards.read_meta(corpus.folder) | {"complete": False}
+    (corpus.folder / "corpus.json").write_text(json.dumps(meta | {"crc32": zlib.crc32(json.dumps(meta).encode())}))
+    with pytest.raises(ValueError, match=r"expected a whole corpus in .*, got one whose build was stopped"):
+        Corpus.load(corpus.folder)
+
+
+@pytest.mark.parametrize("number", [1, 2, 19])
+def test_few_documents_are_split_by_place(number: int, tmp_path: Path) -> None:
+    """Each gives its end: 38 of 100 folders of 19 files had no validation file by their hashes."""
+    texts = write_files(tmp_path / "text", number)
+    corpus = build_corpus(tmp_path / "text", val_fraction=0.2, cache=tmp_path / "cache")
+    assert corpus.documents["train"] == corpus.documents["val"] == number
+    train, val = (np.asarray(stream).tobytes() for stream in (corpus.train, corpus.val))
+    for name in sorted(texts):
+        text = texts[name] + b"\0"
+        cut = len(text) - int(0.2 * len(text))
+        assert train.startswith(text[:cut]) and val.startswith(text[cut:])
+        train, val = train[cut:], val[len(text) - cut :]
+    assert train == val == b""
+
+
+def test_a_stream_reads_as_its_pieces_joined() -> None:
+    """Any shards and any pieces of them, against plain arrays."""
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        parts = [random.integers(0, 1000, random.integers(0, 9)).astype(np.uint16) for _ in range(5)]
+        whole = np.concatenate(parts)
+        bounds = np.sort(random.integers(0, whole.size + 1, 2 * random.integers(0, 6))).reshape(-1, 2)
+        wanted = np.concatenate([whole[:0], *(whole[begin:end] for begin, end in bounds)])
+        stream = TokenStream(parts, bounds.astype(np.int64))
+        assert stream.size == len(stream) == wanted.size and np.array_equal(np.asarray(stream), wanted)
+        for start, stop in random.integers(-wanted.size - 1, wanted.size + 2, (10, 2)).tolist():
+            assert np.array_equal(stream[start:stop], wanted[start:stop])
+    with pytest.raises(ValueError, match="expected a slice of step 1, got 2"):
+        stream[::2]
 
 
 def test_standard_library_is_sources_alone() -> None:

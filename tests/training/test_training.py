@@ -6,11 +6,13 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
 
 from dilated_attention_pytorch.models import LongNetLM, load_pretrained
 from dilated_attention_pytorch.training import (
@@ -34,9 +38,10 @@ from dilated_attention_pytorch.training import (
     validation_excerpts,
     write_text,
 )
+from dilated_attention_pytorch.training.checkpoint import Checkpoints, read_about, steps_in
 from dilated_attention_pytorch.training.distributed import World, join
 from dilated_attention_pytorch.training.metrics import read_metrics
-from dilated_attention_pytorch.training.state import adamw, learning_rate, load_state
+from dilated_attention_pytorch.training.state import adamw, learning_rate, trained_model
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = TrainConfig(
@@ -96,7 +101,7 @@ def test_a_signal_saves_and_resume_is_exact(corpus: Corpus, tmp_path: Path) -> N
     straight = Trainer(TINY, corpus, tmp_path / "a", world=ALONE).run()
     with pytest.raises(Interrupted, match="interrupted after step 3, which is saved"):
         Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(3, interrupt)).run()
-    assert torch.load(tmp_path / "b" / "state.pt", weights_only=True)["step"] == 3
+    assert steps_in(tmp_path / "b") == [3]
     assert [line["step"] for line in read_metrics(tmp_path / "b" / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
     torch.manual_seed(99)  # whatever the process drew meanwhile
     torch.rand(7)
@@ -117,7 +122,7 @@ def test_work_lost_after_the_last_checkpoint_is_done_again(corpus: Corpus, tmp_p
 
     with pytest.raises(RuntimeError, match="out of luck"):
         Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(5, crash)).run()
-    assert torch.load(tmp_path / "b" / "state.pt", weights_only=True)["step"] == 4
+    assert steps_in(tmp_path / "b") == [4]
     with (tmp_path / "b" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')
     Trainer(TINY, corpus, tmp_path / "b", world=ALONE).run()
@@ -178,8 +183,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_state(cor
     trainer = Trainer(TINY, corpus, tmp_path, world=ALONE, reporter=Recorder(3, poison))
     with pytest.raises(FloatingPointError, match="expected a finite gradient in step 4, got a norm of nan"):
         trainer.run()
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
-    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert steps_in(tmp_path) == [2]
+    assert all(value.isfinite().all() for value in trained_model(tmp_path)[0].state_dict().values())
     assert all(math.isfinite(value) for _, _, value in curve(tmp_path))
 
 
@@ -199,7 +204,7 @@ def test_two_runs_never_share_a_folder(corpus: Corpus, tmp_path: Path) -> None:
 def test_links_at_guessed_names_are_not_followed(corpus: Corpus, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    for name in (".state.pt.tmp", ".train.json.tmp", "metrics.tmp"):
+    for name in (".state.json.tmp", ".train.json.tmp", "metrics.tmp"):
         (tmp_path / name).symlink_to(victim)
     Trainer(replace(TINY, steps=1, warmup_steps=0), corpus, tmp_path, world=ALONE).run()
     assert victim.read_text() == "mine"
@@ -227,81 +232,121 @@ TWO_STEPS = replace(TINY, steps=2, warmup_steps=0)
 def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     Trainer(TWO_STEPS, corpus, folder, world=ALONE).run()
-    return folder / "state.pt"
+    return folder
 
 
-def double(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {"exp_avg": state["optimizer"]["state"][0]["exp_avg"].double()}
+def sealed(change: Any, path: Path) -> None:
+    """Changes what a state says of itself, with a checksum that fits."""
+    content = json.loads((path / "state.json").read_text())
+    change(content["about"])
+    content["crc32"] = zlib.crc32(json.dumps(content["about"]).encode())
+    (path / "state.json").write_text(json.dumps(content))
 
 
-def sparse(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {"exp_avg": state["optimizer"]["state"][1]["exp_avg"].to_sparse()}
+def tensors(change: Any, path: Path) -> None:
+    """Changes a state's tensors, with checksums that fit."""
+    (file,) = path.glob("*.safetensors")
+    with safetensors.safe_open(file, "pt") as opened:
+        found, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    change(found)
+    places = {name: {"saved_offsets": [0] * x.dim()} for name, x in found.items()}
+    save_file(found, file, metadata | {"DCP_SHARDING_INFO": json.dumps(places)})
+    sealed(lambda about: about["files"].update({file.name: zlib.crc32(file.read_bytes())}), path)
+
+
+WEIGHT = "model.embed_tokens.weight"
+MOMENT = "optimizer.embed_tokens.weight.exp_avg"
 
 
 class TestDamagedState:
     """A state that is not what a run left is named in one line, and never taken."""
 
-    def load(self, content: bytes, corpus: Corpus, folder: Path) -> dict[str, Any] | None:
-        (folder / "state.pt").write_bytes(content)
-        model = LongNetLM(TWO_STEPS.model_config())
-        return load_state(folder, config=TWO_STEPS, fingerprint=corpus.fingerprint, model=model)
+    def resume(self, corpus: Corpus, folder: Path) -> None:
+        Trainer(TWO_STEPS, corpus, folder, world=ALONE)
 
-    @pytest.mark.parametrize("what", ["truncated", "empty", "text", "code"])
-    def test_files_that_are_none(self, what: str, finished: Path, corpus: Corpus, tmp_path: Path) -> None:
-        whole = finished.read_bytes()
+    @pytest.fixture
+    def state(self, finished: Path, tmp_path: Path) -> Path:
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        return tmp_path / "step-00000002"
+
+    @pytest.mark.parametrize("what", ["truncated", "empty", "text", "code", "absent"])
+    @pytest.mark.parametrize("which", ["state.json", "*.safetensors"])
+    def test_files_that_are_none(self, what: str, which: str, state: Path, corpus: Corpus) -> None:
+        (file,) = state.glob(which)
+        whole = file.read_bytes()
         contents = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"text", "code": pickle.dumps(print)}
-        with pytest.raises(ValueError, match=r"expected .*state\.pt to hold the state of a run, got \w+: ") as raised:
-            self.load(contents[what], corpus, tmp_path)
+        file.write_bytes(contents[what]) if what in contents else file.unlink()
+        with pytest.raises(ValueError, match=r"expected .*step-00000002.* to hold the state of a run, got ") as raised:
+            self.resume(corpus, state.parent)
         assert "start over (restart=True)" in str(raised.value)
-        assert "weights_only" not in str(raised.value)
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("of", "change", "message"),
         [
-            (lambda s: s.clear(), "got not version, step, config, fingerprint, model, optimizer"),
-            (lambda s: s.update(step=10**9), "got step 1000000000 of 2"),
-            (lambda s: s.update(step=-3), "got step -3 of 2"),
-            (lambda s: s.update(version=2), "expected a state of version 1 in .*, got 2"),
-            (lambda s: s["model"].popitem(), "got expected the weights of a LongNetLM, got: missing"),
-            (lambda s: s["model"].update(dict.fromkeys(s["model"], 1)), "to hold the state of a run, got "),
-            (lambda s: s.update(step=True), "got not version, step"),
-            (lambda s: next(iter(s["model"].values())).fill_(math.nan), "numbers that are NaN"),
-            (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "numbers that are NaN"),
-            (lambda s: s["optimizer"]["state"][0].update(double(s)), "moments have other shapes or dtypes"),
-            (lambda s: s["optimizer"]["state"][1].update(sparse(s)), "moments have other shapes or dtypes"),
-            (lambda s: s["optimizer"]["param_groups"].clear(), "an optimizer of other groups"),
-            (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "an optimizer of other groups"),
-            (lambda s: s["optimizer"]["param_groups"][1].update(betas=(0.0, 0.0)), "an optimizer with another betas"),
-            (lambda s: s["optimizer"].pop("state"), "to hold the state of a run, got 'state'"),
-            (lambda s: s["optimizer"]["state"].pop(0), "moments have other shapes"),
-            (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)), "moments have other shapes"),
+            (sealed, lambda s: s.clear(), "state.json to hold the state of a run, got KeyError"),
+            (sealed, lambda s: s.update(step=10**9), r"state.json to hold the state of a run, got step 1000000000:"),
+            (sealed, lambda s: s.update(step=-3), "got step -3:"),
+            (sealed, lambda s: s.update(version=3), "expected a state of version 2 in .*, got 3"),
+            (sealed, lambda s: s.update(step="2"), "to hold the state of a run, got step 2:"),
+            (sealed, lambda s: s["files"].update({"another": 1}), "got no another"),
+            (tensors, lambda s: s.pop(WEIGHT), f"got less than the run has: {WEIGHT}"),
+            (tensors, lambda s: s.pop(MOMENT), f"got less than the run has: {MOMENT}"),
+            (tensors, lambda s: s.update(more=torch.zeros(2)), "got more than the run has: more"),
+            (tensors, lambda s: s.update({WEIGHT: torch.zeros(3)}), rf"got {WEIGHT} of shape \(3,\) and torch.float32"),
+            (tensors, lambda s: s.update({MOMENT: s[MOMENT].double()}), f"got {MOMENT} of shape .* and torch.float64"),
         ],
     )
-    def test_contents_that_do_not_fit(
-        self, change: Any, message: str, finished: Path, corpus: Corpus, tmp_path: Path
-    ) -> None:
-        state = torch.load(finished, weights_only=True)
-        change(state)
-        torch.save(state, tmp_path / "made.pt")
+    def test_contents_that_do_not_fit(self, of: Any, change: Any, message: str, state: Path, corpus: Corpus) -> None:
+        of(change, state)
         with pytest.raises(ValueError, match=message):
-            self.load((tmp_path / "made.pt").read_bytes(), corpus, tmp_path)
+            self.resume(corpus, state.parent)
 
-    def test_flipped_bits(self, finished: Path, corpus: Corpus, tmp_path: Path) -> None:
-        """In a tensor, in the pickle or in the directory: noticed, or of no effect."""
-        whole = bytearray(finished.read_bytes())
-        wanted = torch.load(finished, weights_only=True)
-        noticed = 0
-        for place in np.random.default_rng(0).integers(0, 8 * len(whole), 40).tolist():
+    @pytest.mark.parametrize("which", ["state.json", "*.safetensors"])
+    def test_flipped_bits(self, which: str, state: Path, corpus: Corpus) -> None:
+        """In a tensor, in a header, in JSON: noticed, or of no effect (the case of a letter, white space)."""
+        (file,) = state.glob(which)
+        whole = bytearray(file.read_bytes())
+        wanted = read_about(state)
+        for place in np.random.default_rng(0).integers(0, 8 * len(whole), 20).tolist():
             whole[place // 8] ^= 1 << place % 8
-            try:
-                found = self.load(bytes(whole), corpus, tmp_path)
-            except ValueError as error:
-                assert "to hold the state of a run, got" in str(error)
-                noticed += 1
+            file.write_bytes(whole)
+            if which != "state.json":
+                with pytest.raises(ValueError, match="to hold the state of a run, got a wrong checksum"):
+                    self.resume(corpus, state.parent)
             else:
-                assert found is not None and same(found["model"], wanted["model"])
+                try:
+                    assert read_about(state) == wanted
+                except ValueError as error:
+                    assert "to hold the state of a run, got" in str(error)
             whole[place // 8] ^= 1 << place % 8
-        assert noticed > 30
+
+    def test_a_state_of_an_older_version_is_named(self, corpus: Corpus, tmp_path: Path) -> None:
+        (tmp_path / "state.pt").write_bytes(b"")
+        with pytest.raises(
+            ValueError, match=r"expected a state of version 2 in .*, got state\.pt, which is of version 1"
+        ):
+            self.resume(corpus, tmp_path)
+        Trainer(TWO_STEPS, corpus, tmp_path, world=ALONE, restart=True).run()
+        assert not (tmp_path / "state.pt").exists()
+        self.resume(corpus, tmp_path)
+
+
+def test_a_save_is_what_the_tensors_were_when_it_began(tmp_path: Path) -> None:
+    """Steps go on while it is written; the one before ends first, and the last `keep` stay."""
+    world, x = ALONE, torch.zeros(1000, 1000)
+    checkpoints = Checkpoints(tmp_path, world, keep=2)
+    for step in (1, 2, 3):
+        x.fill_(step)
+        checkpoints.save(step, {"x": x}, {})
+        x.fill_(-1)
+        checkpoints.spared = {1}
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    for step in (1, 2, 3):
+        checkpoints.load(step, {"x": x})
+        assert (x == step).all()
+    checkpoints.sweep(everything=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_record_does_not_stop_a_run(corpus: Corpus, tmp_path: Path) -> None:
@@ -323,11 +368,11 @@ def test_a_full_disk_is_named_and_leaves_the_last_state(corpus: Corpus, tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
 
     try:
-        with pytest.raises(OSError, match=r"expected room and permission to write .*model\.safetensors, got: "):
+        with pytest.raises(OSError, match=r"expected room and permission to write .*step-00000004, got: "):
             Trainer(TINY, corpus, tmp_path, world=ALONE, reporter=Recorder(3, fill)).run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+    assert steps_in(tmp_path) == [2]
     assert not list(tmp_path.glob(".*.part"))
     left = tmp_path / f".model.safetensors.{'0' * 16}.part"
     left.write_bytes(b"of a process that was killed")
@@ -346,7 +391,7 @@ def test_a_closed_terminal_saves_too(corpus: Corpus, tmp_path: Path, monkeypatch
         with pytest.raises(Interrupted) as raised:
             Trainer(TINY, corpus, tmp_path / "a", world=ALONE, reporter=Recorder(3, hang_up)).run()
         assert raised.value.signal_number == signal.SIGHUP
-        assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == 3
+        assert steps_in(tmp_path / "a") == [3]
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
         Trainer(TINY, corpus, tmp_path / "b", world=ALONE, reporter=Recorder(3, hang_up)).run()
     finally:
@@ -368,13 +413,14 @@ def test_resume_refuses_another_run(corpus: Corpus, tmp_path: Path) -> None:
 def test_what_a_run_writes(corpus: Corpus, tmp_path: Path) -> None:
     result = Trainer(TINY, corpus, tmp_path, world=ALONE).run()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"state.pt", "model.safetensors", "config.json", "train.json", "metrics.jsonl", ".lock"}
+    assert names == {"step-00000006", "model.safetensors", "config.json", "train.json", "metrics.jsonl", ".lock"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
     assert {"step", "loss", "bpb", "lr", "grad_norm", "tokens_per_s", "memory_bytes"} == set(train[0])
     assert train[0]["bpb"] == pytest.approx(train[0]["loss"] / math.log(2))
     assert [line["step"] for line in lines if "val_bpb" in line] == [3, 6]
+    assert set(lines[-1]["val_loss_by_position"]) == {"0", "1", "2", "4", "8", "16", "32"}
     assert lines[-1]["val_bpb"] == result.evaluation.bits_per_byte
     settings = json.loads((tmp_path / "train.json").read_text())
     assert settings["corpus"] == corpus.fingerprint and settings["segment_lengths"] == [16, 64]
@@ -403,6 +449,7 @@ def test_bits_per_byte_weigh_every_byte_alike(corpus: Corpus) -> None:
     torch.manual_seed(0)
     model = LongNetLM(TINY.model_config())
     excerpts = validation_excerpts(corpus.val[:1500], context=64)
+    assert len({len(excerpt) for excerpt in excerpts}) == 2
     found = evaluate(model, excerpts, ALONE, batch_size=3)
     assert model.training
     nats, text = 0.0, 0
@@ -516,7 +563,7 @@ import torch
 torch.set_num_threads(1)
 config, cache, out = TrainConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
 with join("cpu") as world:
-    Trainer(config, Corpus.load(cache), out, world=world).run()
+    Trainer(config, Corpus.load(cache, 0.3), out, world=world).run()
 """
 
 
@@ -569,7 +616,7 @@ def test_a_group_ends_some_time_after_its_last_collective() -> None:
 def test_two_processes_equal_one_on_the_joined_batch(corpus: Corpus, tmp_path: Path) -> None:
     """Losses, gradient norms, evaluations and final weights of DDP over gloo, to fp32 rounding."""
     config = replace(TINY, steps=3, warmup_steps=0, eval_every=3, dropout=0.0)
-    cache = Path(corpus.train.filename).parent
+    cache = corpus.folder
     values = asdict(config)
     launch(2, values, cache, tmp_path / "two")
     one = Trainer(config, corpus, tmp_path / "one", world=ALONE).run()
@@ -586,7 +633,7 @@ def test_a_killed_process_loses_nothing_saved(corpus: Corpus, tmp_path: Path) ->
     """SIGTERM to a real process: it saves the step in hand, and another process goes on from there."""
     config = replace(TINY, steps=2000, checkpoint_every=2000, eval_every=2000)
     values = asdict(config)
-    cache, out = Path(corpus.train.filename).parent, tmp_path / "run"
+    cache, out = corpus.folder, tmp_path / "run"
     command = [sys.executable, "-c", DISTRIBUTED, json.dumps(values), str(cache), str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -599,6 +646,6 @@ def test_a_killed_process_loses_nothing_saved(corpus: Corpus, tmp_path: Path) ->
     finally:
         process.kill()
     assert "Interrupted: interrupted after step" in errors
-    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    (step,) = steps_in(out)
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(1, step + 1))
     assert 0 < step < 2000 and Trainer(config, corpus, out, world=ALONE).step == step

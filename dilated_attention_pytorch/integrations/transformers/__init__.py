@@ -36,6 +36,7 @@ from dilated_attention_pytorch.integrations.transformers.bounded import bounded_
 from dilated_attention_pytorch.integrations.transformers.layers import attention
 from dilated_attention_pytorch.integrations.transformers.masks import mask
 from dilated_attention_pytorch.integrations.transformers.registry import register
+from dilated_attention_pytorch.integrations.transformers.sharding import ShardingCollator
 from dilated_attention_pytorch.integrations.transformers.switch import use_dilated_attention
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "LongNetForMaskedLM",
     "LongNetForSequenceClassification",
     "LongNetHFConfig",
+    "ShardingCollator",
     "attention",
     "bounded_cache",
     "mask",

@@ -16,16 +16,17 @@ from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.integrations import packing
 from dilated_attention_pytorch.integrations.static_step import static_step
+from dilated_attention_pytorch.integrations.transformers import sharding
 from dilated_attention_pytorch.integrations.transformers.masks import Form
 from dilated_attention_pytorch.integrations.transformers.pattern import WITH, LayerPattern
 from dilated_attention_pytorch.integrations.transformers.reach import layer_shift
-from dilated_attention_pytorch.types import Offsets
+from dilated_attention_pytorch.types import QKV, Offsets
 
 # Arguments that models pass to every attention function and that change nothing here. A window is in the mask.
 _HARMLESS = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "logits_to_keep", "max_length_k",
     "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_embeddings",
-    "position_ids", "return_dict", "seq_idx", "sliding_window", "use_cache",
+    "position_ids", "return_dict", "seq_idx", "shift_labels", "sliding_window", "use_cache",
 }  # fmt: skip
 
 
@@ -58,7 +59,10 @@ def attention(
     else:
         form = Form.read(attention_mask, queries)
     cu_seqlens = _given_bounds(kwargs, query, key)
-    if form is None or _is_cross(module, form, queries, keys):
+    is_own = form is None or _is_cross(module, form, queries, keys)
+    if sharding.is_sharded(module):
+        sharding.check_shards(module, None if is_own else form, queries, keys)
+    if form is None or is_own:
         return _own(module, query, key, value, attention_mask, dropout, scaling, cu_seqlens)
     if form.step is None and form.length is not None and form.length < keys:
         key, value, keys = key[:, :, : form.length], value[:, :, : form.length], form.length
@@ -96,8 +100,15 @@ def _dilated(
     if value_dim != head_dim:
         # Latent attention (DeepSeek) has narrower values; zeros in the last columns change no product.
         query, key, value = (F.pad(x, (0, max(head_dim, value_dim) - x.shape[-1])) for x in (query, key, value))
-    x = [y.transpose(1, 2) for y in (query, key, value)]  # (B, N, H, D)
+    x = QKV(*(y.transpose(1, 2) for y in (query, key, value)))  # (B, N, H, D)
     real = form.real
+    options: dict[str, Any] = {
+        "segment_shift": shift,
+        "scale": scale,
+        "backend": getattr(config, "dilated_backend", "auto"),
+    }
+    if sharding.is_sharded(module):
+        return sharding.ring(module, x, pattern, form, dropout=float(dropout or 0.0), **options)[..., :value_dim]
     where: dict[str, Any] = {
         "key_padding_mask": real,
         # Positions count from a row's first real token, so left padding changes nothing; 0 for right padding.
@@ -106,18 +117,18 @@ def _dilated(
         "k_start": total - key.shape[2],
     }
     if form.cu_seqlens is not None:
-        x, where = [y.flatten(0, 1) for y in x], {"cu_seqlens": form.cu_seqlens}
+        x, where = QKV(*(y.flatten(0, 1) for y in x)), {"cu_seqlens": form.cu_seqlens}
     out = dilated_attention(
-        *x,
+        x.q,
+        x.k,
+        x.v,
         segment_lengths=pattern.segment_lengths,
         dilation_rates=pattern.dilation_rates,
-        segment_shift=shift,
         is_causal=form.is_causal,
-        scale=scale,
         offsets=offsets,
         dropout_p=float(dropout or 0.0),
         mixing_gradient=getattr(config, "dilated_mixing_gradient", "exact"),
-        backend=getattr(config, "dilated_backend", "auto"),
+        **options,
         **where,
     )
     return out.reshape(batch, queries, *out.shape[-2:])[..., :value_dim]

@@ -15,6 +15,8 @@ from dilated_attention_pytorch.core.validation import check_choice, check_index,
 from dilated_attention_pytorch.integrations.transformers.pattern import NAME, NEEDED, has_pattern, is_per_layer
 from dilated_attention_pytorch.integrations.transformers.reach import check_config
 from dilated_attention_pytorch.integrations.transformers.registry import register
+from dilated_attention_pytorch.integrations.transformers.sharding import set_group
+from dilated_attention_pytorch.ring_attention.production import GroupOrMesh, group_of
 from dilated_attention_pytorch.types import BackendName, MixingGradient, Offsets
 
 
@@ -28,6 +30,8 @@ def use_dilated_attention(
     segment_shift: SegmentShift = 0,
     mixing_gradient: MixingGradient = "exact",
     backend: BackendName = "auto",
+    process_group: GroupOrMesh = None,
+    mesh_dim: str | None = None,
 ) -> None:
     """Switch a loaded model's attention to a dilated pattern, weights untouched; its config keeps the pattern.
 
@@ -44,6 +48,10 @@ def use_dilated_attention(
         segment_shift: of all layers, one per layer, or `"alternate"`: half of the largest segment in every other layer.
         mixing_gradient: `"exact"` or `"detached"`.
         backend: as in `dilated_attention`.
+        process_group: of ranks that share each sequence, one contiguous shard per rank in rank order, as
+            `ShardingCollator` gives them: a ProcessGroup, or a DeviceMesh of one dimension or with `mesh_dim`. The
+            config does not keep it. None: sequences are whole.
+        mesh_dim: name of the mesh's dimension over which sequences are sharded.
 
     Raises:
         ValueError: a pattern that does not fit together, an unknown option, layers that are not there, or a model whose
@@ -55,6 +63,9 @@ def use_dilated_attention(
     check_choice("mixing_gradient", mixing_gradient, MixingGradient)
     check_choice("backend", backend, BackendName)
     check_instance("model", model, nn.Module)
+    group = group_of(process_group, mesh_dim)
+    if group is not None and mixing_gradient != "exact":
+        raise ValueError(f"expected mixing_gradient='exact' with a process_group, got {mixing_gradient!r}")
     found = attention_layers(model)
     if not getattr(model, "_can_set_attn_implementation", bool)() or not found:
         raise ValueError(
@@ -81,6 +92,7 @@ def use_dilated_attention(
         check_config(config, pattern, segment_shift, is_whole=layers is None and stack is None)
     register()
     part.set_attn_implementation(NAME)
+    set_group(attention_layers(part), group)
     # A composite model has one config per part, and each attention layer reads its own.
     for config in configs:
         config.dilated_segment_lengths, config.dilated_dilation_rates = (list(v) for v in values)
