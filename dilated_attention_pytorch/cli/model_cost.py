@@ -85,7 +85,7 @@ class ModelCost:
         # Gradients of rows go home in fp32. Weights are gathered twice, for the backward again.
         step = ring * (1 + 4 // w) * c.num_layers * self.micro_steps
         step += ring * c.num_layers * self.micro_steps if c.gradient_checkpointing else 0
-        sharded = 2 * w * self.micro_steps + 4
+        sharded = (2 * w + 4) * self.micro_steps
         return {
             "kept rows": ring,
             "per step": int(step + self.parameters * others * (sharded if self.is_sharded else 8)),

@@ -178,8 +178,10 @@ def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: torch.dtype | None 
     # One dimension over all ranks: given two, FSDP2 would shard over one and replicate over the other.
     ranks = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))
     # Autocast alone would keep a copy of every weight in bf16, whole, until the backward.
-    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False) if half else None
-    options: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
+    # On a CPU autocast would leave LayerNorms their bf16 gains beside fp32 rows, which torch does not take.
+    options: dict[str, Any] = {}
+    if half and mesh.device_type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     # One layer at a time is whole in memory.
     for layer in model.decoder.layers:
         if compiled:
@@ -228,12 +230,9 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 
 
 def gradients(runner: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """A context for a micro-step: gradients are exchanged only in a step's last one."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(runner, FSDPModule):
-        runner.set_requires_gradient_sync(last)
-    elif isinstance(runner, nn.parallel.DistributedDataParallel) and not last:
+    """A context for a micro-step. DDP exchanges gradients in a step's last one alone; FSDP2 in each, for want of room
+    for the gradients of all parameters."""
+    if isinstance(runner, nn.parallel.DistributedDataParallel) and not last:
         return runner.no_sync()
     return nullcontext()
 

@@ -240,7 +240,6 @@ class Trainer:
         ).to(world.device)  # fmt: skip
         total = torch.zeros((), device=world.device)
         for i, tokens in enumerate(batch.split(config.micro_batch_size)):
-            # Ranks exchange gradients once per step, in the last backward.
             with distributed.gradients(self.runner, last=i + 1 == self.micro_steps):
                 with self._autocast():
                     inputs, targets, whole = layout.shard(tokens)

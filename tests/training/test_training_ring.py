@@ -273,7 +273,7 @@ def test_the_command_line_takes_it(
 def test_processes_that_see_different_folders_are_told(corpus: Corpus, tmp_path: Path) -> None:
     config = asdict(replace(PLAIN, shard_parameters=True))
     work = [json.dumps([(config, str(tmp_path / name), 0)]) for name in "ab"]
-    cache, port = str(Path(corpus.train.filename).parent), free_port()
+    cache, port = str(corpus.folder), free_port()
     first, second = finish([start_rank(i, 2, port, ["-c", WORKER, work[i], cache]) for i in range(2)])
     assert "no shard-00002-model-00001-of-00001.safetensors: all processes have to see one folder" in first
     assert "rank 1 ends: rank 0 failed, and says why" in second
