@@ -112,7 +112,8 @@ for _line in WIDE:
     CANDIDATES[_line.title] = {
         "forward": [(128, 64, 8, 2)], "dq": [(64, 64, 8, 2)], "dkv": [(64, 64, 8, 2, "early")]
     }  # fmt: skip
-FACTOR = {"forward": 4, "dq": 6, "dkv": 8}
+# Operations per pair and column of D.
+FACTOR = {"forward": 4, "dq": 6, "dkv": 8, "sdpa forward": 4, "sdpa backward": 10}
 
 
 class Trial(NamedTuple):
@@ -326,7 +327,9 @@ def beside(case: Case) -> Iterator[dict[str, Any]]:
         ("sdpa forward", functools.partial(sdpa.forward, case.x, case.problem)),
         ("sdpa backward", functools.partial(sdpa.backward, case.grad, case.x, case.saved, case.problem)),
     ):
-        yield {"case": case.line.title, "kernel": name, "shape": (), "ms": milliseconds(run), "tflops": float("nan")}
+        time_ms = milliseconds(run)
+        rate = FACTOR[name] * case.line.pairs() * case.line.head_dim / time_ms / 1e9
+        yield {"case": case.line.title, "kernel": name, "shape": (), "ms": time_ms, "tflops": rate}
 
 
 def best_of(rows: list[dict[str, Any]], case: str) -> dict[str, tuple[float, tuple[Any, ...]]]:

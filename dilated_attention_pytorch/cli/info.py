@@ -49,8 +49,14 @@ def _look() -> dict[str, Any]:
         names[torch.device("cuda", i)] = f"cuda:{i} {properties.name}, {human_bytes(properties.total_memory)}"
     for device, shown in names.items():
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
-            choice = choose_backend(QKV(x, x, x), one_segment(1, 1, 1, 1.0))
+            choice, wide = (
+                choose_backend(
+                    QKV(*torch.empty(3, 1, 1, 1, width, dtype=dtype, device=device)), one_segment(1, 1, 1, 1.0)
+                )
+                for width in (64, 256)
+            )
+            if wide.backend != choice.backend:
+                notes.append(f"{_name(dtype)} on {shown}, heads of 256: {wide.backend}, {wide.reason}")
             inner = compute_dtype(device, dtype)
             rows.append({"device": shown, "dtype": _name(dtype), "computes_in": _name(inner)} | choice._asdict())
             if inner != dtype:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
+from dilated_attention_pytorch.core.problem import one_segment
+from dilated_attention_pytorch.kernels.triton import support
+from dilated_attention_pytorch.types import QKV
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -52,3 +57,18 @@ def test_cell(feature: Any, backend: str) -> None:
             pytest.skip("Triton was imported before its interpreter was switched on")
     told = page_rows()[feature.name][MATRIX.BACKENDS.index(backend)]
     assert MATRIX.cell(feature, backend) == told, "run `make tables`"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dropout_p", "reasons"),
+    [
+        (128, 0.0, []),
+        (129, 0.0, ["head_dim 129 is above 128, where sdpa was measured faster"]),
+        (256, 0.1, []),
+    ],
+    ids=["measured faster", "measured slower", "without a kernel of torch's"],
+)
+def test_auto_leaves_what_is_faster_elsewhere(head_dim: int, dropout_p: float, reasons: list[str]) -> None:
+    q = SimpleNamespace(is_cuda=True, shape=(1, 8, 1, head_dim))
+    problem = replace(one_segment(8, 8, 1, 1.0), dropout_p=dropout_p)
+    assert support.why_not_unasked(QKV(q, q, q), problem) == reasons  # type: ignore[arg-type]
