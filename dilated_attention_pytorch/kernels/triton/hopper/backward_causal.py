@@ -146,7 +146,8 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
     _, memory, terms, grads, strides, sizes, scales = work
     num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
     qk_scale, scale = scales
-    R: gl.constexpr = RATES[len(RATES) - 1]
+    NB: gl.constexpr = len(RATES)
+    R: gl.constexpr = RATES[NB - 1]
     BN: gl.constexpr = memory.b1.shape[1]
     padded = num_segments * LENGTHS[0]
     it = gl.to_tensor(0)
@@ -165,7 +166,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
         for _member in range(0, group if DKV else 1):
             for shown in range(1, level + 1):
                 begin, hop, every, at = walk.residues_of(shown, level, RATES)
-                bias = gl.log2(shown.to(gl.float32))
+                bias = walk.bias_of(shown, NB)
                 for z in range(begin, hop, every):
                     place = walk.modulo(kv_head + z, at, RATES)
                     first, end = _blocks_met(place, at, low, high, BN, DKV, LENGTHS, RATES)
@@ -200,7 +201,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
                         it = _pass(it, end - masked_end, memory)
             row = segment * (LENGTHS[0] // R)
             for multiplicity in range(1, level):
-                bias = gl.log2(multiplicity.to(gl.float32))
+                bias = walk.bias_of(multiplicity, NB)
                 for _block in range(0, walk.side_steps(multiplicity, row, level, padded // R, DKV, LENGTHS, RATES, BN)):
                     acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
                     it += 1
