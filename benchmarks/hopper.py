@@ -11,9 +11,14 @@ everyone counts), and forward and backward together beside cuDNN's.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
 
 import gpu
+import kernels
 import torch
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
@@ -43,53 +48,77 @@ def twin(work: Work) -> AttentionOutput:
     return family.forward(work, Tape(), *family.configs_for(work, "forward"))
 
 
-def work_of(n: int, heads: int, width: int, causal: bool) -> Work:
+def work_of(n: int, heads: int, width: int, causal: bool, device: str = "cuda") -> Work:
     """The paper's pattern."""
     problem = Problem(DilatedPattern(LENGTHS, RATES, heads), causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
-    return Work(QKV(*gpu.tensors(n, heads, width)), problem, NO_MASKS)
+    make = torch.randn if device == "cuda" else torch.empty
+    x = QKV(*(make(1, n, heads, width, device=device, dtype=torch.bfloat16) for _ in range(3)))
+    return Work(x, problem, NO_MASKS)
 
 
-def backward(causal: bool, shape: str, heads: int, width: int, others: bool) -> None:
+def passes(work: Work, saved: AttentionOutput) -> dict[str, Callable]:
+    """Both backwards, and the passes of ours."""
+    grad = OutputGradient(torch.empty_like(work.x.q).copy_(work.x.v), None)
+    family = launch_branches if launch_aligned.why_not(work, "backward") else launch_aligned
+    dq, dkv = launch_backward.configs_for(work)
+    layouts = partial(launch_backward.terms_of, work, grad, saved, Tape())
+    terms = layouts()
+    return {
+        "twin, all of it": partial(family.backward, work, grad, saved, Tape(), *family.configs_for(work, "backward")),
+        "all of it": partial(launch_backward.backward, work, grad, saved, Tape(), dq, dkv),
+        "delta, layouts": layouts,
+        "dQ": partial(launch_backward.backward_dq, work, grad, terms, Tape(), dq),
+        "dK, dV": partial(launch_backward.backward_dkv, work, grad, terms, Tape(), dkv),
+    }
+
+
+# Products per pair; a backward counts five, however many it takes.
+PRODUCTS = {"twin, all of it": 5, "all of it": 5, "delta, layouts": 0, "dQ": 3, "dK, dV": 4, "forward + backward": 7}
+CASES = [("D=64", 12, 64, False), ("D=64", 12, 64, True), ("D=128", 6, 128, False), ("D=128", 6, 128, True)]
+
+
+def backward(shape: str, heads: int, width: int, causal: bool) -> None:
     """Each pass of the gradients, after a check against the twin."""
     before = gpu.dense_rate(shape, causal, True)
     lines = []
-    for name, n in LENGTHS_OF.items():
+    for name in ("even", "odd") if (width, causal) == (64, True) else ("even",):
+        n = LENGTHS_OF[name]
         work = work_of(n, heads, width, causal)
-        if n > LENGTHS_OF["32k"] and (reasons := support.why_not(work)):
+        if reasons := support.why_not(work):
             print(f"{shape} causal={causal} {name}: {reasons[0]}")
             continue
-        products = work.problem.pattern.pairs(n, is_causal=causal) * 2 * width
-        saved, grad = twin(work), OutputGradient(torch.randn_like(work.x.q), None)
-        family = launch_branches if launch_aligned.why_not(work, "backward") else launch_aligned
-        theirs = partial(family.backward, work, grad, saved, Tape(), *family.configs_for(work, "backward"))
-        configs = launch_backward.configs_for(work)
-        ours = partial(launch_backward.backward, work, grad, saved, Tape(), *configs)
-        errors = [relative_norm(a, b) for a, b in zip(ours(), theirs(), strict=True)]
+        forward = partial(launch.forward, work, Tape(), *launch.configs_for(work))
+        runs = passes(work, forward())
+        errors = [relative_norm(a, b) for a, b in zip(runs["all of it"](), runs["twin, all of it"](), strict=True)]
         if not max(errors) < 1e-2:
             print(f"WRONG {shape} causal={causal} {name}: dq, dk, dv differ by {errors}")
             continue
-        lines.append((name, "twin, all of it", gpu.milliseconds(theirs), 5 * products))
-        lines.append((name, "all of it", whole := gpu.milliseconds(ours), 5 * products))
-        forward = gpu.milliseconds(partial(launch.forward, work, Tape(), *launch.configs_for(work)))
-        lines.append((name, "forward + backward", forward + whole, 7 * products))
-        if name != "even":
-            continue
-        layouts = partial(launch_backward.terms_of, work, grad, saved, Tape())
-        terms = layouts()
-        lines.append((name, "delta, layouts", gpu.milliseconds(layouts), 0))
-        passes = {
-            "dQ": (launch_backward.backward_dq, 3, configs[0], (64, 4), (128, 2)),
-            "dK, dV": (launch_backward.backward_dkv, 4, configs[1], (64, 2), (64, 4)),
-        }
-        for who, (launched, count, best, *more) in passes.items():
-            for config in (best, *more * others):
-                try:
-                    time_ms = gpu.milliseconds(partial(launched, work, grad, terms, Tape(), config))
-                    lines.append((name, f"{who} {config}", time_ms, count * products))
-                except Exception as failure:  # shared memory, most likely
-                    print(f"{shape} causal={causal} {who} {config}: {type(failure).__name__} {str(failure)[:200]}")
+        times = {who: gpu.milliseconds(run) for who, run in runs.items()}
+        times["forward + backward"] = times["all of it"] + gpu.milliseconds(forward)
+        flops = work.problem.pattern.pairs(n, is_causal=causal) * 2 * width
+        lines += [(name, who, time_ms, PRODUCTS[who] * flops) for who, time_ms in times.items()]
     dense = (before + gpu.dense_rate(shape, causal, True)) / 2
-    show(f"{shape} {'causal' if causal else 'bidirectional'}, backward", dense, causal, lines)
+    show(f"{shape} {'causal' if causal else 'bidirectional'}, dense forward and backward", dense, causal, lines)
+
+
+def compile_case(index: int) -> None:
+    """Leaves what one case launches in the cache on disk."""
+    kernels.compile_only()
+    _, heads, width, causal = CASES[index]
+    for n in (1 << 16, (1 << 16) + 3) if (width, causal) == (64, True) else (1 << 16,):
+        work = work_of(n, heads, width, causal, "cpu")
+        runs = passes(work, launch.forward(work, Tape(), *launch.configs_for(work)))
+        runs["all of it"]()
+        runs["twin, all of it"]()
+
+
+def compile_all() -> None:
+    """Compiles the cases side by side, in processes that see no GPU."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, __file__, "--compile"]
+    workers = [subprocess.Popen([*command, str(i)], env=environment) for i in range(len(CASES))]
+    if any([worker.wait() for worker in workers]):
+        sys.exit("a case does not compile")
 
 
 def show(title: str, dense: float, causal: bool, lines: list) -> None:
@@ -108,12 +137,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compile is not None:
+        return compile_case(options.compile)
+    if options.backward:
+        compile_all()
+        for case in CASES:
+            backward(*case)
+        return None
     for shape, heads, width in (("D=64", 12, 64), ("D=128", 6, 128)):
         for causal in (False, True):
-            if options.backward:
-                backward(causal, shape, heads, width, options.all)
-                continue
             before = gpu.dense_rate(shape, causal, False)
             lines = []
             for name, n in LENGTHS_OF.items():
