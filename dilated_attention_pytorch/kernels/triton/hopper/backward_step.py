@@ -74,8 +74,7 @@ def allocate(a_view, b_view, terms_view, STAGES: gl.constexpr):
 
 
 # `views` of a tensor are two tuples over strides: of the residues that have `N // stride` rows, and of the first ones,
-# which have one more; None where there are none. `number` says which of
-# the STRIDES, `is_longer` which residue.
+# which have one more; None where there are none. `number` says which of the STRIDES, `is_longer` which residues.
 
 
 @gluon.jit
