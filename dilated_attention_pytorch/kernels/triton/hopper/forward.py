@@ -64,9 +64,9 @@ def _produce(
 @gluon.jit
 def _cut_step(context, state, row, residue, multiplicity):
     """A step of the walk whose last keys do not exist."""
-    q, num_keys, begun, qk_scale, smem, bars, R, NB, HALF, PINGPONG = context
+    q, num_keys, begun, qk_scale, smem, bars, R, HALF, PINGPONG = context
     last = (num_keys - 1 - residue) // R - row
-    bias = walk.bias_of(multiplicity, NB)
+    bias = gl.log2(multiplicity.to(gl.float32))
     return stages.step(state, q, bias, last, begun, qk_scale, smem, bars, True, HALF, PINGPONG)
 
 
@@ -115,7 +115,7 @@ def _consume(
             for j in range(0, ends[NB - 1]):
                 bias = walk.bias_at(j, ends, NB)
                 state = stages.step(state, q, bias, 0, it, qk_scale, smem, bars, False, HALF, PINGPONG)
-            context = (q, num_keys, it, qk_scale, smem, bars, R, NB, HALF, PINGPONG)
+            context = (q, num_keys, it, qk_scale, smem, bars, R, HALF, PINGPONG)
             state = walk.each_cut_block(_cut_step, context, state, row, level, kv_head, whole, LENGTHS, RATES)
         if not Q_REGISTERS:
             mbarrier.arrive(q_empty.index(HALF), count=1)
