@@ -21,6 +21,7 @@ import gpu
 import kernels
 import torch
 
+from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches
@@ -32,13 +33,13 @@ from dilated_attention_pytorch.testing import relative_norm
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
 
 LENGTHS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16)
-LENGTHS_OF = {"even": 1 << 20, "odd": 1_000_003, "65k": 1 << 16, "32k": 1 << 15, "16k": 1 << 14, "8k": 1 << 13}
+LENGTHS_OF = {"even": 1 << 20, "odd": 1_000_003, "64k": 1 << 16, "32k": 1 << 15, "16k": 1 << 14}
 DISTINCT = {False: 3008 / 3968, True: 1504.5 / 1985}
 OTHERS = {
-    (64, False): (HopperConfig(128, 4, True), HopperConfig(128, 4, False, True), HopperConfig(128, 5, False)),
-    (128, False): (HopperConfig(128, 3, True), HopperConfig(128, 2, False), HopperConfig(64, 5, True, True)),
-    (64, True): (HopperConfig(128, 4, True), HopperConfig(128, 6, False), HopperConfig(64, 8, True)),
-    (128, True): (HopperConfig(128, 3, False), HopperConfig(64, 5, False), HopperConfig(128, 3, True)),
+    (64, False): (HopperConfig(128, 4, False), HopperConfig(128, 5, False, True), HopperConfig(128, 4, True, True)),
+    (128, False): (HopperConfig(128, 3, True), HopperConfig(128, 3, False, True)),
+    (64, True): (HopperConfig(64, 8, False), HopperConfig(64, 12, True), HopperConfig(128, 6, True)),
+    (128, True): (HopperConfig(64, 6, False), HopperConfig(64, 5, True), HopperConfig(128, 3, True)),
 }
 
 
@@ -87,35 +88,66 @@ def backward(shape: str, heads: int, width: int, causal: bool) -> None:
         if reasons := support.why_not(work):
             print(f"{shape} causal={causal} {name}: {reasons[0]}")
             continue
-        forward = partial(launch.forward, work, Tape(), *launch.configs_for(work))
-        runs = passes(work, forward())
+        once = partial(launch.forward, work, Tape(), *launch.configs_for(work))
+        runs = passes(work, once())
         errors = [relative_norm(a, b) for a, b in zip(runs["all of it"](), runs["twin, all of it"](), strict=True)]
         if not max(errors) < 1e-2:
             print(f"WRONG {shape} causal={causal} {name}: dq, dk, dv differ by {errors}")
             continue
         times = {who: gpu.milliseconds(run) for who, run in runs.items()}
-        times["forward + backward"] = times["all of it"] + gpu.milliseconds(forward)
+        times["forward + backward"] = times["all of it"] + gpu.milliseconds(once)
         flops = work.problem.pattern.pairs(n, is_causal=causal) * 2 * width
         lines += [(name, who, time_ms, PRODUCTS[who] * flops) for who, time_ms in times.items()]
     dense = (before + gpu.dense_rate(shape, causal, True)) / 2
     show(f"{shape} {'causal' if causal else 'bidirectional'}, dense forward and backward", dense, causal, lines)
 
 
-def compile_case(index: int) -> None:
+def forward(shape: str, heads: int, width: int, causal: bool, others: bool) -> None:
+    """Kernel beside twin; and, where the host counts, what users call, whose launches are replayed."""
+    before = gpu.dense_rate(shape, causal, False)
+    lines = []
+    for name, n in LENGTHS_OF.items():
+        work = work_of(n, heads, width, causal)
+        flops = work.problem.pattern.pairs(n, is_causal=causal) * 4 * width
+        want = twin(work)
+        lines.append((name, "twin", gpu.milliseconds(partial(twin, work)), flops))
+        call = partial(dilated_attention, segment_lengths=LENGTHS, dilation_rates=RATES, is_causal=causal)
+        call(*work.x)
+        lines.append((name, "auto", gpu.milliseconds(partial(call, *work.x)), flops))
+        for config in (*launch.configs_for(work), *(OTHERS[width, causal] if others and name == "even" else ())):
+            try:
+                got = launch.forward(work, Tape(), config)
+                error = relative_norm(got.out, want.out)
+                assert error < 5e-3 and relative_norm(got.lse, want.lse) < 1e-5, f"differs by {error:.1e}"
+                time_ms = gpu.milliseconds(partial(launch.forward, work, Tape(), config))
+                lines.append((name, " ".join(map(str, config)), time_ms, flops))
+            except Exception as failure:
+                print(f"{shape} causal={causal} {name} {config}: {type(failure).__name__} {str(failure)[:200]}")
+    dense = (before + gpu.dense_rate(shape, causal, False)) / 2
+    show(f"{shape} {'causal' if causal else 'bidirectional'}", dense, causal, lines)
+
+
+def compile_case(index: int, with_backward: bool, others: bool) -> None:
     """Leaves what one case launches in the cache on disk."""
     kernels.compile_only()
     _, heads, width, causal = CASES[index]
-    for n in (1 << 16, (1 << 16) + 3) if (width, causal) == (64, True) else (1 << 16,):
+    odd = () if with_backward and (width, causal) != (64, True) else ((1 << 16) + 3,)
+    for n in (1 << 16, *odd):
         work = work_of(n, heads, width, causal, "cpu")
-        runs = passes(work, launch.forward(work, Tape(), *launch.configs_for(work)))
-        runs["all of it"]()
-        runs["twin, all of it"]()
+        if with_backward:
+            runs = passes(work, launch.forward(work, Tape(), *launch.configs_for(work)))
+            runs["all of it"]()
+            runs["twin, all of it"]()
+            continue
+        twin(work)
+        for config in (*launch.configs_for(work), *(OTHERS[width, causal] if others and n == 1 << 16 else ())):
+            launch.forward(work, Tape(), config)
 
 
-def compile_all() -> None:
+def compile_all(*options: str) -> None:
     """Compiles the cases side by side, in processes that see no GPU."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, "--compile"]
+    command = [sys.executable, __file__, *options, "--compile"]
     workers = [subprocess.Popen([*command, str(i)], env=environment) for i in range(len(CASES))]
     if any([worker.wait() for worker in workers]):
         sys.exit("a case does not compile")
@@ -140,39 +172,14 @@ def main() -> None:
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile is not None:
-        return compile_case(options.compile)
-    if options.backward:
-        compile_all()
-        for case in CASES:
+        return compile_case(options.compile, options.backward, options.all)
+    compile_all(*["--backward"] * options.backward, *["--all"] * options.all)
+    for case in CASES:
+        if options.backward:
             backward(*case)
-        return None
-    for shape, heads, width in (("D=64", 12, 64), ("D=128", 6, 128)):
-        for causal in (False, True):
-            before = gpu.dense_rate(shape, causal, False)
-            lines = []
-            for name, n in LENGTHS_OF.items():
-                work = work_of(n, heads, width, causal)
-                flops = work.problem.pattern.pairs(n, is_causal=causal) * 4 * width
-                want = twin(work)
-                lines.append((name, "twin", gpu.milliseconds(lambda work=work: twin(work)), flops))
-                reasons = support.why_not(work)
-                if reasons and n > LENGTHS_OF["32k"]:
-                    print(f"{shape} causal={causal} {name}: {reasons[0]}")
-                    continue
-                configs = launch.configs_for(work)
-                for config in (*configs, *(OTHERS[width, causal] if options.all and name == "even" else ())):
-                    try:
-                        got = launch.forward(work, Tape(), config)
-                        error = relative_norm(got.out, want.out)
-                        assert error < 5e-3 and relative_norm(got.lse, want.lse) < 1e-5, f"differs by {error:.1e}"
-                        time_ms = gpu.milliseconds(
-                            lambda work=work, config=config: launch.forward(work, Tape(), config)
-                        )
-                        lines.append((name, " ".join(map(str, config)), time_ms, flops))
-                    except Exception as failure:
-                        print(f"{shape} causal={causal} {name} {config}: {type(failure).__name__} {str(failure)[:200]}")
-            dense = (before + gpu.dense_rate(shape, causal, False)) / 2
-            show(f"{shape} {'causal' if causal else 'bidirectional'}", dense, causal, lines)
+        else:
+            forward(*case, options.all)
+    return None
 
 
 if __name__ == "__main__":
