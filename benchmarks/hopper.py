@@ -11,11 +11,17 @@ everyone counts), and forward and backward together beside cuDNN's.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
 
 import gpu
+import kernels
 import torch
 
+from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches
@@ -27,13 +33,13 @@ from dilated_attention_pytorch.testing import relative_norm
 from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
 
 LENGTHS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16)
-LENGTHS_OF = {"even": 1 << 20, "odd": 1_000_003, "65k": 1 << 16, "32k": 1 << 15, "16k": 1 << 14, "8k": 1 << 13}
+LENGTHS_OF = {"even": 1 << 20, "odd": 1_000_003, "64k": 1 << 16, "32k": 1 << 15, "16k": 1 << 14}
 DISTINCT = {False: 3008 / 3968, True: 1504.5 / 1985}
 OTHERS = {
-    (64, False): (HopperConfig(128, 4, True), HopperConfig(128, 4, False, True), HopperConfig(128, 5, False)),
-    (128, False): (HopperConfig(128, 3, True), HopperConfig(128, 2, False), HopperConfig(64, 5, True, True)),
-    (64, True): (HopperConfig(128, 4, True), HopperConfig(128, 6, False), HopperConfig(64, 8, True)),
-    (128, True): (HopperConfig(128, 3, False), HopperConfig(64, 5, False), HopperConfig(128, 3, True)),
+    (64, False): (HopperConfig(128, 4, False), HopperConfig(128, 5, False, True), HopperConfig(128, 4, True, True)),
+    (128, False): (HopperConfig(128, 3, True), HopperConfig(128, 3, False, True)),
+    (64, True): (HopperConfig(64, 8, False), HopperConfig(64, 12, True), HopperConfig(128, 6, True)),
+    (128, True): (HopperConfig(64, 6, False), HopperConfig(64, 5, True), HopperConfig(128, 3, True)),
 }
 
 
@@ -43,53 +49,108 @@ def twin(work: Work) -> AttentionOutput:
     return family.forward(work, Tape(), *family.configs_for(work, "forward"))
 
 
-def work_of(n: int, heads: int, width: int, causal: bool) -> Work:
+def work_of(n: int, heads: int, width: int, causal: bool, device: str = "cuda") -> Work:
     """The paper's pattern."""
     problem = Problem(DilatedPattern(LENGTHS, RATES, heads), causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
-    return Work(QKV(*gpu.tensors(n, heads, width)), problem, NO_MASKS)
+    make = torch.randn if device == "cuda" else torch.empty
+    x = QKV(*(make(1, n, heads, width, device=device, dtype=torch.bfloat16) for _ in range(3)))
+    return Work(x, problem, NO_MASKS)
 
 
-def backward(causal: bool, shape: str, heads: int, width: int, others: bool) -> None:
+def passes(work: Work, saved: AttentionOutput) -> dict[str, Callable]:
+    """Both backwards, and the passes of ours."""
+    grad = OutputGradient(torch.empty_like(work.x.q).copy_(work.x.v), None)
+    family = launch_branches if launch_aligned.why_not(work, "backward") else launch_aligned
+    dq, dkv = launch_backward.configs_for(work)
+    layouts = partial(launch_backward.terms_of, work, grad, saved, Tape())
+    terms = layouts()
+    return {
+        "twin, all of it": partial(family.backward, work, grad, saved, Tape(), *family.configs_for(work, "backward")),
+        "all of it": partial(launch_backward.backward, work, grad, saved, Tape(), dq, dkv),
+        "delta, layouts": layouts,
+        "dQ": partial(launch_backward.backward_dq, work, grad, terms, Tape(), dq),
+        "dK, dV": partial(launch_backward.backward_dkv, work, grad, terms, Tape(), dkv),
+    }
+
+
+# Products per pair; a backward counts five, however many it takes.
+PRODUCTS = {"twin, all of it": 5, "all of it": 5, "delta, layouts": 0, "dQ": 3, "dK, dV": 4, "forward + backward": 7}
+CASES = [("D=64", 12, 64, False), ("D=64", 12, 64, True), ("D=128", 6, 128, False), ("D=128", 6, 128, True)]
+
+
+def backward(shape: str, heads: int, width: int, causal: bool) -> None:
     """Each pass of the gradients, after a check against the twin."""
     before = gpu.dense_rate(shape, causal, True)
     lines = []
-    for name, n in LENGTHS_OF.items():
+    for name in ("even", "odd") if (width, causal) == (64, True) else ("even",):
+        n = LENGTHS_OF[name]
         work = work_of(n, heads, width, causal)
-        if n > LENGTHS_OF["32k"] and (reasons := support.why_not(work)):
+        if reasons := support.why_not(work):
             print(f"{shape} causal={causal} {name}: {reasons[0]}")
             continue
-        products = work.problem.pattern.pairs(n, is_causal=causal) * 2 * width
-        saved, grad = twin(work), OutputGradient(torch.randn_like(work.x.q), None)
-        family = launch_branches if launch_aligned.why_not(work, "backward") else launch_aligned
-        theirs = partial(family.backward, work, grad, saved, Tape(), *family.configs_for(work, "backward"))
-        configs = launch_backward.configs_for(work)
-        ours = partial(launch_backward.backward, work, grad, saved, Tape(), *configs)
-        errors = [relative_norm(a, b) for a, b in zip(ours(), theirs(), strict=True)]
+        once = partial(launch.forward, work, Tape(), *launch.configs_for(work))
+        runs = passes(work, once())
+        errors = [relative_norm(a, b) for a, b in zip(runs["all of it"](), runs["twin, all of it"](), strict=True)]
         if not max(errors) < 1e-2:
             print(f"WRONG {shape} causal={causal} {name}: dq, dk, dv differ by {errors}")
             continue
-        lines.append((name, "twin, all of it", gpu.milliseconds(theirs), 5 * products))
-        lines.append((name, "all of it", whole := gpu.milliseconds(ours), 5 * products))
-        forward = gpu.milliseconds(partial(launch.forward, work, Tape(), *launch.configs_for(work)))
-        lines.append((name, "forward + backward", forward + whole, 7 * products))
-        if name != "even":
-            continue
-        layouts = partial(launch_backward.terms_of, work, grad, saved, Tape())
-        terms = layouts()
-        lines.append((name, "delta, layouts", gpu.milliseconds(layouts), 0))
-        passes = {
-            "dQ": (launch_backward.backward_dq, 3, configs[0], (64, 4), (128, 2)),
-            "dK, dV": (launch_backward.backward_dkv, 4, configs[1], (64, 2), (64, 4)),
-        }
-        for who, (launched, count, best, *more) in passes.items():
-            for config in (best, *more * others):
-                try:
-                    time_ms = gpu.milliseconds(partial(launched, work, grad, terms, Tape(), config))
-                    lines.append((name, f"{who} {config}", time_ms, count * products))
-                except Exception as failure:  # shared memory, most likely
-                    print(f"{shape} causal={causal} {who} {config}: {type(failure).__name__} {str(failure)[:200]}")
+        times = {who: gpu.milliseconds(run) for who, run in runs.items()}
+        times["forward + backward"] = times["all of it"] + gpu.milliseconds(once)
+        flops = work.problem.pattern.pairs(n, is_causal=causal) * 2 * width
+        lines += [(name, who, time_ms, PRODUCTS[who] * flops) for who, time_ms in times.items()]
     dense = (before + gpu.dense_rate(shape, causal, True)) / 2
-    show(f"{shape} {'causal' if causal else 'bidirectional'}, backward", dense, causal, lines)
+    show(f"{shape} {'causal' if causal else 'bidirectional'}, dense forward and backward", dense, causal, lines)
+
+
+def forward(shape: str, heads: int, width: int, causal: bool, others: bool) -> None:
+    """Kernel beside twin; and, where the host counts, what users call, whose launches are replayed."""
+    before = gpu.dense_rate(shape, causal, False)
+    lines = []
+    for name, n in LENGTHS_OF.items():
+        work = work_of(n, heads, width, causal)
+        flops = work.problem.pattern.pairs(n, is_causal=causal) * 4 * width
+        want = twin(work)
+        lines.append((name, "twin", gpu.milliseconds(partial(twin, work)), flops))
+        call = partial(dilated_attention, segment_lengths=LENGTHS, dilation_rates=RATES, is_causal=causal)
+        call(*work.x)
+        lines.append((name, "auto", gpu.milliseconds(partial(call, *work.x)), flops))
+        for config in (*launch.configs_for(work), *(OTHERS[width, causal] if others and name == "even" else ())):
+            try:
+                got = launch.forward(work, Tape(), config)
+                error = relative_norm(got.out, want.out)
+                assert error < 5e-3 and relative_norm(got.lse, want.lse) < 1e-5, f"differs by {error:.1e}"
+                time_ms = gpu.milliseconds(partial(launch.forward, work, Tape(), config))
+                lines.append((name, " ".join(map(str, config)), time_ms, flops))
+            except Exception as failure:
+                print(f"{shape} causal={causal} {name} {config}: {type(failure).__name__} {str(failure)[:200]}")
+    dense = (before + gpu.dense_rate(shape, causal, False)) / 2
+    show(f"{shape} {'causal' if causal else 'bidirectional'}", dense, causal, lines)
+
+
+def compile_case(index: int, with_backward: bool, others: bool) -> None:
+    """Leaves what one case launches in the cache on disk."""
+    kernels.compile_only()
+    _, heads, width, causal = CASES[index]
+    odd = () if with_backward and (width, causal) != (64, True) else ((1 << 16) + 3,)
+    for n in (1 << 16, *odd):
+        work = work_of(n, heads, width, causal, "cpu")
+        if with_backward:
+            runs = passes(work, launch.forward(work, Tape(), *launch.configs_for(work)))
+            runs["all of it"]()
+            runs["twin, all of it"]()
+            continue
+        twin(work)
+        for config in (*launch.configs_for(work), *(OTHERS[width, causal] if others and n == 1 << 16 else ())):
+            launch.forward(work, Tape(), config)
+
+
+def compile_all(*options: str) -> None:
+    """Compiles the cases side by side, in processes that see no GPU."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, __file__, *options, "--compile"]
+    workers = [subprocess.Popen([*command, str(i)], env=environment) for i in range(len(CASES))]
+    if any([worker.wait() for worker in workers]):
+        sys.exit("a case does not compile")
 
 
 def show(title: str, dense: float, causal: bool, lines: list) -> None:
@@ -108,37 +169,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for shape, heads, width in (("D=64", 12, 64), ("D=128", 6, 128)):
-        for causal in (False, True):
-            if options.backward:
-                backward(causal, shape, heads, width, options.all)
-                continue
-            before = gpu.dense_rate(shape, causal, False)
-            lines = []
-            for name, n in LENGTHS_OF.items():
-                work = work_of(n, heads, width, causal)
-                flops = work.problem.pattern.pairs(n, is_causal=causal) * 4 * width
-                want = twin(work)
-                lines.append((name, "twin", gpu.milliseconds(lambda work=work: twin(work)), flops))
-                reasons = support.why_not(work)
-                if reasons and n > LENGTHS_OF["32k"]:
-                    print(f"{shape} causal={causal} {name}: {reasons[0]}")
-                    continue
-                configs = launch.configs_for(work)
-                for config in (*configs, *(OTHERS[width, causal] if options.all and name == "even" else ())):
-                    try:
-                        got = launch.forward(work, Tape(), config)
-                        error = relative_norm(got.out, want.out)
-                        assert error < 5e-3 and relative_norm(got.lse, want.lse) < 1e-5, f"differs by {error:.1e}"
-                        time_ms = gpu.milliseconds(
-                            lambda work=work, config=config: launch.forward(work, Tape(), config)
-                        )
-                        lines.append((name, " ".join(map(str, config)), time_ms, flops))
-                    except Exception as failure:
-                        print(f"{shape} causal={causal} {name} {config}: {type(failure).__name__} {str(failure)[:200]}")
-            dense = (before + gpu.dense_rate(shape, causal, False)) / 2
-            show(f"{shape} {'causal' if causal else 'bidirectional'}", dense, causal, lines)
+    if options.compile is not None:
+        return compile_case(options.compile, options.backward, options.all)
+    compile_all(*["--backward"] * options.backward, *["--all"] * options.all)
+    for case in CASES:
+        if options.backward:
+            backward(*case)
+        else:
+            forward(*case, options.all)
+    return None
 
 
 if __name__ == "__main__":

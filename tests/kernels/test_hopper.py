@@ -27,6 +27,12 @@ pytestmark = pytest.mark.gpu
 PAPER = {"segment_lengths": [2048, 4096, 8192, 16384, 32768], "dilation_rates": [1, 2, 4, 8, 16]}
 
 
+@pytest.fixture(autouse=True)
+def long_enough(monkeypatch):
+    """Short calls take them too."""
+    monkeypatch.setattr(support, "_SHORT", 0)
+
+
 def draw(seed):
     """(lengths, rates, N, batch, heads, key heads, D, dtype, causal) that the kernels take."""
     chance = random.Random(seed)
@@ -73,8 +79,7 @@ def twin(work):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_drawn_calls(seed, monkeypatch):
-    monkeypatch.setattr(support, "_SHORT", 0)
+def test_drawn_calls(seed):
     lengths, rates, n, batch, heads, kv_heads, width, dtype, causal = draw(seed)
     x = tensors(batch, n, heads, kv_heads, width, dtype, seed)
     work = work_of(x, lengths, rates, causal)

@@ -1,4 +1,4 @@
-"""The forward kernels for Hopper where there is none: `gluon_emulator` runs them in fp32, against fp64."""
+"""The forward kernels for Hopper where there is none: run by `gluon_emulator`, in fp32, against the reference."""
 
 import os
 

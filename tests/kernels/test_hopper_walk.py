@@ -1,6 +1,7 @@
 """The walks of the Hopper kernels, run as plain Python, against the definition: every key of every tile, counted."""
 
 import importlib.util
+import math
 import sys
 import types
 from collections import Counter
@@ -19,12 +20,13 @@ def walk():
     """The module, with Python in place of Gluon."""
     language = types.SimpleNamespace(
         where=lambda condition, a, b: a if condition else b, minimum=min, maximum=max, static_range=range,
-        to_tensor=lambda x: x, constexpr=object, log2=lambda x: x,
+        to_tensor=lambda x: x, constexpr=object,
     )  # fmt: skip
     fakes = {"triton": types.ModuleType("triton"), "triton.experimental": types.ModuleType("triton.experimental")}
     fakes["triton.experimental.gluon"] = types.ModuleType("gluon")
     fakes["triton.experimental"].gluon = fakes["triton.experimental.gluon"]
     fakes["triton.experimental.gluon"].jit = lambda function: function
+    fakes["triton.experimental.gluon"].constexpr_function = lambda function: function
     fakes["triton.experimental.gluon"].language = language
     spec = importlib.util.spec_from_file_location("hopper_walk_as_python", WALK)
     module = importlib.util.module_from_spec(spec)
@@ -85,9 +87,10 @@ def test_tiles_without_a_mask(walk, pattern):
         level = walk.level_of((residue + rate - head % rate) % rate, rates)
         visits = walk.each_block(collect, None, [], row, level, head, whole, lengths, rates, b)
         ends = walk.steps_up_to(row, level, whole, lengths, rates, b)
-        # The consumer knows a step's multiplicity by its number alone; the fake log2 is the identity.
+        # The consumer knows a step's multiplicity by its number alone.
         assert len(visits) == ends[-1]
-        assert [walk.bias_at(j, ends, len(rates)) for j in range(len(visits))] == [m for *_, m in visits]
+        biases = [walk.bias_at(j, ends, len(rates)) for j in range(len(visits))]
+        assert biases == [math.log2(m) for *_, m in visits] == [walk.bias_of(m, len(rates)) for *_, m in visits]
         cut = []
         if n % (rate * b):
             cut = walk.each_cut_block(collect, None, [], row, level, head, whole, lengths, rates)

@@ -33,7 +33,7 @@ def _load(context, it, row, residue, DKV: gl.constexpr):
     column1, column2, strides1, strides2, terms_row, length, apart, remainder, b1, b2, terms, memory = context
     shared.load_step(
         it, 0, residue < remainder, row, residue * strides1.row + column1, residue * strides2.row + column2,
-        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, DKV,
+        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, 1, DKV,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def _produce(
         shared.load_tile(
             turn, 0, residue < remainder, row,
             batch * a1_strides.batch + residue * a1_strides.row + head * a1_strides.head,
-            batch * a2_strides.batch + residue * a2_strides.row + head * a2_strides.head, a1, a2, memory,
+            batch * a2_strides.batch + residue * a2_strides.row + head * a2_strides.head, a1, a2, memory, 1,
         )  # fmt: skip
         for member in range(0, group if DKV else 1):
             b_head = kv_head * group + member if DKV else kv_head

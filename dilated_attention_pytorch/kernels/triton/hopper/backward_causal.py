@@ -72,15 +72,8 @@ def _load(context, it, row, residue, DKV: gl.constexpr):
     column1, column2, strides1, strides2, terms_row, length, apart, remainder, b1, b2, terms, memory = context
     shared.load_step(
         it, 0, residue < remainder, row, residue * strides1.row + column1, residue * strides2.row + column2,
-        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, DKV,
+        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, 1, DKV,
     )  # fmt: skip
-
-
-@gluon.jit
-def _last(views, NB: gl.constexpr):
-    """The views of the largest stride alone."""
-    every, longer = views
-    return (every[NB - 1],), (longer[NB - 1],)
 
 
 @gluon.jit
@@ -105,7 +98,7 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
             turn, index, residue < walk.modulo(num_rows, index, RATES),
             walk.divide(segment * LENGTHS[0] + low, index, RATES, 1),
             batch * a1_strides.batch + residue * a1_strides.row + head * a1_strides.head,
-            batch * a2_strides.batch + residue * a2_strides.row + head * a2_strides.head, a1, a2, memory,
+            batch * a2_strides.batch + residue * a2_strides.row + head * a2_strides.head, a1, a2, memory, NB,
         )  # fmt: skip
         high = low + walk.pick(RATES, index) * (_TILE - 1)
         for member in range(0, group if DKV else 1):
@@ -127,13 +120,16 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
                         shared.load_step(
                             it, at, place < remainder, row, place * b1_strides.row + column1,
                             place * b2_strides.row + column2, (terms_row * hop + place) * length + row, apart, b1, b2,
-                            terms_views, memory, DKV,
+                            terms_views, memory, NB, DKV,
                         )  # fmt: skip
                         it += 1
             # Those of the other rings.
+            b1_last = (b1[0][NB - 1],), (b1[1][NB - 1],)
+            b2_last = (b2[0][NB - 1],), (b2[1][NB - 1],)
+            terms_last = (terms_views[0][NB - 1],), (None,)
             context = (
-                column1, column2, b1_strides, b2_strides, terms_row * R, padded // R, apart, num_rows % R,
-                _last(b1, NB), _last(b2, NB), _last(terms_views, NB), memory,
+                column1, column2, b1_strides, b2_strides, terms_row * R, padded // R, apart, num_rows % R, b1_last,
+                b2_last, terms_last, memory,
             )  # fmt: skip
             it = walk.each_side_block(
                 visit, context, it, segment * (LENGTHS[0] // R), level, kv_head, padded // R, DKV, LENGTHS, RATES, BN
@@ -150,7 +146,8 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
     _, memory, terms, grads, strides, sizes, scales = work
     num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
     qk_scale, scale = scales
-    R: gl.constexpr = RATES[len(RATES) - 1]
+    NB: gl.constexpr = len(RATES)
+    R: gl.constexpr = RATES[NB - 1]
     BN: gl.constexpr = memory.b1.shape[1]
     padded = num_segments * LENGTHS[0]
     it = gl.to_tensor(0)
@@ -169,7 +166,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
         for _member in range(0, group if DKV else 1):
             for shown in range(1, level + 1):
                 begin, hop, every, at = walk.residues_of(shown, level, RATES)
-                bias = gl.log2(shown.to(gl.float32))
+                bias = walk.bias_of(shown, NB)
                 for z in range(begin, hop, every):
                     place = walk.modulo(kv_head + z, at, RATES)
                     first, end = _blocks_met(place, at, low, high, BN, DKV, LENGTHS, RATES)
@@ -204,7 +201,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
                         it = _pass(it, end - masked_end, memory)
             row = segment * (LENGTHS[0] // R)
             for multiplicity in range(1, level):
-                bias = gl.log2(multiplicity.to(gl.float32))
+                bias = walk.bias_of(multiplicity, NB)
                 for _block in range(0, walk.side_steps(multiplicity, row, level, padded // R, DKV, LENGTHS, RATES, BN)):
                     acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
                     it += 1

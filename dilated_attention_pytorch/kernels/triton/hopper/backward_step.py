@@ -74,24 +74,24 @@ def allocate(a_view, b_view, terms_view, STAGES: gl.constexpr):
 
 
 # `views` of a tensor are two tuples over strides: of the residues that have `N // stride` rows, and of the first ones,
-# which have one more; None where there are none. `number` says which stride, `is_longer` which residue.
+# which have one more; None where there are none. `number` says which of the STRIDES, `is_longer` which residues.
 
 
 @gluon.jit
-def load_tile(turn, number, is_longer, row, column1, column2, views1, views2, memory):
+def load_tile(turn, number, is_longer, row, column1, column2, views1, views2, memory, STRIDES: gl.constexpr):
     """A program's next stationary tile, half by half."""
     for half in gl.static_range(2):
         mbarrier.wait(memory.a_empty.index(half), (turn & 1) ^ 1)
         full = memory.a_full.index(half)
         mbarrier.expect(full, 2 * views1[0][0].block_type.nbytes)
-        _copy(views1, number, is_longer, [row + half * HALF, column1], full, memory.a1.index(half))
-        _copy(views2, number, is_longer, [row + half * HALF, column2], full, memory.a2.index(half))
+        _copy(views1, number, is_longer, [row + half * HALF, column1], full, memory.a1.index(half), STRIDES)
+        _copy(views2, number, is_longer, [row + half * HALF, column2], full, memory.a2.index(half), STRIDES)
 
 
 @gluon.jit
 def load_step(
     it, number, is_longer, row, column1, column2, terms_at, terms_apart, views1, views2, terms_views, memory,
-    DKV: gl.constexpr,
+    STRIDES: gl.constexpr, DKV: gl.constexpr,
 ):  # fmt: skip
     """A streamed tile of both tensors, and its terms."""
     STAGES: gl.constexpr = memory.b1.shape[0]
@@ -102,27 +102,26 @@ def load_step(
     full = memory.b1_full.index(slot)
     mbarrier.expect(full, size)
     if DKV:
-        _copy(terms_views, number, False, [terms_at], full, memory.terms.index(slot * 2))
-    _copy(views1, number, is_longer, [row, column1], full, memory.b1.index(slot))
+        _copy(terms_views, number, False, [terms_at], full, memory.terms.index(slot * 2), STRIDES)
+    _copy(views1, number, is_longer, [row, column1], full, memory.b1.index(slot), STRIDES)
     mbarrier.wait(memory.b2_empty.index(slot), phase ^ 1)
     full = memory.b2_full.index(slot)
     mbarrier.expect(full, size)
     if DKV:
-        _copy(terms_views, number, False, [terms_at + terms_apart], full, memory.terms.index(slot * 2 + 1))
-    _copy(views2, number, is_longer, [row, column2], full, memory.b2.index(slot))
+        _copy(terms_views, number, False, [terms_at + terms_apart], full, memory.terms.index(slot * 2 + 1), STRIDES)
+    _copy(views2, number, is_longer, [row, column2], full, memory.b2.index(slot), STRIDES)
 
 
 @gluon.jit
-def _copy(views, number, is_longer, at, full, to):
+def _copy(views, number, is_longer, at, full, to, STRIDES: gl.constexpr):
     """Starts to load a block."""
     every, longer = views
-    if len(every) == 1:
+    if STRIDES == 1:
         _copy_by(every[0], longer[0], is_longer, at, full, to)
     else:
-        for i in gl.static_range(len(every)):
-            if every[i] is not None:
-                if number == i:
-                    _copy_by(every[i], longer[i], is_longer, at, full, to)
+        for i in gl.static_range(STRIDES):
+            if number == i:
+                _copy_by(every[i], longer[i], is_longer, at, full, to)
 
 
 @gluon.jit

@@ -1,9 +1,9 @@
 """The causal forward for Hopper, over tiles of one level (`walk.level_tile_at`): only keys of a row's shortest segment
 meet a diagonal, all others are seen by the whole tile. One launch, keys once.
 
-A tile takes blocks in this order, so that runs of one multiplicity are loops: those of its own segment that all of its
-rows see; those of other rings; those on the diagonal, first what the first half's rows see, then what only the second
-half's do.
+A tile takes blocks in this order, so that runs of one multiplicity are loops: the first of its own residue that meets
+its diagonal; those of its own segment that all of its rows see; those of other rings; the others on the diagonal, first
+what the first half's rows see, then what only the second half's do.
 """
 
 from triton.experimental import gluon
@@ -96,6 +96,10 @@ def _produce(
         k_column = batch * k_strides.batch + kv_head * k_strides.head
         v_column = batch * v_strides.batch + kv_head * v_strides.head
         context = (k_views, v_views, k_column, v_column, k_strides.row, v_strides.row, num_keys, smem, bars)
+        own_key = walk.modulo(kv_head, level - 1, RATES)
+        own_block = walk.blocks_before(own_key, level - 1, low, high, RATES, BN)[0]
+        own_row = segment * walk.divide(LENGTHS[0], level - 1, RATES, 1) + own_block * BN
+        it = _fill(context, it, level - 1, own_row, own_key, RATES)
         for part in gl.static_range(3):
             for shown in range(1, level + 1):
                 begin, hop, step, at = walk.residues_of(shown, level, RATES)
@@ -108,7 +112,7 @@ def _produce(
                         for b in range(0, dense):
                             it = _fill(context, it, at, base + b * BN, key, RATES)
                     elif part == 1:
-                        for b in range(dense, both):
+                        for b in range(dense + gl.where(shown == level, 1, 0), both):
                             it = _fill(context, it, at, base + b * BN, key, RATES)
                     else:
                         for b in range(both, some):
@@ -159,30 +163,34 @@ def _consume(
             q = q.load(gl.DotOperandLayout(0, S, 2))
             fence_async_shared()
             mbarrier.arrive(q_empty.index(HALF), count=1)
-        state = stages.begin(it, smem, bars)
-        begun = it
 
+        # The first keys of its own residue that meet the diagonal.
+        own_key = walk.modulo(kv_head, level - 1, RATES)
+        own_block = walk.blocks_before(own_key, level - 1, low, high, RATES, BN)[0]
+        own_edge = gl.expand_dims(walk.divide(places - own_key, level - 1, RATES, 1) - own_block * BN, 1)
+        own_bias = walk.bias_of(level, NB)
+        state = stages.first_step(it, q, own_bias, own_edge, qk_scale, smem, bars, True, HALF, False)
         # Keys of its own segment that all of its rows see.
         for shown in range(1, level + 1):
             begin, hop, step, at = walk.residues_of(shown, level, RATES)
-            bias = gl.log2(shown.to(gl.float32))
+            bias = walk.bias_of(shown, NB)
             for z in range(begin, hop, step):
                 key = walk.modulo(kv_head + z, at, RATES)
                 dense = walk.blocks_before(key, at, low, high, RATES, BN)[0]
                 for _b in range(0, dense):
-                    state = stages.step(state, q, bias, 0, begun, qk_scale, smem, bars, False, HALF, False)
+                    state = stages.step(state, q, bias, 0, -1, qk_scale, smem, bars, False, HALF, False)
         # Keys of other rings.
         start = segment * (LENGTHS[0] // RATES[NB - 1])
         for multiplicity in range(1, level):
-            bias = gl.log2(multiplicity.to(gl.float32))
+            bias = walk.bias_of(multiplicity, NB)
             for _b in range(0, walk.side_steps(multiplicity, start, level, 0, False, LENGTHS, RATES, BN)):
-                state = stages.step(state, q, bias, 0, begun, qk_scale, smem, bars, False, HALF, False)
-        # Keys on the diagonal; `skipped` blocks are for the other half alone.
+                state = stages.step(state, q, bias, 0, -1, qk_scale, smem, bars, False, HALF, False)
+        # Other keys on the diagonal; `skipped` blocks are for the other half alone.
         skipped = gl.to_tensor(0)
         for part in gl.static_range(1 + HALF):
             for shown in range(1, level + 1):
                 begin, hop, step, at = walk.residues_of(shown, level, RATES)
-                bias = gl.log2(shown.to(gl.float32))
+                bias = walk.bias_of(shown, NB)
                 for z in range(begin, hop, step):
                     key = walk.modulo(kv_head + z, at, RATES)
                     dense, some = walk.blocks_before(key, at, low, high, RATES, BN)
@@ -190,17 +198,18 @@ def _consume(
                     # The last key that each row sees, in the order of its residue; -1 for none.
                     edge = gl.expand_dims(walk.divide(places + hop - key, at, RATES, 1) - 1, 1)
                     if part == 0:
+                        dense += gl.where(shown == level, 1, 0)
                         own = gl.minimum(gl.maximum(own, dense), both)
                         for _b in range(dense, own):
-                            state = stages.step(state, q, bias, 0, begun, qk_scale, smem, bars, False, HALF, False)
+                            state = stages.step(state, q, bias, 0, -1, qk_scale, smem, bars, False, HALF, False)
                         for b in range(own, both):
                             last = edge - b * BN
-                            state = stages.step(state, q, bias, last, begun, qk_scale, smem, bars, True, HALF, False)
+                            state = stages.step(state, q, bias, last, -1, qk_scale, smem, bars, True, HALF, False)
                         skipped += some - both
                     else:
                         for b in range(both, some):
                             last = edge - b * BN
-                            state = stages.step(state, q, bias, last, begun, qk_scale, smem, bars, True, HALF, False)
+                            state = stages.step(state, q, bias, last, -1, qk_scale, smem, bars, True, HALF, False)
         if not Q_REGISTERS:
             mbarrier.arrive(q_empty.index(HALF), count=1)
         it, acc, row_lse = stages.finish(state, smem, bars)

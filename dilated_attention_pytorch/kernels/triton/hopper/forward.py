@@ -105,7 +105,8 @@ def _consume(
 
         # Its keys.
         if EVEN:
-            state = stages.first_step(it, q, walk.bias_at(0, ends, NB), qk_scale, smem, bars, HALF, PINGPONG)
+            bias = walk.bias_at(0, ends, NB)
+            state = stages.first_step(it, q, bias, 0, qk_scale, smem, bars, False, HALF, PINGPONG)
             for j in range(1, ends[NB - 1]):
                 bias = walk.bias_at(j, ends, NB)
                 state = stages.step(state, q, bias, 0, -1, qk_scale, smem, bars, False, HALF, PINGPONG)

@@ -123,8 +123,10 @@ def begin(it, smem, bars):
 
 
 @gluon.jit
-def first_step(it, q, bias, qk_scale, smem, bars, HALF: gl.constexpr, PINGPONG: gl.constexpr):
-    """`begin` and the first step, where it needs no mask: a product fewer."""
+def first_step(
+    it, q, bias, edge, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr
+):
+    """`begin` and the first step in one, a product fewer; arguments as those of `step`."""
     q_smem, k_smem, _ = smem
     _, _, k_full, k_empty, v_full, _, turn = bars
     HM: gl.constexpr = q_smem.shape[1]
@@ -142,7 +144,10 @@ def first_step(it, q, bias, qk_scale, smem, bars, HALF: gl.constexpr, PINGPONG: 
     give_turn(turn, HALF, PINGPONG)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    m = gl.max(s, 1) * qk_scale + bias
+    if MASKED:
+        columns = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+        s = gl.where(columns <= edge, s, -float("inf"))
+    m = gl.maximum(gl.max(s, 1) * qk_scale + bias, _LOWEST)
     p = gl.exp2(s * qk_scale - gl.expand_dims(m - bias, 1))
     l = gl.sum(p, 1)
     p = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, A, 2))

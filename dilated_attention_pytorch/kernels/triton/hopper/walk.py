@@ -10,9 +10,11 @@ A *row* counts positions of one residue at stride R, the largest rate: position 
 of a residue, and every length is a multiple of B * R.
 
 All of it is arithmetic on integers that are not negative: `tests/kernels/test_hopper_walk.py` runs these functions as
-plain Python. A division by a number that is known only at run time takes microseconds, so `pick` and its like divide by
-all constants and choose.
+plain Python. A division by a number that is known only at run time takes microseconds, so `divide` and its like shift,
+or divide by all constants and choose.
 """
+
+import math
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,12 +29,23 @@ def pick(values: gl.constexpr, i):
     return found
 
 
+@gluon.constexpr_function
+def logs_of(values):
+    """log2 of each of the values; none if one is no power of two."""
+    exact = all(x & (x - 1) == 0 for x in values)
+    return tuple(x.bit_length() - 1 for x in values) if exact else ()
+
+
 @gluon.jit
 def divide(x, i, RATES: gl.constexpr, B: gl.constexpr):
-    """x // (RATES[i] * B)."""
-    found = gl.to_tensor(x // (RATES[0] * B))
-    for j in gl.static_range(1, len(RATES)):
-        found = gl.where(i == j, x // (RATES[j] * B), found)
+    """x // (RATES[i] * B), for a B that is a power of two."""
+    LOGS: gl.constexpr = logs_of(RATES)
+    if len(LOGS) > 0:
+        found = gl.to_tensor(x) >> (pick(LOGS, i) + (B.bit_length() - 1))
+    else:
+        found = gl.to_tensor(x // (RATES[0] * B))
+        for j in gl.static_range(1, len(RATES)):
+            found = gl.where(i == j, x // (RATES[j] * B), found)
     return found
 
 
@@ -40,6 +53,19 @@ def divide(x, i, RATES: gl.constexpr, B: gl.constexpr):
 def modulo(x, i, RATES: gl.constexpr):
     """x % RATES[i]."""
     return x - divide(x, i, RATES, 1) * pick(RATES, i)
+
+
+@gluon.constexpr_function
+def log2_to(number):
+    """log2 of 1, 2, .. up to a number."""
+    return tuple(math.log2(x) for x in range(1, number + 1))
+
+
+@gluon.jit
+def bias_of(multiplicity, NB: gl.constexpr):
+    """log2 of a multiplicity up to the number of branches."""
+    BIASES: gl.constexpr = log2_to(NB)
+    return pick(BIASES, multiplicity - 1)
 
 
 # Levels and residues.
@@ -84,23 +110,26 @@ def residue_count(shown, level, RATES: gl.constexpr):
 def tile_at(tile, num_blocks, num_heads, R: gl.constexpr):
     """(batch, head, residue, block) of a tile.
 
-    Residues turn from block to block: levels differ in cost, and a program that takes every 132nd tile would see the
-    same few residues only.
+    Levels differ in cost, and a program that takes every 132nd tile would see the same few only: so residues turn from
+    block to block, and count from the head.
     """
     turn = tile // R
     head = turn // num_blocks
-    return head // num_heads, head % num_heads, (tile + turn) % R, turn % num_blocks
+    return head // num_heads, head % num_heads, (head + tile + turn) % R, turn % num_blocks
+
+
+@gluon.constexpr_function
+def rows_of(lengths, rate):
+    """Segment lengths in rows of a residue."""
+    return tuple(length // rate for length in lengths)
 
 
 @gluon.jit
 def segment_of(row, i, LENGTHS: gl.constexpr, R: gl.constexpr):
     """First row and number of rows of branch i's segment around a row."""
-    start = gl.to_tensor(0)
-    rows = gl.to_tensor(0)
-    for j in gl.static_range(len(LENGTHS)):
-        start = gl.where(i == j, row // (LENGTHS[j] // R) * (LENGTHS[j] // R), start)
-        rows = gl.where(i == j, LENGTHS[j] // R, rows)
-    return start, rows
+    ROWS: gl.constexpr = rows_of(LENGTHS, R)
+    rows = pick(ROWS, i)
+    return divide(row, i, ROWS, 1) * rows, rows
 
 
 @gluon.jit
@@ -165,10 +194,11 @@ def steps_up_to(row, level, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr, B
 @gluon.jit
 def bias_at(step, ends, NB: gl.constexpr):
     """log2 of the multiplicity of a step of `each_block`."""
-    multiplicity = gl.to_tensor(1.0)
+    BIASES: gl.constexpr = log2_to(NB)
+    bias = gl.to_tensor(0.0)
     for j in gl.static_range(1, NB):
-        multiplicity += gl.where(step >= ends[j - 1], 1.0, 0.0)
-    return gl.log2(multiplicity)
+        bias = gl.where(step >= ends[j - 1], BIASES[j], bias)
+    return bias
 
 
 @gluon.jit
