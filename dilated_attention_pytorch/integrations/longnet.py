@@ -301,7 +301,8 @@ class LongNetForSequenceClassification(_LongNetModel):
         """
         states, x = self._states(options), _given(input_ids, inputs_embeds)
         _check_known(options)
-        hidden = self._hidden(input_ids, inputs_embeds, Rows.padded(attention_mask), is_causal=False, states=states)
+        rows = Rows.padded(attention_mask, (x.shape[0], x.shape[1]))
+        hidden = self._hidden(input_ids, inputs_embeds, rows, is_causal=False, states=states)
         real = hidden.new_ones(x.shape[:2]) if attention_mask is None else attention_mask.to(hidden.dtype)
         count = real.sum(1, keepdim=True).clamp(min=1)  # a row of nothing but padding has mean 0
         logits = self.classifier((hidden * real[..., None]).sum(1) / count)

@@ -294,6 +294,12 @@ def test_what_is_no_tensor_is_named(given: dict[str, Any], message: str) -> None
         use_dilated_attention(3, [8], [1])
 
 
+@pytest.mark.parametrize("kind", [CAUSAL, MASKED, CLASSIFIER])
+def test_a_mask_of_another_shape_is_named(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"^expected attention_mask of shape \(1, 5\), got \(1, 6\)"):
+        build(kind)(torch.arange(5)[None], attention_mask=torch.ones(1, 6))
+
+
 def test_a_mask_of_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         mask = torch.tensor([[0, 1, 1, 1, 1]]).bool()
