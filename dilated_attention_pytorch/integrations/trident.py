@@ -52,6 +52,8 @@ class GigaPathSlideEncoder(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check.check_bool("pretrained", pretrained)
+        check.check_bool("freeze", freeze)
         if pretrained is (weights is None):
             got = "none" if weights is None else "weights"
             raise ValueError(f"expected weights, a file say, or else pretrained=False, got {got} and {pretrained=}")

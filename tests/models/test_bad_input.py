@@ -285,6 +285,12 @@ def test_what_stands_where_another_object_should(call: Any, error: type[Exceptio
         call()
 
 
+def test_causality_is_a_bool_before_it_is_looked_up() -> None:
+    model, tokens = LongNetLM(**TINY, vocab_size=11), torch.zeros(1, 30, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^expected is_causal to be a bool, got ndarray"):
+        model(tokens, is_causal=np.ones(2))
+
+
 def test_hidden_states_go_into_a_list() -> None:
     with pytest.raises(TypeError, match=r"^expected states to be of list or NoneType, got tuple"):
         LongNetLM(**TINY, vocab_size=11)(torch.zeros(1, 3, dtype=torch.int64), states=())
