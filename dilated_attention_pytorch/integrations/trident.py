@@ -62,7 +62,7 @@ class GigaPathSlideEncoder(nn.Module):
         depth = self.model.config.depth
         if layer is not None and check.check_int("layer", layer, 0) > depth:
             raise ValueError(f"expected layer to be at most {depth}, the model's depth, got {layer}")
-        if precision not in check.FLOAT_DTYPES:
+        if not isinstance(precision, torch.dtype) or precision not in check.FLOAT_DTYPES:
             raise TypeError(f"expected precision to be a floating dtype such as float32, got {check.shown(precision)}")
         self.layer, self.precision = layer, precision
         self.embedding_dim = self.model.config.embed_dim

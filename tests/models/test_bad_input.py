@@ -280,6 +280,7 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
         (lambda: find_slides(None), TypeError, "folder to be a path, got NoneType"),
         (lambda: pad_slides([3]), TypeError, r"slides\[0\] to be of Slide, got int 3"),
         (lambda: pad_slides([]), ValueError, "slides to hold at least one, got none"),
+        (lambda: EmbedOptions(dtype=np.ones(2)), ValueError, "dtype to be one of"),
         (lambda: EmbedOptions(layers=3), TypeError, "layers to be of tuple or list, got int 3"),
         (lambda: ResultFolder("x", "gif", {}), ValueError, "format to be one of"),
         (lambda: balanced_bounds(3, 8, 2), TypeError, "pattern to be of DilatedPattern, got int 3"),
