@@ -20,7 +20,8 @@ FLOOR ?= $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\).*/\1/p' pyproje
 FLOOR_VENV ?= .venv-floor
 FLOOR_PIP ?=
 FLOOR_TESTS ?= tests/core tests/kernels tests/models tests/ring tests/streaming
-# Arguments of `make chaos` and `make mutants`.
+# Arguments of `make fuzz`, `make chaos` and `make mutants`.
+FUZZ ?=
 CHAOS ?=
 MUTANTS ?=
 # `make fuzz SECONDS=60`. Bash has a variable of this name too, which counts, so it is taken from the command line alone.
@@ -96,7 +97,7 @@ test-floor: ## the CPU tests on the lowest torch that the metadata allows, where
 	$(call step,pytest on torch $(FLOOR),$(ONE_THREAD) $(FLOOR_VENV)/bin/python -m pytest -n $(JOBS) $(FLOOR_TESTS) $(PYTEST_ARGS))
 
 fuzz: $(STAMP) ## draw calls of every public function for SECONDS=600; prints the seed, what failed, and a count
-	PYTHONPATH=tests:tests/helpers $(ONE_THREAD) $(BIN)/python -m fuzz --seconds $(SECONDS_OF_FUZZ)
+	PYTHONPATH=tests:tests/helpers $(ONE_THREAD) $(BIN)/python -m fuzz --seconds $(SECONDS_OF_FUZZ) $(FUZZ)
 
 chaos: $(STAMP) ## kill 60 commands, damage files in every known way, fill disks; CHAOS="--kills 10 --seed 1" for others
 	PYTHONPATH=.:tests $(ONE_THREAD) $(BIN)/python -m chaos $(CHAOS)

@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Rotation, rotate
-from dilated_attention_pytorch.core.validation import check_dense, check_instance
+from dilated_attention_pytorch.core.validation import check_dense, check_instance, check_int
 from dilated_attention_pytorch.integrations.longnet_config import LongNetHFConfig as LongNetHFConfig
 from dilated_attention_pytorch.integrations.rows import Rows
 from dilated_attention_pytorch.integrations.static_step import static_step
@@ -135,6 +135,9 @@ class _LongNetModel(PreTrainedModel):
         if labels is None:
             return None
         check_dense("labels", labels)
+        if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"expected labels of torch.int64 and shape {tuple(logits.shape[:-1])}, got {got}")
         extra = {} if items is None else {"num_items_in_batch": items}
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
         return loss  # type: ignore[no-any-return]
@@ -229,8 +232,7 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
         if past_key_values is not None:
             cache = (_StaticStep if is_step else _Cache)(past_key_values, self.model, x.shape[1], rows)
         hidden = self._hidden(input_ids, inputs_embeds, rows, is_causal=True, states=states, cache=cache)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(hidden[:, kept])
+        logits = self.model.logits(hidden[:, _kept(logits_to_keep)])
         return CausalLMOutputWithPast(
             loss=self._loss(logits, labels, items),
             logits=logits,
@@ -324,7 +326,8 @@ class LongNetForSequenceClassification(_LongNetModel):
         """
         states, x = self._states(options), _given(input_ids, inputs_embeds)
         _check_known(options)
-        hidden = self._hidden(input_ids, inputs_embeds, Rows.padded(attention_mask), is_causal=False, states=states)
+        rows = Rows.padded(attention_mask, (x.shape[0], x.shape[1]))
+        hidden = self._hidden(input_ids, inputs_embeds, rows, is_causal=False, states=states)
         real = hidden.new_ones(x.shape[:2]) if attention_mask is None else attention_mask.to(hidden.dtype)
         count = real.sum(1, keepdim=True).clamp(min=1)  # a row of nothing but padding has mean 0
         logits = self.classifier((hidden * real[..., None]).sum(1) / count)
@@ -356,6 +359,16 @@ def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if x.dim() < 2:
         raise ValueError(f"expected input_ids of shape (B, T), got {tuple(x.shape)}")
     return x
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The positions that logits are wanted of: the last so many (0: all), or those of a tensor."""
+    if not isinstance(logits_to_keep, Tensor):
+        return slice(-check_int("logits_to_keep", logits_to_keep, 0), None)
+    check_dense("logits_to_keep", logits_to_keep)
+    if logits_to_keep.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expected logits_to_keep of dtype int32 or int64, got {logits_to_keep.dtype}")
+    return logits_to_keep
 
 
 def _rows(

@@ -19,13 +19,18 @@ class Rows(NamedTuple):
     cu_seqlens: Tensor | None = None  # int (documents + 1,), over all tokens of all rows
 
     @classmethod
-    def padded(cls, attention_mask: Tensor | None) -> Rows:
-        """Rows of a mask `(B, tokens)`, 1 = real. Reading it makes the host wait; a traced one is taken as it is."""
-        if attention_mask is not None:
-            check_values("attention_mask", attention_mask)
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"expected attention_mask of shape (B, tokens), got {tuple(attention_mask.shape)}")
-        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+    def padded(cls, attention_mask: Tensor | None, shape: tuple[int, int] | None = None) -> Rows:
+        """Rows of a mask `(B, tokens)`, 1 = real, with the shape of these where it is known.
+
+        Reading it makes the host wait; a traced one is taken as it is.
+        """
+        if attention_mask is None:
+            return cls()
+        check_values("attention_mask", attention_mask)
+        if attention_mask.dim() != 2 or (shape is not None and attention_mask.shape != shape):
+            wanted = "(B, tokens)" if shape is None else shape
+            raise ValueError(f"expected attention_mask of shape {wanted}, got {tuple(attention_mask.shape)}")
+        if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             return cls()
         real = attention_mask != 0  # a tensor of its own, which a gradient may keep
         return cls(real, (real.cumsum(1) == 0).sum(1))
@@ -54,7 +59,7 @@ class Rows(NamedTuple):
         Raises:
             ValueError: what does not go together. A traced call raises a RuntimeError when it runs.
         """
-        rows = cls.padded(attention_mask)
+        rows = cls.padded(attention_mask, None if cached else shape)
         real = None if rows.key_padding_mask is None else rows.key_padding_mask[:, -shape[1] :]
         packed = cu_seq_lens is not None or seq_idx is not None
         if packed and real is not None:

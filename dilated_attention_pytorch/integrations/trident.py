@@ -54,6 +54,8 @@ class GigaPathSlideEncoder(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check.check_bool("pretrained", pretrained)
+        check.check_bool("freeze", freeze)
         if pretrained is (weights is None):
             got = "none" if weights is None else "weights"
             raise ValueError(f"expected weights, a file say, or else pretrained=False, got {got} and {pretrained=}")
@@ -62,7 +64,7 @@ class GigaPathSlideEncoder(nn.Module):
         depth = self.model.config.depth
         if layer is not None and check.check_int("layer", layer, 0) > depth:
             raise ValueError(f"expected layer to be at most {depth}, the model's depth, got {layer}")
-        if precision not in check.FLOAT_DTYPES:
+        if not isinstance(precision, torch.dtype) or precision not in check.FLOAT_DTYPES:
             raise TypeError(f"expected precision to be a floating dtype such as float32, got {check.shown(precision)}")
         self.layer, self.precision = layer, precision
         self.embedding_dim = self.model.config.embed_dim

@@ -299,7 +299,8 @@ def _shape(
     """Fields of `LongNetConfig`, from the caller and from shapes; `load_into` finds missing weights.
     `numbers` are activation and layer_norm_eps."""
     fields: dict[str, Any] = {"nhead": num_heads, "positions": None, **numbers}
-    fields |= {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
+    for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+        fields[name] = check.check_positive_ints(name, values)
     if layers := count_layers(found, stack):
         fields[f"num_{stack}_layers"] = layers
     first = found.get(f"{stack}.layers.0.ffn.fc1.weight")

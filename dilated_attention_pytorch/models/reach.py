@@ -8,6 +8,7 @@ from functools import lru_cache
 from dilated_attention_pytorch._deprecated import warn_user
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.reach import MOST_POSITIONS
+from dilated_attention_pytorch.core.validation import check_bool
 
 _warned: set[tuple[object, ...]] = set()
 
@@ -42,7 +43,7 @@ def warn_out_of_reach(pattern: DilatedPattern, shifts: Sequence[int], seq_len: i
     # A traced length is not looked at; and where one segment holds all, nothing is, call by call.
     if type(seq_len) is not int or max(pattern.segment_lengths) >= seq_len + max(shifts, default=0) or not shifts:
         return
-    key = pattern, tuple(shifts), is_causal
+    key = pattern, tuple(shifts), check_bool("is_causal", is_causal)
     if key in _warned:
         return
     message = out_of_reach(pattern, tuple(shifts), seq_len, is_causal=is_causal)

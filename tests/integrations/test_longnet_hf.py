@@ -283,6 +283,8 @@ class TestInputsAndOutputs:
         ({"attention_mask": 1}, "attention_mask to be a Tensor, got int"),
         ({"position_ids": "all"}, "position_ids to be a Tensor, got str"),
         ({"labels": 0.5}, "labels to be a Tensor, got float"),
+        ({"logits_to_keep": "all"}, "logits_to_keep to be an int, got str"),
+        ({"logits_to_keep": torch.ones(2)}, "logits_to_keep of dtype int32 or int64, got torch.float32"),
         ({"past_key_values": 1}, "past_key_values to be of Cache, got int 1"),
     ],
 )
@@ -292,6 +294,18 @@ def test_what_is_no_tensor_is_named(given: dict[str, Any], message: str) -> None
         model(**{"input_ids": torch.arange(5)[None], **given})
     with pytest.raises(TypeError, match=r"^expected model to be of Module, got int 3"):
         use_dilated_attention(3, [8], [1])
+
+
+@pytest.mark.parametrize("kind", [CAUSAL, MASKED, CLASSIFIER])
+def test_a_mask_of_another_shape_is_named(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"^expected attention_mask of shape \(1, 5\), got \(1, 6\)"):
+        build(kind)(torch.arange(5)[None], attention_mask=torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 5)])
+def test_labels_of_another_kind_are_named(labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^expected labels of torch.int64 and shape \(1, 5\), got torch"):
+        build()(torch.arange(5)[None], labels=labels)
 
 
 def test_a_mask_of_inference_mode_serves_training() -> None:

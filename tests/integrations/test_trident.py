@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import official_rules
 import pytest
 import torch
@@ -84,6 +85,8 @@ def test_mistakes(checkpoint: Path) -> None:
         GigaPathSlideEncoder(checkpoint, num_heads=4)
     with pytest.raises(TypeError, match="expected precision to be a floating dtype such as float32, got str 'fp16'"):
         GigaPathSlideEncoder(checkpoint, num_heads=4, layer=1, precision="fp16")
+    with pytest.raises(TypeError, match="expected freeze to be a bool, got ndarray"):
+        GigaPathSlideEncoder(checkpoint, num_heads=4, layer=1, freeze=np.ones(2))
     encoder, batch = GigaPathSlideEncoder(checkpoint, layer=1, num_heads=4, freeze=False), slide(256)
     assert all(p.requires_grad for p in encoder.parameters())
     for name in batch:

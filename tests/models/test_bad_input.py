@@ -242,6 +242,7 @@ def test_saved_weights_are_floating_and_go_to_a_device_that_is_there(tmp_path: A
 
 
 ENCODER: Any = SlideEncoder(**VISION, in_chans=6).eval()
+THEIRS = {k.removeprefix("encoder."): x for k, x in LongNetEncoder(**TINY).state_dict().items()}
 TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
 
 
@@ -261,6 +262,11 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
         (lambda: load_pretrained(None), TypeError, "folder to be a path, got NoneType"),
         (lambda: convert(4), TypeError, "weights, unless they are a mapping, to be a path, got int 4"),
         (lambda: convert({4: torch.zeros(2)}), ValueError, r"to hold tensors by name, got beside them: 4 \(Tensor\)"),
+        (
+            lambda: convert(THEIRS, num_heads=2, segment_lengths=[8], dilation_rates=np.float64(0.5)),
+            TypeError,
+            "dilation_rates to be a sequence of ints, got float64",
+        ),
         (lambda: SlideEncoder.from_pretrained(4), TypeError, "weights, unless they are a mapping, to be a path"),
         (lambda: settings(3, "encoder"), TypeError, "args to hold settings by name, got int 3"),
         (lambda: slide_segment_lengths(2**62), ValueError, r"max_wsi_size and tile_size to make fewer than 2\*\*63"),
@@ -274,6 +280,7 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
         (lambda: find_slides(None), TypeError, "folder to be a path, got NoneType"),
         (lambda: pad_slides([3]), TypeError, r"slides\[0\] to be of Slide, got int 3"),
         (lambda: pad_slides([]), ValueError, "slides to hold at least one, got none"),
+        (lambda: EmbedOptions(dtype=np.ones(2)), ValueError, "dtype to be one of"),
         (lambda: EmbedOptions(layers=3), TypeError, "layers to be of tuple or list, got int 3"),
         (lambda: ResultFolder("x", "gif", {}), ValueError, "format to be one of"),
         (lambda: balanced_bounds(3, 8, 2), TypeError, "pattern to be of DilatedPattern, got int 3"),
@@ -283,6 +290,12 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
 def test_what_stands_where_another_object_should(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^expected .*{message}"):
         call()
+
+
+def test_causality_is_a_bool_before_it_is_looked_up() -> None:
+    model, tokens = LongNetLM(**TINY, vocab_size=11), torch.zeros(1, 30, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^expected is_causal to be a bool, got ndarray"):
+        model(tokens, is_causal=np.ones(2))
 
 
 def test_hidden_states_go_into_a_list() -> None:

@@ -73,7 +73,7 @@ class EmbedOptions:
     ring_above: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in _DTYPES:
             raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {self.dtype}")
         check_instance("layers", self.layers, tuple, list)
         check_bool("tiles", self.tiles)
