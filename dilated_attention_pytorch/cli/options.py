@@ -72,7 +72,8 @@ def refuse(context: Any, names: Iterable[str], where: str) -> None:
         source = context.get_parameter_source(param.name)
         if param.name in names and source is not None and source.name == "COMMANDLINE":
             value = context.params[param.name]
-            raise ValueError(f"expected no {max(param.opts, key=len)} {where}, got {'it' if value is True else value}")
+            shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else "it" if value is True else value
+            raise ValueError(f"expected no {max(param.opts, key=len)} {where}, got {shown}")
 
 
 def pairs(settings: Sequence[str]) -> dict[str, str]:
