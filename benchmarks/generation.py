@@ -6,7 +6,7 @@ the rates are medians over the turns, the ratio is the median over pairs of neig
 cached and uncached logits differ on a small case.
 
     python benchmarks/generation.py [--threads 1] [--rounds 96] [--out benchmarks/results]
-    python benchmarks/generation.py --device cuda [--only TEXT] [--seconds 230] [--out benchmarks/results]
+    python benchmarks/generation.py --device cuda [--all] [--only TEXT] [--seconds 230] [--out benchmarks/results]
 
 On a GPU it is another benchmark, of `generation_gpu.py`: contexts of 8k to 1M, batches of 1 to 64, prompts, and a dense
 model beside it.
@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", help="parts whose name holds this text, on a GPU")
     parser.add_argument("--seconds", type=float, default=230.0, help="what does not fit is left out, on a GPU")
+    parser.add_argument("--all", action="store_true", help="all contexts and batches, on a GPU; about four minutes")
     parser.add_argument("--smoke", action="store_true", help="the GPU's benchmark, small, on any device")
     parser.add_argument("--out", type=Path, help="folder for the numbers as JSON")
     args = parser.parse_args()
@@ -81,7 +82,7 @@ def main() -> int:
 
     if args.smoke or args.device == "cuda":
         common.announce()
-        rows, said = generation_gpu.table(args.device, args.seconds, args.only, args.smoke)
+        rows, said = generation_gpu.table(args.device, args.seconds, args.only, args.smoke, args.all)
         said = f"cached against uncached logits in fp64: {difference:.1e}; {said}"
         common.write(args.out, "generation", rows, check=said)
         return 0

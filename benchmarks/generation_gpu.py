@@ -7,18 +7,19 @@ transformers, with its dynamic and its static cache (eager, and compiled as `gen
 A step is put at a position by filling the cache with random keys of the right shape: what a token costs depends on how
 many keys it sees, not on what they are. A graph serves every position, so contexts are measured with one capture per
 batch. Multiples of every segment length are where the fewest keys are in sight: *after* is the mean over the 128 tokens
-behind the context, *before* over the 128 in front of it, *mean* over 64 places of its longest segment.
+behind the context, *before* over the 128 in front of it, *mean* over 64 places drawn from its longest segment.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
+import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import common
@@ -38,7 +39,7 @@ SMOKE: dict[str, Any] = SHAPE | {
     "segment_lengths": (16, 64), "dilation_rates": (1, 4),
 }  # fmt: skip
 BATCHES, CONTEXTS = (1, 8, 64), (8 << 10, 64 << 10, 256 << 10, 1 << 20)
-PIECE = 32_768  # positions of a prompt at a time
+PIECES = (8 << 10, 32 << 10, 64 << 10)  # positions of a prompt at a time
 # Bytes per second, as the makers state them.
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
 PLACES = ("after", "before", "mean")
@@ -76,14 +77,13 @@ class Standing:
             total += count
         return (now() - start) / total
 
-    def device_work(self, position: int) -> tuple[float, float]:
+    def device_work(self, positions: list[int]) -> tuple[float, float]:
         """Seconds that the device works per token, and how many kernels and copies that are."""
-        self.cache.positions.fill_(position)
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            self.graphed.take(20)
-            now()
+            self.seconds(self.graphed, positions, 1)
         work = [x for x in seen.key_averages() if x.self_device_time_total > 0]
-        return sum(x.self_device_time_total for x in work) / 20e6, sum(x.count for x in work) / 20
+        count = len(positions)
+        return sum(x.self_device_time_total for x in work) / 1e6 / count, sum(x.count for x in work) / count
 
 
 def now() -> float:
@@ -98,20 +98,27 @@ def first_positions(context: int, place: str, longest: int) -> tuple[list[int], 
     near = min(128, longest // 16)
     if place != "mean":
         return [context if place == "after" else context - near], near
-    start, step = (context - 1) // longest * longest, longest // min(64, near)
-    return [start + i * step + i % step for i in range(longest // step)], 4
+    start = (context - 1) // longest * longest
+    # Drawn, because evenly spaced ones would fall on the same residues of the shorter segments.
+    return [start + i for i in random.Random(context).sample(range(longest - 4), min(64, near))], 4
 
 
-def bytes_of(model: LongNetLM, positions: Iterable[int], batch: int) -> float:
+def bytes_of(model: LongNetLM, positions: list[int], batch: int) -> float:
     """Bytes that a token of each row has to read: the weights, one row of the embedding, each key in sight once."""
     config = model.config
     heads = config.num_kv_heads or config.nhead
     pattern = DilatedPattern(config.segment_lengths, config.dilation_rates, heads)
     size = model.embed_tokens.weight.element_size()
     weights = sum(p.nbytes for p in model.parameters()) - model.embed_tokens.weight.nbytes
-    seen = [len(set().union(*pattern.keys_of(n, h, n + 1))) for n in positions for h in range(heads)]
-    keys = statistics.mean(seen) * heads * config.d_model // config.nhead * 2 * size * config.num_decoder_layers
-    return weights + batch * keys
+    keys = keys_in_sight(pattern, tuple(positions)) * config.d_model // config.nhead * 2 * size
+    return weights + batch * keys * config.num_decoder_layers
+
+
+@functools.cache
+def keys_in_sight(pattern: DilatedPattern, positions: tuple[int, ...]) -> float:
+    """Distinct keys that a query sees, of all heads together; the mean over the positions."""
+    heads = range(pattern.num_heads)
+    return statistics.mean(sum(len(set().union(*pattern.keys_of(n, h, n + 1))) for h in heads) for n in positions)
 
 
 def bandwidth() -> float | None:
@@ -128,12 +135,12 @@ def decode(model: LongNetLM, batches: Iterable[int], contexts: Iterable[int], ea
         steps = standing.eager if eager else standing.graphed
         for context, place in itertools.product(contexts, ("mean",) if eager else PLACES):
             positions, count = first_positions(context, place, longest)
-            positions, rounds = (positions[::16], 1) if eager else (positions, 3)
+            positions = positions[::8] if eager else positions
             standing.seconds(steps, positions[:1], 4)
-            found = statistics.median(standing.seconds(steps, positions, count) for _ in range(rounds))
-            # Tokens behind a position see one key more each.
-            middle = [n + count // 2 for n in positions]
-            least = bytes_of(model, middle[:: max(1, len(middle) // 16)], batch)
+            found = statistics.median(standing.seconds(steps, positions, count) for _ in range(1 if eager else 3))
+            # Every token that was taken, or a few of many that follow one another.
+            taken = [n + i for n in positions for i in range(0, count, max(1, count // 16))]
+            least = bytes_of(model, taken, batch)
             row: Row = {
                 "case": f"{'eager' if eager else 'graphed'} B={batch} {named(context)} {place}", "ms": found * 1e3,
                 "gib": least / 2**30, "peak_gib": peak(),
@@ -141,7 +148,7 @@ def decode(model: LongNetLM, batches: Iterable[int], contexts: Iterable[int], ea
             if (rate := bandwidth()) is not None:
                 row["floor_ms"] = least / rate * 1e3
             if not eager:
-                work, kernels = standing.device_work(middle[len(middle) // 2])
+                work, kernels = standing.device_work(taken[::4] if place == "mean" else taken)
                 row |= {"device_ms": work * 1e3, "kernels": kernels, "share": work / found}
             yield row
         del standing, steps
@@ -158,7 +165,9 @@ def growing(model: LongNetLM, contexts: Iterable[int]) -> Iterator[Row]:
             x = torch.randn(1, 1, heads, width, device=device_of(model), dtype=model.embed_tokens.weight.dtype)
             layer.append(*[x.expand(1, context, heads, width)] * 2)
         cache.commit()
-        steps = decoding.EagerSteps(model, cache, partial(torch.argmax, dim=-1), torch.zeros_like(x[0, :, 0, 0]).long())
+        steps = decoding.EagerSteps(
+            model, cache, functools.partial(torch.argmax, dim=-1), torch.zeros_like(x[0, :, 0, 0]).long()
+        )
         steps.take(4)
         start = now()
         steps.take(24)
@@ -169,25 +178,27 @@ def growing(model: LongNetLM, contexts: Iterable[int]) -> Iterator[Row]:
         }
 
 
-def prompts(model: LongNetLM, cases: Iterable[tuple[int, int]]) -> Iterator[Row]:
-    """A prompt in pieces, random tokens, without and with what is compiled for its shape."""
-    for batch, context in cases:
+def prompts(model: LongNetLM, cases: Iterable[tuple[int, int, int | None]]) -> Iterator[Row]:
+    """A prompt whole or in pieces, random tokens, without and with what is compiled for its shape."""
+    for batch, context, piece in cases:
         fresh()
         prompt = torch.randint(model.config.vocab_size or 1, (batch, context), device=device_of(model))
         times = []
         for _ in range(2):
             start = now()
-            prefill(model, model.make_cache(), prompt, PIECE)
+            prefill(model, model.make_cache(), prompt, piece)
             times.append(now() - start)
-        yield {"case": f"prefill B={batch} {named(context)}", "first_s": times[0], "s": times[1], "peak_gib": peak()}
+        how = "whole" if piece is None else f"in pieces of {named(piece)}"
+        case = f"prefill B={batch} {named(context)} {how}"
+        yield {"case": case, "first_s": times[0], "s": times[1], "peak_gib": peak()}
 
 
 def streamed(model: LongNetLM, context: int, graphed: bool) -> Iterator[Row]:
-    """What a user of `stream` sees: a real prompt, the first token, 256 more."""
+    """What a user of `stream` sees, compilation included: a real prompt, the first token, 256 more."""
     fresh()
     prompt = torch.randint(model.config.vocab_size or 1, (1, context), device=device_of(model))
     start = now()
-    stream = model.stream(prompt, 258, seed=0, top_k=50, prefill_chunk=PIECE, graphed=graphed)
+    stream = model.stream(prompt, 258, seed=0, top_k=50, prefill_chunk=PIECES[-1], graphed=graphed)
     next(stream).tolist()
     first = now()
     next(stream).tolist()  # captures
@@ -279,8 +290,8 @@ def check(device: str) -> float:
     return worst
 
 
-def run(device: str, seconds: float, only: str, smoke: bool) -> tuple[list[Row], list[str]]:
-    """The rows whose case holds a text, as many as the seconds allow; and which were left out."""
+def run(device: str, seconds: float, only: str, smoke: bool, everything: bool) -> tuple[list[Row], list[str]]:
+    """The rows of the parts whose name holds a text, as many as the seconds allow; and what was left out."""
     begun = time.perf_counter()
     shape, contexts, batches = (SMOKE, (512, 1024), (1, 2)) if smoke else (SHAPE, CONTEXTS, BATCHES)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -288,20 +299,24 @@ def run(device: str, seconds: float, only: str, smoke: bool) -> tuple[list[Row],
     with torch.inference_mode():
         model = LongNetLM(**shape, device=device, dtype=dtype).eval()
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {dtype}", flush=True)
-        most = batches[-1]
+        few, last, most = contexts if everything else (*contexts[:2], contexts[-1]), contexts[-1], batches[-1]
+        whole = [(1, contexts[0], None), (1, last, PIECES[-1])]
+        more = [(1, last, piece) for piece in PIECES[:-1]]
+        more += [(1, contexts[1], None), (batches[1], contexts[1], PIECES[-1]), (most, contexts[0], PIECES[0])]
         parts: dict[str, Iterator[Row]] = {
-            "fixed buffers": decode(model, batches, contexts, eager=False),
-            "stream": streamed(model, contexts[-1], graphed=device == "cuda"),
-            "prefill": prompts(model, [*((1, n) for n in contexts), (batches[1], contexts[1]), (most, contexts[0])]),
-            "growing cache": growing(model, contexts),
-            "eager": decode(model, batches, contexts[:1], eager=True),
-            "dense, dynamic": dense(model, [*(("dynamic", 1, n) for n in contexts), ("dynamic", most, contexts[0])]),
-            "dense, static": dense(model, [("static", 1, n) for n in contexts]),
-            "dense, compiled": dense(model, [("static, compiled", 1, n) for n in contexts[1:]]),
+            "prefill": prompts(model, whole + more if everything else whole),
+            "stream": streamed(model, last, graphed=device == "cuda"),
+            "fixed buffers": decode(model, batches[:1], few, eager=False),
+            "fixed buffers, a batch": decode(model, batches[1:], contexts if everything else [last], eager=False),
+            "growing cache": growing(model, few if everything else few[:1]),
+            "eager": decode(model, batches if everything else batches[:1], contexts[:1], eager=True),
+            "dense, dynamic": dense(model, [*(("dynamic", 1, n) for n in few), ("dynamic", most, contexts[0])]),
+            "dense, static": dense(model, [("static", 1, n) for n in (few if everything else few[1:2])]),
+            "dense, compiled": dense(model, [("static, compiled", 1, n) for n in (few if everything else few[1:2])]),
         }
         for name, part in parts.items():
             # Without a GPU the kernels of a step would be interpreted.
-            if only not in name or (device != "cuda" and name in ("fixed buffers", "eager", "dense, compiled")):
+            if only not in name or (device != "cuda" and name.startswith(("fixed", "eager", "dense, comp"))):
                 continue
             for row in part:
                 rows.append(row)
@@ -341,7 +356,7 @@ def judged(rows: list[Row]) -> list[str]:
     return said
 
 
-def table(device: str, seconds: float, only: str, smoke: bool) -> tuple[list[Row], str]:
+def table(device: str, seconds: float, only: str, smoke: bool, everything: bool) -> tuple[list[Row], str]:
     """Runs, prints, and says what was checked."""
     warnings.filterwarnings("ignore", "the context of")  # no position of this pattern knows all of a million tokens
     said = "nothing more: the decoding kernel needs a GPU"
@@ -351,7 +366,7 @@ def table(device: str, seconds: float, only: str, smoke: bool) -> tuple[list[Row
         said = f"logits over fixed buffers against the growing cache, fp32: {difference:.1e}"
         common.refuse([said] if difference > 1e-5 else [])
     print("check:", said)
-    rows, late = run(device, seconds, only, smoke)
+    rows, late = run(device, seconds, only, smoke, everything)
     for text in [*judged(rows), *(f"left out, {seconds:.0f} s are over: {name}" for name in late)]:
         print(text)
     return rows, said

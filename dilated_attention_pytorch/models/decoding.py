@@ -6,6 +6,7 @@ same tokens.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from dilated_attention_pytorch.types import QKV
 _AHEAD = 16
 # Runs of the step before it is captured: kernels are compiled and loaded, libraries take their workspaces.
 _WARM_UP = 2
+_CAPTURING = threading.Lock()
 
 
 def why_not(model: nn.Module, tokens: Tensor) -> list[str]:
@@ -234,8 +236,8 @@ class GraphedSteps:
                 for x, was in zip(state, before, strict=True):
                     x.copy_(was)
         torch.cuda.current_stream().wait_stream(side)
-        # Other threads may go on using the device.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # Other threads may go on using the device, but a process has one capture at a time.
+        with _CAPTURING, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             eager.step()
         if generator is not None:
             generator.set_offset(drawn)

@@ -81,7 +81,7 @@ def prompt(length: int = 13) -> tuple[Tensor, Tensor]:
 
 
 def continued(model: Any, count: int = 24, length: int = 13, **how: Any) -> Tensor:
-    tokens, real = prompt(length)
+    tokens, real = (x.to(model.device) for x in prompt(length))
     found: Tensor = model.generate(
         tokens, attention_mask=real, max_new_tokens=count, do_sample=False, eos_token_id=None, **how
     )
@@ -97,6 +97,25 @@ def test_static_and_bounded_caches_give_the_tokens_of_the_one_that_grows(name: s
     assert torch.equal(want, continued(model, cache_implementation="static"))
     assert torch.equal(want, continued(model, cache_implementation="static", prefill_chunk_size=5))
     assert torch.equal(want, continued(model, past_key_values=bounded_cache(model)))
+
+
+@pytest.mark.parametrize("name", ["llama, a dense layer", "longnet"])
+def test_beams(name: str) -> None:
+    """Their rows change places."""
+    model = MODELS[name]()
+    want = continued(model, 12, num_beams=3)
+    assert torch.equal(want, continued(model, 12, num_beams=3, cache_implementation="static"))
+    assert torch.equal(want, continued(model, 12, num_beams=3, past_key_values=bounded_cache(model)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_compiles_by_itself_on_a_gpu(name: str) -> None:
+    """Replays of reduce-overhead; two calls share what was compiled."""
+    model = MODELS[name]().cuda()
+    want = continued(model)
+    for _ in range(2):
+        assert torch.equal(want, continued(model, cache_implementation="static"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -209,6 +209,33 @@ def test_steps_stop_where_every_row_has_ended() -> None:
     assert sampler.end([torch.tensor([4, 1])]) is None
 
 
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_an_error_in_the_middle_leaves_the_model_usable(
+    error: type[BaseException], when: int, graphed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the prompt, in the first step or later; training mode comes back, and the next call gives what it gave."""
+    model, tokens = lm(num_decoder_layers=1), prompt(1)
+    want = model.generate(tokens, 5, greedy=True)
+    model.train()
+    model.decoder.layer_norm.eval()  # a part that the caller froze
+    draws, draw = iter(range(100)), Sampler.draw
+
+    def broken(self: Sampler, logits: torch.Tensor) -> torch.Tensor:
+        if next(draws) == when:
+            raise error("stopped")
+        return draw(self, logits)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampler, "draw", broken)
+        with pytest.raises(error, match="stopped"):
+            model.generate(tokens, 5, greedy=True, graphed=graphed)
+    assert model.training and model.decoder.layers[0].training and not model.decoder.layer_norm.training
+    assert not torch.is_inference_mode_enabled()
+    assert torch.equal(want, model.generate(tokens, 5, greedy=True, graphed=graphed))
+
+
 def test_two_generators_do_not_mix() -> None:
     model, a, b = lm(num_decoder_layers=1), prompt(1), prompt(1)
     want = [model.generate(x, 6, greedy=True) for x in (a, b)]

@@ -57,7 +57,7 @@ def test_prompts_of_generation_are_timed_on_any_device(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("generation_*.json")
     cases = [row["case"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    assert cases == ["prefill B=1 0k", "prefill B=1 1k", "prefill B=2 1k", "prefill B=2 0k"]
+    assert cases == ["prefill B=1 0k whole", "prefill B=1 1k in pieces of 64k"]
 
 
 @pytest.mark.slow
