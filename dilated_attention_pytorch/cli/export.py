@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,12 @@ def export(
     """Write the model of a run's state, however many processes it is sharded over, as one file of weights."""
     from dilated_attention_pytorch.models import save_pretrained
     from dilated_attention_pytorch.training.state import trained_model
+    from dilated_attention_pytorch.training.tokenizer import FILE
 
     kind = check_dtype(dtype)
     model, step = trained_model(run, step)
     save_pretrained(model.to(kind), out or run)
+    if out is not None and (run / FILE).is_file():
+        shutil.copyfile(run / FILE, out / FILE)
     count = sum(p.numel() for p in model.parameters())
     console.print(f"{count:,} parameters after step {step:,} in {out or run}", soft_wrap=True)

@@ -77,7 +77,7 @@ class Corpus:
         counts |= {kind: one["number"] for kind, one in meta["left_out"].items()}
         table, ends = table[kept], ends[kept]
         begins = ends - table["tokens"]
-        cuts, by_document = _split(table, ends, val_fraction)
+        cuts = _cuts(table, ends, val_fraction)
         for split, chosen in (("train", cuts > begins), ("val", cuts < ends)):
             counts[split] = int(chosen.sum())
             if not chosen.any():
@@ -88,7 +88,7 @@ class Corpus:
                 )
         text = table[cuts < ends]
         ended = text.size if meta["end_token"] is not None else 0
-        digest = hashlib.sha256(repr((shards.FORMAT, meta["digest"], by_document)).encode())
+        digest = hashlib.sha256(repr((shards.FORMAT, meta["digest"])).encode())
         for values in (table["key"], cuts - begins, ends - cuts):
             digest.update(np.ascontiguousarray(values).tobytes())
         return cls(
@@ -104,13 +104,12 @@ class Corpus:
         )
 
 
-def _split(table: NDArray[Any], ends: NDArray[np.int64], val_fraction: float) -> tuple[NDArray[np.int64], bool]:
-    """Where the training text of each document ends and its validation text begins, and whether whole ones go."""
-    begins = ends - table["tokens"]
+def _cuts(table: NDArray[Any], ends: NDArray[np.int64], val_fraction: float) -> NDArray[np.int64]:
+    """Where the training text of each document ends and its validation text begins."""
     chosen = (table["key"] >> np.uint64(32)) < val_fraction * 2**32
     if table.size * min(val_fraction, 1 - val_fraction) >= _MANY and 0 < chosen.sum() < table.size:
-        return np.where(chosen, begins, ends), True
-    return ends - (table["tokens"] * val_fraction).astype(np.int64), False
+        return np.where(chosen, ends - table["tokens"], ends)
+    return ends - (table["tokens"] * val_fraction).astype(np.int64)
 
 
 def default_cache() -> Path:

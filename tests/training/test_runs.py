@@ -383,6 +383,8 @@ class TestCommand:
         text = len(b"some words of a text\n") / len(tokenizer.encode([b"some words of a text\n"])[0])
         assert val["val_bpb"] == pytest.approx(val["val_loss"] / math.log(2) / text, rel=0.05)
         assert call("generate", out, "--prompt", "some ", "--bytes", "9", "--seed", "1").startswith("some ")
+        call("export", out, "--out", tmp_path / "elsewhere")
+        assert call("generate", tmp_path / "elsewhere", "--prompt", "some ", "--bytes", "9").startswith("some ")
         model = load_pretrained(out)
         assert isinstance(model, LongNetLM)
         texts = [list(text_stream(model, tokenizer, "some ", 20, seed=seed)) for seed in range(9)]

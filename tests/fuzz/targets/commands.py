@@ -31,8 +31,8 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "generate": (("{folder}",), {"--prompt": "def", "--bytes": "2", "--temperature": "0.7", "--top-k": "2",
                                  "--top-p": "0.5", "--seed": "1", "--device": "cpu"}),
     "train": ((), {"--data": "{folder}/none", "--out": "{folder}/run", "--preset": "demo", "--set": "steps=1",
-                   "--suffix": ".md", "--context-parallel": "2", "--val-fraction": "0.1", "--device": "cpu",
-                   "--sample-bytes": "2"}),
+                   "--suffix": ".md", "--field": "text", "--tokenizer": "bytes", "--context-parallel": "2",
+                   "--val-fraction": "0.1", "--device": "cpu", "--sample-bytes": "2"}),
     "migrate": (("{folder}",), {}),
 }  # fmt: skip
 # What is not there in an empty folder, so that right options are refused all the same.
