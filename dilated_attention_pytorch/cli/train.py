@@ -142,7 +142,10 @@ def _data(given: dict[str, Any]) -> dict[str, Any]:
         known = _READERS.get(name.removeprefix("data."))
         if known is None:
             raise ValueError(f"expected a setting of the data, one of {sorted(_READERS)}, got {quoted(name)}")
-        read[name.removeprefix("data.")] = known(value) if isinstance(value, str) else value
+        try:
+            read[name.removeprefix("data.")] = known(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError(f"expected a float for {name}, got {quoted(value)}") from None
     return read
 
 

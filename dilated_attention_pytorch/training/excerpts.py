@@ -76,7 +76,7 @@ def training_excerpts(
     """Some of the excerpts of one step.
 
     An epoch cuts the stream, from a random start, into excerpts whose inputs do not overlap, and takes each once in
-    random order. So the excerpts of a step share no bytes, unless it ends an epoch and begins the next.
+    random order. So the excerpts of a step share no tokens, unless it ends an epoch and begins the next.
 
     Args:
         stream: `(tokens,)`.
@@ -95,7 +95,7 @@ def training_excerpts(
     """
     if stream.size < 2 * context + 1:
         raise ValueError(
-            f"expected at least {2 * context + 1} bytes of training text for a context of {context}, got {stream.size}"
+            f"expected at least {2 * context + 1} tokens of training text for a context of {context}, got {stream.size}"
         )
     count = batch_size - first if count < 0 else count
     # One less than fit: the start may be any number below `context`.
@@ -121,7 +121,7 @@ def validation_excerpts(stream: Stream, *, context: int, limit: int = 0) -> list
         ValueError: a stream without an excerpt.
     """
     if stream.size < 2:
-        raise ValueError(f"expected at least 2 bytes of validation text, got {stream.size}")
+        raise ValueError(f"expected at least 2 tokens of validation text, got {stream.size}")
     whole = (stream.size - 1) // context
     if limit <= 0 or limit >= whole:
         return [stream[begin : begin + context + 1] for begin in range(0, stream.size - 1, context)]

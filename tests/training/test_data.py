@@ -308,7 +308,7 @@ def test_validation_excerpts_cover_or_spread() -> None:
 
 
 def test_short_streams_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected at least 129 bytes of training text for a context of 64, got 100"):
+    with pytest.raises(ValueError, match="expected at least 129 tokens of training text for a context of 64, got 100"):
         training_excerpts(STREAM[:100], context=64, seed=0, step=0, batch_size=1)
-    with pytest.raises(ValueError, match="expected at least 2 bytes of validation text, got 1"):
+    with pytest.raises(ValueError, match="expected at least 2 tokens of validation text, got 1"):
         validation_excerpts(STREAM[:1], context=64)

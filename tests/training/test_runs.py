@@ -332,6 +332,8 @@ class TestCommand:
         assert "expected a setting of the data, one of ['field'," in fails(
             capsys, monkeypatch, *arguments, "--set", "data.x=1"
         )
+        error = fails(capsys, monkeypatch, *arguments, "--set", "data.val_fraction=x")
+        assert "expected a float for data.val_fraction, got 'x'" in error
 
     def test_what_is_no_text_is_told(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
