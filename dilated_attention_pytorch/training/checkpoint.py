@@ -68,14 +68,14 @@ def read_about(path: Path) -> dict[str, Any]:
     return about  # type: ignore[no-any-return]
 
 
-def load(path: Path, tensors: dict[str, Any], *, part: str = "", single: bool = False) -> None:
-    """Read a state's tensors into those given, however they are sharded; collective unless `single`.
+def load(path: Path, tensors: dict[str, Any], *, part: str = "", group: dist.ProcessGroup | None = None) -> None:
+    """Read a state's tensors into those given, however they are sharded.
 
     Args:
         path: of the state.
         tensors: by name; to be written into.
         part: prefix of the names that are wanted, all of them by default.
-        single: this process reads alone.
+        group: of the processes over which they are sharded; without one this process reads alone.
 
     Raises:
         ValueError: names, shapes or dtypes that are not those given.
@@ -92,7 +92,7 @@ def load(path: Path, tensors: dict[str, Any], *, part: str = "", single: bool = 
                 raise ValueError(f"{name} of shape {kinds[name][0]} and {kinds[name][1]}, not those of the run")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
-            state_dict_loader.load(tensors, storage_reader=reader, no_dist=single)
+            state_dict_loader.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     except _ERRORS as error:  # safetensors has errors of its own
         raise damaged(path, _reason(error)) from error
 
@@ -150,7 +150,7 @@ class Checkpoints:
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Read the state after a step into the run's tensors."""
-        self._everywhere(partial(load, path_of(self.folder, step), tensors, single=self._group is None))
+        self._everywhere(partial(load, path_of(self.folder, step), tensors, group=self._group))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Begin to write the state after a step: it returns as soon as the tensors may change.

@@ -105,5 +105,5 @@ def trained_model(folder: Path, step: int | None = None) -> tuple[LongNetLM, int
     config = LongNetConfig.from_dict(checkpoint.read_about(path)["model"])
     model = LongNetLM(config, device="meta").to_empty(device="cpu")
     weights = {f"model.{name}": x for name, x in model.state_dict().items()}
-    checkpoint.load(path, weights, part="model.", single=True)
+    checkpoint.load(path, weights, part="model.")
     return model.eval(), step

@@ -47,7 +47,7 @@ def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     path = path_of(run, step)
     kinds = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     found = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()}
-    load(path, found, single=True)
+    load(path, found)
     return found
 
 
