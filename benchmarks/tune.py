@@ -46,43 +46,41 @@ from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, Outp
 WORKERS = 15
 SHARED = 232_448  # bytes that a program may have on Hopper
 CHECKED = 4096
-# Line -> kernel -> candidates: rows of queries, rows of keys, warps, stages, and "early", "spread" or "pointers". The
+# Line -> kernel -> candidates: rows of queries, rows of keys, warps, stages, and "early" or "pointers". The
 # first is what the table had when they were measured last.
 CANDIDATES: dict[str, dict[str, list[tuple[Any, ...]]]] = {
     "five branches, D=256 causal N=262144": {
-        "forward": [(64, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 3)],
-        "dq": [(64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)],
-        "dkv": [(32, 64, 8, 1), (64, 64, 8, 2, "early"), (32, 64, 8, 2, "early"), (64, 64, 8, 1, "early")],
+        "forward": [(128, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 3)],
+        "dq": [(128, 32, 8, 2), (64, 64, 8, 2)],
+        "dkv": [(64, 64, 8, 2, "early"), (32, 64, 8, 2, "early"), (64, 64, 8, 1, "early")],
     },
     "five branches, D=64 causal N=1000003": {
         "forward": [(128, 64, 4, 3), (128, 64, 4, 3, "pointers")],
         "dq": [(64, 64, 4, 2), (64, 64, 4, 2, "pointers")],
-        "dkv": [(64, 64, 4, 4, "early"), (64, 64, 4, 4, "early", "pointers"), (64, 64, 4, 2, "early"),
-                (64, 64, 4, 3, "early"), (64, 64, 4, 2)],
+        "dkv": [(64, 64, 4, 3, "early"), (64, 64, 4, 4, "early", "pointers"), (64, 64, 4, 2, "early"),
+                (64, 64, 4, 4, "early")],
     },
     "slide, D=48 bidirectional N=45681": {
-        "forward": [(128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
+        "forward": [(64, 64, 4, 3), (128, 64, 8, 4), (64, 128, 4, 2), (128, 128, 8, 2)],
         "dq": [(64, 64, 4, 3), (64, 128, 4, 2)],
         "dkv": [(64, 64, 4, 2, "early"), (64, 128, 8, 2, "early"), (64, 128, 4, 2, "early"), (128, 64, 4, 2, "early")],
     },
     "r=1,3,9, D=64 bidirectional N=262144": {
-        "forward": [(128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3)],
+        "forward": [(64, 64, 4, 3), (128, 64, 8, 4), (64, 128, 4, 2), (128, 64, 4, 3)],
         "dq": [(64, 64, 4, 3), (64, 128, 4, 2)],
-        "dkv": [(64, 64, 4, 2, "early"), (64, 64, 4, 3, "early"), (64, 128, 8, 2, "early")],
+        "dkv": [(64, 64, 4, 3, "early"), (64, 64, 4, 2, "early"), (64, 128, 8, 2, "early")],
     },
     "batch 16, short segments, D=64 causal N=8192": {
-        "forward": [(128, 64, 4, 3), (128, 64, 4, 3, "spread"), (64, 64, 4, 2), (64, 64, 4, 2, "spread"),
-                    (64, 32, 4, 2, "spread")],
-        "dq": [(64, 64, 4, 2), (64, 64, 4, 2, "spread"), (64, 32, 4, 2, "spread")],
-        "dkv": [(64, 64, 4, 4, "early"), (64, 64, 4, 2, "early"), (64, 64, 4, 2, "early", "spread"),
-                (32, 64, 4, 2, "early", "spread")],
+        "forward": [(64, 64, 4, 2), (128, 64, 4, 3), (64, 32, 4, 2)],
+        "dq": [(64, 64, 4, 2), (64, 32, 4, 2)],
+        "dkv": [(64, 64, 4, 2, "early"), (64, 64, 4, 4, "early"), (32, 64, 4, 2, "early")],
     },
     "five branches, D=96 causal N=262144": {
         "dq": [(128, 64, 8, 3), (64, 64, 4, 2)],
         "dkv": [(32, 64, 4, 2, "early"), (64, 128, 8, 2, "early"), (64, 128, 8, 2), (64, 64, 8, 2, "early")],
     },
     "slide, D=48 bidirectional N=262144": {
-        "forward": [(128, 64, 8, 4), (64, 128, 4, 2)],
+        "forward": [(64, 64, 4, 3), (128, 64, 8, 4)],
         "dkv": [(64, 64, 4, 2, "early"), (64, 128, 8, 2, "early"), (64, 128, 4, 2, "early"), (128, 64, 4, 2, "early")],
     },
     "five branches, D=80 causal N=262144": {
@@ -90,9 +88,8 @@ CANDIDATES: dict[str, dict[str, list[tuple[Any, ...]]]] = {
         "dkv": [(32, 64, 4, 2, "early"), (64, 128, 8, 2, "early")],
     },
     "README, D=64 causal N=131072": {
-        "forward": [(128, 64, 4, 3), (128, 64, 4, 3, "spread"), (64, 64, 4, 3, "spread")],
-        "dq": [(64, 64, 4, 2), (64, 64, 4, 2, "spread")],
-        "dkv": [(64, 64, 4, 4, "early"), (64, 64, 4, 4, "early", "spread")],
+        "forward": [(128, 64, 4, 3), (64, 64, 4, 3)],
+        "dkv": [(64, 64, 4, 3, "early"), (64, 64, 4, 4, "early"), (64, 64, 4, 2, "early")],
     },
     "five branches, heads 32/8, D=128 causal N=100003": {
         "forward": [(64, 64, 4, 3), (128, 64, 8, 3)],
@@ -100,7 +97,7 @@ CANDIDATES: dict[str, dict[str, list[tuple[Any, ...]]]] = {
         "dkv": [(32, 64, 4, 2, "early"), (64, 128, 8, 2, "early")],
     },
     "slide, D=48 bidirectional N=10001": {
-        "forward": [(128, 64, 8, 4), (64, 64, 4, 3)],
+        "forward": [(64, 64, 4, 3), (128, 64, 8, 4)],
     },
 }  # fmt: skip
 # What `auto` has to know: whether heads wider than 128 are faster here or on sdpa.
@@ -110,7 +107,7 @@ WIDE = [
 ]
 for _line in WIDE:
     CANDIDATES[_line.title] = {
-        "forward": [(128, 64, 8, 2)], "dq": [(64, 64, 8, 2)], "dkv": [(64, 64, 8, 2, "early")]
+        "forward": [(128, 64, 8, 2)], "dq": [(128, 32, 8, 2)], "dkv": [(64, 64, 8, 2, "early")]
     }  # fmt: skip
 # Operations per pair and column of D.
 FACTOR = {"forward": 4, "dq": 6, "dkv": 8, "sdpa forward": 4, "sdpa backward": 10}
@@ -127,9 +124,7 @@ class Trial(NamedTuple):
     def config(self) -> Config:
         """The shape as the launchers take it."""
         rows, keys, warps, stages, *words = self.shape
-        return Config(
-            rows, keys, warps, stages, "early" in words, descriptors="pointers" not in words, spread="spread" in words
-        )
+        return Config(rows, keys, warps, stages, "early" in words, descriptors="pointers" not in words)
 
 
 class Case:

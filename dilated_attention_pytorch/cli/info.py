@@ -50,13 +50,11 @@ def _look() -> dict[str, Any]:
     for device, shown in names.items():
         for dtype in (torch.float32, torch.bfloat16):
             choice, wide = (
-                choose_backend(
-                    QKV(*torch.empty(3, 1, 1, 1, width, dtype=dtype, device=device)), one_segment(1, 1, 1, 1.0)
-                )
-                for width in (64, 256)
+                choose_backend(QKV(*torch.empty(3, 1, 1, 1, width, dtype=dtype, device=device)), problem)
+                for width, problem in ((64, one_segment(1, 1, 1, 1.0)), (256, one_segment(1 << 20, 1 << 20, 1, 1.0)))
             )
             if wide.backend != choice.backend:
-                notes.append(f"{_name(dtype)} on {shown}, heads of 256: {wide.backend}, {wide.reason}")
+                notes.append(f"{_name(dtype)} on {shown}, a million positions of width 256: {wide.reason}")
             inner = compute_dtype(device, dtype)
             rows.append({"device": shown, "dtype": _name(dtype), "computes_in": _name(inner)} | choice._asdict())
             if inner != dtype:

@@ -17,6 +17,7 @@ CASES = {
     "long causal": (6202, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2], "is_causal": True}),
     "general": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3]}),
     "general causal": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3], "is_causal": True}),
+    "short segments": (700, {"segment_lengths": [16, 60], "dilation_rates": [1, 3]}),
     "zero keys": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3], "padding": "zero_keys"}),
     "dropout": (300, {"segment_lengths": [100], "dilation_rates": [3], "dropout_p": 0.2, "seed": 1}),
 }

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dilated_attention_pytorch.core.problem import one_segment
 from dilated_attention_pytorch.kernels.triton import support
@@ -60,15 +61,26 @@ def test_cell(feature: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dropout_p", "reasons"),
+    ("head_dim", "capability", "n", "dropout_p", "slower"),
     [
-        (128, 0.0, []),
-        (129, 0.0, ["head_dim 129 is above 128, where sdpa was measured faster"]),
-        (256, 0.1, []),
+        (128, (8, 0), 1 << 18, 0.0, False),
+        (129, (8, 0), 1 << 18, 0.0, True),
+        (256, (9, 0), 1 << 18, 0.0, False),
+        (256, (8, 6), 1 << 16, 0.0, False),
+        (256, (8, 6), 1 << 18, 0.1, False),
     ],
-    ids=["measured faster", "measured slower", "without a kernel of torch's"],
+    ids=["narrow", "wide", "Hopper", "sdpa is bound by the host", "sdpa has no kernel of torch's"],
 )
-def test_auto_leaves_what_is_faster_elsewhere(head_dim: int, dropout_p: float, reasons: list[str]) -> None:
-    q = SimpleNamespace(is_cuda=True, shape=(1, 8, 1, head_dim))
-    problem = replace(one_segment(8, 8, 1, 1.0), dropout_p=dropout_p)
-    assert support.why_not_unasked(QKV(q, q, q), problem) == reasons  # type: ignore[arg-type]
+def test_auto_leaves_what_is_faster_elsewhere(
+    head_dim: int,
+    capability: tuple[int, int],
+    n: int,
+    dropout_p: float,
+    slower: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(is_cuda=True, shape=(1, n, 1, head_dim), device=torch.device("cuda"))
+    problem = replace(one_segment(n, n, 1, 1.0), dropout_p=dropout_p)
+    reasons = support.why_not_unasked(QKV(q, q, q), problem)  # type: ignore[arg-type]
+    assert [reason.partition(":")[0] for reason in reasons] == [f"head_dim {head_dim} is above 128"] * slower

@@ -200,9 +200,9 @@ class TestShortSegments:
 
 
 @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
-def test_tiles_and_programs_in_another_order(changes, monkeypatch):
-    """Short segments take a configuration of their own; its programs go head by head."""
-    short = Config(16, 32, 4, 1, spread=True)
+def test_tiles_of_short_segments(changes, monkeypatch):
+    """Short segments take a configuration of their own."""
+    short = Config(16, 32, 4, 1)
     monkeypatch.setattr(configs, "SHORT_SEGMENT", 24)
     cut = Config(32, 16, 4, 1, short=short)
     monkeypatch.setattr(launch_branches, "configs_for", lambda work, way: (cut,) * (1 if way == "forward" else 2))
@@ -374,7 +374,7 @@ def test_long_causal_segments_beside_each_other(monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "n", "heads", "rate"), [(4096, 1, 16, 1), (70_000, 1, 1, 1), (1, 1024, 16, 4096), (1, 1024, 1, 131_072)]
 )
-def test_launches_have_one_axis_and_terms_are_as_many_as_rows(batch, n, heads, rate, monkeypatch):
+def test_launches_have_one_axis_and_terms_are_few(batch, n, heads, rate, monkeypatch):
     """CUDA's other axes end at 65,535 programs."""
     from triton.runtime import interpreter
 
@@ -390,8 +390,9 @@ def test_launches_have_one_axis_and_terms_are_as_many_as_rows(batch, n, heads, r
     work = Work(QKV(q, q, q), make_problem((n,), (rate,), heads, 16, n), NO_MASKS)
     grad, saved = OutputGradient(q, None), AttentionOutput(q, lse)
     launch_branches.backward(work, grad, saved, Allocations(), *launch_branches.configs_for(work, "backward"))
-    assert [len(grid) for grid in grids] == [1] * 4
-    assert [math.prod(shape) for shape in shapes if shape[0] == 2] == [2 * batch * heads * n]
+    assert {len(grid) for grid in grids} == {1}
+    # Filled up to whole tiles.
+    assert all(math.prod(shape) <= 2 * batch * heads * max(2 * n, 4096) for shape in shapes if shape[0] == 2)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -17,7 +17,7 @@ _RAGGED = tl.constexpr(views.RAGGED)
 # come one by one: Triton specialises on every member of a tuple, as it should on strides.
 RUNTIME = [
     "num_heads", "num_kv_heads", "num_queries", "num_keys", "q_start", "k_start", "length", "rate", "branch",
-    "num_sequences", "num_segments", "num_tiles", "threshold", "view_rows", "num_batches", "terms_length", "slots_each",
+    "num_sequences", "num_segments", "num_tiles", "threshold", "view_rows", "num_batches", "slots_each", "terms_slots",
 ]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def branch_forward(
     num_segments, num_tiles, view_rows, slots_each, qk_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, NEGATE: tl.constexpr,
-    VIEW: tl.constexpr, EVEN: tl.constexpr, JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPREAD: tl.constexpr,
+    VIEW: tl.constexpr, EVEN: tl.constexpr, JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Merges a tile of queries' share of one branch into (out, lse)."""
@@ -39,7 +39,7 @@ def branch_forward(
     # The program's segment and its slots.
     sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS, SPREAD,
+        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)

@@ -11,7 +11,7 @@ import triton.language as tl
 from dilated_attention_pytorch.kernels.triton import geometry, softmax, views
 from dilated_attention_pytorch.kernels.triton.attention import RUNTIME
 
-_FLAT = tl.constexpr(views.FLAT)
+_POINTERS = tl.constexpr(views.POINTERS)
 _RAGGED = tl.constexpr(views.RAGGED)
 
 
@@ -37,19 +37,30 @@ def delta_kernel(
     tl.store(delta + at, total, rows < num_queries)
 
 
-@triton.jit(do_not_specialize=["num_queries", "rate", "length", "num_sequences"])
-def terms_kernel(lse, delta, terms, num_queries, rate, length, num_sequences, BM: tl.constexpr):
-    """The lse in units of log2 (+inf where it is -inf) and delta of each row, as `[2, B * H, rate, length]`: the rows
-    of one branch's slots side by side. What lies past a residue's last row stays unwritten."""
-    num_tiles = tl.cdiv(num_queries, BM)
-    tile, sequence = tl.program_id(0) % num_tiles, (tl.program_id(0) // num_tiles).to(tl.int64)
-    rows = tile * BM + tl.arange(0, BM)
-    inside = rows < num_queries
-    at = sequence * num_queries + rows
-    to = (sequence * rate + rows % rate) * length + rows // rate
-    tl.store(terms + to, softmax.load_lse(lse + at, inside), mask=inside)
-    to += num_sequences.to(tl.int64) * rate * length
-    tl.store(terms + to, tl.load(delta + at, mask=inside, other=0.0), mask=inside)
+@triton.jit(do_not_specialize=[*RUNTIME, "terms_length", "num_rows"])
+def terms_kernel(
+    lse, delta, terms, num_queries, num_heads, num_kv_heads, length, rate, terms_slots, terms_length, num_rows,
+    BM: tl.constexpr, MODULO: tl.constexpr,
+):  # fmt: skip
+    """The lse in units of log2 and delta of the queries of one branch, as the tiles of dK/dV read them: the slots of a
+    head side by side, each segment filled up to terms_slots with (+inf, 0), by which a row without a query vanishes.
+
+    Args:
+        terms: `[2, num_rows, terms_length]`, num_rows = B * H.
+    """
+    num_tiles = tl.cdiv(terms_length, BM)
+    tile, row = tl.program_id(0) % num_tiles, (tl.program_id(0) // num_tiles).to(tl.int64)
+    kv_head = (row % num_heads).to(tl.int32) // (num_heads // num_kv_heads)
+    columns = tile * BM + tl.arange(0, BM)
+    # Counted from the segment's start, then from the sequence's. What fills a segment up may lie beyond 2^31.
+    places = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO) + (columns % terms_slots).to(tl.int64) * rate
+    positions = columns // terms_slots * length + places
+    real = (places < length) & (positions < num_queries)
+    kept = columns < terms_length
+    at = row * num_queries + positions
+    to = terms + row * terms_length + columns
+    tl.store(to, softmax.load_lse(lse + at, real), mask=kept)
+    tl.store(to + num_rows.to(tl.int64) * terms_length, tl.load(delta + at, mask=real, other=0.0), mask=kept)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -60,7 +71,7 @@ def branch_backward_dq(
     num_segments, num_tiles, view_rows, slots_each, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, VIEW: tl.constexpr, EVEN: tl.constexpr,
-    JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq what one branch gives a tile of queries."""
     KEY_MASK: tl.constexpr = key_mask is not None
@@ -69,7 +80,7 @@ def branch_backward_dq(
     # The program's segment and its slots.
     sequence, head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS, SPREAD,
+        row_start, cu_seqlens, tile_ends, num_sequences, BM, SEARCH_STEPS,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     kv_head = head // (num_heads // num_kv_heads)
@@ -161,13 +172,13 @@ def branch_backward_dq(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def branch_backward_dkv(
-    q, k, v, q_view, grad_view, terms, grad_out, dk, dv, key_mask, row_start, cu_seqlens, tile_ends, seed,
-    q_strides, k_strides, v_strides, grad_strides, dk_strides, mask_batch, num_batches, terms_length,
-    num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
+    q, k, v, q_view, grad_view, terms, grad_out, lse, delta, dk, dv, key_mask, row_start, cu_seqlens, tile_ends, seed,
+    q_strides, k_strides, v_strides, grad_strides, dk_strides, lse_batch, lse_head, mask_batch, num_batches,
+    terms_slots, num_heads, num_kv_heads, num_queries, num_keys, q_start, k_start, length, rate, branch, num_sequences,
     num_segments, num_tiles, view_rows, slots_each, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr,
     CAUSAL: tl.constexpr, ZERO_KEYS: tl.constexpr, FIRST: tl.constexpr, VIEW: tl.constexpr, EARLY: tl.constexpr,
-    JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr, SEARCH_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv what one branch gives a tile of keys, from the queries of all heads that share them."""
     KEY_MASK: tl.constexpr = key_mask is not None
@@ -176,7 +187,7 @@ def branch_backward_dkv(
     # The program's segment and its slots.
     sequence, kv_head, segment, tile, row_base, q_begin, k_begin, q_count, k_count = geometry.locate(
         num_kv_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
-        row_start, cu_seqlens, tile_ends, num_sequences, BN, SEARCH_STEPS, SPREAD,
+        row_start, cu_seqlens, tile_ends, num_sequences, BN, SEARCH_STEPS,
     )  # fmt: skip
     batch = 0 if cu_seqlens is not None else sequence
     offset = geometry.head_offset(kv_head, rate, num_kv_heads, MODULO)
@@ -210,7 +221,6 @@ def branch_backward_dkv(
     if CAUSAL:
         begin = tl.maximum(q_lo, first // BM * BM)
         split = first + BN - 1
-    m = tl.arange(0, BM)
     q_first = (row_base + base - q_begin).to(tl.int64)
     out_first = (row_base + out_base - q_begin).to(tl.int64)
     q_steps = geometry.steps_to(q_strides, rate, d, BM)
@@ -219,9 +229,6 @@ def branch_backward_dkv(
     out_row = row_base + out_base - q_begin + q_lo * rate
     view_row = out_row // rate - q_lo
     residue = out_row % rate
-    stop = q_hi
-    if VIEW == _RAGGED:
-        stop = tl.minimum(q_hi, begin + tl.maximum(view_rows - view_row - begin, 0) // BM * BM)
 
     acc_k = tl.zeros((BN, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BN, BLOCK_D), tl.float32)
@@ -231,18 +238,17 @@ def branch_backward_dkv(
         grad_at = geometry.head_at(grad_out, grad_strides, batch64, head) + out_first * grad_strides.row
         q_source = q_view, q_at, q_steps, q_strides
         grad_source = grad_view, grad_at, grad_steps, grad_strides
-        terms_row = (batch * num_heads + head) * rate + residue
-        lse_at = terms_row.to(tl.int64) * terms_length + view_row
-        delta_at = lse_at + num_batches.to(tl.int64) * num_heads * rate * terms_length
+        terms_row = batch * num_heads + head
+        lse_at = batch64 * lse_batch + head * lse_head + out_first
 
-        # Walk the queries: those whose tiles lie in the views, then what a ragged view lacks.
-        # A row past the last one has lse +inf: its weights vanish without a mask.
+        # Walk the queries. A row past the last one has lse +inf: its weights vanish without a mask. A row that a ragged
+        # view lacks comes from it as zeros, by which it adds nothing, and once more by itself. A tile of few rows
+        # without a pipeline leaves registers to the walk before it.
         for rest in tl.static_range(2):
             if rest == 0 or VIEW == _RAGGED:
-                # A pipeline for one or two tiles would cost registers that the walk before them has to spill.
-                for start in tl.range(
-                    stop if rest else begin, q_hi if rest else stop, BM, num_stages=1 if rest else None
-                ):
+                m = tl.arange(0, 16 if rest else BM)
+                walk_from = tl.maximum(begin, view_rows - view_row) if rest else begin
+                for start in tl.range(walk_from, q_hi, 16 if rest else BM, num_stages=1 if rest else None):
                     inside = start + m < q_hi
                     row = view_row + start
                     q_mask, grad_mask = (start + m < q_real)[:, None] & d_mask, inside[:, None] & d_mask
@@ -257,12 +263,14 @@ def branch_backward_dkv(
                             q_source, grad_source, batch, head, view_rows, row, residue, (start * rate).to(tl.int64),
                             q_mask, grad_mask, VIEW,
                         )  # fmt: skip
-                    if VIEW == _FLAT:
-                        row_lse = terms.load([terms_row, row]).reshape(BM)
-                        row_delta = terms.load([num_batches * num_heads * rate + terms_row, row]).reshape(BM)
+                    if VIEW == _POINTERS or rest:
+                        at = lse_at + (start + m) * rate
+                        row_lse = softmax.load_lse(lse + at, inside)
+                        row_delta = tl.load(delta + at, mask=inside, other=0.0)
                     else:
-                        row_lse = tl.load(terms + lse_at + start + m, mask=inside, other=float("inf"))
-                        row_delta = tl.load(terms + delta_at + start + m, mask=inside, other=0.0)
+                        column = segment * terms_slots + start
+                        row_lse = terms.load([terms_row, column]).reshape(BM)
+                        row_delta = terms.load([num_batches * num_heads + terms_row, column]).reshape(BM)
                     # Transposed logits: [BN, D] x [D, BM] -> [BN, BM], so that P and dS need no transpose below.
                     s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
                     # Early, the product runs while the exponentials are taken, at the price of registers.

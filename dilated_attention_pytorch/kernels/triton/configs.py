@@ -27,7 +27,6 @@ class Config(NamedTuple):
         num_stages: depth of the load pipeline.
         early: in dK/dV, issue the product dO V^T before the exponentials.
         descriptors: load through the copy engine (TMA) where there is one and the layout allows it.
-        spread: in the general kernels, neighbouring programs have neighbouring heads, not tiles of one segment.
         short: what takes its place in a branch of few slots per segment; the general kernels ask by `at`.
     """
 
@@ -37,7 +36,6 @@ class Config(NamedTuple):
     num_stages: int
     early: bool = False
     descriptors: bool = True
-    spread: bool = False
     short: Config | None = None
 
     def at(self, slots: int) -> Config:
@@ -50,8 +48,8 @@ class Config(NamedTuple):
         return dict(BM=self.block_m, BN=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-# Segments of at most so many slots are a few tiles: programs are as many as there are tiles, and wait more than they
-# compute. There small tiles, of which more fit side by side, are faster.
+# Segments of at most so many slots: programs of a few steps wait more than they compute, and small tiles, of which more
+# fit side by side, are faster.
 SHORT_SEGMENT = 512
 
 # A causal forward on a q of at most so many elements is one launch over strided tiles. They waste more of the diagonal
@@ -112,12 +110,13 @@ def candidates(kernel: str, q: Tensor, is_causal: bool = False) -> tuple[Config,
     """Configurations for a kernel on tensors like q, the best first; none where the kernel is not for them."""
     if triton.knobs.runtime.interpret:
         return (Config(16, 16, 4, 1),)
-    width = max(64, triton.next_power_of_2(q.shape[3]))
-    name = architecture(q)
+    width, name = max(64, triton.next_power_of_2(q.shape[3])), architecture(q)
     large = 90 <= int(name.removeprefix("sm_")) < 120
     if q.dtype == torch.float32:
         table, measured = (_SINGLE if large else _SMALL_SINGLE), None
     else:
-        table, measured = (_HALF if large else _SMALL_HALF), tuned.TABLE.get((name, kernel, width, is_causal))
+        rows_of = {up_to: tuned.TABLE.get((name, kernel, up_to, is_causal)) for up_to in tuned.WIDTHS}
+        measured = next((rows for up_to, rows in rows_of.items() if q.shape[3] <= up_to and rows), None)
+        table = _HALF if large else _SMALL_HALF
     rows = table.get(kernel, {}).get(width, ()) if measured is None else measured
     return tuple(Config(row[0], row[1], row[2], row[3], "early" in row, large) for row in rows)

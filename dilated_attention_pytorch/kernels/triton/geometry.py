@@ -95,13 +95,8 @@ def head_offset(kv_head, rate, num_kv_heads, MODULO: tl.constexpr):
 def locate(
     num_heads, num_segments, num_tiles, length, rate, q_start, k_start, num_queries, num_keys,
     row_start, cu_seqlens, tile_ends, num_sequences, TILE: tl.constexpr, SEARCH_STEPS: tl.constexpr,
-    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Which tile of which segment, head and sequence a program has.
-
-    Args:
-        SPREAD: neighbouring programs have neighbouring heads, and the first tiles of all segments come first; otherwise
-            the tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
 
     Returns:
         sequence, head, segment (counted from the first one in range), tile, row_base (memory row of the sequence's
@@ -133,20 +128,13 @@ def locate(
         local = flat - begin
         return sequence, head, local // per_segment, local % per_segment, row_base, q_start, k_start, count, count
     else:
-        if SPREAD:
-            head = pid % num_heads
-            pid = pid // num_heads
-            segment = pid % num_segments
-            pid = pid // num_segments
-            sequence = pid % num_sequences
-            tile = pid // num_sequences
-        else:
-            tile = pid % num_tiles
-            pid = pid // num_tiles
-            segment = pid % num_segments
-            pid = pid // num_segments
-            head = pid % num_heads
-            sequence = pid // num_heads
+        # Tiles of one segment follow one another: they share its keys, which stay in the L2 cache.
+        tile = pid % num_tiles
+        pid = pid // num_tiles
+        segment = pid % num_segments
+        pid = pid // num_segments
+        head = pid % num_heads
+        sequence = pid // num_heads
         q_begin = q_start
         k_begin = k_start
         if row_start is not None:

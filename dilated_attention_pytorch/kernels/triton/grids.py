@@ -23,6 +23,7 @@ class Grid(NamedTuple):
         tile_ends: when packed, how many tiles the sequences up to each have; int32 on the device.
         programs: number of programs for one head.
         length: positions of a segment, or of those that share a tile.
+        rate: r_i.
         slots_each: rows that a head keeps of a segment, at most.
         joined: whether segments share a tile.
     """
@@ -33,6 +34,7 @@ class Grid(NamedTuple):
     tile_ends: Tensor | None
     programs: int
     length: int
+    rate: int
     slots_each: int
     joined: bool
 
@@ -44,7 +46,7 @@ def grid_of(work: Work, branch: int, config: Config, *, by_keys: bool) -> Grid:
     tile = config.block_n if by_keys else config.block_m
     rate, shared = dilation_rate(problem, branch), _sharing(problem, branch, min(config.block_m, config.block_n))
     length = shared * segment_length(problem, branch)
-    each = length, slots_of(problem, branch), shared > 1
+    each = length, rate, slots_of(problem, branch), shared > 1
     if masks.cu_seqlens is not None:
         ends, sequences, bound = _packed_tiles(masks.cu_seqlens, problem.q_start, length, rate, tile, count)
         return Grid(sequences, 1, bound, ends, bound, *each)

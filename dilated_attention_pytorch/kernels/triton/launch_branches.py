@@ -15,7 +15,7 @@ from dilated_attention_pytorch.kernels.triton import attention, attention_backwa
 from dilated_attention_pytorch.kernels.triton.configs import Config, Direction
 from dilated_attention_pytorch.kernels.triton.grids import Grid, dilation_rate, grid_of, slots_of
 from dilated_attention_pytorch.kernels.triton.replay import Tape
-from dilated_attention_pytorch.kernels.triton.views import FLAT, NO_VIEWS, ViewPair, strides_of
+from dilated_attention_pytorch.kernels.triton.views import FLAT, NO_VIEWS, POINTERS, ViewPair, strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
@@ -37,8 +37,9 @@ class QueryTerms(NamedTuple):
 
 
 def configs_for(work: Work, direction: Direction) -> tuple[Config, ...]:
-    """The best configuration of each kernel."""
-    return tuple(configs.candidates(kernel, work.x.q, work.problem.is_causal)[0] for kernel in _KERNELS[direction])
+    """The best configuration of each kernel, with the one for short segments."""
+    found = (configs.candidates(kernel, work.x.q, work.problem.is_causal) for kernel in _KERNELS[direction])
+    return tuple(best._replace(short=others[-1]) if others else best for best, *others in found)
 
 
 def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | None = None) -> AttentionOutput:
@@ -125,30 +126,25 @@ def backward_dkv(
 ) -> tuple[Tensor, Tensor]:
     """dk and dv; of some branches alone where they are given."""
     (q, k, v), order = work.x, branches or work.problem.branch_order
-    batch, n, heads, _ = q.shape
+    batch, n, *_ = q.shape
     covered = _covers_all(work, order[0])
     dk, dv = (tape.empty(y, y.shape, fill=None if covered else 0.0) for y in (k, v))
     for branch in order:
         cut = config.at(slots_of(work.problem, branch))
         grid = grid_of(work, branch, cut, by_keys=True)
         pair = _views(work, q, terms.grad, branch, cut, cut.block_m)
-        # lse and delta in the order of the branch's slots.
-        rate = dilation_rate(work.problem, branch)
-        length = triton.cdiv(n, rate)
-        rows = tape.empty(q, (2, batch, heads, rate, length), torch.float32)
-        tile = 512
-        args: tuple[Any, ...] = (terms.lse, terms.delta, rows, n, rate, length, batch * heads)
-        flags: dict[str, Any] = {"BM": tile}
-        kernel, programs = attention_backward.terms_kernel, (triton.cdiv(n, tile) * batch * heads,)
-        tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
-        rows_view: Tensor | TensorDescriptor = rows
-        # A view takes whole tiles, which is all that there are where q and dO have flat ones.
-        if pair.kind == FLAT:
-            rows_view = TensorDescriptor(rows, [2 * batch * heads * rate, length], [length, 1], [1, cut.block_m])
-        args = (
-            q, k, v, pair.a, pair.b, rows_view, terms.grad, dk, dv, *_masks(work, grid),
-            *strides_of(q, k, v, terms.grad, dk), _mask_stride(work), batch, length, *_sizes(work, branch, grid),
-            work.logit_scale, work.problem.scale, *_dropout(work),
+        slots, rows = 0, None
+        if pair.kind != POINTERS:
+            slots = triton.cdiv(grid.length, grid.rate * cut.block_m) * cut.block_m
+            # Where segments are much shorter than a tile, filling them up would take more memory than the queries.
+            if grid.num_segments * slots > max(2 * n, 4096):
+                pair = NO_VIEWS
+            else:
+                rows = _rows_by_slot(work, terms, tape, grid, slots, cut.block_m)
+        args: tuple[Any, ...] = (
+            q, k, v, pair.a, pair.b, rows, terms.grad, terms.lse, terms.delta, dk, dv, *_masks(work, grid),
+            *strides_of(q, k, v, terms.grad, dk), *terms.lse.stride()[:2], _mask_stride(work), batch, slots,
+            *_sizes(work, branch, grid), work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, cut) | {
             "FIRST": covered and branch == order[0], "VIEW": pair.kind, "EARLY": cut.early
@@ -156,8 +152,23 @@ def backward_dkv(
         kernel, programs = attention_backward.branch_backward_dkv, (grid.programs * k.shape[2],)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
         # Free the rows before the next branch allocates its own.
-        del args, rows, rows_view
+        del args, rows
     return dk, dv
+
+
+def _rows_by_slot(work: Work, terms: QueryTerms, tape: Tape, grid: Grid, slots: int, tile: int) -> TensorDescriptor:
+    """lse and delta in the order of a branch's slots, `[2 * B * H, segments * slots]`, in tiles of so many."""
+    (q, k, _), tile_of_copy = work.x, 512
+    batch, n, heads, _ = q.shape
+    length = grid.num_segments * slots
+    rows = tape.empty(q, (2, batch, heads, length), torch.float32)
+    args = (
+        terms.lse, terms.delta, rows, n, heads, k.shape[2], grid.length, grid.rate, slots, length, batch * heads
+    )  # fmt: skip
+    flags: dict[str, Any] = {"BM": tile_of_copy, "MODULO": work.problem.pattern.offsets == "modulo"}
+    kernel, programs = attention_backward.terms_kernel, (triton.cdiv(length, tile_of_copy) * batch * heads,)
+    tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
+    return TensorDescriptor(rows, [2 * batch * heads, length], [length, 1], [1, tile])
 
 
 def _covers_all(work: Work, branch: int) -> bool:
@@ -204,11 +215,10 @@ def _mask_stride(work: Work) -> int:
 
 def _sizes(work: Work, branch: int, grid: Grid) -> tuple[int, ...]:
     (q, k, _), problem = work.x, work.problem
-    rate = dilation_rate(problem, branch)
     return (
         q.shape[2], k.shape[2], q.shape[1], k.shape[1], problem.q_start, problem.k_start,
-        grid.length, rate, branch,
-        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // rate, grid.slots_each,
+        grid.length, grid.rate, branch,
+        grid.num_sequences, grid.num_segments, grid.num_tiles, q.shape[1] // grid.rate, grid.slots_each,
     )  # fmt: skip
 
 
@@ -224,5 +234,5 @@ def _flags(work: Work, grid: Grid, config: Config) -> dict[str, Any]:
         "D": work.x.q.shape[3], "BLOCK_D": work.block_d, "MODULO": work.problem.pattern.offsets == "modulo",
         "CAUSAL": work.problem.is_causal, "ZERO_KEYS": work.problem.padding == "zero_keys",
         "SEARCH_STEPS": math.ceil(math.log2(grid.num_sequences + 1)) if packed else 0,
-        "PRECISION": work.precision, "SPREAD": config.spread, "JOINED": grid.joined, **config.flags,
+        "PRECISION": work.precision, "JOINED": grid.joined, **config.flags,
     }  # fmt: skip

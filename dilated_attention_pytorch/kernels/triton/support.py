@@ -12,8 +12,9 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.types import QKV
 
 MAX_HEAD_DIM = 256
-# Wider heads were measured faster on sdpa (docs/log.md): their tiles are padded to 256 columns and hold few rows.
-FAST_HEAD_DIM = 128
+# Wider heads of sequences from so many positions on are faster on sdpa where tiles of 256 columns have to be of few
+# rows: everywhere but on Hopper, which has the shared memory for more (docs/log.md, 2026-11-28).
+FAST_HEAD_DIM, LONG = 128, 1 << 17
 # Rows of a decoding step: beyond, products are no longer bound by reading weights, and a library computes them faster.
 MOST_ROWS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,8 +41,11 @@ def why_not_unasked(x: QKV, problem: Problem) -> list[str]:
     if not x.q.is_cuda:
         return [f"the device is {x.q.device.type}, not cuda"]
     head_dim = x.q.shape[-1]
-    if head_dim > FAST_HEAD_DIM and problem.dropout_p == 0.0:
-        return [f"head_dim {head_dim} is above {FAST_HEAD_DIM}, where sdpa was measured faster"]
+    wide = head_dim > FAST_HEAD_DIM and problem.seq_len >= LONG and problem.dropout_p == 0.0
+    if wide and torch.cuda.get_device_capability(x.q.device) != (9, 0):
+        return [
+            f"head_dim {head_dim} is above {FAST_HEAD_DIM}: with tiles that fit this GPU sdpa was faster at {LONG:,}"
+        ]
     return []
 
 
