@@ -106,6 +106,10 @@ class TestPattern:
     def test_rate_beyond_the_sequence(self, changes):
         check(1, 21, 3, 16, (7, 100), (50, 2**33), **changes)
 
+    def test_the_row_that_a_ragged_view_lacks(self, changes):
+        """Several tiles per segment, and per residue one row that the whole rows of the rate leave out."""
+        check(1, 67, 4, 16, (40, 1000), (1, 3), kv_heads=2, **changes)
+
     def test_whole_tiles(self, changes):
         check(1, 64, 2, 16, (32, 64), (1, 2), **changes)
 
