@@ -210,8 +210,7 @@ def test_steps_stop_where_every_row_has_ended() -> None:
 
 
 @pytest.mark.parametrize("graphed", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("when", [0, 1, 3])
+@pytest.mark.parametrize(("when", "error"), [(0, KeyboardInterrupt), (1, RuntimeError), (3, KeyboardInterrupt)])
 def test_an_error_in_the_middle_leaves_the_model_usable(
     error: type[BaseException], when: int, graphed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dilated_attention_pytorch.kernels.triton import attention_backward, launch_branches
+from dilated_attention_pytorch.kernels.triton import launch_branches
 from dilated_attention_pytorch.kernels.triton.hopper import backward as full
 from dilated_attention_pytorch.kernels.triton.hopper import backward_causal, launch, support
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
+from dilated_attention_pytorch.kernels.triton.hopper.terms import residue_terms_kernel
 from dilated_attention_pytorch.kernels.triton.hopper.views import stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
 from dilated_attention_pytorch.kernels.triton.replay import Tape
@@ -63,7 +64,7 @@ def terms_of(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tap
         terms = tape.empty(work.x.q, (2, batch, heads, stride, length), torch.float32, fill=None if whole else _NEVER)
         args = (saved.lse, delta, terms, n, stride, length, batch * heads)
         flags = {"BM": _TERMS_ROWS}
-        kernel, grid = attention_backward.terms_kernel, (triton.cdiv(n, _TERMS_ROWS) * batch * heads,)
+        kernel, grid = residue_terms_kernel, (triton.cdiv(n, _TERMS_ROWS) * batch * heads,)
         tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
         found.append(terms)
     return found
