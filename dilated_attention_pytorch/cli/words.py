@@ -15,6 +15,7 @@ _RENAMED = {
     "num_heads": "--heads",
     "num_layers": "--layers",
     "head": "--heads",
+    "preset": "--model",
     "seq_len": "--length",
     "segment_shift": "--shift",
     "greedy": "--temperature 0",

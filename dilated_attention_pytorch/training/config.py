@@ -218,9 +218,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Names and values of a YAML or JSON file, such as a run's `train.json`; of a mapping in it by `outer.inner`.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: a file that holds none.
         ImportError: YAML, and PyYAML is not installed.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of settings at {path}, found none")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         values = parse_json(text)

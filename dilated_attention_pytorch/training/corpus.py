@@ -81,9 +81,10 @@ class Corpus:
         for split, chosen in (("train", cuts > begins), ("val", cuts < ends)):
             counts[split] = int(chosen.sum())
             if not chosen.any():
+                left = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind not in ("train", "val"))
                 raise ValueError(
                     f"expected text in both splits, got none in {split!r}: {table.size} different documents of "
-                    f"{int(table['tokens'].sum())} tokens in all, {counts}, val_fraction {val_fraction}; "
+                    f"{int(table['tokens'].sum())} tokens in all (left out: {left}), val_fraction {val_fraction}; "
                     "give more text or another fraction"
                 )
         text = table[cuts < ends]

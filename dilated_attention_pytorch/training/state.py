@@ -99,7 +99,8 @@ def trained_model(folder: Path, step: int | None = None) -> tuple[LongNetLM, int
     """
     steps = checkpoint.steps_in(folder)
     if not steps or step not in (None, *steps):
-        raise ValueError(f"expected a saved step of the run in {folder}, one of {steps}, got {step}")
+        got = "a run without saved steps" if not steps else f"{step}, where there are {steps}"
+        raise ValueError(f"expected step to be one that is saved in {folder}, got {got}")
     step = steps[-1] if step is None else step
     path = checkpoint.path_of(folder, step)
     config = LongNetConfig.from_dict(checkpoint.read_about(path)["model"])

@@ -73,7 +73,8 @@ class ShardingCollator:
             an entry of the batch that is no row of tokens.
 
     Example:
-        >>> collate = ShardingCollator(group, DataCollatorForLanguageModeling(tokenizer, mlm=False))  # doctest: +SKIP
+        >>> whole = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # doctest: +SKIP
+        >>> collate = ShardingCollator(group, whole)  # doctest: +SKIP
     """
 
     def __init__(self, process_group: ProcessGroup, collator: Callable[[Any], Mapping[str, Any]]) -> None:
