@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.members import Members, ceil_div
+from dilated_attention_pytorch.core.shift import check_room
 
 MOST_POSITIONS = 1 << 27  # that are gone through one by one: half a GB per table, a minute or two
 
@@ -132,8 +133,7 @@ def find(
     period = math.lcm(*lengths)
     shifts = [shift % period for shift in shifts]
     size = seq_len if any(shifts) else min(period, seq_len)
-    if max(shifts) + seq_len >= 2**63:
-        raise ValueError(f"expected segment_shift to leave every position below 2**63, got {max(shifts)}")
+    check_room(shifts, seq_len)
     if size > MOST_POSITIONS:
         raise ValueError(
             f"expected seq_len of at most {MOST_POSITIONS:,}, or unshifted segments whose least common multiple is, "

@@ -49,6 +49,12 @@ def layer_shifts(segment_shift: object, segment_lengths: Sequence[int], num_laye
     return shift
 
 
+def check_room(shifts: Sequence[int], seq_len: int) -> None:
+    """Every position of shifted sequences fits 64 bits."""
+    if max(shifts) + seq_len >= 2**63:
+        raise ValueError(f"expected segment_shift to leave every position below 2**63, got {max(shifts)}")
+
+
 def two_parts(branches: Sequence[tuple[int, int]], shift: int) -> int | None:
     """The position at which a shifted sequence falls into two plain ones; None where it does not.
 

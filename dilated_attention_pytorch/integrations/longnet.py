@@ -333,10 +333,19 @@ class LongNetForSequenceClassification(_LongNetModel):
         logits = self.classifier((hidden * real[..., None]).sum(1) / count)
         loss = None
         if labels is not None:
-            check_dense("labels", labels)
+            self._check_labels(labels, logits)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         hidden_states = None if states is None else tuple(states)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+
+    def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
+        """One number per row: a class, or with one output a value; else a share of each label."""
+        check_dense("labels", labels)
+        each, one = tuple(logits.shape), (logits.shape[0],)
+        wanted = (one, each) if each[1] == 1 else (each,) if labels.is_floating_point() else (one,)
+        if tuple(labels.shape) not in wanted or not (labels.is_floating_point() or labels.dtype == torch.int64):
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"expected labels of torch.int64 or floating, of shape {wanted[0]}, got {got}")
 
 
 def register_longnet() -> None:

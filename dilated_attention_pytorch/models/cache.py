@@ -69,11 +69,11 @@ class KeyValueCache:
         segment_lengths: Sequence[int],
         num_layers: int,
         *,
-        shifts: Iterable[int] = (0,),
+        shifts: Sequence[int] = (0,),
         row_start: Tensor | None = None,
     ) -> None:
         self.segment_lengths = tuple(dict.fromkeys(check.check_positive_ints("segment_lengths", segment_lengths)))
-        check.check_instance("shifts", shifts, Iterable)
+        check.check_instance("shifts", shifts, list, tuple)
         self.shifts = tuple(dict.fromkeys(check.check_int("shifts", x, 0) for x in shifts)) or (0,)
         check.check_depth("num_layers", num_layers)
         if row_start is not None:

@@ -219,7 +219,7 @@ def left_pad(sequences: Sequence[Tensor], pad_token: int = 0) -> tuple[Tensor, T
         TypeError: one that is no int tensor.
     """
     check.check_instance("sequences", sequences, list, tuple)
-    check.check_int("pad_token", pad_token, -(2**63))
+    pad_token = check.check_int("pad_token", pad_token, -(2**63))
     for i, x in enumerate(sequences):
         check.check_values(f"sequences[{i}]", x)
         if x.dtype not in (torch.int32, torch.int64):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
-from dilated_attention_pytorch.core.shift import layer_shifts
+from dilated_attention_pytorch.core.shift import check_room, layer_shifts
 from dilated_attention_pytorch.viz.style import (
     FAINT,
     INK,
@@ -218,6 +218,7 @@ def receptive_field(
     seq_len = check.check_positive_int("seq_len", seq_len)
     query = check.check_index("query", query, seq_len)
     shifts = layer_shifts(segment_shift, pattern.segment_lengths, num_layers)
+    check_room(shifts, seq_len)
     reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)
     reached[0, query] = True
     # From the output down: the last layer is the first step.

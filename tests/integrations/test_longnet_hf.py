@@ -306,6 +306,8 @@ def test_a_mask_of_another_shape_is_named(kind: Any) -> None:
 def test_labels_of_another_kind_are_named(labels: Tensor) -> None:
     with pytest.raises(ValueError, match=r"^expected labels of torch.int64 and shape \(1, 5\), got torch"):
         build()(torch.arange(5)[None], labels=labels)
+    with pytest.raises(ValueError, match=r"^expected labels of torch.int64 or floating, of shape \(1,"):
+        build(CLASSIFIER, num_labels=3)(torch.arange(5)[None], labels=labels)
 
 
 def test_a_mask_of_inference_mode_serves_training() -> None:

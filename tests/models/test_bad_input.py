@@ -256,7 +256,7 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
         (lambda: left_pad([torch.ones(3, dtype=torch.int64)], "x"), TypeError, "pad_token to be an int, got str"),
         (lambda: KeyValueCache([], 1), ValueError, "segment_lengths to hold at least one"),
         (lambda: KeyValueCache([8], "one"), TypeError, "num_layers to be an int"),
-        (lambda: KeyValueCache([8], 1, shifts=3), TypeError, "shifts to be of Iterable, got int 3"),
+        (lambda: KeyValueCache([8], 1, shifts=3), TypeError, "shifts to be of list or tuple, got int 3"),
         (lambda: KeyValueCache([8], 1, row_start=4), TypeError, "row_start to be a Tensor, got int"),
         (lambda: save_pretrained(LongNetLM(**TINY, vocab_size=11), 3), TypeError, "folder to be a path, got int 3"),
         (lambda: load_pretrained(None), TypeError, "folder to be a path, got NoneType"),
@@ -273,6 +273,11 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
         (lambda: slide_map(3, TILES, PLACES), TypeError, "encoder to be of SlideEncoder, got int 3"),
         (lambda: slide_map(ENCODER, TILES, PLACES, heads=9), ValueError, r"heads in \[0, 2\), got 9"),
         (lambda: slide_map(ENCODER, TILES, PLACES, heads=np.ones(2)), TypeError, "heads to be an int, got ndarray"),
+        (
+            lambda: ENCODER(TILES, PLACES, all_layer_embed=np.ones(2)),
+            TypeError,
+            "all_layer_embed to be a bool, got nda",
+        ),
         (lambda: slide_map(ENCODER, TILES, PLACES, rollout=1), TypeError, "rollout to be a bool, got int 1"),
         (lambda: SlideReader(in_chans=0), ValueError, "in_chans to be at least 1, got 0"),
         (lambda: SlideReader(tile_size="256"), TypeError, "tile_size to be an int, got str"),
@@ -290,6 +295,15 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
 def test_what_stands_where_another_object_should(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^expected .*{message}"):
         call()
+
+
+def test_integers_of_numpy_are_taken_as_those_of_python() -> None:
+    """In 8 bits 2**15 is too much."""
+    assert slide_segment_lengths(2**15, np.uint8(128)) == slide_segment_lengths(2**15, 128)
+    batch, _ = left_pad([torch.ones(1, dtype=torch.int64), torch.ones(2, dtype=torch.int64)], np.uint8(7))
+    assert batch.tolist() == [[7, 1], [1, 1]]
+    assert type(SlideReader(tile_size=np.uint8(128)).tile_size) is int
+    assert type(EmbedOptions(batch_tokens=np.int64(9)).batch_tokens) is int
 
 
 def test_causality_is_a_bool_before_it_is_looked_up() -> None:

@@ -39,8 +39,8 @@ def slide_segment_lengths(max_wsi_size: int = 262_144, tile_size: int = 256) -> 
         >>> slide_segment_lengths()
         (1024, 5792, 32768, 185363, 1048576)
     """
-    check.check_positive_int("max_wsi_size", max_wsi_size)
-    check.check_positive_int("tile_size", tile_size)
+    max_wsi_size = check.check_positive_int("max_wsi_size", max_wsi_size)
+    tile_size = check.check_positive_int("tile_size", tile_size)
     tiles = (max_wsi_size // tile_size) ** 2
     if tiles < _SHORTEST:
         raise ValueError(

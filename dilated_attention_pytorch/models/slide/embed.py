@@ -77,9 +77,9 @@ class EmbedOptions:
             raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {self.dtype}")
         check_instance("layers", self.layers, tuple, list)
         check_bool("tiles", self.tiles)
-        check_int("batch_tokens", self.batch_tokens, 1)
-        if self.ring_above is not None:
-            check_int("ring_above", self.ring_above, 1)
+        for name in ("batch_tokens", "ring_above"):
+            if getattr(self, name) is not None or name != "ring_above":
+                object.__setattr__(self, name, check_int(name, getattr(self, name), 1))
 
 
 def run_settings(encoder: SlideEncoder, reader: SlideReader, checkpoint: str, options: EmbedOptions) -> dict[str, Any]:

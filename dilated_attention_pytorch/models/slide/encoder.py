@@ -15,6 +15,7 @@ from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core.validation import (
     FLOAT_DTYPES,
     check_beside,
+    check_bool,
     check_dense,
     check_int,
     check_positive_int,
@@ -185,6 +186,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
             ValueError: shapes or coordinates that do not fit; a slide without tiles with `global_pool`.
             TypeError: an argument of the wrong type or dtype.
         """
+        check_bool("all_layer_embed", all_layer_embed)
         x, rows = self.embed(tiles, coords, mask)
         summary: list[Tensor] = []
         options = rows.options(x.device) | {"gradient_checkpointing": self.gradient_checkpointing}

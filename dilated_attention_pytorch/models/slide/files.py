@@ -111,7 +111,7 @@ class SlideReader:
         check.check_bool("strict", self.strict)
         for name in ("in_chans", "tile_size", "slide_ngrids"):
             if getattr(self, name) is not None or name != "in_chans":
-                check.check_int(name, getattr(self, name), 1, 2**31)
+                object.__setattr__(self, name, check.check_int(name, getattr(self, name), 1, 2**31))
         if self.patch_size_level0 is not None:
             check.check_above_zero("patch_size_level0", self.patch_size_level0)
         if self.coords_folder is not None:

@@ -303,6 +303,8 @@ def _generate(draw: st.DrawFn) -> Call:
 
     def check(result: Tensor) -> None:
         assert result.dtype == torch.int64 and result.shape[0] == given["prompt"].shape[0]
-        assert result.shape[1] <= given["max_new_tokens"] and bool(((result >= 0) & (result < 11)).all())
+        assert result.shape[1] <= operator.index(given["max_new_tokens"]) and bool(
+            ((result >= 0) & (result < 11)).all()
+        )
 
     return Call(model.generate, (), given, (*defaults, "prompt", "tokens", "max_new_tokens"), check, not names)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def _bounds(draw: st.DrawFn) -> Call:
             given[name] = 1000
 
     def check(bounds: tuple[int, ...]) -> None:
-        assert bounds[0] == 0 and bounds[-1] == given["seq_len"] and len(bounds) == given["world_size"] + 1
+        seq_len, world_size = (operator.index(given[name]) for name in ("seq_len", "world_size"))
+        assert bounds[0] == 0 and bounds[-1] == seq_len and len(bounds) == world_size + 1
         assert list(bounds) == sorted(bounds)
 
     return Call(balanced_bounds, (), given, check=check, right=not names)
