@@ -86,15 +86,7 @@ def standard_library() -> Iterator[Path]:
 
 
 def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[Source]:
-    """The sources of a data set, in the order of a walk through the folder.
-
-    Args:
-        data: a file, a folder, `hf:NAME` or `hf:NAME:CONFIG` of a hub; the standard library's sources when absent.
-        suffixes: endings of the file names to take; all when empty.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
+    """The sources of a data set, in the order of a walk through the folder; `build_corpus` has the arguments."""
     if data is None:  # in the order that the demo's figures were measured in
         hashed = sorted((hashlib.sha256(path.read_bytes()).digest(), path) for path in standard_library())
         return [Source(path, _text) for _, path in hashed]
