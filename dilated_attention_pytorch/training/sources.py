@@ -73,8 +73,8 @@ class Source:
         """What changes when the content does, without reading it: path, size and time of the last change."""
         if not self.path.exists():  # of a hub
             return str(self.path), 0, 0
-        stat = self.path.stat()
-        return str(self.path.resolve()), stat.st_size, stat.st_mtime_ns
+        stats = [path.stat() for path in (self.path, *self.path.rglob("*"))]
+        return str(self.path.resolve()), sum(x.st_size for x in stats), max(x.st_mtime_ns for x in stats)
 
 
 def standard_library() -> Iterator[Path]:
