@@ -27,7 +27,7 @@ from dilated_attention_pytorch.cli.slide import slide
 from dilated_attention_pytorch.cli.train import train
 
 app = typer.Typer(
-    help="Exact LongNet dilated attention: plan a pattern, look at it, time it, train a byte model with it.",
+    help="Exact LongNet dilated attention: plan a pattern, look at it, time it, train a language model with it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dilated_attention_pytorch.core import validation as check
-from dilated_attention_pytorch.core.files import parse_json
 from dilated_attention_pytorch.core.shift import SegmentShift
 from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig
 
@@ -220,22 +219,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that holds none.
-        ImportError: YAML, and PyYAML is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of settings at {path}, found none")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        values = parse_json(text)
-    else:
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError("expected PyYAML, which is not installed: pip install pyyaml, or give JSON") from error
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"expected YAML in {path}, got: {' '.join(str(error).split())}") from error
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML; 1e-05 is text to it, and read as such
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"expected YAML or JSON in {path}, got: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected names and values in {path}, got {check.shown(values)}")
     inner = {f"{name}.{key}": x for name, one in values.items() if isinstance(one, dict) for key, x in one.items()}

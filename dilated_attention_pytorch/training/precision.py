@@ -15,11 +15,10 @@ def computed_in(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 class LossScale:
-    """A factor of the loss that keeps small gradients from vanishing in fp16; 1 in other dtypes, and then fixed.
+    """A factor of the loss that keeps small gradients from vanishing in fp16; 1, and fixed, in other dtypes.
 
-    As `torch.amp.GradScaler` by default: a step whose gradients overflow is left out and halves the factor, 2,000 steps
-    without one double it. That class decides by a rank's own share of the gradients; this one by their norm, which all
-    ranks have.
+    As `torch.amp.GradScaler` does: a step whose gradients overflow is left out and halves the factor, 2,000 others
+    double it. That class looks at a rank's own gradients; this one at their norm, which all ranks have.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -117,15 +117,7 @@ class _Builder:
 
 
 def build(folder: Path, sources: Sequence[Source], tokenizer: Tokenizer | None, field: str, progress: Progress) -> None:
-    """Make the shards of the sources in a folder, or what is missing of them; another process at it is waited for.
-
-    Args:
-        folder: of the shards; made if need be.
-        sources: of text, or of tokens in files that stay where they are.
-        tokenizer: of the text; of tokens the one they were made with, if it is known.
-        field: of records, the one with the text.
-        progress: called now and then.
-    """
+    """Make the shards of the sources in a folder, or what is missing of them; another process at it is waited for."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         while True:

@@ -73,8 +73,8 @@ class Source:
         """What changes when the content does, without reading it: path, size and time of the last change."""
         if not self.path.exists():  # of a hub
             return str(self.path), 0, 0
-        stat = self.path.stat()
-        return str(self.path.resolve()), stat.st_size, stat.st_mtime_ns
+        stats = [path.stat() for path in (self.path, *self.path.rglob("*"))]
+        return str(self.path.resolve()), sum(x.st_size for x in stats), max(x.st_mtime_ns for x in stats)
 
 
 def standard_library() -> Iterator[Path]:
@@ -86,15 +86,7 @@ def standard_library() -> Iterator[Path]:
 
 
 def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[Source]:
-    """The sources of a data set, in the order of a walk through the folder.
-
-    Args:
-        data: a file, a folder, `hf:NAME` or `hf:NAME:CONFIG` of a hub; the standard library's sources when absent.
-        suffixes: endings of the file names to take; all when empty.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
+    """The sources of a data set, in the order of a walk through the folder; `build_corpus` has the arguments."""
     if data is None:  # in the order that the demo's figures were measured in
         hashed = sorted((hashlib.sha256(path.read_bytes()).digest(), path) for path in standard_library())
         return [Source(path, _text) for _, path in hashed]

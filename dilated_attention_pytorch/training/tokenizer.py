@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,47 +21,25 @@ _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SE
 _PIECE = 1 << 14
 
 
-class Tokenizer(Protocol):
-    """What a corpus needs of a tokenizer."""
-
-    digest: str  # of all that decides the tokens
-    vocab_size: int  # the end of a document included
-    end_token: int  # ends a document
-    dtype: Any  # of tokens in files
-
-    def encode(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
-        """The tokens of each text, without special ones."""
-
-    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of tokens, piece by piece as characters are whole."""
-
-
 class Bytes:
     """A byte per token; the zero byte, which no text holds, ends a document."""
 
-    digest, vocab_size, end_token = "bytes", 256, BOUNDARY
-    dtype: Any = np.uint8
+    digest = "bytes"  # of all that decides the tokens
+    vocab_size = 256  # the end of a document included
+    end_token = BOUNDARY
+    dtype: Any = np.uint8  # of tokens in files
 
     def encode(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
-        """The bytes themselves."""
+        """The tokens of each text: the bytes themselves."""
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text; the replacement character stands for bytes that are not UTF-8."""
+        """Text, piece by piece as characters are whole; the replacement character stands for what is not UTF-8."""
         return codecs.iterdecode((bytes([token]) for token in tokens), "utf-8", "replace")
 
 
 class FileTokenizer:
-    """A `tokenizer.json`. A vocabulary without an end of documents gets one more token.
-
-    Args:
-        path: the file, or a folder with one.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that `tokenizers` does not read.
-        ImportError: `tokenizers` is not installed.
-    """
+    """A `tokenizer.json`, or that of a folder. A vocabulary without an end of documents gets one more token."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -99,8 +77,17 @@ class FileTokenizer:
         return (piece for token in tokens if (piece := stream.step(self._tokenizer, token)))
 
 
+Tokenizer = Bytes | FileTokenizer
+
+
 def load_tokenizer(name: str | Path = "bytes") -> Tokenizer:
-    """The tokenizer that a name stands for: `"bytes"`, a `tokenizer.json` or a folder with one."""
+    """The tokenizer that a name stands for: `"bytes"`, a `tokenizer.json` or a folder with one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that `tokenizers` does not read.
+        ImportError: `tokenizers` is not installed.
+    """
     return Bytes() if str(name) == "bytes" else FileTokenizer(Path(name))
 
 

@@ -105,6 +105,16 @@ def test_long_documents_come_in_parts_from_any_of_them_on(
         assert read(tmp_path / name, part.after) == parts[i + 1 :]
 
 
+def test_a_dataset_that_is_saved_anew_is_read_anew(tmp_path: Path) -> None:
+    """Its folder's own size and time stay, since its files are written over."""
+    write_dataset(tmp_path / "rows")
+    first = build_corpus(tmp_path / "rows", cache=tmp_path / "cache")
+    (file,) = (tmp_path / "rows").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"document", b"DOCUMENT"))
+    again = build_corpus(tmp_path / "rows", cache=tmp_path / "cache")
+    assert again.fingerprint != first.fingerprint and again.train[:8].tobytes() == b"DOCUMENT"
+
+
 def test_compressed_text_is_read_by_what_it_begins_with(tmp_path: Path) -> None:
     for opener in (gzip.open, bz2.open, lzma.open):
         with opener(tmp_path / "any.name", "wb") as stream:
