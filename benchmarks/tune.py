@@ -36,7 +36,7 @@ from triton.runtime import driver, jit
 
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
-from dilated_attention_pytorch.kernels.triton import launch_branches
+from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches
 from dilated_attention_pytorch.kernels.triton.configs import Config
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
@@ -95,6 +95,16 @@ CANDIDATES: dict[str, dict[str, list[tuple[Any, ...]]]] = {
         "forward": [(64, 64, 4, 3), (128, 64, 8, 3)],
         "dq": [(128, 64, 8, 3)],
         "dkv": [(32, 64, 4, 2, "early"), (64, 128, 8, 2, "early")],
+    },
+    "five branches, D=64 bidirectional N=1048576": {
+        "aligned_forward": [(64, 128, 4, 2), (128, 64, 4, 3), (64, 64, 4, 4)],
+        "aligned_dq": [(64, 128, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)],
+        "aligned_dkv": [(64, 64, 4, 3, "early"), (64, 128, 8, 2, "early")],
+    },
+    "five branches, D=128 bidirectional N=1048576": {
+        "aligned_forward": [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+        "aligned_dq": [(128, 64, 8, 3), (64, 64, 4, 2)],
+        "aligned_dkv": [(32, 128, 8, 3, "early"), (64, 128, 8, 2, "early"), (32, 64, 4, 3)],
     },
     "slide, D=48 bidirectional N=10001": {
         "forward": [(64, 64, 4, 3), (128, 64, 8, 4)],
@@ -156,13 +166,31 @@ class Case:
         delta = launch_branches.compute_delta(self.work, self.grad, self.saved, Tape())
         return launch_branches.QueryTerms(self.grad.out, self.saved.lse, delta)
 
+    def aligned_dq(self, config: Config) -> tuple[Tensor, Tensor]:
+        """dq, and what it leaves for dK/dV."""
+        terms = launch_aligned.terms_buffer(self.work, Tape(), 128)
+        return launch_aligned.backward_dq(self.work, self.grad, self.saved, terms, Tape(), config), terms
+
+    @functools.cached_property
+    def aligned_terms(self) -> Tensor:
+        """What a dK/dV of one launch reads of each query."""
+        return self.aligned_dq(Config(64, 64, 4, 2))[1]
+
     def run(self, kernel: str, config: Config) -> tuple[Tensor, ...]:
-        """One kernel over all branches."""
-        if kernel == "forward":
-            return tuple(launch_branches.forward(self.work, Tape(), config))
-        if kernel == "dq":
-            return (launch_branches.backward_dq(self.work, self.terms, Tape(), config),)
-        return launch_branches.backward_dkv(self.work, self.terms, Tape(), config)
+        """One kernel over all branches, in one launch or one per branch."""
+        match kernel:
+            case "aligned_forward":
+                return tuple(launch_aligned.forward(self.work, Tape(), config))
+            case "aligned_dq":
+                return self.aligned_dq(config)[:1]
+            case "aligned_dkv":
+                return launch_aligned.backward_dkv(self.work, self.grad, self.aligned_terms, Tape(), config)
+            case "forward":
+                return tuple(launch_branches.forward(self.work, Tape(), config))
+            case "dq":
+                return (launch_branches.backward_dq(self.work, self.terms, Tape(), config),)
+            case _:
+                return launch_branches.backward_dkv(self.work, self.terms, Tape(), config)
 
     @functools.cached_property
     def allowed(self) -> dict[str, list[tuple[Tensor, float]]]:
@@ -181,7 +209,7 @@ class Case:
     def wrong(self, kernel: str, config: Config) -> list[float]:
         """Errors over what is allowed, where that is above 1 or NaN."""
         results = self.run(kernel, config)
-        parts = zip(results, self.allowed[kernel], strict=True)
+        parts = zip(results, self.allowed[kernel.removeprefix("aligned_")], strict=True)
         return [e for got, (want, most) in parts if not (e := relative_norm(got, want) / most) <= 1]
 
 
@@ -225,7 +253,7 @@ def compile_part(wanted: list[Trial]) -> Iterator[tuple[Trial, list[Any]]]:
         kernel = original(self, *args, grid=grid, warmup=True, **flags)
         with contextlib.suppress(Exception):  # the host's half of a launch is C code that is compiled and kept too
             CudaLauncher(kernel.src, kernel.metadata)
-        if self.__name__.startswith("branch") and all(x.hash != kernel.hash for x in found):
+        if self.__name__.startswith(("branch", "aligned")) and all(x.hash != kernel.hash for x in found):
             found.append(kernel)
         return kernel
 
@@ -297,7 +325,7 @@ def measure(wanted: list[Trial], deadline: float) -> Iterator[dict[str, Any]]:
             except Exception as error:  # out of a resource: the others go on
                 yield row | {"error": f"{type(error).__name__}: {str(error)[:120]}"}
                 continue
-            operations = FACTOR[trial.kernel] * line.pairs() * line.head_dim
+            operations = FACTOR[trial.kernel.removeprefix("aligned_")] * line.pairs() * line.head_dim
             yield row | {"ms": time_ms, "tflops": operations / time_ms / 1e9}
         if line.head_dim > 128:
             yield from beside(whole)
