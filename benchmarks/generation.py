@@ -42,7 +42,7 @@ def check(device: str) -> float:
         nhead=4,
         num_decoder_layers=2,
         dim_feedforward=64,
-        segment_lengths=(8, 20, 48),
+        segment_lengths=(8, 20, 192),
         dilation_rates=(1, 2, 4),
         device=device,
         dtype=torch.float64,

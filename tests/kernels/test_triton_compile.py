@@ -138,10 +138,10 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
         buffer = torch.empty(1, pattern.num_heads, 8192, width, dtype=q.dtype)
         layout, position = decode_layout.DecodeLayout(pattern, n), torch.zeros(1, dtype=torch.int64)
         launch_decode.step(QKV(q, kv, kv), Rotation(*4 * (table,)), position, (buffer, buffer), layout, 1.0)
-        x, norm = torch.empty(64, 1024, dtype=q.dtype), torch.nn.LayerNorm(1024, dtype=q.dtype)
-        for rows, columns in ((1, 3072), (8, 1024), (64, 32_000)):
-            weight, out = torch.empty(columns, 1024, dtype=q.dtype), torch.empty(rows, columns, dtype=q.dtype)
-            launch_linear.linear(x[:rows], weight, norm=norm, activation="gelu", residual=out)
+        x, norm = torch.empty(1, 1024, dtype=q.dtype), torch.nn.LayerNorm(1024, dtype=q.dtype)
+        for columns in (1024, 3072, 32_000):
+            weight, out = torch.empty(columns, 1024, dtype=q.dtype), torch.empty(1, columns, dtype=q.dtype)
+            launch_linear.linear(x, weight, norm=norm, activation="gelu", residual=out)
     return reports
 
 

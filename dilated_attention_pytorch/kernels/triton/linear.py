@@ -1,7 +1,7 @@
-"""A linear layer for few rows, with the LayerNorm before it and the activation or the residual behind it.
+"""A linear layer of one row, with the LayerNorm before it and the activation or the residual behind it.
 
-A decoding step reads each weight once and computes little, so what counts is how few launches it is. A program takes
-BN output columns and walks their weights; the rows, which every program needs, come from the cache each time.
+A decoding step of one sequence reads each weight once and computes little, so what counts is how few launches it is. A
+program takes BN output columns and walks their weights; the row, which every program needs, comes from the cache.
 """
 
 import triton
@@ -9,70 +9,55 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(x, m, k, num_rows, K: tl.constexpr):
-    """Rows `[BM, BK]` in fp32, and which of them are there."""
-    inside = (m < num_rows)[:, None] & (k < K)[None, :]
-    return tl.load(x + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32), inside
+def load(x, k, K: tl.constexpr):
+    """Entries `[BK]` in fp32, 0 behind the last."""
+    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def moments(x, m, num_rows, eps, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """Mean and inverse deviation `[BM]`: squares are of differences from the mean, as large means lose digits."""
-    mean = tl.zeros((BM,), tl.float32)
+def moments(x, eps, K: tl.constexpr, BK: tl.constexpr):
+    """Mean and inverse deviation: squares are of differences from the mean, as large means lose digits."""
+    total = tl.zeros((BK,), tl.float32)
     for first in range(0, K, BK):
-        rows, _ = load_rows(x, m, first + tl.arange(0, BK), num_rows, K)
-        mean += tl.sum(rows, 1)
-    mean = mean / K
-    square = tl.zeros((BM,), tl.float32)
+        total += load(x, first + tl.arange(0, BK), K)
+    mean = tl.sum(total, 0) / K
+    square = tl.zeros((BK,), tl.float32)
     for first in range(0, K, BK):
-        rows, inside = load_rows(x, m, first + tl.arange(0, BK), num_rows, K)
-        away = tl.where(inside, rows - mean[:, None], 0.0)
-        square += tl.sum(away * away, 1)
-    return mean, tl.math.rsqrt(square / K + eps)
+        k = first + tl.arange(0, BK)
+        away = tl.where(k < K, load(x, k, K) - mean, 0.0)
+        square += away * away
+    return mean, tl.math.rsqrt(tl.sum(square, 0) / K + eps)
 
 
 @triton.jit
 def decode_linear(
-    x, weight, bias, gamma, beta, residual, out, num_rows, num_columns, eps,
+    x, weight, bias, gamma, beta, residual, out, num_columns, eps,
     K: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out `[rows, columns]` of x `[rows, K]` and weight `[columns, K]`, all contiguous."""
+    """out `[columns]` of x `[K]` and weight `[columns, K]`, all contiguous."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    inside = n < num_columns
     if NORM:
-        mean, scale = moments(x, m, num_rows, eps, K, BM, BK)
+        mean, scale = moments(x, eps, K, BK)
     # One row has no use for tensor cores: products stay in their lanes until the end.
-    if BM == 1:
-        acc = tl.zeros((BN, BK), tl.float32)
-    else:
-        acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BN, BK), tl.float32)
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)
         w_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-        w = tl.load(w_at, mask=(n < num_columns)[:, None] & (k < K)[None, :], other=0.0)  # [BN, BK]
-        rows, _ = load_rows(x, m, k, num_rows, K)
+        w = tl.load(w_at, mask=inside[:, None] & (k < K)[None, :], other=0.0)  # [BN, BK]
+        row = load(x, k, K)
         if NORM:
-            g = tl.load(gamma + k, mask=k < K, other=0.0).to(tl.float32)
-            b = tl.load(beta + k, mask=k < K, other=0.0).to(tl.float32)
-            rows = (rows - mean[:, None]) * scale[:, None] * g[None, :] + b[None, :]
-        rows = rows.to(w.dtype)  # rounded, as a LayerNorm's output is
-        if BM == 1:
-            acc += w.to(tl.float32) * rows.to(tl.float32)
-        else:
-            acc = tl.dot(rows, tl.trans(w), acc, input_precision=PRECISION)
-    if BM == 1:
-        y = tl.sum(acc, 1)[None, :]
-    else:
-        y = acc
-    inside = (m < num_rows)[:, None] & (n < num_columns)[None, :]
+            row = (row - mean) * scale * load(gamma, k, K) + load(beta, k, K)
+        # Rounded, as a LayerNorm's output is.
+        acc += w.to(tl.float32) * row.to(w.dtype).to(tl.float32)[None, :]
+    y = tl.sum(acc, 1)
     if BIAS:
-        y += tl.load(bias + n, mask=n < num_columns, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
     elif ACTIVATION == "relu":
         y = tl.maximum(y, 0.0)
-    at = m.to(tl.int64)[:, None] * num_columns + n[None, :]
     if RESIDUAL:
-        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, y, mask=inside)
+        y += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, y, mask=inside)

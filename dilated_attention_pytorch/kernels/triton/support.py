@@ -15,8 +15,6 @@ MAX_HEAD_DIM = 256
 # Wider heads of sequences from so many positions on are faster on sdpa where tiles of 256 columns have to be of few
 # rows: everywhere but on Hopper, which has the shared memory for more (docs/log.md, 2026-11-28).
 FAST_HEAD_DIM, LONG = 128, 1 << 17
-# Rows of a decoding step: beyond, products are no longer bound by reading weights, and a library computes them faster.
-MOST_ROWS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
