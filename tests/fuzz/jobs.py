@@ -40,7 +40,7 @@ def fuzz(job: Job) -> tuple[dict[str, Counter[str]], dict[str, str]]:
             if rounds and job.seconds is not None and time.monotonic() - start > job.seconds:
                 break
             known: set[str] = set()
-            seed = job.seed + rounds + 1000 * i * (len(job.names) > 1)  # targets that draw alike draw others
+            seed = job.seed + rounds + 1000 * i  # targets that draw alike draw others
             counts[name] += run(TARGETS[name], seed, job.calls, known, shrink=False)
             for text in known:
                 what = " ".join([name, *text.split()[:8]])  # the same line and error, of other values
