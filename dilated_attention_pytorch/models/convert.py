@@ -180,6 +180,8 @@ def convert(weights: WeightsSource, source: Source | None = None, *, args: Any =
 def _with_assumed(state: Tensors, source: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options with the source's defaults for what weights do not tell, and the note that says so."""
     assumed = dict(ASSUMED[source])
+    for name in ("scale_embedding", "global_pool", "as_initialisation"):
+        check.check_bool(name, options.get(name, False))
     if source == "gigapath" and "segment_lengths" in options:
         del assumed["max_wsi_size"], assumed["tile_size"]
     if source == "torchscale-decoder" and not any(name.endswith(".xpos.scale") for name in state):

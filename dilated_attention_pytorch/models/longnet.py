@@ -257,7 +257,7 @@ class LongNetLM(ShardedModel[LongNetConfig]):
         """
         vocab_size = self.config.vocab_size
         assert vocab_size is not None
-        check_int("max_new_tokens", max_new_tokens, 0)
+        max_new_tokens = check_int("max_new_tokens", max_new_tokens, 0)
         with torch.no_grad():  # a prompt of inference mode is as good as any
             self._check(prompt, packed=False)
         check_sampling(prompt, sampling, vocab_size)

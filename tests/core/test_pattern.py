@@ -45,6 +45,23 @@ def test_pairs_and_spans_of_ranges(pattern, ends, causal):
 
 
 @settings(max_examples=100)
+@given(pattern=patterns, ends=st.lists(st.integers(0, 60), min_size=4, max_size=4))
+def test_spans_hold_each_pair_once(pattern, ends):
+    q_range, k_range = tuple(sorted(ends[:2])), tuple(sorted(ends[2:]))
+    for branch, (w, r) in enumerate(pattern.branches):
+        offset = pattern.offset(branch, pattern.num_heads - 1)
+        found = []
+        for first, count, q_lo, q_hi, k_lo, k_hi in pattern.spans(branch, offset, q_range, k_range):
+            for base in range(first * w + offset, (first + count) * w + offset, w):
+                found += itertools.product(
+                    range(base + q_lo * r, base + q_hi * r, r), range(base + k_lo * r, base + k_hi * r, r)
+                )
+        members = [n for n in range(60) if n % w % r == offset]
+        want = [(n, m) for n in members for m in members if n // w == m // w and n in range(*q_range)]
+        assert sorted(found) == [(n, m) for n, m in want if m in range(*k_range)]
+
+
+@settings(max_examples=100)
 @given(pattern=patterns, n=st.integers(1, 50), causal=st.booleans())
 def test_keys_of_membership_and_pairs_agree(pattern, n, causal):
     members = pattern.membership(torch.arange(n))

@@ -243,6 +243,15 @@ def test_saved_weights_are_floating_and_go_to_a_device_that_is_there(tmp_path: A
 
 ENCODER: Any = SlideEncoder(**VISION, in_chans=6).eval()
 THEIRS = {k.removeprefix("encoder."): x for k, x in LongNetEncoder(**TINY).state_dict().items()}
+
+
+class Three:
+    """An int by `__index__`."""
+
+    def __index__(self) -> int:
+        return 3
+
+
 TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
 
 
@@ -266,6 +275,11 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
             lambda: convert(THEIRS, num_heads=2, segment_lengths=[8], dilation_rates=np.float64(0.5)),
             TypeError,
             "dilation_rates to be a sequence of ints, got float64",
+        ),
+        (
+            lambda: convert(THEIRS, num_heads=2, **PATTERN, scale_embedding=torch.ones(2)),
+            TypeError,
+            "scale_embedding to be a bool, got Tensor",
         ),
         (lambda: SlideEncoder.from_pretrained(4), TypeError, "weights, unless they are a mapping, to be a path"),
         (lambda: settings(3, "encoder"), TypeError, "args to hold settings by name, got int 3"),
@@ -302,6 +316,8 @@ def test_integers_of_numpy_are_taken_as_those_of_python() -> None:
     assert slide_segment_lengths(2**15, np.uint8(128)) == slide_segment_lengths(2**15, 128)
     batch, _ = left_pad([torch.ones(1, dtype=torch.int64), torch.ones(2, dtype=torch.int64)], np.uint8(7))
     assert batch.tolist() == [[7, 1], [1, 1]]
+    model, prompt = LongNetLM(**TINY, vocab_size=11).eval(), torch.zeros(1, 250, dtype=torch.int64)
+    assert model.generate(prompt, np.uint8(3)).shape == (1, 3) == model.generate(prompt, Three()).shape
     assert type(SlideReader(tile_size=np.uint8(128)).tile_size) is int
     assert type(EmbedOptions(batch_tokens=np.int64(9)).batch_tokens) is int
 

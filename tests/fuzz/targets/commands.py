@@ -94,6 +94,6 @@ def _commands(draw: st.DrawFn) -> Call:
     arguments = [*command.split(), *positional]
     for name, value in chosen.items():
         arguments += [name] if options[name] else [name, value]
-    named = {word for name in options for word in name.strip("-").split("-")}
+    named = {word for name in options for word in name.strip("-").split("-")} | {"folder"}
     is_right = not names and command not in _REFUSED_ANYWAY
-    return Call(invoke, tuple(arguments), {}, sorted(named), right=is_right, also=(FileNotFoundError,))
+    return Call(invoke, tuple(arguments), {}, sorted(named), right=is_right, also=(OSError,))

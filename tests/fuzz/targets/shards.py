@@ -66,7 +66,8 @@ def _curves(draw: st.DrawFn) -> Call:
             x = torch.randn(1, 12, 2, 4)
             assert bool(module.eval()(x, x, x, is_causal=True).isfinite().all())
 
-    return Call(cls, (), given, check=check, right=not names)
+    # A tuple in the config's place is 0.2's argument list.
+    return Call(cls, (), given, (*given, "segment_lengths", "dilation_rates"), check, not names)
 
 
 @target("RingDistributedDilatedAttention", 10)
