@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from command import call, fails
+from test_sources import KINDS
 from test_training import ALONE, TINY, Recorder, curve, interrupt, same, weights
 
 from dilated_attention_pytorch.models import LongNetLM, load_pretrained, save_pretrained
@@ -272,6 +273,15 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"learning_rate": 1e-5, "data": {"folder": None}}))
     found = read_settings(tmp_path / "a.json")
     assert found.pop("data.folder", 0) is None and PLAIN.changed(found).learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_data_trains(name: str, tmp_path: Path) -> None:
+    KINDS[name](tmp_path / name)
+    rows = build_corpus(tmp_path / name, cache=tmp_path / "cache")
+    Trainer(replace(PLAIN, steps=1, warmup_steps=0), rows, tmp_path / "run", world=ALONE).run()
+    loss, evaluation = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < loss["bpb"] < 12 and 0 < evaluation["val_bpb"] < 12
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(corpus: Corpus, tmp_path: Path) -> None:
