@@ -96,14 +96,14 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, world: World) -> di
     first, last = written[0]
     beside = [t for start, t in zip(starts, steps, strict=True) if start < last and start + t > first]
     alone = [t for start, t in zip(starts, steps, strict=True) if start > last or start + t < first]
-    second = statistics.median(alone or steps)
+    second = statistics.median(alone or steps)  # the first save pins host memory
     peak = peak_flops(world.device)
     return {
         "case": f"{cost.parameters / 1e6:.0f}M parameters, {config.context} tokens, {world.size} ranks",
         "tokens_per_s": config.batch_size * config.context / second,
         "mfu": cost.flops / second / world.size / peak if peak else None,
         "peak_gib": memory, "planned_gib": cost.peak() / 2**30, "step_s": second,
-        "step_beside_a_save_s": statistics.median(beside or steps), "save_held_the_steps_s": held[0],
+        "step_beside_a_save_s": statistics.median(beside or steps), "saves_held_the_steps_s": held,
         "save_took_s": last - first, "losses": [clock.losses[0], clock.losses[-1]],
     }  # fmt: skip
 

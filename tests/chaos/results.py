@@ -25,7 +25,9 @@ def final(program: str, folder: Path, out: bytes) -> dict[str, Any]:
     """Everything that a finished program leaves and that no clock decides; equal for equal work."""
     found: dict[str, Any] = {}
     if program == "generate":
-        return {"text": out} | {path.name: _digest(path) for path in sorted((folder / "run").iterdir())}
+        return {"text": out} | {
+            str(path.relative_to(folder)): _digest(path) for path in (folder / "run").rglob("*") if path.is_file()
+        }
     if program == "stream":
         return {path.name: _digest(path) for path in sorted(folder.iterdir())}
     if program == "embed":

@@ -77,6 +77,18 @@ def test_committed_results_have_the_one_shape(path: Path, monkeypatch: pytest.Mo
     assert path.stem.startswith(outcome["benchmark"])
 
 
+@pytest.mark.slow
+def test_training_against_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run("train_gpu", "--smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("train_gpu_*.json")
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    assert load("common", monkeypatch).problems(outcome) == []
+    built, trained = outcome["rows"]
+    assert built["share_gib"] > 0 and trained["losses"][1] < trained["losses"][0] and len(trained["peak_gib"]) == 2
+
+
 def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cpu = load("cpu", monkeypatch)
     right = cpu.dilated_attention
