@@ -52,7 +52,10 @@ class Work(NamedTuple):
 
 
 def prepare(x: QKV, problem: Problem, masks: Masks) -> Work:
-    """Only ranges counted from 0 take the fast kernels, and ranges of one kind then share their launches."""
+    """Only ranges counted from 0 take the fast kernels, and ranges of one kind then share their launches.
+
+    Kernels read masks as lying without gaps.
+    """
     q, k, v = (ready(y) for y in x)
     key_padding, row_start, cu_seqlens, seed = masks
     if row_start is None:
@@ -62,14 +65,14 @@ def prepare(x: QKV, problem: Problem, masks: Masks) -> Work:
             start = before - problem.q_start
             key_padding = key_padding[:, start : start + problem.seq_len]
     else:
-        row_start = row_start.to(q.device)
+        row_start = row_start.to(q.device).contiguous()
     if key_padding is not None:
         key_padding = key_padding.contiguous().view(torch.uint8)
     if cu_seqlens is not None:
         # On the device, reading it would make the host wait.
         if not cu_seqlens.is_cuda:
             check_cu_seqlens_values(cu_seqlens.tolist(), q.shape[1])
-        cu_seqlens = cu_seqlens.to(q.device)
+        cu_seqlens = cu_seqlens.to(q.device).contiguous()
     seed = None if seed is None or problem.dropout_p == 0.0 else seed.to(q.device)
     return Work(QKV(q, k, v), problem, Masks(key_padding, row_start, cu_seqlens, seed))
 
