@@ -79,7 +79,7 @@ def launched(monkeypatch):
     from dilated_attention_pytorch.kernels.triton import replay
     from dilated_attention_pytorch.kernels.triton.hopper import launch_backward, support
 
-    monkeypatch.setattr(support, "_SHORT", 0)
+    monkeypatch.setattr(support, "_SHORT", {})
     monkeypatch.setattr(replay, "_tapes", {})
     calls = []
     original = launch_backward.backward

@@ -206,7 +206,7 @@ def test_nothing_spills(compiled):
 
     def allowed(report):
         return report["kernel"].startswith("hopper") and report["spills"] <= (
-            500 if "backward" in report["kernel"] else 8
+            500 if "backward" in report["kernel"] else 12
         )
 
     assert [r for r in spilling(compiled[1]) if not allowed(r)] == []

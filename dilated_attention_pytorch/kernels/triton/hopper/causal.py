@@ -16,6 +16,7 @@ from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
 @gluon.jit
 def _copy_rows(views, index, row, residue, column, num_keys, bar, to, RATES: gl.constexpr):
     """Starts to load rows at the stride RATES[index], which the views of that index have."""
+    # A chain of comparisons: a descriptor cannot be picked at run time.
     every, longer = views
     has_more = residue < walk.modulo(num_keys, index, RATES)
     for i in gl.static_range(len(RATES)):
@@ -86,10 +87,12 @@ def _produce(
         residue = walk.modulo(kv_head + distance, index, RATES)
         row = segment * walk.divide(LENGTHS[0], index, RATES, 1) + first
         column = batch * q_strides.batch + head * q_strides.head + residue * q_strides.row
+        # The tile's rows, half by half.
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(w), q_views[0][0].block_type.nbytes)
             _copy_rows(q_views, index, row + w * HM, residue, column, num_keys, q_full.index(w), q_smem.index(w), RATES)
+        # Places in the segment of the tile's first row, of the first half's last and of the last.
         low = residue + first * stride
         middle = low + (HM - 1) * stride
         high = middle + HM * stride
@@ -100,6 +103,8 @@ def _produce(
         own_block = walk.blocks_before(own_key, level - 1, low, high, RATES, BN)[0]
         own_row = segment * walk.divide(LENGTHS[0], level - 1, RATES, 1) + own_block * BN
         it = _fill(context, it, level - 1, own_row, own_key, RATES)
+        # Keys of its own segment, in blocks of one residue each: those that all rows see; after other rings those that
+        # the first half meets on its diagonal; then those that the second half alone sees.
         for part in gl.static_range(3):
             for shown in range(1, level + 1):
                 begin, hop, step, at = walk.residues_of(shown, level, RATES)
@@ -161,6 +166,7 @@ def _consume(
         q = q_smem.index(HALF)
         if Q_REGISTERS:
             q = q.load(gl.DotOperandLayout(0, S, 2))
+            # The copy engine may overwrite the rows only after these reads.
             fence_async_shared()
             mbarrier.arrive(q_empty.index(HALF), count=1)
 
@@ -170,7 +176,7 @@ def _consume(
         own_edge = gl.expand_dims(walk.divide(places - own_key, level - 1, RATES, 1) - own_block * BN, 1)
         own_bias = walk.bias_of(level, NB)
         state = stages.first_step(it, q, own_bias, own_edge, qk_scale, smem, bars, True, HALF, False)
-        # Keys of its own segment that all of its rows see.
+        # Keys of its own segment that all of its rows see. A loop's bounds are worked out once for all its steps.
         for shown in range(1, level + 1):
             begin, hop, step, at = walk.residues_of(shown, level, RATES)
             bias = walk.bias_of(shown, NB)
@@ -200,6 +206,7 @@ def _consume(
                     if part == 0:
                         dense += gl.where(shown == level, 1, 0)
                         own = gl.minimum(gl.maximum(own, dense), both)
+                        # The second half sees some of what the first half masks as a whole.
                         for _b in range(dense, own):
                             state = stages.step(state, q, bias, 0, -1, qk_scale, smem, bars, False, HALF, False)
                         for b in range(own, both):
@@ -213,6 +220,7 @@ def _consume(
         if not Q_REGISTERS:
             mbarrier.arrive(q_empty.index(HALF), count=1)
         it, acc, row_lse = stages.finish(state, smem, bars)
+        # Stages count arrivals of both halves, so the first lets go of what it does not take.
         if HALF == 0:
             it = stages.skip(it, skipped, smem, bars)
         turn += 1

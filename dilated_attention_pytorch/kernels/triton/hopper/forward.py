@@ -46,11 +46,13 @@ def _produce(
         kv_head = head // group
         row = block * 2 * HM
         column = batch * q_strides.batch + head * q_strides.head + residue * q_strides.row
+        # The tile's rows, half by half: each half is let go by the warpgroup that reads it.
         for w in gl.static_range(2):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(w), q_views[0].block_type.nbytes)
             stages.copy_rows(q_views, row + w * HM, residue, column, remainder, q_full.index(w), q_smem.index(w))
         level = walk.level_of((residue + R - kv_head % R) % R, RATES)
+        # Its keys. Batch and head are the offset of a column, which a step adds its residue to.
         context = (
             k_views, v_views, batch * k_strides.batch + kv_head * k_strides.head,
             batch * v_strides.batch + kv_head * v_strides.head, k_strides.row, v_strides.row, remainder, smem, bars,
@@ -65,6 +67,7 @@ def _produce(
 def _cut_step(context, state, row, residue, multiplicity):
     """A step of the walk whose last keys do not exist."""
     q, num_keys, begun, qk_scale, smem, bars, R, HALF, PINGPONG = context
+    # The residue's last row, counted from the block's first; -1 where it has none in the block.
     last = (num_keys - 1 - residue) // R - row
     bias = gl.log2(multiplicity.to(gl.float32))
     return stages.step(state, q, bias, last, begun, qk_scale, smem, bars, True, HALF, PINGPONG)
@@ -100,6 +103,7 @@ def _consume(
         q = q_smem.index(HALF)
         if Q_REGISTERS:
             q = q.load(gl.DotOperandLayout(0, S, 2))
+            # The copy engine may overwrite the rows only after these reads.
             fence_async_shared()
             mbarrier.arrive(q_empty.index(HALF), count=1)
 
@@ -107,10 +111,12 @@ def _consume(
         if EVEN:
             bias = walk.bias_at(0, ends, NB)
             state = stages.first_step(it, q, bias, 0, qk_scale, smem, bars, False, HALF, PINGPONG)
+            # One loop for all multiplicities: a step compares its number with where each ends.
             for j in range(1, ends[NB - 1]):
                 bias = walk.bias_at(j, ends, NB)
                 state = stages.step(state, q, bias, 0, -1, qk_scale, smem, bars, False, HALF, PINGPONG)
         else:
+            # There may be no whole block at all, so no step is the first.
             state = stages.begin(it, smem, bars)
             for j in range(0, ends[NB - 1]):
                 bias = walk.bias_at(j, ends, NB)
@@ -147,6 +153,8 @@ def hopper_forward(
     strides = q_strides, k_strides, v_strides
     sizes = num_keys, num_heads, group, num_blocks, num_tiles
     work = views, smem, bars, (out, lse), strides, sizes, qk_scale
+    # Two warpgroups, of which the first is the kernel's own warps, and one warp that loads; the registers of the latter
+    # two, of 504 that three times 168 make.
     gl.warp_specialize([
         (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, PINGPONG, 0)),
         (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, PINGPONG, 1)),

@@ -61,6 +61,7 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     if work.problem.is_causal:
         kernel: Any = causal.hopper_forward_causal
         views = [v for x, rows in _blocks(work, config) for v in stride_views(x, plan.rates, rows, MAX_RATES)]
+        # Segments of the shortest branch, the last as long as the others: what lies past the end is not written.
         count = triton.cdiv(n, plan.lengths[0])
         num_tiles = batch * heads * count * (plan.lengths[0] // ROWS)
         even = n % plan.lengths[0] == 0
@@ -79,6 +80,7 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
         "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages, "EVEN": even,
         "Q_REGISTERS": config.q_registers, **OPTIONS,
     }  # fmt: skip
+    # A short call has fewer tiles than there are multiprocessors.
     grid = (min(programs_on(q), num_tiles),)
     tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return AttentionOutput(out, lse)

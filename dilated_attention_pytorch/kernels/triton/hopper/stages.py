@@ -77,6 +77,7 @@ def fill(it, k_views, v_views, row, residue, k_column, v_column, remainder, smem
     STAGES: gl.constexpr = k_smem.shape[0]
     stage = it % STAGES
     phase = (it // STAGES) & 1
+    # A barrier that was never passed counts as passed for the phase before the first: a fresh stage is empty.
     mbarrier.wait(k_empty.index(stage), phase ^ 1)
     mbarrier.expect(k_full.index(stage), k_views[0].block_type.nbytes)
     copy_rows(k_views, row, residue, k_column, remainder, k_full.index(stage), k_smem.index(stage))
@@ -147,6 +148,7 @@ def first_step(
     if MASKED:
         columns = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
         s = gl.where(columns <= edge, s, -float("inf"))
+    # A row of the second half may see none of these keys yet.
     m = gl.maximum(gl.max(s, 1) * qk_scale + bias, _LOWEST)
     p = gl.exp2(s * qk_scale - gl.expand_dims(m - bias, 1))
     l = gl.sum(p, 1)
@@ -181,6 +183,7 @@ def step(
     # Logits of this step's keys, [HM, D] x [D, BN]; P V of the last step's, [HM, BN] x [BN, D], goes on beside them.
     mbarrier.wait(k_full.index(stage), phase)
     take_turn(turn, it, HALF, PINGPONG)
+    # What a product starts from has to be given, though it is not read.
     zero = gl.zeros([HM, BN], gl.float32, S)
     s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
@@ -202,6 +205,7 @@ def step(
     mbarrier.wait(v_full.index(stage), phase)
     acc, p, l, alpha = warpgroup_mma_wait(0, deps=[acc, p, l, alpha])
     mbarrier.arrive(v_empty.index(last), count=1, pred=it > begun)
+    # The product with this step's P starts from the rescaled sum, one step later.
     acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
     return it + 1, stage, acc, m_new, l, p
 
@@ -230,6 +234,7 @@ def write(
     HM: gl.constexpr = value.shape[0]
     D: gl.constexpr = value.shape[1]
     batch64 = batch.to(gl.int64)
+    # lse lies as the logits' rows do, out as the accumulator's.
     rows = first + stride * gl.arange(0, HM, gl.SliceLayout(1, S))
     lse_at = lse + (batch64 * num_heads + head) * num_rows + rows
     out_rows = first + stride * gl.arange(0, HM, gl.SliceLayout(1, A))

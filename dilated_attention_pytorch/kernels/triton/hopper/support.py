@@ -20,11 +20,11 @@ MAX_RATES = 5  # strides that a causal kernel has views for
 _TRITON = "3.6."  # the versions that were measured; Gluon has no stable API yet
 _WIDTHS = (64, 128)
 _DTYPES = (torch.bfloat16, torch.float16)
-# On a q of at most so many elements, twice that without a causal mask, the twins are faster: there are too few tiles
-# for one program per multiprocessor to have like shares of them, and describing the causal kernels' views takes the
-# host longer than the device computes. Measured with 12 heads of 64 on an H200, forward, against the twins: 383 us
-# against 368 at N=16384, 796 against 737 at 32768; causal 533 against 324 at 16384, 613 against 1219 at 32768.
-_SHORT = 12 * 64 * 16384
+# (head_dim, causal) -> on a q of at most so many elements the twins are faster: there are too few tiles for one program
+# per multiprocessor to have like shares of them, and describing the causal kernels' views takes the host longer than
+# the device computes. Forward on an H200 beside the twins, us: D=64 747 against 719 at N=32768 (12 heads), 1452 against
+# 1641 at 65536; causal 533 against 324 at 16384, 572 against 705 at 32768; D=128 (6 heads) 286 against 347 at 16384.
+_SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13, (128, True): 768 << 14}
 
 
 def why_not(work: Work) -> list[str]:
@@ -69,7 +69,7 @@ def _why_not_the_call(work: Work) -> list[str]:
         "no branch has rate 1": plan.rates[0] != 1,
         f"a tile of {ROWS} rows straddles two segments": plan.multiple % ROWS != 0,
         f"a residue has fewer than {ROWS} rows": n < ROWS * plan.rate,
-        "it is short": q.numel() <= (_SHORT if problem.is_causal else 2 * _SHORT),
+        "it is short": q.numel() <= _SHORT.get((q.shape[3], problem.is_causal), 0),
     }
     if problem.is_causal:
         obstacles |= {

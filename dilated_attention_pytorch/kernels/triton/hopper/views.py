@@ -19,6 +19,7 @@ def residue_views(x: Tensor, stride: int, rows: int) -> tuple[TensorDescriptor, 
     not as the next batch's. Where the stride does not divide N, the first residues have a row more than the others:
     the second view is theirs, and ends where the tensor does.
     """
+    # Rows that every residue has, and how many residues have one more.
     length, longer = divmod(x.shape[1], stride)
     view = _view(x, length, stride, stride, rows)
     return view, _view(x, length + 1, longer, stride, rows) if longer else view

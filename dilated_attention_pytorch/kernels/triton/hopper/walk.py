@@ -90,6 +90,8 @@ def residues_of(shown, level, RATES: gl.constexpr):
         first, stride, step, index: `for z in range(first, stride, step)` the residues z, z + stride, .. below R;
         RATES[index] is the stride.
     """
+    # Of level `shown` exactly: multiples of r_(shown - 1) that are none of r_shown. At the tile's own level: all
+    # multiples of its longest branch's rate.
     below = shown < level
     step = pick(RATES, shown - 1)
     index = gl.where(below, shown, shown - 1)
@@ -137,6 +139,7 @@ def ring_of(row, i, whole, LENGTHS: gl.constexpr, R: gl.constexpr):
     """Ring i around a row, before the row `whole`: its first row, where its hole begins, rows of the hole, its rows."""
     start, rows = segment_of(row, i, LENGTHS, R)
     inner, inner_rows = segment_of(row, gl.maximum(i, 1) - 1, LENGTHS, R)
+    # The hole is branch i - 1's segment, cut at `whole` as the ring is; ring 0 has none.
     end = gl.minimum(start + rows, whole)
     hole = gl.where(i > 0, inner, start)
     hole_end = gl.where(i > 0, gl.minimum(inner + inner_rows, whole), start)
@@ -163,6 +166,7 @@ def each_block(
             for z in range(first, stride, step):
                 for distance in range(z, R, stride):
                     residue = (head + distance) % R
+                    # Rows before the hole, then rows behind it.
                     for b in range(0, rows, B):
                         here = start + b
                         here += gl.where(here >= hole, jump, 0)
@@ -211,6 +215,7 @@ def each_cut_block(
     for i in gl.static_range(len(LENGTHS)):
         start, rows = segment_of(row, i, LENGTHS, R)
         ring += gl.where((i < level) & (start + rows <= whole), 1, 0)
+    # The shortest segment that reaches past `whole` has the cut blocks; to longer ones they lie in the hole.
     for shown in range(ring + 1, level + 1):
         first, stride, step, _ = residues_of(shown, level, RATES)
         for z in range(first, stride, step):
@@ -235,6 +240,7 @@ def level_tile_at(tile, num_segments, num_heads, B: gl.constexpr, LENGTHS: gl.co
     turn = tile // PER
     u = PER - 1 - (tile + turn) % PER
     head = turn // num_segments
+    # Places of a segment's tiles: 1 - 1 / r_1 of them for level 1, 1 / r_1 - 1 / r_2 for level 2, and so on.
     level = gl.to_tensor(1)
     distance = gl.to_tensor(0)
     first = gl.to_tensor(0)
