@@ -210,6 +210,7 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
             ValueError: right padding or packing with a cache, an argument that LongNet does not have.
         """
         use_cache = options.pop("use_cache", None)
+        check_instance("use_cache", use_cache, bool, type(None))
         cached = past_key_values is not None or bool(use_cache)
         x, states = _given(input_ids, inputs_embeds), self._states(options)
         items = options.pop("num_items_in_batch", None)

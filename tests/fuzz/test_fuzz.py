@@ -19,6 +19,7 @@ LEFT_OUT = {
     "legacy_mode register exchange_pool": "they take nothing",
     "BaseRingAttention peak_bytes": "what they call is the caller's",
     "RangePlan Sizes plan_ranges": "dilated_attention_streamed fills them from what it is given",
+    "ShardingCollator": "its batches are those of transformers' Trainer",
     "PoolStats Counts relative_norm gradient_scale": "figures of the pool and of tests",
     "TrainConfig Trainer build_corpus loss_figure": "the train command fills them from what it is given",
     "pattern_figure neighbours_figure receptive_figure save_page orders_figure neighbourhood_figure heat_figure "
@@ -49,7 +50,7 @@ def test_every_public_name_is_a_target():
     fuzzed = {name for target in targets.TARGETS.values() for name in target.of}
     assert called - fuzzed == set(" ".join(LEFT_OUT).split())
     methods = {name for name, value in vars(DilatedPattern).items() if inspect.isfunction(value) and name[0] != "_"}
-    assert methods == set(_METHODS)
+    assert methods - {"offsets_of"} == set(_METHODS)  # that one looks at nothing, for graphs
     assert set(OPTIONS) == set(_COMMANDS)
 
 

@@ -285,6 +285,7 @@ class TestInputsAndOutputs:
         ({"labels": 0.5}, "labels to be a Tensor, got float"),
         ({"logits_to_keep": "all"}, "logits_to_keep to be an int, got str"),
         ({"logits_to_keep": torch.ones(2)}, "logits_to_keep of dtype int32 or int64, got torch.float32"),
+        ({"use_cache": torch.ones(2)}, "use_cache to be of bool or NoneType, got Tensor"),
         ({"past_key_values": 1}, "past_key_values to be of Cache, got int 1"),
     ],
 )

@@ -257,7 +257,9 @@ class TestGenerate:
     def test_left_pad_refuses_empty_prompts(self) -> None:
         with pytest.raises(TypeError, match=r"expected sequences\[0\] to be a Tensor, got list"):
             left_pad([[1, 2]])  # type: ignore[list-item]
-        with pytest.raises(ValueError, match=r"expected non-empty tensors of shape \(N,\), got shapes \[\(0,\)\]"):
+        with pytest.raises(
+            ValueError, match=r"expected sequences to be non-empty tensors of shape \(N,\), got shapes \[\(0,\)\]"
+        ):
             left_pad([torch.zeros(0, dtype=torch.long)])
 
 

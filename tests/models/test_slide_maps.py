@@ -138,7 +138,7 @@ def test_bad_input_is_named() -> None:
     encoder, tiles, coords = made("none")
     for options, message in (
         ({"heads": "median"}, "expected heads to be 'mean', 'max' or a head's number, got 'median'"),
-        ({"heads": 4}, r"expected head in \[0, 4\), got 4"),
+        ({"heads": 4}, r"expected heads in \[0, 4\), got 4"),
         ({"heads": "max", "rollout": True}, "expected heads to be 'mean' or a head's number with rollout=True"),
         ({"layer": 3}, r"expected layer in \[0, 3\), got 3"),
         ({"query": 130}, r"expected query tiles in \[0, 130\)"),

@@ -68,7 +68,7 @@ def find_slides(folder: Path) -> list[Path]:
     if not found:
         below = sorted({str(path.parent) for path in folder.glob("*/*") if _is_slide(path)})
         hint = f"; there are some in {', '.join(below[:5])}" if below else ""
-        raise ValueError(f"expected folder to hold files in {', '.join(formats.ENDINGS)}, found none in {folder}{hint}")
+        raise ValueError(f"expected folder {folder} to hold {', '.join(formats.ENDINGS)}, found none{hint}")
     return found
 
 

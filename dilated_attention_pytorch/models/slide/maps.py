@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.precision import accumulator, without_autocast
-from dilated_attention_pytorch.core.validation import check_bool, check_index, check_instance
+from dilated_attention_pytorch.core.validation import check_bool, check_index, check_instance, quoted
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.models.slide.attention import queries_and_keys, query_rows
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
@@ -77,7 +77,7 @@ def slide_map(
     check_bool("rollout", rollout)
     config, largest = encoder.config, isinstance(heads, str) and heads == "max"
     if isinstance(heads, str) and heads not in ("mean", "max"):
-        raise ValueError(f"expected heads to be 'mean', 'max' or a head's number, got {heads!r}")
+        raise ValueError(f"expected heads to be 'mean', 'max' or a head's number, got {quoted(heads)}")
     if not isinstance(heads, str):
         heads = check_index("heads", heads, config.num_heads)
     if largest and rollout:

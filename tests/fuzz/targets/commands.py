@@ -33,6 +33,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "info": ((), {}),
     "convert": (("{folder}/none.pth", "{folder}/out"), {"--from": "gigapath", "--heads": "2", "--segments": "8",
                                                         "--rates": "1"}),
+    "export": (("{folder}/none",), {"--out": "{folder}/out"}),
     "generate": (("{folder}",), {"--prompt": "def", "--bytes": "2", "--seed": "1", "--device": "cpu"}),
     "train": ((), {"--data": "{folder}/none", "--out": "{folder}/run", "--preset": "demo", "--device": "cpu"}),
     "migrate": (("{folder}",), {}),
@@ -42,7 +43,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "slide map": (("{slides}/features/s0.h5",), {"--out": "{folder}/x.geojson", **_MODEL}),
 }  # fmt: skip
 # What is not there in an empty folder, so that right options are refused all the same.
-_REFUSED_ANYWAY = ("convert", "generate", "train")
+_REFUSED_ANYWAY = ("convert", "export", "generate", "train")
 _HUGE = {"--length", "--heads", "--head-dim", "--repeats", "--ranks", "--query", "--bytes", "--bootstraps", "--epochs"}
 
 
@@ -94,6 +95,6 @@ def _commands(draw: st.DrawFn) -> Call:
     arguments = [*command.split(), *positional]
     for name, value in chosen.items():
         arguments += [name] if options[name] else [name, value]
-    named = {word for name in options for word in name.strip("-").split("-")} | {"folder"}
+    named = {word for name in options for word in name.strip("-").split("-")} | {"folder", "steps"}
     is_right = not names and command not in _REFUSED_ANYWAY
     return Call(invoke, tuple(arguments), {}, sorted(named), right=is_right, also=(OSError,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -110,8 +111,9 @@ def _left_pad(draw: st.DrawFn) -> Call:
 
     def check(result: tuple[Tensor, Tensor]) -> None:
         batch, row_start = result
+        pad_token = operator.index(given["pad_token"])
         for x, row, start in zip(given["sequences"], batch, row_start, strict=True):
-            assert torch.equal(row[start:], x) and bool((row[:start] == given["pad_token"]).all())
+            assert torch.equal(row[start:], x) and bool((row[:start] == pad_token).all())
 
     return Call(left_pad, (), given, check=check, right=not names)
 

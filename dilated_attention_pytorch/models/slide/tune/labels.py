@@ -114,7 +114,7 @@ def _column(table: Any, names: tuple[str, ...], file: Path) -> str:
     for name in names:
         if name in table:
             return name
-    raise ValueError(f"expected a column {' or '.join(names)} in {file}, got {listed(table.columns, most=20)}")
+    raise ValueError(f"expected a column {listed(names, ' or ')} in {file}, got {listed(table.columns, most=20)}")
 
 
 def _classes(column: Any) -> tuple[Task, Tensor]:
