@@ -39,6 +39,6 @@ def test_there_are_thirty_kinds_of_damage() -> None:
     ids=["well", "another code", "a traceback", "no name"],
 )
 def test_an_unnamed_end_is_seen(code: int, err: str) -> None:
-    check_named(Ended(2, b"", "error: expected state.pt to be one\n"), "state.pt")
+    check_named(Ended(2, b"", "warning: far\nerror: expected state.pt to be one\n"), "state.pt")
     with pytest.raises(Lost):
         check_named(Ended(code, b"", err), "state.pt")
