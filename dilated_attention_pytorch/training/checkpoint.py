@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dilated_attention_pytorch.core.files import parse_json, replace_text
 from dilated_attention_pytorch.models.weights import safetensors
@@ -119,8 +119,8 @@ class Checkpoints:
         self.folder, self.world, self.keep = folder, world, keep
         self.spared: set[int] = set()  # steps whose states stay, however old
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        fast = world.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(fast, False, False, fast))
+        # Through page-locked memory from a GPU. torch 2.11's DefaultStager cannot copy DTensors there.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._flying: Future[None] | None = None
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilated_attention_pytorch.core.files import lock, parse_json, remove_leftovers, replace_file, replace_text
-from dilated_attention_pytorch.training.sources import TOKENS, Part, Source
+from dilated_attention_pytorch.training.sources import TOKENS, DataSource, Part
 from dilated_attention_pytorch.training.tokenizer import FILE, FileTokenizer, Tokenizer
 
 META = "corpus.json"
@@ -47,9 +47,9 @@ class _Builder:
         self.tokens: list[NDArray[Any]] = []
         self.rows: list[tuple[int, int, int, bool]] = []
 
-    def read(self, sources: Sequence[Source], tokenizer: Tokenizer, field: str, progress: Progress) -> None:
+    def read(self, sources: Sequence[DataSource], tokenizer: Tokenizer, field: str, progress: Progress) -> None:
         sizes = [source.identity()[1] for source in sources]
-        batch: list[tuple[Part, Source, int]] = []
+        batch: list[tuple[Part, DataSource, int]] = []
         held, first = 0, self.place["source"]
         for number in range(first, len(sources)):
             source, identity = sources[number], sources[number].identity()
@@ -67,7 +67,7 @@ class _Builder:
         self.commit(complete=True)
         progress(sum(sizes), sum(sizes))
 
-    def take(self, batch: Sequence[tuple[Part, Source, int]], tokenizer: Tokenizer) -> None:
+    def take(self, batch: Sequence[tuple[Part, DataSource, int]], tokenizer: Tokenizer) -> None:
         place = self.place
         end: NDArray[Any] = np.array([tokenizer.end_token], tokenizer.dtype)
         found = tokenizer.encode([part.data for part, *_ in batch])
@@ -105,7 +105,7 @@ class _Builder:
         sums = [checksum(self.folder / name), checksum(table)]
         self.meta["shards"].append({"file": name, "crc32": sums})
 
-    def map(self, source: Source) -> None:
+    def map(self, source: DataSource) -> None:
         """Take a file of tokens as a shard and a document, where it is. A token counts as a byte of text."""
         tokens = map_tokens(source.path)
         if int(tokens.min(initial=0)) < 0:
@@ -116,7 +116,9 @@ class _Builder:
         self.add(str(source.path.resolve()))
 
 
-def build(folder: Path, sources: Sequence[Source], tokenizer: Tokenizer | None, field: str, progress: Progress) -> None:
+def build(
+    folder: Path, sources: Sequence[DataSource], tokenizer: Tokenizer | None, field: str, progress: Progress
+) -> None:
     """Make the shards of the sources in a folder, or what is missing of them; another process at it is waited for."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:

@@ -50,7 +50,7 @@ Stretch = tuple[bytes, bool, int]  # the first three of a Part, not yet looked a
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A file, or a data set by name."""
 
     path: Path
@@ -85,23 +85,23 @@ def standard_library() -> Iterator[Path]:
             yield path
 
 
-def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[Source]:
+def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[DataSource]:
     """The sources of a data set, in the order of a walk through the folder; `build_corpus` has the arguments."""
     if data is None:  # in the order that the demo's figures were measured in
         hashed = sorted((hashlib.sha256(path.read_bytes()).digest(), path) for path in standard_library())
-        return [Source(path, _text) for _, path in hashed]
+        return [DataSource(path, _text) for _, path in hashed]
     if str(data).startswith("hf:"):
-        return [Source(Path(str(data)), _hugging_face)]
+        return [DataSource(Path(str(data)), _hugging_face)]
     root = Path(data)
     if not root.exists():
         raise FileNotFoundError(f"expected a folder of text, found nothing at {root}")
     if any((root / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):  # of save_to_disk
-        return [Source(root, _hugging_face)]
+        return [DataSource(root, _hugging_face)]
     paths = list(_walk(root, suffixes))
     if paths and all(path.suffix == TOKENS for path in paths):
-        return [Source(path, _tokens) for path in paths]
+        return [DataSource(path, _tokens) for path in paths]
     names = [path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path for path in paths]
-    return [Source(path, _READERS.get(name.suffix.lower(), _text)) for path, name in zip(paths, names, strict=True)]
+    return [DataSource(path, _READERS.get(name.suffix.lower(), _text)) for path, name in zip(paths, names, strict=True)]
 
 
 def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:

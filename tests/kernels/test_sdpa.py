@@ -189,6 +189,24 @@ def test_only_what_torch_cannot_take_is_copied(kind):
     assert (sdpa_backend._ready(x) is x) == (kind in ("heads first", "equal heads"))
 
 
+def test_rows_that_cuda_kernels_cannot_load_are_copied():
+    memory = torch.randn(4096).bfloat16()
+    shape = 1, H, N, 16
+    for strides, first, fits in [
+        ((0, 16, 32, 1), 0, True),
+        ((0, 16, 32, 1), 8, True),  # 16 bytes on
+        ((3, 16, 32, 1), 0, True),  # a dimension of size 1 is not walked
+        ((0, 16, 32, 1), 1, False),
+        ((0, 16, 36, 1), 0, False),
+        ((0, 4, 32, 1), 0, False),
+        ((0, 16, 32, 2), 0, False),
+    ]:
+        x = memory.as_strided(shape, strides, first)
+        loadable = torch_calls.loadable(x)
+        assert (loadable is x) == fits and torch.equal(loadable, x)
+        assert loadable.data_ptr() % 16 == 0 and loadable.stride(-1) == 1
+
+
 def test_plans_of_many_lengths_take_bounded_memory():
     """As decoding or packed sequences bring them; 1,024 plans of 64 heads once stayed."""
     pattern = DilatedPattern((64, 512, 4096), (1, 16, 64), 64)

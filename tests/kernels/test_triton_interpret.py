@@ -411,6 +411,20 @@ def test_random_pattern(seed):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["key_padding_mask", "row_start", "cu_seqlens"])
+def test_masks_with_gaps(name):
+    """Every second entry of a longer tensor, with others between."""
+    masks = {
+        "key_padding_mask": torch.arange(2 * 61).view(2, 61) % 5 != 0,
+        "row_start": torch.tensor([3, 17], dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, 20, 61], dtype=torch.int32),
+    }
+    mask = masks[name]
+    spread = torch.stack((mask, torch.ones_like(mask)), -1).flatten(-2)[..., ::2]
+    assert not spread.is_contiguous()
+    check(1 if name == "cu_seqlens" else 2, 61, 2, 16, [8, 32], [1, 2], layout={name: spread}, is_causal=True)
+
+
 def test_strided_inputs_past_the_heads():
     """Heads cut out of a packed projection: rows are not contiguous."""
     packed = torch.randn(1, 64, 3, 2, 16)

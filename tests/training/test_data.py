@@ -148,9 +148,9 @@ def test_a_build_that_was_stopped_goes_on(one_document: bool, tmp_path: Path, mo
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path / "text")
-    identity = sources.Source.identity
+    identity = sources.DataSource.identity
     calls = iter(range(10**6))
-    monkeypatch.setattr(sources.Source, "identity", lambda source: (*identity(source), next(calls)))
+    monkeypatch.setattr(sources.DataSource, "identity", lambda source: (*identity(source), next(calls)))
     with pytest.raises(ValueError, match=r"expected .*file0\.txt to stay as it is while it is read, but it changed"):
         build_corpus(tmp_path / "text", cache=tmp_path / "cache")
 

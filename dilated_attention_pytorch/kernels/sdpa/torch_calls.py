@@ -93,9 +93,10 @@ def forward(x: QKV, how: Softmax) -> AttentionOutput:
             empty = _empty_rows(how.bias, x.q.shape[2], causal)
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     elif engine == "cuda_flash":
+        x = QKV(*map(loadable, x))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(*x, 0.0, causal, False, scale=scale)[:2]
     elif engine == "cuda_efficient":
-        rows = (y.transpose(1, 2) for y in x)
+        rows = (loadable(y).transpose(1, 2) for y in x)
         out, lse = torch.ops.aten._efficient_attention_forward(
             *rows, None, None, None, None, None, 0.0, int(causal), True, scale=scale
         )[:2]
@@ -130,15 +131,16 @@ def backward(grad: OutputGradient, x: QKV, saved: AttentionOutput, how: Softmax)
         )
     if engine == "cuda_flash":
         unused = torch.empty(2, dtype=torch.int64, device=x.q.device)  # the dropout state; nothing is dropped
+        grad_out, q, k, v, out = map(loadable, (grad.out, *x, saved.out))
         return QKV(
             *torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                grad.out, *x, saved.out, lse.contiguous(), None, None, *sizes, 0.0, causal, unused, unused, scale=scale
+                grad_out, q, k, v, out, lse.contiguous(), None, None, *sizes, 0.0, causal, unused, unused, scale=scale
             )
         )
     if engine == "cuda_efficient":
         unused = torch.zeros((), dtype=torch.int64, device=x.q.device)
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
-        grad_out, q, k, v, out = (y.transpose(1, 2) for y in (grad.out, *x, saved.out))
+        grad_out, q, k, v, out = (loadable(y).transpose(1, 2) for y in (grad.out, *x, saved.out))
         grads = torch.ops.aten._efficient_attention_backward(
             grad_out, q, k, v, None, out, None, None, *sizes, padded, 0.0, unused, unused, int(causal), False,
             scale=scale,
@@ -152,6 +154,14 @@ def _computed(*tensors: Tensor) -> list[Tensor]:
     dtype = compute_dtype(tensors[0].device, tensors[0].dtype)
     # Dense, because a conversion would keep strides that overlap.
     return [x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def loadable(x: Tensor) -> Tensor:
+    """X `(b, H, L, D)`, or a dense copy where torch's CUDA kernels could not load it: they take 16 bytes at a time from
+    wherever a row starts, without asking, and end the process's CUDA where that is not aligned."""
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _row_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
