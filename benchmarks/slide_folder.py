@@ -88,7 +88,9 @@ class Watch(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+        fields = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+        # Its own name: numbers count all GPUs of the machine, whichever of them this process sees.
+        query = [*fields, "-i", f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
         while not self.over.wait(0.5):
             use, memory = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split(",")
             self.use.append(float(use))
