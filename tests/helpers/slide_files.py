@@ -161,7 +161,12 @@ def odd_files(folder: Path) -> dict[str, tuple[str, bool]]:
     bad("no-coords", "expected coordinates in the file or in a folder of them", lambda path: datasets(path, features=x))
     bad("no-attributes", "neighbours stand 512 apart", lambda path: datasets(path, features=x, coords=at * 512))
     bad("torn-pt", "Error: ", lambda path: path.write_bytes(b"PK\x03\x04 torn"), ".pt")
-    bad("object-pt", "Error: ", lambda path: torch.save({"features": Path("code")}, path), ".pt")
+    bad(
+        "object-pt",
+        "to hold tensors as torch.save writes them",
+        lambda path: torch.save({"features": Path("code")}, path),
+        ".pt",
+    )
     bad("list-pt", "expected a tensor or a dictionary", lambda path: torch.save([torch.zeros(3)], path), ".pt")
     bad("bare-pt", "expected coordinates in the file", lambda path: torch.save(torch.from_numpy(x), path), ".pt")
     bad("torn-npz", "Error: ", lambda path: path.write_bytes(b"PK torn"), ".npz")

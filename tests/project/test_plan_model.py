@@ -110,7 +110,7 @@ def test_the_command_finds_a_mesh(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "huge"], "expected preset to be one of"),
+        (["--model", "huge"], "expected --model to be one of"),
         (["--model", "none.json"], "expected --model to be a preset or a file of settings, got 'none.json'"),
         (["--model", "demo", "--devices", "0"], "expected --devices to be at least 1, got 0"),
         (["--model", "demo", "--mfu", "2"], "expected --mfu of at most 1, got 2"),

@@ -349,7 +349,7 @@ class TestCommand:
         (tmp_path / "text").mkdir()
         (tmp_path / "text" / "café.txt").write_bytes("café\n".encode("latin-1"))
         arguments = ("train", "--config", tmp_path / "run.yaml", "--data", tmp_path / "text", "--out", tmp_path / "run")
-        assert "'Latin-1': 1" in fails(capsys, monkeypatch, *arguments)
+        assert "1 Latin-1" in fails(capsys, monkeypatch, *arguments)
         (tmp_path / "text" / "a.txt").write_text("a line\n" * 400)
         shown = call(*arguments, "--sample-bytes", "5")
         assert f"left out: 1 Latin-1 ({tmp_path / 'text' / 'café.txt'}" in shown

@@ -38,7 +38,7 @@ def _use(draw: st.DrawFn) -> Call:
     given: dict[str, Any] = {
         "model": copy.deepcopy(_llama()), "segment_lengths": [4, 8], "dilation_rates": [1, 2],
         "layers": draw(st.sampled_from([None, [0], [1, 0]])), "offsets": "modulo", "segment_shift": 0,
-        "mixing_gradient": "exact", "backend": "auto",
+        "mixing_gradient": "exact", "backend": "auto", "process_group": None, "mesh_dim": None,
     }  # fmt: skip
     names = pick(draw, list(given))
     spoil(draw, given, names)
