@@ -208,6 +208,7 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
         """
         use_cache = options.pop("use_cache", None)
         check_instance("use_cache", use_cache, bool, type(None))
+        check_instance("past_key_values", past_key_values, Cache, type(None))
         cached = past_key_values is not None or bool(use_cache)
         x, states = _given(input_ids, inputs_embeds), self._states(options)
         items = options.pop("num_items_in_batch", None)

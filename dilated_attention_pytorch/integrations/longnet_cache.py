@@ -9,7 +9,6 @@ from transformers import Cache
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Rotation, rotate
-from dilated_attention_pytorch.core.validation import check_instance
 from dilated_attention_pytorch.integrations.rows import Rows
 from dilated_attention_pytorch.integrations.static_step import static_step
 from dilated_attention_pytorch.models.longnet import LongNetLM
@@ -20,7 +19,6 @@ class HFCache:
     """A cache of `LongNetLM` on top of transformers' own, which may be static, or lack what nobody sees any more."""
 
     def __init__(self, cache: Cache, model: LongNetLM, num_new: int, rows: Rows) -> None:
-        check_instance("past_key_values", cache, Cache)
         self.row_start, self.length = rows.row_start, int(cache.get_seq_length())
         total, given = self.length + num_new, rows.key_padding_mask
         if given is not None and given.shape[1] != total:

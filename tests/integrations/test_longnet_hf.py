@@ -286,7 +286,9 @@ class TestInputsAndOutputs:
         ({"logits_to_keep": "all"}, "logits_to_keep to be an int, got str"),
         ({"logits_to_keep": torch.ones(2)}, "logits_to_keep of dtype int32 or int64, got torch.float32"),
         ({"use_cache": torch.ones(2)}, "use_cache to be of bool or NoneType, got Tensor"),
-        ({"past_key_values": 1}, "past_key_values to be of Cache, got int 1"),
+        ({"past_key_values": 1}, "past_key_values to be of Cache or NoneType, got int 1"),
+        ({"past_key_values": 1, "attention_mask": torch.ones(1, 5)}, "past_key_values to be of Cache or NoneType"),
+        ({"past_key_values": 1, "input_ids": torch.ones(1, 1).long()}, "past_key_values to be of Cache or NoneType"),
     ],
 )
 def test_what_is_no_tensor_is_named(given: dict[str, Any], message: str) -> None:

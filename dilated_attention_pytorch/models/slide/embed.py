@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.validation import check_bool, check_instance, check_int
+from dilated_attention_pytorch.core.validation import check_bool, check_instance, check_int, quoted
 from dilated_attention_pytorch.models.slide.encoder import SlideEncoder
 from dilated_attention_pytorch.models.slide.files import Slide, SlideReader, pad_slides
 from dilated_attention_pytorch.models.slide.results import Embedding, ResultFolder
@@ -74,7 +74,7 @@ class EmbedOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype) or self.dtype not in _DTYPES:
-            raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {self.dtype}")
+            raise ValueError(f"expected dtype to be one of {list(_DTYPES)}, got {quoted(self.dtype)}")
         check_instance("layers", self.layers, tuple, list)
         check_bool("tiles", self.tiles)
         for name in ("batch_tokens", "ring_above"):
