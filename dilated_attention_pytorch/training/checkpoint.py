@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from dilated_attention_pytorch.core.files import parse_json, replace_text
+from dilated_attention_pytorch.core.files import checksum, parse_json, replace_text
 from dilated_attention_pytorch.models.weights import safetensors
 from dilated_attention_pytorch.training.distributed import World
 
@@ -254,15 +254,6 @@ class Checkpoints:
             values *= self.world.size
             dist.all_gather_object(values, value, group=self._group)
         return values
-
-
-def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
-    found = 0
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            found = zlib.crc32(piece, found)
-    return found
 
 
 def _reason(error: BaseException) -> str:

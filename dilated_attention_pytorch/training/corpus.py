@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dilated_attention_pytorch.core.files import checksum
 from dilated_attention_pytorch.training import shards
 from dilated_attention_pytorch.training.excerpts import TokenStream, training_excerpts, validation_excerpts
 from dilated_attention_pytorch.training.sources import BOUNDARY, TOKENS, find_sources, standard_library
@@ -64,7 +65,7 @@ class Corpus:
             files = folder / shard["file"], folder / shards.documents_of(number)
             for file, want in zip(files, shard["crc32"], strict=True):
                 # The user's own tokens are known by size and time, as text is.
-                if file.parent == folder and (found := shards.checksum(file)) != want:
+                if file.parent == folder and (found := checksum(file)) != want:
                     raise ValueError(f"expected bytes of CRC-32 {want} in {file}, got {found}; {shards.AGAIN}")
             maps.append(shards.map_tokens(files[0]))
             tables.append(np.load(files[1], allow_pickle=False))

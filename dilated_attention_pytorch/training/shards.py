@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilated_attention_pytorch.core.files import lock, parse_json, remove_leftovers, replace_file, replace_text
+from dilated_attention_pytorch.core.files import (
+    checksum,
+    lock,
+    parse_json,
+    remove_leftovers,
+    replace_file,
+    replace_text,
+)
 from dilated_attention_pytorch.training.sources import TOKENS, DataSource, Part
 from dilated_attention_pytorch.training.tokenizer import FILE, FileTokenizer, Tokenizer
 
@@ -163,15 +170,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to describe a corpus, got {type(error).__name__}; {AGAIN}") from error
     return meta
-
-
-def checksum(path: Path) -> int:
-    """The CRC-32 of a file, read bit by bit: a map would count as memory of this process."""
-    found = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            found = zlib.crc32(block, found)
-    return found
 
 
 def documents_of(number: int) -> str:

@@ -33,6 +33,17 @@ def test_a_use_that_is_over_keeps_no_neighbours_apart() -> None:
     assert [block.size for block in arena.strategy.free_blocks()] == [2 << 20]
 
 
+@pytest.mark.parametrize("stream", [[8], {}, torch.zeros(2).numpy()], ids=["list", "dict", "array"])
+def test_what_cannot_be_a_stream_is_named(stream: object) -> None:
+    runtime = FakeRuntime()
+    pool = UnifiedMemoryPool(runtime=runtime)
+    with runtime.using(runtime.stream("own"), CUDA_0):
+        handle = pool.borrow(1000, torch.uint8, CUDA_0, purpose="x")
+        with pytest.raises(TypeError, match="^expected stream to be of Hashable or NoneType, got"):
+            handle.release([stream])
+        handle.release()  # it was not taken back by the call that was refused
+
+
 class TestStreams:
     """Fake streams through the very code that CUDA's go through."""
 

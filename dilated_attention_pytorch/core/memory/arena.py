@@ -17,6 +17,7 @@ from dilated_attention_pytorch.core.memory.blocks import Block, Place, RawMemory
 from dilated_attention_pytorch.core.memory.runtime import Runtime
 from dilated_attention_pytorch.core.memory.stats import PoolStats
 from dilated_attention_pytorch.core.memory.strategies.base import Exhausted, Source, Strategy
+from dilated_attention_pytorch.core.validation import check_instance
 
 _RECENT = 256  # requests whose sizes say what a typical one is
 _MOST = (1 << 63) - 1  # bytes: torch counts them in 64 bits
@@ -78,6 +79,9 @@ class Arena(Source):
             borrower: the stream that it was made ready for.
             streams: those whose work used it. None: the borrower's and every one that was seen here.
         """
+        streams = None if streams is None else list(streams)
+        for stream in streams or ():
+            check_instance("stream", stream, Hashable, type(None))
         if self._ordering == "none":
             for stream in streams or ():
                 if stream is not None:
