@@ -39,7 +39,7 @@ def test_what_cannot_be_a_stream_is_named(stream: object) -> None:
     pool = UnifiedMemoryPool(runtime=runtime)
     with runtime.using(runtime.stream("own"), CUDA_0):
         handle = pool.borrow(1000, torch.uint8, CUDA_0, purpose="x")
-        with pytest.raises(TypeError, match="^expected stream to be of Hashable or NoneType, got"):
+        with pytest.raises(TypeError, match=r"^expected stream to be of Hashable or NoneType, got"):
             handle.release([stream])
         handle.release()  # it was not taken back by the call that was refused
 
