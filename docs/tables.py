@@ -174,6 +174,43 @@ def streaming() -> str:
     return "\n\n".join(parts)
 
 
+def generation() -> str:
+    """A token's time on a GPU, beside what its bytes take and beside a dense model of the same size."""
+    parts = []
+    for result in results("generation"):
+        if "gpu" not in result["machine"]:
+            continue
+        head = "| | ms a token | its bytes alone | kernels | device works | memory |"
+        lines = [said(result), "", head, "|---|---|---|---|---|---|"]
+        for row in result["rows"]:
+            if not row["case"].startswith(("prefill", "stream")):
+                floor = f"{row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
+                kernels = f"{row['kernels']:.0f} | {row['share']:.0%}" if "kernels" in row else " | "
+                cells = f"{row['ms']:.2f} | {floor} | {kernels} | {row['peak_gib']:.1f} GiB"
+                lines.append(f"| {row['case']} | {cells} |")
+        lines += ["", "| prompt | first call | next | memory |", "|---|---|---|---|"]
+        for row in result["rows"]:
+            if row["case"].startswith("prefill"):
+                times = f"{row['first_s']:.1f} s | {row['s']:.2f} s"
+                lines.append(f"| {row['case'].removeprefix('prefill ')} | {times} | {row['peak_gib']:.1f} GiB |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def slide_folder() -> str:
+    """`slide embed` on a folder of made slides, the program's start included."""
+    parts = []
+    for result in results("slide_folder"):
+        head = "| | tiles | seconds | slides a minute | GPU in use | GPU memory | host memory |"
+        lines = [said(result), "", head, "|---|---|---|---|---|---|---|"]
+        for row in result["rows"]:
+            gpu = f"{row['gpu_use_percent']:.0f}% | {row['gpu_peak_gib']:.1f} GiB" if "gpu_peak_gib" in row else " | "
+            times = f"{row['seconds']:.0f} | {row['slides_per_minute']:.0f}"
+            lines.append(f"| {row['case']} | {row['tiles']:,} | {times} | {gpu} | {row['peak_gib']:.1f} GiB |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def hf_classes() -> str:
     """Classes of transformers under one covering branch: equal, or refused and why."""
     record = json.loads((ROOT / "docs" / "huggingface_classes.json").read_text(encoding="utf-8"))
@@ -218,7 +255,8 @@ def support() -> str:
 # From committed files, in no time.
 QUICK: dict[str, Callable[[], str]] = {
     "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu, "ring": ring,
-    "slides": slides, "streaming": streaming, "hf-classes": hf_classes,
+    "slides": slides, "slide-folder": slide_folder, "streaming": streaming, "generation": generation,
+    "hf-classes": hf_classes,
 }  # fmt: skip
 # By computing something.
 TRIED: dict[str, Callable[[], str]] = {"support": support}

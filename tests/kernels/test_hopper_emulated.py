@@ -90,3 +90,13 @@ def test_the_emulator_sees_what_goes_wrong(monkeypatch):
             patch.setattr(gluon_emulator._BARRIERS, name, lambda *_, **__: None)
         for got, want in zip(run(patch, x, grad, saved, problem), exact, strict=True):
             assert not relative_norm(got, want) < 0.1
+
+
+def test_strides_of_columns_fit_into_32_bits():
+    """A coordinate of the copy engine has 32 bits, so no stride that has more may enter one, not even times 0."""
+    packed = torch.empty(1, 368_640, 3, 32, 64, device="meta")
+    for x in (*packed.unbind(2), torch.empty(1, 1, 1 << 26, 64, device="meta").transpose(1, 2)):
+        assert max(x.stride()) >= 1 << 31
+        (found,) = views.column_strides(x)
+        assert max(found) < 1 << 31
+        assert all(a == b or x.shape[i] == 1 for i, (a, b) in enumerate(zip(found, x.stride(), strict=False)))

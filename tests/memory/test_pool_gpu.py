@@ -195,6 +195,7 @@ def test_a_forked_child_leaves_page_locked_memory_alone() -> None:
     pool = UnifiedMemoryPool("simple")
     handle = pool.borrow(SIZE, torch.uint8, "cpu", "staging", pinned=True)
     handle.tensor.fill_(5)
+    gc.collect()  # earlier tests' graphs and device memory are the parent's to free
     child = os.fork()
     if child == 0:
         code = 1

@@ -26,12 +26,12 @@ def saved(config: TrainConfig, device: str = "cpu") -> int:
     """Bytes that autograd keeps from a forward, parameters left out; each storage once."""
     model = LongNetLM(config.model_config(), device=device)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {shape for p in model.parameters() if p.dim() == 2 for shape in (p.shape, p.shape[::-1])}
     kept: dict[int, Any] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        if x.dtype is not torch.int64 and (
-            x.dtype is torch.float32 or x.dim() != 2
-        ):  # not autocast's copies of weights
+        copy = x.dtype is not torch.float32 and x.shape in weights  # autocast's of a weight
+        if x.dtype is not torch.int64 and not copy:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from dilated_attention_pytorch.kernels.triton.hopper import causal
 from dilated_attention_pytorch.kernels.triton.hopper import forward as full
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
-from dilated_attention_pytorch.kernels.triton.hopper.views import residue_views, stride_views
+from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, residue_views, stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
 from dilated_attention_pytorch.kernels.triton.replay import Tape
-from dilated_attention_pytorch.kernels.triton.views import strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import AttentionOutput
 
@@ -75,7 +74,7 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
         flags = {"PINGPONG": config.pingpong}
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     scale = max(work.logit_scale, 1e-30)
-    args = (*views, out, lse, *strides_of(q, k, v), n, heads, heads // k.shape[2], count, num_tiles, scale)
+    args = (*views, out, lse, *column_strides(q, k, v), n, heads, heads // k.shape[2], count, num_tiles, scale)
     flags |= {
         "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages, "EVEN": even,
         "Q_REGISTERS": config.q_registers, **OPTIONS,

@@ -17,10 +17,9 @@ from dilated_attention_pytorch.kernels.triton.hopper import backward as full
 from dilated_attention_pytorch.kernels.triton.hopper import backward_causal, launch, support
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
 from dilated_attention_pytorch.kernels.triton.hopper.terms import residue_terms_kernel
-from dilated_attention_pytorch.kernels.triton.hopper.views import stride_views
+from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
 from dilated_attention_pytorch.kernels.triton.replay import Tape
-from dilated_attention_pytorch.kernels.triton.views import strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
@@ -111,7 +110,7 @@ def _launch(
         sizes += (length // ROWS, n, length)
         flags["EVEN"] = padded == n
     args = (
-        *itertools.chain(*views), terms[0], grads[0], grads[-1], *strides_of(*a, *b, grads[0]), *sizes,
+        *itertools.chain(*views), terms[0], grads[0], grads[-1], *column_strides(*a, *b, grads[0]), *sizes,
         work.logit_scale, problem.scale,
     )  # fmt: skip
     flags |= launch.OPTIONS

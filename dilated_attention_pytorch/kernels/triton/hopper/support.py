@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.kernels.triton.work import Work
 
 ROWS = 128  # of a tile: two warpgroups of 64
-# What calls take: passes whose every test was green on a Hopper GPU. The backward was timed on one (docs/log.md); its
-# tests there (kernels/test_hopper_backward.py) have not been seen through.
-JUDGED = ("forward",)
 MAX_RATES = 5  # strides that a causal kernel has views for
 _TRITON = "3.6."  # the versions that were measured; Gluon has no stable API yet
 _WIDTHS = (64, 128)

@@ -9,6 +9,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dilated_attention_pytorch.kernels.triton.views import Strides
+
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -39,6 +41,12 @@ def columns_of(x: Tensor, residues: int) -> int:
     """How many elements lie between a tensor's first and the end of the first rows of so many residues."""
     batch, _, heads, width = x.shape
     return (batch - 1) * x.stride(0) + (residues - 1) * x.stride(1) + (heads - 1) * x.stride(2) + width
+
+
+def column_strides(*tensors: Tensor) -> tuple[Strides, ...]:
+    """Strides that lead to a column, each below 2^31 as `columns_of` is: 0 where a dimension has one index only."""
+    found = (Strides(*(x.stride(i) if x.shape[i] > 1 else 0 for i in range(3))) for x in tensors)
+    return tuple(found)
 
 
 def _view(x: Tensor, length: int, residues: int, stride: int, rows: int) -> TensorDescriptor:
