@@ -152,9 +152,10 @@ class SlideReader:
             features = _tensor(stored.features[0] if len(shape) == 3 else stored.features[:])
             corners, attributes = stored.coords, stored.attributes
         corners, spacing = self._spacing(path, corners, attributes, length)
-        finite = features.isfinite().all(1)
-        if not bool(finite.all()):
-            raise ValueError(f"expected finite features, got NaN or inf in {int((~finite).sum())} of {length} tiles")
+        # NaN is both least and largest; fifty times as fast as asking each number.
+        if not bool(torch.stack(features.aminmax()).isfinite().all()):
+            odd = int((~features.isfinite().all(1)).sum())
+            raise ValueError(f"expected finite features, got NaN or inf in {odd} of {length} tiles")
         at = places(corners, spacing, self.grid)
         check_inside(at, self.slide_ngrids)
         found = doubts(corners, at, spacing, self.grid)
@@ -237,15 +238,18 @@ def pad_slides(slides: Sequence[Slide]) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _tensor(array: Any) -> Tensor:
     """Features as a tensor of a floating dtype."""
-    if not isinstance(array, Tensor):
+    # Of this machine's byte order, and not a view of the file, which is closed.
+    if isinstance(array, Tensor):
+        tensor = array.detach().clone()
+    else:
         array = np.asarray(array)
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise ValueError(f"expected features of a floating dtype, got {array.dtype}")
-        # Of this machine's byte order, and not a view of the file.
-        array = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-    if array.dtype not in check.FLOAT_DTYPES:
-        raise ValueError(f"expected features of a floating dtype, got {array.dtype}")
-    return torch.clone(array.detach())  # a tensor may be a view of its file, which is closed
+        array = np.asarray(array, dtype=array.dtype.newbyteorder("="))
+        tensor = torch.from_numpy(array if array.flags.owndata and array.flags.writeable else array.copy())
+    if tensor.dtype not in check.FLOAT_DTYPES:
+        raise ValueError(f"expected features of a floating dtype, got {tensor.dtype}")
+    return tensor
 
 
 def _corners(coords: Any, length: int) -> np.ndarray:
