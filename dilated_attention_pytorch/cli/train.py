@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from typer import Exit, Option
 
 from dilated_attention_pytorch.cli.generate import printable
@@ -17,7 +18,7 @@ from dilated_attention_pytorch.cli.options import check_device, console, human_b
 from dilated_attention_pytorch.core.validation import quoted
 
 if TYPE_CHECKING:
-    from dilated_attention_pytorch.training import Corpus, TrainConfig
+    from dilated_attention_pytorch.training import Corpus, Trainer
 
 _CONFIG = "YAML or JSON of settings, such as the train.json of a run; options and --set come on top."
 _DATA = "Text: a file, a folder, hf:NAME. Without it: Python's own standard library."
@@ -81,14 +82,12 @@ def train(
             raise ValueError(f"expected the corpus of {config}, fingerprint {wanted}, got {corpus.fingerprint}")
         if "vocab_size" not in given:
             settings = replace(settings, vocab_size=corpus.vocab_size)
-        reporter = _RichReporter() if world.is_main else None
-        trainer = Trainer(
-            settings, corpus, out, world=world, tensorboard=tensorboard, wandb=wandb, init_from=init_from,
-            restart=restart, reporter=reporter,
-        )  # fmt: skip
+        boards: Any = {"tensorboard": tensorboard, "wandb": wandb}
+        trainer = Trainer(settings, corpus, out, world=world, init_from=init_from, restart=restart, **boards)
         done = trainer.step == settings.steps
         try:
-            result = trainer.run()
+            with _bar(trainer) as bar:
+                result = trainer.run(partial(_report, bar))
         except Interrupted as stop:
             if world.is_main:
                 notes.print(str(stop))
@@ -149,36 +148,39 @@ def _data(given: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-class _RichReporter:
-    """A `Reporter` on the terminal, by a bar and a line per evaluation; without a terminal, by the lines alone."""
-
-    def __init__(self) -> None:
-        self._task = TaskID(0)
-        self._progress = Progress(
-            "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
-            "{task.fields[last]}", console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-
-    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
-        branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
-        unit = "bytes" if config.vocab_size == 256 else "tokens"
-        size = f"{num_parameters:,} parameters, {config.num_layers} layers, context {config.context:,} {unit}"
-        console.print(f"{size}, branches (segment/rate) {branches}", soft_wrap=True)
-        if step:
+@contextmanager
+def _bar(trainer: Trainer) -> Iterator[Progress]:
+    """What is trained, and a bar of its steps, on a terminal; one that is gone ends no run."""
+    config, step = trainer.config, trainer.step
+    bar = Progress(
+        "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
+        "{task.fields[last]}", console=console, disable=not (console.is_terminal and trainer.world.is_main),
+    )  # fmt: skip
+    bar.add_task("training", total=config.steps, completed=step, last="")
+    branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
+    unit = "bytes" if config.vocab_size == 256 else "tokens"
+    size = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, {config.num_layers} layers"
+    with suppress(OSError):
+        if trainer.world.is_main:
+            text = f"{size}, context {config.context:,} {unit}, branches (segment/rate) {branches}"
+            console.print(text, soft_wrap=True)
+        if trainer.world.is_main and step:
             console.print(f"going on after step {step:,} of {config.steps:,}")
-        self._task = self._progress.add_task("training", total=config.steps, completed=step, last="")
-        self._progress.start()
+        bar.start()
+    try:
+        yield bar
+    finally:
+        with suppress(OSError):
+            bar.stop()
 
-    def metrics(self, line: dict[str, Any]) -> None:
+
+def _report(bar: Progress, step: int, lines: list[dict[str, Any]]) -> None:
+    """A step on the terminal, by the bar and a line per evaluation; without a terminal, by the lines alone."""
+    task, last = bar.tasks[0], ""
+    for line in lines:
         if "val_bpb" in line:
-            console.print(f"step {line['step']:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
+            console.print(f"step {step:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
         else:  # beside the bar
             last = f"{line['bpb']:.2f} bits/byte, {line['tokens_per_s']:,.0f} tokens/s"
             last += f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
-            self._progress.update(self._task, last=last)
-
-    def step(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
-
-    def stop(self) -> None:
-        self._progress.stop()
+    bar.update(task.id, completed=step, last=last or task.fields["last"])

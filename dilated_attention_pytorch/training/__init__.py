@@ -8,9 +8,9 @@ from dilated_attention_pytorch.training.corpus import (
     training_excerpts,
     validation_excerpts,
 )
-from dilated_attention_pytorch.training.evaluate import Evaluation, byte_stream, evaluate, text_stream, write_text
-from dilated_attention_pytorch.training.trainer import Interrupted, Reporter, Result, Trainer
+from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, text_stream
+from dilated_attention_pytorch.training.trainer import Interrupted, Result, Trainer
 
-__all__ = ["PRESETS", "Interrupted", "Reporter", "Result", "TrainConfig", "Trainer", "preset", "read_settings"]
+__all__ = ["PRESETS", "Interrupted", "Result", "TrainConfig", "Trainer", "preset", "read_settings"]
 __all__ += ["Corpus", "build_corpus", "validation_excerpts", "standard_library", "training_excerpts"]
-__all__ += ["Evaluation", "byte_stream", "evaluate", "text_stream", "write_text"]
+__all__ += ["Evaluation", "evaluate", "text_stream"]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.shift import SegmentShift
 from dilated_attention_pytorch.models.config import LongNetConfig, ModelConfig
@@ -169,6 +171,11 @@ class TrainConfig(ModelConfig):
         """The model's share of the config."""
         shared = {name: getattr(self, name) for name in self.__dataclass_fields__.keys() & _MODEL_FIELDS}
         return LongNetConfig(**shared, num_decoder_layers=self.num_layers, activation="gelu")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What autocast computes in on a device; fp32 for no autocast."""
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def micro_steps(self, world_size: int) -> int:
         """The number of forwards that a rank accumulates per step.

@@ -77,6 +77,14 @@ class DataSource:
         return str(self.path.resolve()), sum(x.st_size for x in stats), max(x.st_mtime_ns for x in stats)
 
 
+def needed(module: str, package: str, how: str = "'dilated-attention-pytorch[data]'") -> Any:
+    """An optional module, or an ImportError that says how to get its package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"expected {package}, which is not installed: pip install {how}") from error
+
+
 def standard_library() -> Iterator[Path]:
     """The `.py` files of Python's standard library, without tests and the parts that some systems do not have."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -170,7 +178,7 @@ def _jsonl(path: Path, at: int, field: str) -> Iterator[Stretch]:
 
 
 def _parquet(path: Path, at: int, field: str) -> Iterator[Stretch]:
-    with _needs("pyarrow.parquet").ParquetFile(path) as file:
+    with needed("pyarrow.parquet", "pyarrow").ParquetFile(path) as file:
         _check_field(path, field, file.schema_arrow.names)
         rows = (value.as_py() for batch in file.iter_batches(256, columns=[field]) for value in batch.column(0))
         for number, value in enumerate(islice(rows, at, None), at):
@@ -178,7 +186,7 @@ def _parquet(path: Path, at: int, field: str) -> Iterator[Stretch]:
 
 
 def _hugging_face(path: Path, at: int, field: str) -> Iterator[Stretch]:
-    datasets = _needs("datasets")
+    datasets = needed("datasets", "datasets")
     if path.exists():
         rows = datasets.load_from_disk(str(path))
         rows = rows["train"] if hasattr(rows, "keys") else rows
@@ -221,15 +229,6 @@ def _encoded(value: object, path: Path, where: str) -> bytes:
     if not isinstance(value, str):
         raise ValueError(f"expected text in {where} of {path}, got {type(value).__name__}")
     return value.encode("utf-8", "replace")  # a lone surrogate is no character
-
-
-def _needs(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"expected {name.partition('.')[0]}, which is not installed: pip install 'dilated-attention-pytorch[data]'"
-        ) from error
 
 
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilated_attention_pytorch.training.sources import BOUNDARY
+from dilated_attention_pytorch.training.sources import BOUNDARY, needed
 
 FILE = "tokenizer.json"
 # Names of the token that ends a document, the first that a vocabulary has.
@@ -42,16 +42,11 @@ class FileTokenizer:
     """A `tokenizer.json`, or that of a folder. A vocabulary without an end of documents gets one more token."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                "expected tokenizers, which is not installed: pip install 'dilated-attention-pytorch[data]'"
-            ) from error
+        library = needed("tokenizers", "tokenizers")
         self.path = path / FILE if path.is_dir() else path
         content = self.path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer = library.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no class of its own
             raise ValueError(f"expected {self.path} to be a tokenizer.json, got: {error}") from error
         self._tokenizer.no_padding()
