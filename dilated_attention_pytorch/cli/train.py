@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,6 @@ from typer import Exit, Option
 
 from dilated_attention_pytorch.cli.generate import printable
 from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes, pairs
-from dilated_attention_pytorch.core.validation import quoted
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.training import Corpus, Trainer
@@ -29,9 +28,9 @@ _TOKENIZER = "A tokenizer.json, or a folder with one; bytes by default."
 _CONTEXT_PARALLEL = "Processes that share each sequence, one shard per process; under torchrun."
 _FRACTION = "Share of documents for validation, 0.05; of each one, where there are few."
 _INIT = "Folder of a model to begin with, in place of random weights."
-# How the fields of the data are read from text: arguments of build_corpus.
-_READERS: dict[str, Callable[[str], Any]] = {"folder": str, "field": str, "tokenizer": str, "val_fraction": float}
-_READERS["suffixes"] = lambda text: text.split(",")
+# Arguments of build_corpus as settings, and their types.
+_SOURCE: dict[str, Any] = {"data.folder": str, "data.field": str, "data.tokenizer": str, "data.val_fraction": float}
+_SOURCE["data.suffixes"] = tuple[str, ...]
 
 
 def train(
@@ -60,6 +59,7 @@ def train(
     from dilated_attention_pytorch.core.files import replace_text
     from dilated_attention_pytorch.training import Interrupted, Trainer, build_corpus, read_settings, text_stream
     from dilated_attention_pytorch.training import preset as preset_named
+    from dilated_attention_pytorch.training.config import read_values
     from dilated_attention_pytorch.training.distributed import join
 
     # Imported now: matplotlib may be missing, which is better known before the training than after it.
@@ -71,7 +71,9 @@ def train(
     given |= {f"data.{name}": value for name, value in options.items() if value is not None}
     given |= {} if context_parallel is None else {"context_parallel": context_parallel}
     given |= pairs(set_ or [])
-    source = _data({name: given.pop(name) for name in list(given) if name.startswith("data.")})
+    of_data = {name: given.pop(name) for name in list(given) if name.startswith("data.")}
+    source = read_values(of_data, _SOURCE, "a setting of the data")
+    source = {name.removeprefix("data."): value for name, value in source.items()}
     settings = preset_named(preset or named or "demo").changed(given)
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected --out to be a folder, got the file {out}")
@@ -134,38 +136,22 @@ def _build(source: dict[str, Any]) -> Corpus:
     return corpus
 
 
-def _data(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `build_corpus` from fields `data.NAME`, by value or text."""
-    read = {}
-    for name, value in given.items():
-        known = _READERS.get(name.removeprefix("data."))
-        if known is None:
-            raise ValueError(f"expected a setting of the data, one of {sorted(_READERS)}, got {quoted(name)}")
-        try:
-            read[name.removeprefix("data.")] = known(value) if isinstance(value, str) else value
-        except ValueError:
-            raise ValueError(f"expected a float for {name}, got {quoted(value)}") from None
-    return read
-
-
 @contextmanager
 def _bar(trainer: Trainer) -> Iterator[Progress]:
     """What is trained, and a bar of its steps, on a terminal; one that is gone ends no run."""
-    config, step = trainer.config, trainer.step
+    config, step, shown = trainer.config, trainer.step, trainer.world.is_main
     bar = Progress(
         "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
-        "{task.fields[last]}", console=console, disable=not (console.is_terminal and trainer.world.is_main),
+        "{task.fields[last]}", console=console, disable=not (shown and console.is_terminal),
     )  # fmt: skip
     bar.add_task("training", total=config.steps, completed=step, last="")
     branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
     unit = "bytes" if config.vocab_size == 256 else "tokens"
     size = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, {config.num_layers} layers"
+    size += f", context {config.context:,} {unit}, branches (segment/rate) {branches}"
     with suppress(OSError):
-        if trainer.world.is_main:
-            text = f"{size}, context {config.context:,} {unit}, branches (segment/rate) {branches}"
-            console.print(text, soft_wrap=True)
-        if trainer.world.is_main and step:
-            console.print(f"going on after step {step:,} of {config.steps:,}")
+        if shown:
+            console.print(size + f"\ngoing on after step {step:,} of {config.steps:,}" * bool(step), soft_wrap=True)
         bar.start()
     try:
         yield bar

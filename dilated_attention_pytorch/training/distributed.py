@@ -150,15 +150,9 @@ class RankLayout:
 
 
 def arrange(world: World, context_parallel: int, *, sharded: bool = False) -> RankLayout:
-    """The layout with `context_parallel` processes per sequence, a divisor of their number.
-
-    Neighbouring ranks share a sequence: the exchange within a layer needs the fast links most.
-
-    Args:
-        world: the processes.
-        context_parallel: how many share a sequence.
-        sharded: shard parameters too where none do.
-    """
+    """The layout with `context_parallel` processes per sequence, a divisor of their number; with `sharded`, parameters
+    are sharded too where no sequence is. Neighbouring ranks share one: the exchange within a layer needs the fast links
+    most."""
     if world.size == 1 or (context_parallel == 1 and not sharded):
         return RankLayout(world.rank, world.size)
     readers = world.size // context_parallel

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.models import LongNetLM
 from dilated_attention_pytorch.models.generation import Sampling
-from dilated_attention_pytorch.training.corpus import BOUNDARY
 from dilated_attention_pytorch.training.distributed import RankLayout, World
 from dilated_attention_pytorch.training.excerpts import document_bounds
+from dilated_attention_pytorch.training.sources import BOUNDARY
 from dilated_attention_pytorch.training.tokenizer import Tokenizer
 
 

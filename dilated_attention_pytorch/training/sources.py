@@ -25,7 +25,6 @@ from dilated_attention_pytorch.core.files import parse_json
 BOUNDARY = 0  # the byte that ends a document of bytes; no text holds it
 PART = 1 << 20  # bytes of a part of a file, at most
 _END = 1 << 62  # past every file's
-TOKENS = ".npy"
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\x1b"))
 
@@ -54,10 +53,11 @@ class DataSource:
     """A file, or a data set by name."""
 
     path: Path
-    read: Callable[[Path, int, str], Iterator[Stretch]]
+    read: Callable[[Path, int, str], Iterator[Stretch]] | None  # None of tokens, which are mapped
 
     def parts(self, at: int, field: str) -> Iterator[Part]:
         """The parts from a place on; `field` is that of records."""
+        assert self.read is not None
         try:
             for data, ends, after in self.read(self.path, at, field):
                 reason = _why_not(data)
@@ -106,8 +106,8 @@ def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[
     if any((root / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):  # of save_to_disk
         return [DataSource(root, _hugging_face)]
     paths = list(_walk(root, suffixes))
-    if paths and all(path.suffix == TOKENS for path in paths):
-        return [DataSource(path, _tokens) for path in paths]
+    if paths and all(path.suffix == ".npy" for path in paths):
+        return [DataSource(path, None) for path in paths]
     names = [path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path for path in paths]
     return [DataSource(path, _READERS.get(name.suffix.lower(), _text)) for path, name in zip(paths, names, strict=True)]
 
@@ -214,10 +214,6 @@ def _fasta(path: Path, at: int, field: str) -> Iterator[Stretch]:
             at += len(line)
             held += b"" if header else line.strip()
         yield held, True, at
-
-
-def _tokens(path: Path, at: int, field: str) -> Iterator[Stretch]:
-    raise AssertionError("tokens are mapped, not read")
 
 
 def _check_field(path: Path, field: str, known: Sequence[str]) -> None:

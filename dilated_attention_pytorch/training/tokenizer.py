@@ -60,7 +60,7 @@ class FileTokenizer:
 
     def encode(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
         """Tokens; a text is cut at line ends into pieces, which are tokenised in parallel."""
-        pieces = [_cut(text.decode()) for text in texts]
+        pieces = [[*_cut(text.decode())] for text in texts]
         found = iter(self._tokenizer.encode_batch_fast([*chain(*pieces)], add_special_tokens=False))
         return [np.array([i for _ in some for i in next(found).ids], dtype=self.dtype) for some in pieces]
 
@@ -86,13 +86,11 @@ def load_tokenizer(name: str | Path = "bytes") -> Tokenizer:
     return Bytes() if str(name) == "bytes" else FileTokenizer(Path(name))
 
 
-def _cut(text: str) -> list[str]:
-    pieces = []
+def _cut(text: str) -> Iterator[str]:
     at = 0
     while at < len(text):
         end = at + _PIECE
         if end < len(text):
             end = text.rfind("\n", at, end) + 1 or end
-        pieces.append(text[at:end])
+        yield text[at:end]
         at = end
-    return pieces

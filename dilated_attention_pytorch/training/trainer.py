@@ -23,8 +23,9 @@ from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.checkpoint import Checkpoints
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.corpus import Corpus, training_excerpts, validation_excerpts
+from dilated_attention_pytorch.training.corpus import Corpus
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, predict
+from dilated_attention_pytorch.training.excerpts import training_excerpts, validation_excerpts
 from dilated_attention_pytorch.training.metrics import MetricsLog, flops_per_sequence, peak_flops, peak_memory
 from dilated_attention_pytorch.training.state import LossScale, adamw, learning_rate
 from dilated_attention_pytorch.training.tokenizer import FILE
@@ -183,13 +184,13 @@ class Trainer:
                 line: dict[str, Any] = {"step": self.step, "loss": mean_loss, "bpb": bits, "lr": rate}
                 line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None}
                 line |= {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory(self.world.device)}
-                lines.append(self._record(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)}))
+                lines += self._record(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
                 seen, since = self.step, now
             if last or self.step % config.eval_every == 0:
                 paused = time.perf_counter()
                 evaluation = self._evaluate()
                 line = {"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte}
-                lines.append(self._record(line | {"val_loss_by_position": evaluation.by_position}))
+                lines += self._record(line | {"val_loss_by_position": evaluation.by_position})
                 since += time.perf_counter() - paused
                 if config.keep_best and (self.best is None or evaluation.loss < self.best[0]):
                     self._keep((evaluation.loss, self.step))
@@ -268,10 +269,10 @@ class Trainer:
         save_pretrained(model, self.folder)
         return model.to(self.world.device)
 
-    def _record(self, line: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         if self._log is not None:
             self._log.write(line)
-        return line
+        return [line]
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
