@@ -118,7 +118,7 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, *, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
         self.world = replace(world, group=dist.new_group(backend="gloo")) if world.size > 1 else world
-        self.spared: set[int] = set()  # steps whose states stay, however old
+        self.best: tuple[float, int] | None = None  # loss and step of a state that stays, however old
         # Through page-locked memory from a GPU. torch 2.11's DefaultStager cannot copy DTensors there.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -227,7 +227,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         for step in steps_in(self.folder)[: -self.keep]:
-            if step not in self.spared:
+            if self.best is None or step != self.best[1]:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:

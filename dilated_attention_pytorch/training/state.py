@@ -1,4 +1,4 @@
-"""What a run's state is: tensors, the scale of the loss, what it says of the run, checked when it is read."""
+"""The optimizer, its rate, the scale of the loss, and what the state of a run holds, checked when it is read."""
 
 from __future__ import annotations
 

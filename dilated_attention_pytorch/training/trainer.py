@@ -26,7 +26,7 @@ from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, predict
 from dilated_attention_pytorch.training.excerpts import training_excerpts, validation_excerpts
-from dilated_attention_pytorch.training.metrics import MetricsLog, flops_per_sequence, peak_flops, peak_memory
+from dilated_attention_pytorch.training.metrics import flops_per_sequence, peak_flops, peak_memory, record
 from dilated_attention_pytorch.training.state import LossScale, adamw, learning_rate
 from dilated_attention_pytorch.training.tokenizer import FILE
 
@@ -105,9 +105,8 @@ class Trainer:
         warn_out_of_reach(shape.pattern, shape.shifts(config.num_layers), config.context)
         self.model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing, device="meta")
         self.step, self._signal, self._restart = 0, 0, restart
-        self._log: MetricsLog | None = None
+        self._write: Callable[[dict[str, Any]], object] = lambda line: None  # of the record; on rank 0, see `_open`
         self.scale = LossScale(dtype)
-        self.best: tuple[float, int] | None = None  # loss and step of the best evaluation
         self.checkpoints = Checkpoints(folder, world, keep=config.keep_last)
         kept = None if restart else self.checkpoints.newest()
         if kept is not None:
@@ -123,7 +122,7 @@ class Trainer:
         else:
             self.step = kept["step"]
             self.scale.state = kept.get("loss_scale", self.scale.state)
-            self._keep(kept.get("best"))
+            self.checkpoints.best = kept.get("best")
             self.checkpoints.load(self.step, state.tensors(self.model, self.optimizer))
         self.runner: nn.Module = self._runner()
         self._autocast = partial(torch.autocast, world.device.type, dtype=dtype, enabled=half is not None)
@@ -164,17 +163,18 @@ class Trainer:
         replace_text(self.folder / "train.json", json.dumps(self.config.to_dict() | more, indent=1) + "\n")
         if (self.corpus.folder / FILE).is_file():
             shutil.copyfile(self.corpus.folder / FILE, self.folder / FILE)
-        self._log = MetricsLog(self.folder, step=self.step, log_every=self.config.log_every, **self._boards)
-        held.callback(self._log.close)
+        log_every = self.config.log_every
+        self._write = held.enter_context(record(self.folder, step=self.step, log_every=log_every, **self._boards))
 
     def _loop(self, report: Report) -> Evaluation:
-        config, evaluation = self.config, None
+        config, states, evaluation = self.config, self.checkpoints, None
         seen, since = self.step, time.perf_counter()
         while self.step < config.steps:
             rate = learning_rate(config, self.step)
             loss, grad_norm = self._train_step(rate)
             self.step += 1
             lines: list[dict[str, Any]] = []
+            better = False
             last = self.step == config.steps
             if last or self.step % config.log_every == 0:
                 mean_loss = float(self.world.sum(loss)) / self.world.size
@@ -192,21 +192,21 @@ class Trainer:
                 line = {"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte}
                 lines += self._record(line | {"val_loss_by_position": evaluation.by_position})
                 since += time.perf_counter() - paused
-                if config.keep_best and (self.best is None or evaluation.loss < self.best[0]):
-                    self._keep((evaluation.loss, self.step))
+                better = config.keep_best and (states.best is None or evaluation.loss < states.best[0])
+                if better:
+                    states.best = evaluation.loss, self.step
             # A terminal that is gone, after SIGHUP or behind a closed pipe, ends no run.
             with contextlib.suppress(OSError):
                 if self.world.is_main:
                     report(self.step, lines)
             # Ranks agree on a signal: none is left waiting for another.
             stop = self.world.any(bool(self._signal))
-            best = self.best is not None and self.best[1] == self.step
-            if stop or last or best or self.step % config.checkpoint_every == 0:
+            if stop or last or better or self.step % config.checkpoint_every == 0:
                 self.save()
             if stop and not last:
-                self.checkpoints.wait()
+                states.wait()
                 raise Interrupted(self.step, self._signal or signal.SIGINT)
-        self.checkpoints.wait()
+        states.wait()
         return evaluation or self._evaluate()  # nothing was left to train
 
     def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,14 +253,10 @@ class Trainer:
         share = self.config.micro_batch_size * self.config.context / self.layout.context_size
         return F.cross_entropy(logits, targets, reduction="sum") / share
 
-    def _keep(self, best: tuple[float, int] | None) -> None:
-        self.best = best
-        self.checkpoints.spared = set() if best is None else {best[1]}
-
     def save(self) -> None:
         """Begin to write the state after the present step; it counts once `checkpoints.wait` has returned."""
         about: dict[str, Any] = {"config": self.config.to_dict(), "model": self.config.model_config().to_dict()}
-        about |= {"fingerprint": self.corpus.fingerprint, "loss_scale": self.scale.state, "best": self.best}
+        about |= {"fingerprint": self.corpus.fingerprint, "loss_scale": self.scale.state, "best": self.checkpoints.best}
         self.checkpoints.save(self.step, state.tensors(self.model, self.optimizer), about)
 
     def _export(self) -> LongNetLM:
@@ -270,8 +266,7 @@ class Trainer:
         return model.to(self.world.device)
 
     def _record(self, line: dict[str, Any]) -> list[dict[str, Any]]:
-        if self._log is not None:
-            self._log.write(line)
+        self._write(line)
         return [line]
 
     def _runner(self) -> nn.Module:
