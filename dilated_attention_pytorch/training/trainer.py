@@ -184,17 +184,19 @@ class Trainer:
                 line: dict[str, Any] = {"step": self.step, "loss": mean_loss, "bpb": bits, "lr": rate}
                 line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None}
                 line |= {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory(self.world.device)}
-                lines += self._record(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
+                lines.append(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
                 seen, since = self.step, now
             if last or self.step % config.eval_every == 0:
                 paused = time.perf_counter()
                 evaluation = self._evaluate()
                 line = {"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte}
-                lines += self._record(line | {"val_loss_by_position": evaluation.by_position})
+                lines.append(line | {"val_loss_by_position": evaluation.by_position})
                 since += time.perf_counter() - paused
                 better = config.keep_best and (states.best is None or evaluation.loss < states.best[0])
                 if better:
                     states.best = evaluation.loss, self.step
+            for line in lines:
+                self._write(line)
             # A terminal that is gone, after SIGHUP or behind a closed pipe, ends no run.
             with contextlib.suppress(OSError):
                 if self.world.is_main:
@@ -264,10 +266,6 @@ class Trainer:
         model, _ = state.trained_model(self.folder)
         save_pretrained(model, self.folder)
         return model.to(self.world.device)
-
-    def _record(self, line: dict[str, Any]) -> list[dict[str, Any]]:
-        self._write(line)
-        return [line]
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
