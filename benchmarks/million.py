@@ -49,17 +49,21 @@ WARM = 3  # steps that the rate leaves out: kernels are compiled, buffers grow
 
 
 class Printer:
-    """Rank 0's reporter."""
+    """Prints a run on rank 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.losses: list[float] = []
         self.rates: list[float] = []
+        config, numbers = trainer.config, sum(p.numel() for p in trainer.model.parameters())
+        if trainer.world.is_main:
+            print(f"{numbers / 1e6:.1f}M parameters, {config.context:,} tokens a step, {config.steps} steps")
+            print(f"{'step':>4} {'loss':>8} {'grad norm':>9} {'tokens/s':>10} {'peak GiB':>8}", flush=True)
 
-    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
-        print(f"{num_parameters / 1e6:.1f}M parameters, {config.context:,} tokens a step, {config.steps} steps")
-        print(f"{'step':>4} {'loss':>8} {'grad norm':>9} {'tokens/s':>10} {'peak GiB':>8}", flush=True)
+    def __call__(self, step: int, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self.print(line)
 
-    def metrics(self, line: dict[str, Any]) -> None:
+    def print(self, line: dict[str, Any]) -> None:
         if "val_bpb" in line:
             print(f"held-out: {line['val_loss']:.4f} nats a byte", flush=True)
             return
@@ -70,12 +74,6 @@ class Printer:
             f"{line['step']:>4} {line['loss']:8.4f} {line['grad_norm']:9.3f} {self.rates[-1]:10,.0f} {memory:8.2f}",
             flush=True,
         )
-
-    def step(self, step: int) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
 
 
 def peaks(world: World) -> list[float]:
@@ -134,17 +132,14 @@ def main() -> None:
             num_layers=options.layers or base.num_layers,
         )
         # Rank 0 builds the corpus, the others find it.
-        if world.is_main:
-            corpus = build_corpus()
-        world.wait()
-        if not world.is_main:
-            corpus = build_corpus()
-        printer = Printer()
+        corpus = world.first(build_corpus) or build_corpus()
         if world.is_main:
             common.announce()
             print(f"{world.size} ranks on {world.device.type}, {len(list(standard_library())):,} files")
         out = options.run or scratch
-        Trainer(config, corpus, out, world=world, restart=True, reporter=printer).run()
+        trainer = Trainer(config, corpus, out, world=world, restart=True)
+        printer = Printer(trainer)
+        trainer.run(printer)
         memory = peaks(world)
         if world.is_main:
             warm = printer.rates[WARM:] or printer.rates

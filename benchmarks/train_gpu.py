@@ -40,23 +40,14 @@ WARM = 3
 
 
 class Clock:
-    """A reporter that keeps the time of each step, and what the trainer logs."""
+    """Keeps the time of each step, and what the trainer logs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.ends, self.losses = device, list[float](), list[float]()
 
-    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
+    def __call__(self, step: int, lines: list[dict[str, Any]]) -> None:
         self.ends.append(self.now())
-
-    def step(self, step: int) -> None:
-        self.ends.append(self.now())
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        if "loss" in line:
-            self.losses.append(line["loss"])
-
-    def stop(self) -> None:
-        pass
+        self.losses += [line["loss"] for line in lines if "loss" in line]
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -69,7 +60,7 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, world: World) -> di
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     clock = Clock(world.device)
-    trainer = Trainer(config, corpus, folder, world=world, restart=True, reporter=clock)
+    trainer = Trainer(config, corpus, folder, world=world, restart=True)
     held, written, begin = list[float](), list[tuple[float, float]](), trainer.checkpoints.save
 
     def save(*arguments: Any) -> None:
@@ -81,7 +72,8 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, world: World) -> di
         flying.add_done_callback(lambda _: written.append((start, time.perf_counter())))
 
     trainer.checkpoints.save = save  # type: ignore[method-assign]
-    trainer.run()
+    clock.ends.append(clock.now())
+    trainer.run(clock)
     memory, cost = peaks(world), ModelCost(config, world.size)
     tensors = state.tensors(trainer.model, trainer.optimizer)
     kept = {name: distributed.complete(x).clone() for name, x in tensors.items() if name.startswith("model.")}

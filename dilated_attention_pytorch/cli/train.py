@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from typer import Exit, Option
 
 from dilated_attention_pytorch.cli.generate import printable
 from dilated_attention_pytorch.cli.options import check_device, console, human_bytes, notes, pairs
-from dilated_attention_pytorch.core.validation import quoted
 
 if TYPE_CHECKING:
-    from dilated_attention_pytorch.training import Corpus, TrainConfig
+    from dilated_attention_pytorch.training import Corpus, Trainer
 
 _CONFIG = "YAML or JSON of settings, such as the train.json of a run; options and --set come on top."
 _DATA = "Text: a file, a folder, hf:NAME. Without it: Python's own standard library."
@@ -28,9 +28,9 @@ _TOKENIZER = "A tokenizer.json, or a folder with one; bytes by default."
 _CONTEXT_PARALLEL = "Processes that share each sequence, one shard per process; under torchrun."
 _FRACTION = "Share of documents for validation, 0.05; of each one, where there are few."
 _INIT = "Folder of a model to begin with, in place of random weights."
-# How the fields of the data are read from text: arguments of build_corpus.
-_READERS: dict[str, Callable[[str], Any]] = {"folder": str, "field": str, "tokenizer": str, "val_fraction": float}
-_READERS["suffixes"] = lambda text: text.split(",")
+# Arguments of build_corpus as settings, and their types.
+_SOURCE: dict[str, Any] = {"data.folder": str, "data.field": str, "data.tokenizer": str, "data.val_fraction": float}
+_SOURCE["data.suffixes"] = tuple[str, ...]
 
 
 def train(
@@ -59,6 +59,7 @@ def train(
     from dilated_attention_pytorch.core.files import replace_text
     from dilated_attention_pytorch.training import Interrupted, Trainer, build_corpus, read_settings, text_stream
     from dilated_attention_pytorch.training import preset as preset_named
+    from dilated_attention_pytorch.training.config import read_values
     from dilated_attention_pytorch.training.distributed import join
 
     # Imported now: matplotlib may be missing, which is better known before the training than after it.
@@ -70,7 +71,9 @@ def train(
     given |= {f"data.{name}": value for name, value in options.items() if value is not None}
     given |= {} if context_parallel is None else {"context_parallel": context_parallel}
     given |= pairs(set_ or [])
-    source = _data({name: given.pop(name) for name in list(given) if name.startswith("data.")})
+    of_data = {name: given.pop(name) for name in list(given) if name.startswith("data.")}
+    source = read_values(of_data, _SOURCE, "a setting of the data")
+    source = {name.removeprefix("data."): value for name, value in source.items()}
     settings = preset_named(preset or named or "demo").changed(given)
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected --out to be a folder, got the file {out}")
@@ -81,14 +84,12 @@ def train(
             raise ValueError(f"expected the corpus of {config}, fingerprint {wanted}, got {corpus.fingerprint}")
         if "vocab_size" not in given:
             settings = replace(settings, vocab_size=corpus.vocab_size)
-        reporter = _RichReporter() if world.is_main else None
-        trainer = Trainer(
-            settings, corpus, out, world=world, tensorboard=tensorboard, wandb=wandb, init_from=init_from,
-            restart=restart, reporter=reporter,
-        )  # fmt: skip
+        boards: Any = {"tensorboard": tensorboard, "wandb": wandb}
+        trainer = Trainer(settings, corpus, out, world=world, init_from=init_from, restart=restart, **boards)
         done = trainer.step == settings.steps
         try:
-            result = trainer.run()
+            with _bar(trainer) as bar:
+                result = trainer.run(partial(_report, bar))
         except Interrupted as stop:
             if world.is_main:
                 notes.print(str(stop))
@@ -135,50 +136,37 @@ def _build(source: dict[str, Any]) -> Corpus:
     return corpus
 
 
-def _data(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `build_corpus` from fields `data.NAME`, by value or text."""
-    read = {}
-    for name, value in given.items():
-        known = _READERS.get(name.removeprefix("data."))
-        if known is None:
-            raise ValueError(f"expected a setting of the data, one of {sorted(_READERS)}, got {quoted(name)}")
-        try:
-            read[name.removeprefix("data.")] = known(value) if isinstance(value, str) else value
-        except ValueError:
-            raise ValueError(f"expected a float for {name}, got {quoted(value)}") from None
-    return read
+@contextmanager
+def _bar(trainer: Trainer) -> Iterator[Progress]:
+    """What is trained, and a bar of its steps, on a terminal; one that is gone ends no run."""
+    config, step, shown = trainer.config, trainer.step, trainer.world.is_main
+    bar = Progress(
+        "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
+        "{task.fields[last]}", console=console, disable=not (shown and console.is_terminal),
+    )  # fmt: skip
+    bar.add_task("training", total=config.steps, completed=step, last="")
+    branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
+    unit = "bytes" if config.vocab_size == 256 else "tokens"
+    size = f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, {config.num_layers} layers"
+    size += f", context {config.context:,} {unit}, branches (segment/rate) {branches}"
+    with suppress(OSError):
+        if shown:
+            console.print(size + f"\ngoing on after step {step:,} of {config.steps:,}" * bool(step), soft_wrap=True)
+        bar.start()
+    try:
+        yield bar
+    finally:
+        with suppress(OSError):
+            bar.stop()
 
 
-class _RichReporter:
-    """A `Reporter` on the terminal, by a bar and a line per evaluation; without a terminal, by the lines alone."""
-
-    def __init__(self) -> None:
-        self._task = TaskID(0)
-        self._progress = Progress(
-            "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn(),
-            "{task.fields[last]}", console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-
-    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
-        branches = ", ".join(f"{w}/{r}" for w, r in zip(config.segment_lengths, config.dilation_rates, strict=True))
-        unit = "bytes" if config.vocab_size == 256 else "tokens"
-        size = f"{num_parameters:,} parameters, {config.num_layers} layers, context {config.context:,} {unit}"
-        console.print(f"{size}, branches (segment/rate) {branches}", soft_wrap=True)
-        if step:
-            console.print(f"going on after step {step:,} of {config.steps:,}")
-        self._task = self._progress.add_task("training", total=config.steps, completed=step, last="")
-        self._progress.start()
-
-    def metrics(self, line: dict[str, Any]) -> None:
+def _report(bar: Progress, step: int, lines: list[dict[str, Any]]) -> None:
+    """A step on the terminal, by the bar and a line per evaluation; without a terminal, by the lines alone."""
+    task, last = bar.tasks[0], ""
+    for line in lines:
         if "val_bpb" in line:
-            console.print(f"step {line['step']:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
+            console.print(f"step {step:>6,}: {line['val_bpb']:.3f} bits per byte on validation files")
         else:  # beside the bar
             last = f"{line['bpb']:.2f} bits/byte, {line['tokens_per_s']:,.0f} tokens/s"
             last += f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
-            self._progress.update(self._task, last=last)
-
-    def step(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
-
-    def stop(self) -> None:
-        self._progress.stop()
+    bar.update(task.id, completed=step, last=last or task.fields["last"])

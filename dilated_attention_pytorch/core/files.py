@@ -83,8 +83,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one run, by `.lock` in it, until the process ends at the latest.
+
+    Args:
+        folder: to hold.
+        wait: until another run has left it.
 
     Raises:
         ValueError: another run holds it.
@@ -93,7 +97,7 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             import fcntl
 
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"expected a folder that no other run is writing to, got {folder}") from None
         except (ImportError, OSError):  # Windows, and file systems without locks

@@ -13,11 +13,12 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -30,7 +31,6 @@ from dilated_attention_pytorch.core.files import checksum, parse_json, replace_t
 from dilated_attention_pytorch.models.weights import safetensors
 from dilated_attention_pytorch.training.distributed import World
 
-T = TypeVar("T")
 VERSION = 2  # 1 was one file, state.pt
 ABOUT = "state.json"
 RESTART = "start over (restart=True)"
@@ -116,9 +116,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, world: World, *, keep: int = 1) -> None:
-        self.folder, self.world, self.keep = folder, world, keep
-        self.spared: set[int] = set()  # steps whose states stay, however old
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.folder, self.keep = folder, keep
+        self.world = replace(world, group=dist.new_group(backend="gloo")) if world.size > 1 else world
+        self.best: tuple[float, int] | None = None  # loss and step of a state that stays, however old
         # Through page-locked memory from a GPU. torch 2.11's DefaultStager cannot copy DTensors there.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -130,13 +130,14 @@ class Checkpoints:
         Raises:
             ValueError: a damaged state.
         """
-        step = self._gather(max(steps_in(self.folder), default=-1))[0]  # rank 0's: a file system may lag elsewhere
+        steps = self.world.everywhere(lambda: max(steps_in(self.folder), default=-1))
+        step = steps[0]  # rank 0's: a file system may lag elsewhere
         if step < 0 and (self.folder / "state.pt").is_file():
             raise ValueError(
                 f"expected a state of version {VERSION} in {self.folder}, got state.pt, which is of version 1: give "
                 f"another folder, or {RESTART}"
             )
-        return None if step < 0 else self._everywhere(partial(self._checked, path_of(self.folder, step)))[0]
+        return None if step < 0 else self.world.everywhere(partial(self._checked, path_of(self.folder, step)))[0]
 
     def _checked(self, path: Path) -> dict[str, Any]:
         about = read_about(path)
@@ -150,7 +151,7 @@ class Checkpoints:
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Read the state after a step into the run's tensors."""
-        self._everywhere(partial(load, path_of(self.folder, step), tensors, group=self._group))
+        self.world.everywhere(partial(load, path_of(self.folder, step), tensors, group=self.world.group))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Begin to write the state after a step: it returns as soon as the tensors may change.
@@ -203,12 +204,12 @@ class Checkpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is one process, and torch's use of its own old names
-                how: Any = {"process_group": self._group, "no_dist": self._group is None}
-                state_dict_saver.save(tensors, storage_writer=writer, **how)
+                group = self.world.group
+                state_dict_saver.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             own = sorted(part.glob(f"shard-{self.world.rank + 1:05d}-*"))
-            sums = self._everywhere(lambda: {path.name: _written(path) for path in own})
+            sums = self.world.everywhere(lambda: {path.name: _written(path) for path in own})
             about |= {"step": step, "version": VERSION, "files": {k: v for one in sums for k, v in one.items()}}
-            self._everywhere(partial(self._commit, part, place, about) if self.world.is_main else lambda: None)
+            self.world.first(partial(self._commit, part, place, about))
         except _ERRORS as error:
             if self.world.is_main:
                 shutil.rmtree(part, ignore_errors=True)
@@ -226,7 +227,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         for step in steps_in(self.folder)[: -self.keep]:
-            if step not in self.spared:
+            if self.best is None or step != self.best[1]:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
@@ -234,26 +235,6 @@ class Checkpoints:
         part = self.folder / f".step-{step:08d}.part"
         os.replace(path_of(self.folder, step), part)
         shutil.rmtree(part)
-
-    def _everywhere(self, work: Callable[[], T]) -> list[T]:
-        """Each process's result of some work, in all of them; an error in one ends them all."""
-        result, failed = None, True
-        try:
-            result = work()
-            failed = False
-        finally:
-            results = self._gather((failed, result))
-        for rank, (lost, _) in enumerate(results):
-            if lost:
-                raise ConnectionAbortedError(f"rank {self.world.rank} ends: rank {rank} failed, and says why")
-        return [one for _, one in results]
-
-    def _gather(self, value: T) -> list[T]:
-        values: list[Any] = [value]
-        if self._group is not None:
-            values *= self.world.size
-            dist.all_gather_object(values, value, group=self._group)
-        return values
 
 
 def _reason(error: BaseException) -> str:

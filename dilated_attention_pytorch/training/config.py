@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import torch
 
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.shift import SegmentShift
@@ -17,12 +18,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "constant", "warmup-stable-decay"]
 VOCAB_SIZE = 256  # bytes; a zero byte ends each document
 
-# Least values of the ints.
-_MINIMA = {
-    0: ("warmup_steps", "cpu_threads", "seed", "eval_excerpts"),
-    1: ("context", "batch_size", "micro_batch_size", "steps", "num_layers", "context_parallel", "eval_every",
-        "log_every", "checkpoint_every", "keep_last", "vocab_size"),
-}  # fmt: skip
+_FROM_ZERO = {"warmup_steps", "cpu_threads", "seed", "eval_excerpts"}  # the other ints begin at one
 
 
 def _ints(text: str) -> tuple[int, ...]:
@@ -39,6 +35,7 @@ _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("an int", int),
     float: ("a float", float),
     tuple[int, ...]: ("ints with commas between them", _ints),
+    tuple[str, ...]: ("words with commas between them", lambda text: tuple(text.split(","))),
     SegmentShift: ("an int, ints with commas between them or alternate", _shift),
 }
 _MODEL_FIELDS = LongNetConfig.__dataclass_fields__.keys()
@@ -134,21 +131,22 @@ class TrainConfig(ModelConfig):
     keep_best: bool = False
 
     def __post_init__(self) -> None:
-        for minimum, names in _MINIMA.items():
-            for name in names:
-                check.check_int(name, getattr(self, name), minimum)
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if kind is int:
+                check.check_int(name, getattr(self, name), 0 if name in _FROM_ZERO else 1)
+            elif kind is bool:
+                check.check_bool(name, getattr(self, name))
         for name in ("learning_rate", "grad_clip"):
             check.check_above_zero(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             check.check_probability(name, getattr(self, name))
-        shares = [("final_rate", 1, "in [0, 1]"), ("decay_share", 1, "in [0, 1]")]
-        for name, most, words in (*shares, ("weight_decay", math.inf, "of at least 0")):
-            if not 0 <= check.check_float(name, getattr(self, name)) <= most:
-                raise ValueError(f"expected {name} {words}, got {getattr(self, name)}")
+        for name in ("final_rate", "decay_share"):
+            if not 0 <= check.check_float(name, getattr(self, name)) <= 1:
+                raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
+        if check.check_float("weight_decay", self.weight_decay) < 0:
+            raise ValueError(f"expected weight_decay of at least 0, got {self.weight_decay}")
         check.check_choice("precision", self.precision, Precision)
         check.check_choice("schedule", self.schedule, Schedule)
-        for name in ("gradient_checkpointing", "compile", "shard_parameters", "packed", "keep_best"):
-            check.check_bool(name, getattr(self, name))
         if self.warmup_steps >= self.steps:
             raise ValueError(f"expected warmup_steps below steps, got {self.warmup_steps} and {self.steps}")
         batch, micro, context, shards = self.batch_size, self.micro_batch_size, self.context, self.context_parallel
@@ -169,6 +167,11 @@ class TrainConfig(ModelConfig):
         """The model's share of the config."""
         shared = {name: getattr(self, name) for name in self.__dataclass_fields__.keys() & _MODEL_FIELDS}
         return LongNetConfig(**shared, num_decoder_layers=self.num_layers, activation="gelu")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What autocast computes in on a device; fp32 for no autocast."""
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def micro_steps(self, world_size: int) -> int:
         """The number of forwards that a rank accumulates per step.
@@ -200,17 +203,23 @@ class TrainConfig(ModelConfig):
         Raises:
             ValueError: an unknown name, or text that does not name a value of the field's type.
         """
-        kinds, known = typing.get_type_hints(type(self)), sorted(field.name for field in fields(self))
-        read_values: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in known:
-                raise ValueError(f"expected a field of the training config, got {name!r}; known are {known}")
-            expected, read = _READERS.get(kinds[name], ("text", str))
-            try:
-                read_values[name] = read(value) if isinstance(value, str) else value
-            except (ValueError, KeyError):
-                raise ValueError(f"expected {expected} for {name}, got {value!r}") from None
-        return replace(self, **read_values)
+        hints = typing.get_type_hints(type(self))
+        kinds = {field.name: hints[field.name] for field in fields(self)}
+        return replace(self, **read_values(values, kinds, "a field of the training config"))
+
+
+def read_values(values: Mapping[str, Any], kinds: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Values by name, of the types in `kinds`: text is read, and what is no text stays. An error is as of `changed`."""
+    found = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"expected {what}, got {check.quoted(name)}; known are {sorted(kinds)}")
+        expected, read = _READERS.get(kinds[name], ("text", str))
+        try:
+            found[name] = read(value) if isinstance(value, str) else value
+        except (ValueError, KeyError):
+            raise ValueError(f"expected {expected} for {name}, got {check.quoted(value)}") from None
+    return found
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 
 from dilated_attention_pytorch.core.files import checksum
 from dilated_attention_pytorch.training import shards
-from dilated_attention_pytorch.training.excerpts import TokenStream, training_excerpts, validation_excerpts
-from dilated_attention_pytorch.training.sources import BOUNDARY, TOKENS, find_sources, standard_library
+from dilated_attention_pytorch.training.excerpts import TokenStream
+from dilated_attention_pytorch.training.sources import find_sources
 from dilated_attention_pytorch.training.tokenizer import FILE, Tokenizer, load_tokenizer
 
-__all__ = ["BOUNDARY", "Corpus", "build_corpus", "default_cache"]
-__all__ += ["standard_library", "training_excerpts", "validation_excerpts"]
 # Validation documents to expect, at least, for a split by documents: fewer are none too often.
 _MANY = 8
 
@@ -153,9 +151,9 @@ def build_corpus(
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"expected val_fraction in (0, 1), got {val_fraction}")
     sources = find_sources(folder, suffixes)
-    coder: Tokenizer | None = load_tokenizer(tokenizer)
-    if str(tokenizer) == "bytes" and sources and all(source.path.suffix == TOKENS for source in sources):
-        coder = None
+    mapped = bool(sources) and all(source.read is None for source in sources)
+    # Of mapped tokens a tokenizer says what ends a document; bytes would not be theirs.
+    coder = None if mapped and str(tokenizer) == "bytes" else load_tokenizer(tokenizer)
     made_from = repr((shards.FORMAT, coder and coder.digest, field, [source.identity() for source in sources]))
     place = Path(cache) if cache is not None else default_cache()
     place /= hashlib.sha256(made_from.encode()).hexdigest()[:32]

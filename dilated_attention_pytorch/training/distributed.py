@@ -40,6 +40,7 @@ class World:
     rank: int  # of this process, from 0
     size: int  # number of processes
     device: torch.device  # where this process computes
+    group: dist.ProcessGroup | None = None  # of these processes; the default one where there are several
 
     @property
     def is_main(self) -> bool:
@@ -49,33 +50,37 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)) > 0) if self.size > 1 else flag
 
-    def wait(self) -> None:
-        """Return when all processes are here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def first(self, work: Callable[[], T]) -> T | None:
-        """Do work in the main process while the others wait: its result there, None in the others.
+    def everywhere(self, work: Callable[[], T]) -> list[T]:
+        """Do work in each process, and return the results of all, by rank.
 
         Raises:
-            ConnectionAbortedError: in the others, when it failed; the main process raises its own error.
+            ConnectionAbortedError: it failed in another process, which raises its own error.
         """
-        done, failed = None, True
+        result, failed = None, True
         try:
-            done = work() if self.is_main else None
+            result = work()
             failed = False
         finally:  # the others learn of an error before it ends this process
-            failed = self.any(failed)
-        if failed:
-            raise ConnectionAbortedError(f"rank {self.rank} ends: rank 0 failed, and says why")
-        return done
+            results: list[Any] = [(failed, result)] * self.size
+            if self.size > 1:
+                dist.all_gather_object(results, (failed, result), group=self.group)
+        for rank, (lost, _) in enumerate(results):
+            if lost:
+                raise ConnectionAbortedError(f"rank {self.rank} ends: rank {rank} failed, and says why")
+        return [one for _, one in results]
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Do work in the main process while the others wait, as `everywhere`: its result there, None in the others."""
+        done: list[T] = []
+        self.everywhere(lambda: done.append(work()) if self.is_main else None)
+        return done[0] if done else None
 
 
 @contextmanager
@@ -145,15 +150,9 @@ class RankLayout:
 
 
 def arrange(world: World, context_parallel: int, *, sharded: bool = False) -> RankLayout:
-    """The layout with `context_parallel` processes per sequence, a divisor of their number.
-
-    Neighbouring ranks share a sequence: the exchange within a layer needs the fast links most.
-
-    Args:
-        world: the processes.
-        context_parallel: how many share a sequence.
-        sharded: shard parameters too where none do.
-    """
+    """The layout with `context_parallel` processes per sequence, a divisor of their number; with `sharded`, parameters
+    are sharded too where no sequence is. Neighbouring ranks share one: the exchange within a layer needs the fast links
+    most."""
     if world.size == 1 or (context_parallel == 1 and not sharded):
         return RankLayout(world.rank, world.size)
     readers = world.size // context_parallel

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.models import LongNetLM
 from dilated_attention_pytorch.models.generation import Sampling
-from dilated_attention_pytorch.training.corpus import BOUNDARY
 from dilated_attention_pytorch.training.distributed import RankLayout, World
 from dilated_attention_pytorch.training.excerpts import document_bounds
-from dilated_attention_pytorch.training.tokenizer import Bytes, Tokenizer
+from dilated_attention_pytorch.training.sources import BOUNDARY
+from dilated_attention_pytorch.training.tokenizer import Tokenizer
 
 
 class Evaluation(NamedTuple):
@@ -127,13 +127,3 @@ def text_stream(
     tokens = torch.tensor([[end, *tokenizer.encode([prompt.encode()])[0].tolist()]], device=device)
     pieces = model.stream(tokens, max_tokens, **Sampling(eos_token=end, **sampling))
     return tokenizer.decode(takewhile(lambda token: token != end, (int(piece) for piece in pieces)))
-
-
-def byte_stream(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpack[Sampling]) -> Iterator[str]:
-    """`text_stream` of a model of bytes."""
-    return text_stream(model, Bytes(), prompt, max_bytes, **sampling)
-
-
-def write_text(model: LongNetLM, prompt: str, max_bytes: int, **sampling: Unpack[Sampling]) -> str:
-    """The prompt and its continuation by a model of bytes."""
-    return prompt + "".join(byte_stream(model, prompt, max_bytes, **sampling))

@@ -29,14 +29,15 @@ class TokenStream:
     def __init__(self, shards: Sequence[NDArray[Any]], pieces: NDArray[np.int64]) -> None:
         self._shards = list(shards)
         self._borders = np.cumsum([0, *(shard.size for shard in shards)])
-        pieces = pieces[pieces[:, 0] < pieces[:, 1]]
-        # Neighbours become one; then none crosses the border of two shards.
-        apart = pieces[1:, 0] != pieces[:-1, 1]
-        begins, ends = pieces[:, 0][np.r_[True, apart][: len(pieces)]], pieces[:, 1][np.r_[apart, True][: len(pieces)]]
-        places = np.searchsorted(begins, self._borders, "left") - 1
-        inside = self._borders[(places >= 0) & (self._borders < np.append(ends, 0)[places])]
-        self._begins, ends = np.sort(np.r_[begins, inside]), np.sort(np.r_[ends, inside])
-        self._places = np.cumsum(np.r_[0, ends - self._begins])
+        # An edge that two pieces share, or that an empty one has twice, is none: neighbours become one.
+        edges, count = np.unique(pieces, return_counts=True)
+        edges = edges[count % 2 == 1]
+        # Borders of shards within a piece end it and begin the next.
+        borders = np.setdiff1d(self._borders, edges)
+        borders = borders[np.searchsorted(edges, borders) % 2 == 1]
+        edges = np.sort(np.r_[edges, borders, borders])
+        self._begins = edges[::2]
+        self._places = np.cumsum(np.r_[0, edges[1::2] - edges[::2]])
 
     @property
     def size(self) -> int:

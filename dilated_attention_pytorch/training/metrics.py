@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from dilated_attention_pytorch.core.files import parse_json, replace_text
 from dilated_attention_pytorch.models import LongNetLM
 from dilated_attention_pytorch.training.config import TrainConfig
+from dilated_attention_pytorch.training.sources import needed
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -71,8 +73,11 @@ def flops_per_sequence(config: TrainConfig) -> int:
     return int(counter.get_total_flops())
 
 
-class MetricsLog:
-    """Write the record of a run that starts, or goes on, after `step` steps.
+@contextlib.contextmanager
+def record(
+    folder: Path, *, step: int, log_every: int, tensorboard: bool = False, wandb: str | None = None
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Open the record of a run that starts, or goes on, after `step` steps: a function that adds a line.
 
     Lines of later steps are dropped: that work was lost and is done again. Damaged lines, and none at all where there
     should be one per `log_every` steps, are a warning.
@@ -84,27 +89,18 @@ class MetricsLog:
         tensorboard: write TensorBoard events too.
         wandb: a project of Weights & Biases to write to as well; each start is a run there, in a group with the others.
     """
-
-    def __init__(
-        self, folder: Path, *, step: int, log_every: int, tensorboard: bool = False, wandb: str | None = None
-    ) -> None:
-        self._board: Any = None
-        self._run: Any = None
+    boards: list[Callable[[dict[str, float], int], object]] = []  # told the numbers of a step
+    with contextlib.ExitStack() as held:
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    "expected TensorBoard, which is not installed: pip install 'dilated-attention-pytorch[track]'"
-                ) from error
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            module = needed("torch.utils.tensorboard", "TensorBoard", "'dilated-attention-pytorch[track]'")
+            board = held.enter_context(module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
+            boards.append(lambda numbers, at: [board.add_scalar(name, x, at) for name, x in numbers.items()])
         if wandb is not None:
-            try:
-                import wandb as weights_and_biases
-            except ImportError as error:
-                raise ImportError("expected wandb, which is not installed: pip install wandb") from error
             settings = parse_json((folder / "train.json").read_text(encoding="utf-8"))
-            self._run = weights_and_biases.init(project=wandb, group=folder.name, dir=str(folder), config=settings)
+            module = needed("wandb", "wandb", "wandb")
+            run = module.init(project=wandb, group=folder.name, dir=str(folder), config=settings)
+            held.callback(run.finish)
+            boards.append(lambda numbers, at: run.log(numbers, step=at))
         path = folder / "metrics.jsonl"
         lines = _lines(path) if step and path.exists() else []
         if None in lines[:-1] or (not any(lines) and step >= log_every):
@@ -114,22 +110,13 @@ class MetricsLog:
             )
         kept = (line for line in lines if line is not None and line["step"] <= step)
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._stream = path.open("a", encoding="utf-8")
+        stream = held.enter_context(path.open("a", encoding="utf-8"))
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Add a line, and hand it to the system."""
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
-        numbers = {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
-        if self._run is not None:
-            self._run.log(numbers, step=line["step"])
-        for name, value in numbers.items() if self._board is not None else ():
-            self._board.add_scalar(name, value, line["step"])
+        def write(line: dict[str, Any]) -> None:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()  # to the system
+            numbers = {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
+            for tell in boards:
+                tell(numbers, line["step"])
 
-    def close(self) -> None:
-        """Close the files."""
-        self._stream.close()
-        if self._board is not None:
-            self._board.close()
-        if self._run is not None:
-            self._run.finish()
+        yield write

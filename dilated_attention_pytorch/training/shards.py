@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from dilated_attention_pytorch.core.files import (
     replace_file,
     replace_text,
 )
-from dilated_attention_pytorch.training.sources import TOKENS, DataSource, Part
+from dilated_attention_pytorch.training.sources import DataSource, Part
 from dilated_attention_pytorch.training.tokenizer import FILE, FileTokenizer, Tokenizer
 
 META = "corpus.json"
@@ -71,7 +69,6 @@ class _Builder:
             if source.identity() != identity:
                 raise ValueError(f"expected {source.path} to stay as it is while it is read, but it changed")
         self.take(batch, tokenizer)
-        self.commit(complete=True)
         progress(sum(sizes), sum(sizes))
 
     def take(self, batch: Sequence[tuple[Part, DataSource, int]], tokenizer: Tokenizer) -> None:
@@ -128,25 +125,19 @@ def build(
 ) -> None:
     """Make the shards of the sources in a folder, or what is missing of them; another process at it is waited for."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(lock(folder))
-                break
-            except ValueError:
-                time.sleep(0.2)
+    with lock(folder, wait=True):
         remove_leftovers(folder)
         if isinstance(tokenizer, FileTokenizer):
             shutil.copyfile(tokenizer.path, folder / FILE)
         builder = _Builder(folder, tokenizer)
-        if builder.meta["complete"]:
-            return
-        if tokenizer is not None and not all(source.path.suffix == TOKENS for source in sources):
-            builder.read(sources, tokenizer, field, progress)
-            return
-        for source in sources:
-            builder.map(source)
-        builder.commit(complete=True)
+        if not builder.meta["complete"]:
+            if all(source.read is None for source in sources):
+                for source in sources:
+                    builder.map(source)
+            else:
+                assert tokenizer is not None
+                builder.read(sources, tokenizer, field, progress)
+            builder.commit(complete=True)
 
 
 def map_tokens(path: Path) -> NDArray[Any]:

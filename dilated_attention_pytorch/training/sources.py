@@ -25,7 +25,6 @@ from dilated_attention_pytorch.core.files import parse_json
 BOUNDARY = 0  # the byte that ends a document of bytes; no text holds it
 PART = 1 << 20  # bytes of a part of a file, at most
 _END = 1 << 62  # past every file's
-TOKENS = ".npy"
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\x1b"))
 
@@ -54,10 +53,11 @@ class DataSource:
     """A file, or a data set by name."""
 
     path: Path
-    read: Callable[[Path, int, str], Iterator[Stretch]]
+    read: Callable[[Path, int, str], Iterator[Stretch]] | None  # None of tokens, which are mapped
 
     def parts(self, at: int, field: str) -> Iterator[Part]:
         """The parts from a place on; `field` is that of records."""
+        assert self.read is not None
         try:
             for data, ends, after in self.read(self.path, at, field):
                 reason = _why_not(data)
@@ -75,6 +75,14 @@ class DataSource:
             return str(self.path), 0, 0
         stats = [path.stat() for path in (self.path, *self.path.rglob("*"))]
         return str(self.path.resolve()), sum(x.st_size for x in stats), max(x.st_mtime_ns for x in stats)
+
+
+def needed(module: str, package: str, how: str = "'dilated-attention-pytorch[data]'") -> Any:
+    """An optional module, or an ImportError that says how to get its package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"expected {package}, which is not installed: pip install {how}") from error
 
 
 def standard_library() -> Iterator[Path]:
@@ -98,8 +106,8 @@ def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[
     if any((root / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):  # of save_to_disk
         return [DataSource(root, _hugging_face)]
     paths = list(_walk(root, suffixes))
-    if paths and all(path.suffix == TOKENS for path in paths):
-        return [DataSource(path, _tokens) for path in paths]
+    if paths and all(path.suffix == ".npy" for path in paths):
+        return [DataSource(path, None) for path in paths]
     names = [path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path for path in paths]
     return [DataSource(path, _READERS.get(name.suffix.lower(), _text)) for path, name in zip(paths, names, strict=True)]
 
@@ -170,7 +178,7 @@ def _jsonl(path: Path, at: int, field: str) -> Iterator[Stretch]:
 
 
 def _parquet(path: Path, at: int, field: str) -> Iterator[Stretch]:
-    with _needs("pyarrow.parquet").ParquetFile(path) as file:
+    with needed("pyarrow.parquet", "pyarrow").ParquetFile(path) as file:
         _check_field(path, field, file.schema_arrow.names)
         rows = (value.as_py() for batch in file.iter_batches(256, columns=[field]) for value in batch.column(0))
         for number, value in enumerate(islice(rows, at, None), at):
@@ -178,7 +186,7 @@ def _parquet(path: Path, at: int, field: str) -> Iterator[Stretch]:
 
 
 def _hugging_face(path: Path, at: int, field: str) -> Iterator[Stretch]:
-    datasets = _needs("datasets")
+    datasets = needed("datasets", "datasets")
     if path.exists():
         rows = datasets.load_from_disk(str(path))
         rows = rows["train"] if hasattr(rows, "keys") else rows
@@ -208,10 +216,6 @@ def _fasta(path: Path, at: int, field: str) -> Iterator[Stretch]:
         yield held, True, at
 
 
-def _tokens(path: Path, at: int, field: str) -> Iterator[Stretch]:
-    raise AssertionError("tokens are mapped, not read")
-
-
 def _check_field(path: Path, field: str, known: Sequence[str]) -> None:
     if field not in known:
         raise ValueError(f"expected field to name one of {known} in {path}, got {field!r}")
@@ -221,15 +225,6 @@ def _encoded(value: object, path: Path, where: str) -> bytes:
     if not isinstance(value, str):
         raise ValueError(f"expected text in {where} of {path}, got {type(value).__name__}")
     return value.encode("utf-8", "replace")  # a lone surrogate is no character
-
-
-def _needs(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"expected {name.partition('.')[0]}, which is not installed: pip install 'dilated-attention-pytorch[data]'"
-        ) from error
 
 
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}

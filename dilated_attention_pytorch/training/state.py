@@ -1,4 +1,4 @@
-"""The optimizer, a function of the step, and what a run's state holds beside its tensors, checked when it is read."""
+"""The optimizer, its rate, the scale of the loss, and what the state of a run holds, checked when it is read."""
 
 from __future__ import annotations
 
@@ -39,6 +39,32 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(split, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
+class LossScale:
+    """A factor of the loss that keeps small gradients from vanishing in fp16; 1, and fixed, in other dtypes.
+
+    As `torch.amp.GradScaler` does: a step whose gradients overflow is left out and halves the factor, 2,000 others
+    double it. That class looks at a rank's own gradients; this one at their norm, which all ranks have.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.varies = dtype is torch.float16
+        self.state = [65536.0 if self.varies else 1.0, 0]  # the factor, and steps since it changed
+
+    @property
+    def factor(self) -> float:
+        """The factor of the next step."""
+        return self.state[0]
+
+    def update(self, finite: bool) -> bool:
+        """Take note of a step's gradients; False if they can only be left out, which no smaller factor would help."""
+        factor, steps = self.state
+        if finite:
+            self.state = [factor, steps + 1] if steps < 1999 or not self.varies else [2 * factor, 0]
+        else:
+            self.state = [factor / 2, 0]
+        return finite or (self.varies and factor > 1.0)
+
+
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that a run has learned, by name: `model.<weight>`, and `optimizer.<weight>.<moment>`, zeros before a step.
 
@@ -61,11 +87,6 @@ def take_weights(model: LongNetLM, folder: Path) -> None:
     check_state(model, weights)
     for name, parameter in model.state_dict().items():
         fill(parameter, weights[name])
-
-
-def about(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    """What a state says of its run."""
-    return {"config": config.to_dict(), "model": config.model_config().to_dict(), "fingerprint": fingerprint}
 
 
 def check_about(kept: dict[str, Any], folder: Path, config: TrainConfig, fingerprint: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilated_attention_pytorch.training.sources import BOUNDARY
+from dilated_attention_pytorch.training.sources import BOUNDARY, needed
 
 FILE = "tokenizer.json"
 # Names of the token that ends a document, the first that a vocabulary has.
@@ -42,16 +42,11 @@ class FileTokenizer:
     """A `tokenizer.json`, or that of a folder. A vocabulary without an end of documents gets one more token."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                "expected tokenizers, which is not installed: pip install 'dilated-attention-pytorch[data]'"
-            ) from error
+        library = needed("tokenizers", "tokenizers")
         self.path = path / FILE if path.is_dir() else path
         content = self.path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer = library.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no class of its own
             raise ValueError(f"expected {self.path} to be a tokenizer.json, got: {error}") from error
         self._tokenizer.no_padding()
@@ -65,7 +60,7 @@ class FileTokenizer:
 
     def encode(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
         """Tokens; a text is cut at line ends into pieces, which are tokenised in parallel."""
-        pieces = [_cut(text.decode()) for text in texts]
+        pieces = [[*_cut(text.decode())] for text in texts]
         found = iter(self._tokenizer.encode_batch_fast([*chain(*pieces)], add_special_tokens=False))
         return [np.array([i for _ in some for i in next(found).ids], dtype=self.dtype) for some in pieces]
 
@@ -91,13 +86,11 @@ def load_tokenizer(name: str | Path = "bytes") -> Tokenizer:
     return Bytes() if str(name) == "bytes" else FileTokenizer(Path(name))
 
 
-def _cut(text: str) -> list[str]:
-    pieces = []
+def _cut(text: str) -> Iterator[str]:
     at = 0
     while at < len(text):
         end = at + _PIECE
         if end < len(text):
             end = text.rfind("\n", at, end) + 1 or end
-        pieces.append(text[at:end])
+        yield text[at:end]
         at = end
-    return pieces

@@ -8,10 +8,10 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ from dilated_attention_pytorch.models.reach import warn_out_of_reach
 from dilated_attention_pytorch.training import distributed, state
 from dilated_attention_pytorch.training.checkpoint import Checkpoints
 from dilated_attention_pytorch.training.config import TrainConfig
-from dilated_attention_pytorch.training.corpus import Corpus, training_excerpts, validation_excerpts
+from dilated_attention_pytorch.training.corpus import Corpus
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, predict
-from dilated_attention_pytorch.training.metrics import MetricsLog, flops_per_sequence, peak_flops, peak_memory
-from dilated_attention_pytorch.training.precision import LossScale, computed_in
-from dilated_attention_pytorch.training.state import adamw, learning_rate
+from dilated_attention_pytorch.training.excerpts import training_excerpts, validation_excerpts
+from dilated_attention_pytorch.training.metrics import flops_per_sequence, peak_flops, peak_memory, record
+from dilated_attention_pytorch.training.state import LossScale, adamw, learning_rate
 from dilated_attention_pytorch.training.tokenizer import FILE
+
+Report = Callable[[int, list[dict[str, Any]]], object]
 
 
 class Interrupted(Exception):
@@ -46,22 +48,6 @@ class Result(NamedTuple):
     evaluation: Evaluation  # the last one
 
 
-class Reporter(Protocol):
-    """An observer of a run, on rank 0 alone."""
-
-    def start(self, step: int, config: TrainConfig, num_parameters: int) -> None:
-        """Called when the run starts, or goes on, after `step` steps."""
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        """Called with each line of the record."""
-
-    def step(self, step: int) -> None:
-        """Called after each step."""
-
-    def stop(self) -> None:
-        """Called when the run is over, well or not."""
-
-
 class Trainer:
     """Train a `LongNetLM` in a folder, from the folder's last state on.
 
@@ -77,7 +63,6 @@ class Trainer:
         wandb: a project of Weights & Biases to write to as well.
         init_from: a folder of `save_pretrained` with the first weights; they may come from another context or pattern.
         restart: start over, whatever the folder holds.
-        reporter: an observer of the run.
 
     Raises:
         ValueError: the folder's run is damaged or has another config or corpus; a batch that the ranks cannot share
@@ -100,10 +85,8 @@ class Trainer:
         wandb: str | None = None,
         init_from: Path | None = None,
         restart: bool = False,
-        reporter: Reporter | None = None,
     ) -> None:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
-        self.reporter = reporter if world.is_main else None
         self._boards: Any = {"tensorboard": tensorboard, "wandb": wandb}
         if corpus.vocab_size > config.vocab_size:
             raise ValueError(
@@ -116,15 +99,14 @@ class Trainer:
         self.held_out = validation_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
-        dtype = computed_in(config.precision, world.device)
+        dtype = config.dtype(world.device)
         half = None if dtype is torch.float32 else dtype
         shape = config.model_config()
         warn_out_of_reach(shape.pattern, shape.shifts(config.num_layers), config.context)
         self.model = LongNetLM(shape, gradient_checkpointing=config.gradient_checkpointing, device="meta")
         self.step, self._signal, self._restart = 0, 0, restart
-        self._log: MetricsLog | None = None
+        self._write: Callable[[dict[str, Any]], object] = lambda line: None  # of the record; on rank 0, see `_open`
         self.scale = LossScale(dtype)
-        self.best: tuple[float, int] | None = None  # loss and step of the best evaluation
         self.checkpoints = Checkpoints(folder, world, keep=config.keep_last)
         kept = None if restart else self.checkpoints.newest()
         if kept is not None:
@@ -140,7 +122,7 @@ class Trainer:
         else:
             self.step = kept["step"]
             self.scale.state = kept.get("loss_scale", self.scale.state)
-            self._keep(kept.get("best"))
+            self.checkpoints.best = kept.get("best")
             self.checkpoints.load(self.step, state.tensors(self.model, self.optimizer))
         self.runner: nn.Module = self._runner()
         self._autocast = partial(torch.autocast, world.device.type, dtype=dtype, enabled=half is not None)
@@ -150,8 +132,11 @@ class Trainer:
         self._mfu = flops_per_sequence(config) / config.context / world.size / peak if peak else None  # by tokens/s
         self._evaluate: Callable[[], Evaluation] = partial(evaluate, self.model, self.held_out, world, **how)
 
-    def run(self) -> Result:
+    def run(self, report: Report = lambda step, lines: None) -> Result:
         """Train to the last step, save, and return the model.
+
+        Args:
+            report: called on rank 0 after each step, with its number and its lines of the record: none, one or two.
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP came. The step in hand was finished and saved; a second signal ends
@@ -161,11 +146,10 @@ class Trainer:
         """
         with contextlib.ExitStack() as held:
             self.world.first(partial(self._open, held))
-            held.callback(self._tell, "stop")
-            self._tell("start", self.step, self.config, sum(p.numel() for p in self.model.parameters()))
             held.callback(self.checkpoints.close)
-            with self._signals():
-                evaluation = self._loop()
+            with contextlib.ExitStack() as caught:
+                self._catch_signals(caught)
+                evaluation = self._loop(report)
             return Result(self.world.first(self._export) or self.model, evaluation)
 
     def _open(self, held: contextlib.ExitStack) -> None:
@@ -179,22 +163,18 @@ class Trainer:
         replace_text(self.folder / "train.json", json.dumps(self.config.to_dict() | more, indent=1) + "\n")
         if (self.corpus.folder / FILE).is_file():
             shutil.copyfile(self.corpus.folder / FILE, self.folder / FILE)
-        self._log = MetricsLog(self.folder, step=self.step, log_every=self.config.log_every, **self._boards)
-        held.callback(self._log.close)
+        log_every = self.config.log_every
+        self._write = held.enter_context(record(self.folder, step=self.step, log_every=log_every, **self._boards))
 
-    def _tell(self, event: str, *values: Any) -> None:
-        """Tell the reporter. A terminal that is gone, after SIGHUP or behind a closed pipe, ends no run."""
-        if self.reporter is not None:
-            with contextlib.suppress(OSError):
-                getattr(self.reporter, event)(*values)
-
-    def _loop(self) -> Evaluation:
-        config, evaluation = self.config, None
+    def _loop(self, report: Report) -> Evaluation:
+        config, states, evaluation = self.config, self.checkpoints, None
         seen, since = self.step, time.perf_counter()
         while self.step < config.steps:
             rate = learning_rate(config, self.step)
             loss, grad_norm = self._train_step(rate)
             self.step += 1
+            lines: list[dict[str, Any]] = []
+            better = False
             last = self.step == config.steps
             if last or self.step % config.log_every == 0:
                 mean_loss = float(self.world.sum(loss)) / self.world.size
@@ -204,26 +184,31 @@ class Trainer:
                 line: dict[str, Any] = {"step": self.step, "loss": mean_loss, "bpb": bits, "lr": rate}
                 line |= {"grad_norm": float(grad_norm) if grad_norm.isfinite() else None}
                 line |= {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory(self.world.device)}
-                self._record(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
+                lines.append(line if self._mfu is None else line | {"mfu": round(speed * self._mfu, 4)})
                 seen, since = self.step, now
             if last or self.step % config.eval_every == 0:
                 paused = time.perf_counter()
                 evaluation = self._evaluate()
                 line = {"step": self.step, "val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte}
-                self._record(line | {"val_loss_by_position": evaluation.by_position})
+                lines.append(line | {"val_loss_by_position": evaluation.by_position})
                 since += time.perf_counter() - paused
-                if config.keep_best and (self.best is None or evaluation.loss < self.best[0]):
-                    self._keep((evaluation.loss, self.step))
-            self._tell("step", self.step)
+                better = config.keep_best and (states.best is None or evaluation.loss < states.best[0])
+                if better:
+                    states.best = evaluation.loss, self.step
+            for line in lines:
+                self._write(line)
+            # A terminal that is gone, after SIGHUP or behind a closed pipe, ends no run.
+            with contextlib.suppress(OSError):
+                if self.world.is_main:
+                    report(self.step, lines)
             # Ranks agree on a signal: none is left waiting for another.
             stop = self.world.any(bool(self._signal))
-            best = self.best is not None and self.best[1] == self.step
-            if stop or last or best or self.step % config.checkpoint_every == 0:
+            if stop or last or better or self.step % config.checkpoint_every == 0:
                 self.save()
             if stop and not last:
-                self.checkpoints.wait()
+                states.wait()
                 raise Interrupted(self.step, self._signal or signal.SIGINT)
-        self.checkpoints.wait()
+        states.wait()
         return evaluation or self._evaluate()  # nothing was left to train
 
     def _train_step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,14 +255,10 @@ class Trainer:
         share = self.config.micro_batch_size * self.config.context / self.layout.context_size
         return F.cross_entropy(logits, targets, reduction="sum") / share
 
-    def _keep(self, best: tuple[float, int] | None) -> None:
-        self.best = best
-        self.checkpoints.spared = set() if best is None else {best[1]}
-
     def save(self) -> None:
         """Begin to write the state after the present step; it counts once `checkpoints.wait` has returned."""
-        about = state.about(self.config, self.corpus.fingerprint)
-        about |= {"loss_scale": self.scale.state, "best": self.best}
+        about: dict[str, Any] = {"config": self.config.to_dict(), "model": self.config.model_config().to_dict()}
+        about |= {"fingerprint": self.corpus.fingerprint, "loss_scale": self.scale.state, "best": self.checkpoints.best}
         self.checkpoints.save(self.step, state.tensors(self.model, self.optimizer), about)
 
     def _export(self) -> LongNetLM:
@@ -285,11 +266,6 @@ class Trainer:
         model, _ = state.trained_model(self.folder)
         save_pretrained(model, self.folder)
         return model.to(self.world.device)
-
-    def _record(self, line: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(line)
-            self._tell("metrics", line)
 
     def _runner(self) -> nn.Module:
         """The model as the training step calls it, with the model's own parameters."""
@@ -301,9 +277,9 @@ class Trainer:
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(runner, device_ids=devices)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Within, the first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; the second acts as ever."""
+    def _catch_signals(self, held: contextlib.ExitStack) -> None:
+        """Until `held` closes, the first SIGINT, SIGTERM or SIGHUP asks for a stop after the step; the second acts as
+        ever."""
         previous: dict[int, Any] = {}
 
         def handle(number: int, frame: Any) -> None:
@@ -317,9 +293,6 @@ class Trainer:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             wanted.append(signal.SIGHUP)
         with contextlib.suppress(ValueError):  # not the main thread, which alone receives signals
-            previous.update((number, signal.signal(number, handle)) for number in wanted)
-        try:
-            yield
-        finally:
-            for caught, handler in previous.items():
-                signal.signal(caught, handler)
+            for number in wanted:
+                previous[number] = signal.signal(number, handle)
+                held.callback(signal.signal, number, previous[number])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
-from dilated_attention_pytorch.core.files import parse_json, remove_leftovers, replace_file
+from dilated_attention_pytorch.core.files import lock, parse_json, remove_leftovers, replace_file
 
 
 def test_a_file_is_replaced_with_the_mode_of_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +49,21 @@ def test_leftovers_alone_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_folder_that_is_held_is_refused_or_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    entered = Event()
+
+    def second() -> None:
+        with lock(tmp_path, wait=True):
+            entered.set()
+
+    waiting = Thread(target=second)
+    with lock(tmp_path):
+        with pytest.raises(ValueError, match="expected a folder that no other run is writing to, got"), lock(tmp_path):
+            pass
+        waiting.start()
+        assert not entered.wait(0.2)
+    waiting.join(10)
+    assert entered.is_set()

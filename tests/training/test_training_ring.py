@@ -36,22 +36,17 @@ torch.set_num_threads(1)
 # Inductor takes minutes here; graphs, their breaks and sharded parameters are the same.
 torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
 
-class Stop:
-    def __init__(self, at): self.at = at
-    def start(self, *_): pass
-    def metrics(self, _): pass
-    def stop(self): pass
-    def step(self, step):
-        if step == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
+def stop(at, step, lines):
+    if step == at:
+        os.kill(os.getpid(), signal.SIGINT)
 
 with join("cpu") as world:
     for values, out, at in json.loads(sys.argv[1]):
         corpus = Corpus.load(Path(sys.argv[2]), 0.1)
-        trainer = Trainer(TrainConfig(**values), corpus, Path(out), world=world, reporter=Stop(at))
+        trainer = Trainer(TrainConfig(**values), corpus, Path(out), world=world)
         assert all(isinstance(p, DTensor) and p.device_mesh.size() == world.size for p in trainer.model.parameters())
         try:
-            result = trainer.run()
+            result = trainer.run(functools.partial(stop, at))
             assert at == 0 and (type(result.model).__name__ == "LongNetLM") == world.is_main
         except Interrupted:
             assert at != 0
@@ -124,7 +119,7 @@ def two(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of two processes, in one launch."""
     runs = tmp_path_factory.mktemp("two")
     with pytest.raises(Interrupted):
-        Trainer(PLAIN, corpus, runs / "from_one", world=ALONE, reporter=Recorder(3, interrupt)).run()
+        Trainer(PLAIN, corpus, runs / "from_one", world=ALONE).run(Recorder(3, interrupt))
     jobs = [(PLAIN, "plain", 0), (UNEVEN, "uneven", 0), (PLAIN, "again", 3), (PLAIN, "again", 0), (PLAIN, "to_one", 3)]
     launch(2, [(config, runs / name, at) for config, name, at in [*jobs, (PLAIN, "from_one", 0)]], corpus)
     return runs
