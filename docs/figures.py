@@ -188,7 +188,33 @@ def cost() -> Figure:
     return figure
 
 
-FIGURES = (membership, attention, multiset, partial, cost)
+def reach() -> Figure:
+    """How far back the median position reads, by layers: N is 32 of the largest segments of the fixed pattern."""
+    n, layers = 16_384, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    fixed = DilatedPattern((32, 64, 128, 256, 512), (1, 2, 4, 8, 16), num_heads=16)
+    lines = {
+        "fixed segments": (fixed, 0),
+        'fixed, segment_shift="alternate"': (fixed, "alternate"),
+        "geometric": (DilatedPattern.geometric(n, 32, num_heads=16), 0),
+    }
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for color, (name, (pattern, shift)) in zip(BRANCHES, lines.items(), strict=False):
+        far = [pattern.reach(count, n, segment_shift=shift).median / 512 for count in layers]
+        ax.plot(layers, far, color=color, marker="o", markersize=3, label=name)
+    ax.axhline(16, color=INK, linewidth=0.8, linestyle=":")
+    ax.annotate("everything before it", (layers[-1], 16), (0, 4), textcoords="offset points", ha="right")
+    ax.set(xscale="log", yscale="log", xlabel="layers", ylabel="median reach, in largest segments")
+    ax.set_xticks(layers, [str(x) for x in layers])
+    ax.set_ylim(0.4, 22)
+    ax.set_yticks((0.5, 1, 2, 4, 8, 16), ("½", "1", "2", "4", "8", "16"))
+    ax.minorticks_off()
+    ax.grid(color=GRID, linewidth=0.5)
+    ax.legend(frameon=False, loc=(0.46, 0.12))
+    return figure
+
+
+FIGURES = (membership, attention, multiset, partial, cost, reach)
 
 
 def main(folder: Path = HERE / "img") -> list[Path]:
