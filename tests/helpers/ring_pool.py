@@ -1,7 +1,8 @@
 """Real ranks (gloo, or NCCL with a GPU each) that live as long as the test session: many cases share one launch.
 
 The parent hosts the store, as torchrun's agent does, so a rank may die without taking the store with it. Worker i is
-rank i of every group; a group of w ranks is made of the first w workers.
+rank i of every group; a group of w ranks is made of the first w workers. Workers are forks of one server that has the
+library loaded and has computed nothing, so a pool is there at once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Pool:
     def __init__(self, size: int, group_sizes: Sequence[int], module: str, backend: str = "gloo") -> None:
         self.size = size
         self.store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["dilated_attention_pytorch.ring_attention", "ring_pool"])
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
