@@ -79,7 +79,7 @@ test: $(STAMP) ## run every check, cheap ones first
 	$(call step,ruff format,$(BIN)/ruff format --check .)
 	$(call step,mypy,$(BIN)/mypy)
 	$(call step,docs,$(BIN)/mkdocs build --strict --quiet)
-	$(call step,pytest,$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS))
+	$(call step,pytest,$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS))
 
 # Its own environment: torch is taken at FLOOR's newest patch, everything else as pinned.
 test-floor: ## the CPU tests on the lowest torch that the metadata allows, where pip finds it (another one: FLOOR=2.10)

@@ -44,6 +44,8 @@ def _seeded() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Short tests last, so that no worker waits long for what another one began.
+    items.sort(key=lambda item: item.path.parent.name == "core")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

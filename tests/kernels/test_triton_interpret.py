@@ -163,7 +163,7 @@ class TestMasks:
         """Every sequence starts at the same position, inside a segment or at its border."""
         layout, at = {"cu_seqlens": torch.tensor([0, 17, 17, 18, 47])}, {"q_start": start, "k_start": start}
         check(1, 47, 2, 16, (16, 40), (1, 3), layout=layout, seq_len=start + 47, **at, **CAUSAL, dropout_p=0.3)
-        check(1, 47, 4, 16, (4, 1000), (1, 2), kv_heads=2, layout=layout, seq_len=start + 47, **at)
+        check(1, 47, 2, 16, (4, 1000), (1, 2), kv_heads=1, layout=layout, seq_len=start + 47, **at)
 
     def test_left_padding_with_a_segment_shift(self):
         """What a shifted call of padded rows is: bits that hide rows whose positions are no longer negative."""
@@ -205,14 +205,14 @@ class TestShortSegments:
 
 @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
 def test_tiles_of_short_segments(changes, monkeypatch):
-    """Short segments take a configuration of their own."""
+    """Short segments take a configuration of their own; both kinds have several segments, the last one cut."""
     short = Config(16, 32, 4, 1)
     monkeypatch.setattr(configs, "SHORT_SEGMENT", 24)
     cut = Config(32, 16, 4, 1, short=short)
     monkeypatch.setattr(launch_branches, "configs_for", lambda work, way: (cut,) * (1 if way == "forward" else 2))
     monkeypatch.setattr(launch_aligned, "why_not", lambda work, direction: "not here")
     replay._tapes.clear()
-    check(2, 83, 4, 16, (20, 40), (1, 1), kv_heads=2, **changes)
+    check(2, 47, 2, 16, (20, 40), (1, 1), kv_heads=1, **changes)
     replay._tapes.clear()
 
 

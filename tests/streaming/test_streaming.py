@@ -52,7 +52,8 @@ def test_equals_the_whole(masked: bool, data: st.DataObject) -> None:
     grad = torch.randn_like(q)
     if masked:
         options["key_padding_mask"] = torch.rand(batch, n) < draw(st.sampled_from([0.1, 0.7]))
-    length = draw(st.sampled_from([1, 3, 4, 8, 16, 32, 50, 64, 100, 128, 1000]))
+    # Forty ranges or fewer: each further one costs as much and is computed as those before it.
+    length = draw(st.sampled_from([x for x in (1, 3, 4, 8, 16, 32, 50, 64, 100, 128, 1000) if n <= 40 * x]))
     pool = Ledger()
     got = streamed(q, k, v, grad, range_length=length, pool=pool, **options)
     found = errors(got, whole(q, k, v, grad, **options), q, k, v, grad)
