@@ -12,7 +12,7 @@ from dilated_attention_pytorch.core import dropout, reference, torch_private
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.core.shift import shifted_masks, two_parts
+from dilated_attention_pytorch.core.shift import check_shift, shifted_masks, two_parts
 from dilated_attention_pytorch.kernels import fast_path, ops
 from dilated_attention_pytorch.types import QKV, AttentionOutput, BackendName, Masks, MixingGradient, Offsets, Padding
 
@@ -192,7 +192,7 @@ def dilated_attention_with_lse(
     if problem.padding == "zero_keys":
         _check_zero_keys(problem, x, masks)
     parts = None
-    if (shift := check.check_int("segment_shift", segment_shift, 0)) > 0:
+    if (shift := check_shift(segment_shift, pattern.segment_lengths)) > 0:
         parts = _plain_parts(problem, x, masks, shift)
         problem, masks = _shifted(problem, masks, shift)
     if problem.dropout_p > 0.0:

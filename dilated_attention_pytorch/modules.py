@@ -13,6 +13,7 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, row_positions
 from dilated_attention_pytorch.core.projections import Projections
+from dilated_attention_pytorch.core.shift import check_shift
 from dilated_attention_pytorch.functional import dilated_attention
 from dilated_attention_pytorch.head_groups import grouped_attention, head_groups_by_default
 from dilated_attention_pytorch.types import QKV, BackendName, Masks, MixingGradient, Offsets, Padding
@@ -91,7 +92,7 @@ class DilatedAttention(nn.Module):
         self.attention_dropout = check.check_probability("attention_dropout", attention_dropout)
         self.mixing_gradient: MixingGradient = check.check_choice("mixing_gradient", mixing_gradient, MixingGradient)
         self.padding: Padding = check.check_choice("padding", padding, Padding)
-        self.segment_shift = check.check_int("segment_shift", segment_shift, 0)
+        self.segment_shift = check_shift(segment_shift, self.segment_lengths)
         if self.segment_shift and self.padding == "zero_keys":
             raise ValueError(f"expected segment_shift=0 with padding='zero_keys', got {self.segment_shift}")
         self.backend: BackendName = check.check_choice("backend", backend, BackendName)

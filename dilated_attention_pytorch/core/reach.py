@@ -131,7 +131,6 @@ def find(
     kept = [[members for members, _ in branch] for branch in branches]
     # Where all branches start a segment together the pattern starts anew. Without a shift nothing crosses that border.
     period = math.lcm(*lengths)
-    shifts = [shift % period for shift in shifts]
     size = seq_len if any(shifts) else min(period, seq_len)
     check_room(shifts, seq_len)
     if size > MOST_POSITIONS:

@@ -6,6 +6,7 @@ first position is c, which every backend computes, so a shift never reaches a ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,8 +33,18 @@ def check_segment_shift(name: str, value: object) -> SegmentShift:
     return check_int(name, value, 0)
 
 
+def check_shift(value: object, segment_lengths: Sequence[int]) -> int:
+    """The shift of one layer, an int of at least 0: the least one that puts all borders where this one does."""
+    return least_shift(check_int("segment_shift", value, 0), segment_lengths)
+
+
+def least_shift(shift: int, segment_lengths: Sequence[int]) -> int:
+    """The borders lie as without a shift where all segments start together: after their least common multiple."""
+    return shift % math.lcm(*segment_lengths)
+
+
 def layer_shifts(segment_shift: object, segment_lengths: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The shift of each layer; `"alternate"` is half of the largest segment in the second, fourth, .. and else 0.
+    """The least shift of each layer; `"alternate"` is half of the largest segment in the second, fourth, .. and else 0.
 
     Raises:
         ValueError: as many numbers as there are layers are wanted, a number below 0, another word.
@@ -42,11 +53,10 @@ def layer_shifts(segment_shift: object, segment_lengths: Sequence[int], num_laye
     shift = check_segment_shift("segment_shift", segment_shift)
     if shift == "alternate":
         return tuple(i % 2 * (max(segment_lengths) // 2) for i in range(num_layers))
-    if isinstance(shift, int):
-        return (shift,) * num_layers
-    if len(shift) != num_layers:
-        raise ValueError(f"expected segment_shift of one int per layer, {num_layers}, got {len(shift)}")
-    return shift
+    given = (shift,) * num_layers if isinstance(shift, int) else shift
+    if len(given) != num_layers:
+        raise ValueError(f"expected segment_shift of one int per layer, {num_layers}, got {len(given)}")
+    return tuple(least_shift(each, segment_lengths) for each in given)
 
 
 def check_room(shifts: Sequence[int], seq_len: int) -> None:

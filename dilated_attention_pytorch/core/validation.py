@@ -221,17 +221,22 @@ def check_dense(name: str, x: Any) -> None:
                 f"expected no torch.jit.trace, got {name} of one: it would keep the example's lengths; use "
                 "torch.export.export, torch.compile or torch.onnx.export(dynamo=True)"
             )
-    if x.layout != torch.strided or is_nested:
+    if x.layout != torch.strided or is_nested or x.is_quantized:
         instead = "pack its sequences with cu_seqlens" if is_nested or x.layout == torch.jagged else "call to_dense()"
-        got = "a nested one" if is_nested else x.layout
+        instead = "call dequantize()" if x.is_quantized else instead
+        got = "a nested one" if is_nested else "a quantized one" if x.is_quantized else x.layout
         raise TypeError(f"expected {name} to be a dense tensor, got {got}; {instead}")
 
 
-def check_values(name: str, x: Any) -> None:
-    """A dense tensor whose values can be looked at: no meta and no fake one."""
+def check_values(name: str, x: Any, beside: Tensor | None = None) -> None:
+    """A dense tensor whose values can be looked at: no meta and no fake one, unless it stands beside another one."""
     check_dense(name, x)
-    if x.is_meta or (not torch.compiler.is_compiling() and torch_private.is_fake(x)):
+    if _has_no_values(x) and (beside is None or not _has_no_values(beside)):
         raise TypeError(f"expected {name} with values to look at, got a {'meta' if x.is_meta else 'fake'} tensor")
+
+
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta or (not torch.compiler.is_compiling() and torch_private.is_fake(x))
 
 
 def check_readable(name: str, x: Tensor, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from dilated_attention_pytorch.core.validation import check_dense, check_instance, check_int
+from dilated_attention_pytorch.core.validation import check_dense, check_instance, check_int, check_values
 from dilated_attention_pytorch.integrations.longnet_cache import HFCache, StaticStep
 from dilated_attention_pytorch.integrations.longnet_config import LongNetHFConfig as LongNetHFConfig
 from dilated_attention_pytorch.integrations.rows import Rows
@@ -131,13 +131,21 @@ class _LongNetModel(PreTrainedModel):
     def _loss(self, logits: Tensor, labels: Tensor | None, items: Tensor | int | None) -> Tensor | None:
         if labels is None:
             return None
-        check_dense("labels", labels)
+        check_values("labels", labels, logits)
         if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
             got = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"expected labels of torch.int64 and shape {tuple(logits.shape[:-1])}, got {got}")
         extra = {} if items is None else {"num_items_in_batch": items}
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
-        return loss  # type: ignore[no-any-return]
+        return self._checked_loss(labels, logits, vocab_size=self.config.vocab_size, **extra)
+
+    def _checked_loss(self, labels: Tensor, logits: Tensor, **options: Any) -> Tensor:
+        """The loss of labels in the logits' range; on a GPU it is not looked at, which would make the host wait."""
+        try:
+            return self.loss_function(labels=labels, logits=logits, **options)  # type: ignore[no-any-return]
+        except IndexError as error:
+            given = labels[labels != -100]
+            found = f"{int(given.min())} to {int(given.max())}"
+            raise ValueError(f"expected labels in [0, {logits.shape[-1]}), or -100, got {found}") from error
 
     def _hidden(
         self,
@@ -231,7 +239,7 @@ class LongNetForCausalLM(_LongNetModel, GenerationMixin):
         if past_key_values is not None:
             cache = (StaticStep if is_step else HFCache)(past_key_values, self.model, x.shape[1], rows)
         hidden = self._hidden(input_ids, inputs_embeds, rows, is_causal=True, states=states, cache=cache)
-        logits = self.model.logits(hidden[:, _kept(logits_to_keep)])
+        logits = self.model.logits(_kept(hidden, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=self._loss(logits, labels, items),
             logits=logits,
@@ -333,13 +341,13 @@ class LongNetForSequenceClassification(_LongNetModel):
         loss = None
         if labels is not None:
             self._check_labels(labels, logits)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            loss = self._checked_loss(labels, logits, pooled_logits=logits, config=self.config)
         hidden_states = None if states is None else tuple(states)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
 
     def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """One number per row: a class, or with one output a value; else a share of each label."""
-        check_dense("labels", labels)
+        check_values("labels", labels, logits)
         each, one = tuple(logits.shape), (logits.shape[0],)
         wanted = (one, each) if each[1] == 1 else (each,) if labels.is_floating_point() else (one,)
         if tuple(labels.shape) not in wanted or not (labels.is_floating_point() or labels.dtype == torch.int64):
@@ -369,14 +377,18 @@ def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     return x
 
 
-def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """The positions that logits are wanted of: the last so many (0: all), or those of a tensor."""
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The rows of hidden `(B, T, D)` that logits are wanted of: the last so many (0: all), or those of a tensor."""
     if not isinstance(logits_to_keep, Tensor):
-        return slice(-check_int("logits_to_keep", logits_to_keep, 0), None)
-    check_dense("logits_to_keep", logits_to_keep)
+        return hidden[:, -check_int("logits_to_keep", logits_to_keep, 0) :]
+    check_values("logits_to_keep", logits_to_keep, hidden)
     if logits_to_keep.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected logits_to_keep of dtype int32 or int64, got {logits_to_keep.dtype}")
-    return logits_to_keep
+    try:
+        return hidden[:, logits_to_keep]
+    except IndexError as error:  # on a CPU, as with tokens
+        found = f"{int(logits_to_keep.min())} to {int(logits_to_keep.max())}"
+        raise ValueError(f"expected logits_to_keep in [0, {hidden.shape[1]}), got {found}") from error
 
 
 def _rows(

@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 from dilated_attention_pytorch.models.config import LongNetConfig
 
+_NOT_HERE = {"num_encoder_layers", "padding"}  # of LongNetConfig's fields
+
 
 class LongNetHFConfig(PreTrainedConfig):
     """The shape of the LongNet models below, model type `longnet`.
@@ -70,9 +72,12 @@ class LongNetHFConfig(PreTrainedConfig):
             )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self.core()
+        # As they were checked: other kinds of int would not be saved, nor computed with.
+        for name, value in self.core().to_dict().items():
+            if name not in _NOT_HERE:
+                setattr(self, name, value)
 
     def core(self) -> LongNetConfig:
         """The library's own config, which checks every value."""
-        names = LongNetConfig.__dataclass_fields__.keys() - {"num_encoder_layers", "padding"}
+        names = LongNetConfig.__dataclass_fields__.keys() - _NOT_HERE
         return LongNetConfig(**{name: getattr(self, name) for name in names})

@@ -12,6 +12,7 @@ import torch
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
 from dilated_attention_pytorch.core import validation
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.shift import check_shift
 from dilated_attention_pytorch.types import BackendName, Offsets, Padding
 
 Mode = Literal["auto", "sparse", "ring", "gather"]
@@ -77,7 +78,7 @@ class RingAttentionConfig:
         pattern = DilatedPattern(self.segment_lengths, self.dilation_rates, 1, self.offsets)  # type: ignore[arg-type]
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
-        shift = validation.check_int("segment_shift", self.segment_shift, 0)
+        shift = check_shift(self.segment_shift, pattern.segment_lengths)
         object.__setattr__(self, "segment_shift", shift)
         options = {"padding": Padding, "mode": Mode, "remote_rows": RemoteRows, "check": Check, "backend": BackendName}
         for name, allowed in options.items():

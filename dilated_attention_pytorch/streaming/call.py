@@ -17,6 +17,7 @@ from dilated_attention_pytorch.core.memory.unified_pool import UnifiedMemoryPool
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.core.shift import check_shift
 from dilated_attention_pytorch.kernels.backend import Backend
 from dilated_attention_pytorch.kernels.choice import backend_for, choose_backend
 from dilated_attention_pytorch.streaming import pipeline, sources
@@ -177,7 +178,7 @@ def _problem(settings: Settings, x: QKV) -> Problem:
             "backend='reference' computes whole sequences alone, with dilated_attention; expected 'auto', 'sdpa' or "
             "'triton' here"
         )
-    shift = check.check_int("segment_shift", settings.segment_shift, 0)
+    shift = check_shift(settings.segment_shift, pattern.segment_lengths)
     if shift + x.q.shape[1] >= 2**63:
         raise ValueError(f"expected segment_shift to leave every position below 2**63, got {shift}")
     return Problem(pattern, is_causal, scale, 0.0, shift, shift, x.q.shape[1])

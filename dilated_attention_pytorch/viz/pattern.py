@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.members import ceil_div
 from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.reach import MOST_POSITIONS
 from dilated_attention_pytorch.core.shift import check_room, layer_shifts
 from dilated_attention_pytorch.viz.style import (
     FAINT,
@@ -32,6 +33,8 @@ from dilated_attention_pytorch.viz.style import (
 )
 
 _EXACT = 256  # a matrix of more positions would be drawn finer than pixels
+_MOST_CELLS = 1 << 30  # of a receptive field, a byte each
+_MOST_LAYERS = 512  # in one picture: PNG has 65,535 rows of pixels
 _TIMES = {1: "once", 2: "twice"}
 
 
@@ -45,7 +48,9 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
     Returns:
         Bool `(num_branches, N, N)`, queries before keys; summed over branches, the multiplicity of a key.
     """
-    seq_len = check.check_positive_int("seq_len", seq_len)
+    seq_len = _check_length(seq_len)
+    if (cells := len(pattern.branches) * seq_len**2) > _MOST_CELLS:
+        raise ValueError(f"expected seq_len with at most {_MOST_CELLS:,} pairs in all branches, got {cells:,}")
     check.check_index("head", head, pattern.num_heads)
     positions = torch.arange(seq_len)
     member = pattern.membership(positions)[:, head]
@@ -112,9 +117,9 @@ def pattern_figure(
         spans: ranges of positions `[start, stop)`; the whole sequence by default.
 
     Raises:
-        ValueError: a head or span out of range.
+        ValueError: a head or span out of range, a sequence too long to be drawn.
     """
-    seq_len = check.check_positive_int("seq_len", seq_len)
+    seq_len = _check_length(seq_len)
     chosen = list(spans) if spans is not None else [(0, seq_len)]
     for start, stop in chosen:
         if not 0 <= start < stop <= seq_len:
@@ -161,7 +166,7 @@ def neighbours_figure(
         query: its position.
         head: key/value head.
     """
-    seq_len = check.check_positive_int("seq_len", seq_len)
+    seq_len = _check_length(seq_len)
     query = check.check_index("query", query, seq_len)
     check.check_index("head", head, pattern.num_heads)
     with style():
@@ -213,9 +218,15 @@ def receptive_field(
 
     Returns:
         Bool `(num_layers + 1, N)`; row 0 is the query alone.
+
+    Raises:
+        ValueError: a query out of range, more layers and positions than there is memory for.
     """
-    num_layers = check.check_positive_int("num_layers", num_layers)
-    seq_len = check.check_positive_int("seq_len", seq_len)
+    num_layers, seq_len = check.check_depth("num_layers", num_layers), _check_length(seq_len)
+    if (num_layers + 1) * seq_len > _MOST_CELLS:
+        raise ValueError(
+            f"expected num_layers + 1 times seq_len of at most {_MOST_CELLS:,}, got {num_layers + 1:,} x {seq_len:,}"
+        )
     query = check.check_index("query", query, seq_len)
     shifts = layer_shifts(segment_shift, pattern.segment_lengths, num_layers)
     check_room(shifts, seq_len)
@@ -249,8 +260,9 @@ def receptive_figure(
 ) -> Figure:
     """The receptive field, one row per number of layers, with its share of the positions.
 
-    Arguments are those of `receptive_field`; a long sequence is drawn as shares of bins.
+    Arguments are those of `receptive_field`, with at most 512 layers; a long sequence is drawn as shares of bins.
     """
+    num_layers = check.check_int("num_layers", num_layers, 1, _MOST_LAYERS + 1)
     how: dict[str, Any] = {"num_layers": num_layers, "is_causal": is_causal, "segment_shift": segment_shift}
     field = receptive_field(pattern, seq_len, query=query, **how)
     reachable = query + 1 if is_causal else seq_len
@@ -273,6 +285,11 @@ def receptive_figure(
         shape = ", ".join(f"{w:,}/{r}" for w, r in pattern.branches) + f"; {pattern.num_heads} heads"
         ax.set_title(f"inputs that reach position {query:,} (segment/rate: {shape})", loc="left")
     return figure
+
+
+def _check_length(seq_len: object) -> int:
+    """N, at least 1 and no more than can be drawn: each position is looked at."""
+    return check.check_int("seq_len", seq_len, 1, MOST_POSITIONS + 1)
 
 
 def keys_by_branch(

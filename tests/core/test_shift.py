@@ -1,6 +1,7 @@
 """Segment shift: what it means, by the rule itself; and that every backend computes it in every mode."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from cases import MODES, shifted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dilated_attention_pytorch import dilated_attention, dilated_attention_with_lse
+from dilated_attention_pytorch import (
+    DilatedAttention,
+    LongNetConfig,
+    LongNetLM,
+    RingAttentionConfig,
+    RingDilatedAttention,
+    dilated_attention,
+    dilated_attention_streamed,
+    dilated_attention_with_lse,
+)
 from dilated_attention_pytorch.core.shift import two_parts
 
 SHIFTED_MODES = [mode for mode in MODES if mode != "zero_keys"]
@@ -76,6 +86,7 @@ def test_a_shift_is_a_range_that_starts_there(data):
     if {"row_start", "cu_seqlens"} & case.options.keys():
         return
     c, n = case.options["segment_shift"], case.options.get("seq_len", case.q_shape[1])
+    c %= math.lcm(*case.options["segment_lengths"])  # for the positions that dropout's mask is drawn by
     moved = {name: x for name, x in case.options.items() if name != "segment_shift"}
     moved |= {name: case.options.get(name, 0) + c for name in ("q_start", "k_start")} | {"seq_len": n + c}
     if "key_padding_mask" in moved:
@@ -135,7 +146,6 @@ def test_bad_shifts():
     pattern = {"segment_lengths": [4], "dilation_rates": [1]}
     for shift, error, message in (
         (-1, ValueError, "segment_shift to be at least 0"),
-        (2**63 - 4, ValueError, "every position below 2"),
         (1.0, TypeError, "segment_shift to be an int"),
         ("alternate", TypeError, "segment_shift to be an int"),
         (True, TypeError, "segment_shift to be an int"),
@@ -143,5 +153,40 @@ def test_bad_shifts():
     ):
         with pytest.raises(error, match=message):
             dilated_attention(q, q, q, segment_shift=shift, **pattern)
+    with pytest.raises(ValueError, match="expected segment_shift to leave every position below 2"):
+        dilated_attention(q, q, q, segment_shift=2**63 - 4, segment_lengths=[2**63 - 1], dilation_rates=[1])
     with pytest.raises(ValueError, match="expected segment_shift=0 with padding='zero_keys'"):
         dilated_attention(q, q, q, segment_shift=1, padding="zero_keys", **pattern)
+
+
+@pytest.mark.parametrize("rows", [{}, {"key_padding_mask": torch.arange(22).view(2, 11) % 5 > 0},
+                                  {"row_start": torch.tensor([0, 3])}])  # fmt: skip
+@pytest.mark.parametrize("shift", [12 * 2**40 + 5, 2**63 - 1])
+def test_a_shift_counts_modulo_what_all_segments_share(shift, rows):
+    """Whoever computes it: no shift is too large, and none costs a mask of as many bits."""
+    pattern = {"segment_lengths": [4, 6], "dilation_rates": [1, 2]}
+    x = torch.randn(2, 11, 2, 4, dtype=torch.float64)
+
+    def results(shift):
+        yield dilated_attention(x, x, x, segment_shift=shift, **pattern, **rows)
+        yield dilated_attention(x, x, x, segment_shift=shift, backend="reference", **pattern, **rows)
+        yield DilatedAttention(segment_shift=shift, **pattern)(x, x, x, **rows)
+        if "row_start" not in rows:
+            yield dilated_attention_streamed(x, x, x, segment_shift=shift, range_length=3, **pattern, **rows)
+            yield RingDilatedAttention(RingAttentionConfig(segment_shift=shift, **pattern))(x, x, x, **rows)
+
+    for got, want in zip(results(shift), results(shift % 12), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_model_decodes_behind_a_large_shift():
+    shape = {"d_model": 8, "nhead": 2, "num_decoder_layers": 2, "dim_feedforward": 8, "vocab_size": 11}
+    models = []
+    for shifts in ([2**63 - 1, 2**62], [(2**63 - 1) % 12, 2**62 % 12]):
+        torch.manual_seed(0)
+        config = LongNetConfig(**shape, segment_lengths=[4, 6], dilation_rates=[1, 2], segment_shift=shifts)
+        models.append(LongNetLM(config).eval())
+    prompt, first = torch.arange(10).view(2, 5), torch.tensor([0, 2])
+    tokens = [model.generate(prompt, 9, greedy=True, row_start=first, graphed=graphed)
+              for model in models for graphed in (False, True)]  # fmt: skip
+    assert all(torch.equal(x, tokens[0]) for x in tokens)

@@ -6,12 +6,16 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from dilated_attention_pytorch import DilatedPattern
+from dilated_attention_pytorch import DilatedPattern, MultiheadDilatedAttention
 from fuzz import runs, targets
+from fuzz.judge import judge
 from fuzz.runs import run
 from fuzz.targets.commands import _COMMANDS, OPTIONS
+from fuzz.targets.modules import construction
 from fuzz.targets.pattern import _METHODS
 
 # Public names that are called, and are no target.
@@ -52,6 +56,12 @@ def test_every_public_name_is_a_target():
     methods = {name for name, value in vars(DilatedPattern).items() if inspect.isfunction(value) and name[0] != "_"}
     assert methods - {"offsets_of"} == set(_METHODS)  # that one looks at nothing, for graphs
     assert set(OPTIONS) == set(_COMMANDS)
+
+
+def test_a_module_is_checked_at_the_width_it_was_given():
+    given = {"embed_dim": np.array(8), "num_heads": 4, "segment_lengths": [4, 8], "dilation_rates": [1, 2]}
+    x = torch.randn(1, 11, 16)
+    assert judge(construction(MultiheadDilatedAttention, given, ["embed_dim"], (x, x, x))) == "value"
 
 
 def test_every_argument_of_a_target_is_drawn(monkeypatch):

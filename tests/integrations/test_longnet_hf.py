@@ -6,9 +6,11 @@ All models are tiny and randomly initialised; nothing is downloaded.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +53,12 @@ AUTO = {
 def _registered() -> None:
     register()
     torch._dynamo.reset()
+
+
+def quantized() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that they will go
+        return torch.quantize_per_tensor(torch.ones(1, 5), 0.1, 0, torch.qint8)
 
 
 def build(kind: type[PreTrainedModel] = CAUSAL, **changes: Any) -> Any:
@@ -285,6 +293,12 @@ class TestInputsAndOutputs:
         ({"labels": 0.5}, "labels to be a Tensor, got float"),
         ({"logits_to_keep": "all"}, "logits_to_keep to be an int, got str"),
         ({"logits_to_keep": torch.ones(2)}, "logits_to_keep of dtype int32 or int64, got torch.float32"),
+        (
+            {"logits_to_keep": torch.tensor(1, device="meta")},
+            "logits_to_keep with values to look at, got a meta tensor",
+        ),
+        ({"labels": torch.zeros(1, 5, dtype=torch.int64, device="meta")}, "labels with values to look at, got a meta"),
+        ({"attention_mask": quantized()}, r"attention_mask to be a dense tensor, got a quantized one; call dequantize"),
         ({"use_cache": torch.ones(2)}, "use_cache to be of bool or NoneType, got Tensor"),
         ({"past_key_values": 1}, "past_key_values to be of Cache or NoneType, got int 1"),
         ({"past_key_values": 1, "attention_mask": torch.ones(1, 5)}, "past_key_values to be of Cache or NoneType"),
@@ -311,6 +325,37 @@ def test_labels_of_another_kind_are_named(labels: Tensor) -> None:
         build()(torch.arange(5)[None], labels=labels)
     with pytest.raises(ValueError, match=r"^expected labels of torch.int64 or floating, of shape \(1,"):
         build(CLASSIFIER, num_labels=3)(torch.arange(5)[None], labels=labels)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+def test_what_is_out_of_range_is_named(wrong: int) -> None:
+    x = torch.arange(5)[None]
+    for kind in (CAUSAL, MASKED):
+        with pytest.raises(
+            ValueError, match=rf"^expected labels in \[0, {VOCAB}\), or -100, got {min(wrong, 1)} to {max(wrong, 3)}"
+        ):
+            build(kind)(x, labels=torch.tensor([[-100, 1, wrong, 2, 3]]))
+    with pytest.raises(ValueError, match=rf"^expected labels in \[0, 3\), or -100, got {wrong} to {wrong}"):
+        build(CLASSIFIER, num_labels=3)(x, labels=torch.tensor([wrong]))
+    with pytest.raises(ValueError, match=r"^expected logits_to_keep in \[0, 5\), got 2 to 99"):
+        build()(x, logits_to_keep=torch.tensor([2, 99]))
+
+
+def test_a_config_holds_ints_of_other_kinds_as_ints(tmp_path: Path) -> None:
+    class Index:
+        def __index__(self) -> int:
+            return 4
+
+    model = CAUSAL(LongNetHFConfig(
+        nhead=Index(), num_decoder_layers=np.int64(1), d_model=np.int32(32), dim_feedforward=Index(), vocab_size=VOCAB,
+        segment_lengths=[Index(), 8], dilation_rates=[1, 2],
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(model.config.num_attention_heads) is type(model.config.hidden_size) is int
+    assert config.num_attention_heads == config.segment_lengths[0] == 4 and config.num_hidden_layers == 1
+    read, written = (x.to_dict() | {"_name_or_path": ""} for x in (config, model.config))
+    assert read == written
 
 
 def test_a_mask_of_inference_mode_serves_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -146,3 +147,11 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             slide_map(encoder, tiles, coords, **options)  # type: ignore[arg-type]
+    for query in (torch.tensor(8, device="meta"), torch.tensor([8]).to_sparse()):
+        with pytest.raises(TypeError, match="expected query "):
+            slide_map(encoder, tiles, coords, query=query)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: a prototype
+        nested = torch.nested.nested_tensor(list(tiles))
+    with pytest.raises(TypeError, match="expected tiles to be a dense tensor, got a nested one"):
+        slide_map(encoder, nested, coords)

@@ -259,7 +259,10 @@ def test_info() -> None:
         (("show", "neighbourhood", "-n", "64"), "expected no --length with 'show neighbourhood'"),
         (("show", "neighbourhood", "--grid", "4,4", "--query", "16"), "expected --query in [0, 16), got 16"),
         (("show", "pattern", "--layers", "3"), "expected no --layers with 'show pattern', got 3"),
-        (("show", "receptive", "--shift", str(2**63 - 1)), "expected --shift to leave every position below 2**63"),
+        (
+            ("show", "receptive", "-w", str(2**63 - 1), "-r", "1", "--shift", str(2**63 - 2)),
+            "expected --shift to leave every position below 2**63",
+        ),
         (("show", "receptive", "--layers", "0"), "expected --layers to be at least 1, got 0"),
         (("show", "neighbours", "--head", "9"), "expected --head in [0, 4), got 9"),
         (("show", "pattern", "--out", "x.gif"), "expected --out to end in .png, .svg, .pdf or .html, got 'x.gif'"),

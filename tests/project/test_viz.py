@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,18 @@ def test_bad_input(tmp_path: Path) -> None:
         receptive_field(PATTERN, 45, query=45, num_layers=1)
     with pytest.raises(ValueError, match=r"expected query in \[0, 45\), got 45"):
         neighbours_figure(PATTERN, 45, query=45)
+    # Refused before anything is made.
+    for draw in (pattern_figure, partial(neighbours_figure, query=3), partial(receptive_figure, query=3, num_layers=2)):
+        with pytest.raises(ValueError, match=r"expected seq_len to be below 134217729, got 1073741824"):
+            draw(PATTERN, 1 << 30)
+    with pytest.raises(
+        ValueError, match=r"expected num_layers \+ 1 times seq_len of at most 1,073,741,824, got 65,001 x"
+    ):
+        receptive_field(PATTERN, 1 << 19, query=3, num_layers=65_000)
+    with pytest.raises(ValueError, match=r"expected num_layers to be below 513, got 2147483648"):
+        receptive_figure(PATTERN, 16, query=3, num_layers=1 << 31)
+    with pytest.raises(ValueError, match=r"expected seq_len with at most 1,073,741,824 pairs in all branches, got "):
+        multiplicity(PATTERN, 1 << 17, head=0)
     for name in ("x.doc", "x.gif", "x"):
         with pytest.raises(ValueError, match=rf"expected path to end in \.png, \.svg or \.pdf, got '{name}'"):
             save(pattern_figure(PATTERN, 20), tmp_path / name)

@@ -280,7 +280,8 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
             if check_int(name, number, 0) >= stop:
                 raise ValueError(f"expected {name} in [0, {stop}), got {number}")
         tiles = as_tensor("tiles", tiles, self.cls_token.device)
-        if isinstance(tiles, Tensor) and tiles.dim() == 3 and tiles.shape[0] != 1:
+        check_dense("tiles", tiles)
+        if tiles.dim() == 3 and tiles.shape[0] != 1:
             raise ValueError(f"expected one slide, tiles of shape (1, L, {config.in_chans}), got {tuple(tiles.shape)}")
         x, _ = self.embed(tiles, coords)  # checks both
         return islice(chain([x], self.encoder.states(x, is_causal=False)), layer + 1)
