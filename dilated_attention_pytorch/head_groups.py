@@ -64,7 +64,7 @@ def head_groups_by_default() -> bool:
         return True
     value = os.environ.get(ENVIRONMENT, "0")
     if value not in ("", "0", "1"):
-        raise ValueError(f"expected the environment variable {ENVIRONMENT} to be 0 or 1, got {value!r}")
+        raise ValueError(f"expected the environment variable {ENVIRONMENT} to be 0 or 1, got {check.quoted(value)}")
     global _warned
     if value == "1" and not _warned:
         warn_user(f"{ENVIRONMENT}=1 {_WARNING}", FutureWarning)

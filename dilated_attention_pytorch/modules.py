@@ -102,7 +102,7 @@ class DilatedAttention(nn.Module):
         if head_groups and not usual:
             raise ValueError(
                 "expected offsets='modulo', padding='none' and segment_shift=0 with head_groups=True, whose offsets "
-                f"are its own, got {offsets!r}, {padding!r} and {segment_shift}"
+                f"are its own, got {check.quoted(offsets)}, {check.quoted(padding)} and {segment_shift}"
             )
         # Legacy mode does not apply to modules for published checkpoints.
         self.head_groups = (usual and head_groups_by_default()) if head_groups is None else head_groups

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dilated_attention_pytorch._deprecated import load
+from dilated_attention_pytorch.core.messages import quoted
 
 # The kinds that differed in speed and not in what they should have computed, and the ring.
 _TYPES = ["auto", "standard", "improved", "distributed", "improved_distributed", "ring"]
@@ -100,6 +101,6 @@ def _pattern(kind: str, lengths: Sequence[int] | None, rates: Sequence[int] | No
     if kind not in _TYPES:
         sparse = ": block-sparse attention is not dilated attention and has no successor"
         why = sparse if str(kind).startswith("block_sparse") else ""
-        raise ValueError(f"expected attention_type to be one of {_TYPES}, got {kind!r}{why}")
+        raise ValueError(f"expected attention_type to be one of {_TYPES}, got {quoted(kind)}{why}")
     lengths, rates = [2048, 4096, 8192] if lengths is None else lengths, [1, 2, 4] if rates is None else rates
     return {"segment_lengths": lengths, "dilation_rates": rates}

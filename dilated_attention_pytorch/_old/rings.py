@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch._old.attention import OldArguments, OldAttention, forward_arguments
 from dilated_attention_pytorch._old.calls import RING, RING_CONFIG, OldCall, old_call, with_config
+from dilated_attention_pytorch.core.messages import listed, quoted
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.ring_attention.distributed import RingDistributedDilatedAttention
 from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
@@ -40,7 +41,7 @@ class _OldRingArguments(OldAttention):
         if config is None:
             return {**with_config(self.call.arguments(args, kwargs)), **group}
         if args or kwargs:
-            raise TypeError(f"expected nothing beside the config of {self.call.name}, got {[*args, *kwargs]}")
+            raise TypeError(f"expected nothing beside the config of {self.call.name}, got {listed([*args, *kwargs])}")
         return {"config": config, **group}
 
 
@@ -157,7 +158,9 @@ class RingMultiheadDilatedAttentionHybrid(_OldRingMultihead):
         }  # fmt: skip
         for name, values in allowed.items():
             if name in given and given[name] not in values:
-                raise ValueError(f"expected {name} to be {values[0]!r}, got {given[name]!r}: it has no successor")
+                raise ValueError(
+                    f"expected {name} to be {quoted(values[0])}, got {quoted(given[name])}: it has no successor"
+                )
         return {"layer_norm": False, **super().construction(args, kwargs)}
 
     def forward(  # type: ignore[override]

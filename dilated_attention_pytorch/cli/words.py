@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dilated_attention_pytorch.core.validation import listed, quoted
+from dilated_attention_pytorch.core.messages import line, listed, quoted
 
 # Arguments of the library whose options have other names.
 _RENAMED = {
@@ -37,7 +37,7 @@ def in_options(message: str, command: Any) -> str:
         name = known.get(found[1] or found[3])
         return found[0] if name is None else f"{name} " if found[2] == "" else name
 
-    return _ARGUMENT.sub(option, " ".join(message.splitlines()))
+    return _ARGUMENT.sub(option, line(message))
 
 
 def of_parser(error: Any, command: Any, path: str, arguments: Sequence[str]) -> str:
@@ -60,12 +60,12 @@ def of_parser(error: Any, command: Any, path: str, arguments: Sequence[str]) -> 
     if kind == "BadOptionUsage" and "requires" in message:
         return f"expected a value of {error.option_name}, got none"
     if param is not None:
-        return f"expected a value that fits {name}, got {listed(_given(param.opts, arguments))}: {error.message}"
+        return f"expected a value that fits {name}, got {listed(_given(param.opts, arguments))}: {line(error.message)}"
     if extra:
         return f"expected no more arguments of '{path}', got {quoted(extra[1])}"
     if hasattr(command, "commands"):
         return f"expected a command of '{path}', one of {list(command.commands)}, got {quoted(arguments[0])}"
-    return f"expected what '{path} --help' shows, got: {message}"
+    return f"expected what '{path} --help' shows, got: {line(message)}"
 
 
 def _given(options: Sequence[str], arguments: Sequence[str]) -> list[str]:

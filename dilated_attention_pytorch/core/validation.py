@@ -6,13 +6,16 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.messages import listed as listed  # beside the checks, for those who use both
+from dilated_attention_pytorch.core.messages import quoted as quoted
+from dilated_attention_pytorch.core.messages import shown as shown
 from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import QKV, Masks
 
@@ -20,34 +23,6 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The square root leaves q . k as much room as scale takes, which no product of two fp16 rows fills.
 _LARGEST_SCALE = {dtype: math.sqrt(torch.finfo(accumulator(dtype)).max) for dtype in FLOAT_DTYPES}
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_LONGEST = 200  # characters of a value in a message
-
-
-def shown(value: object) -> str:
-    """What a message says of a value: its type and, where there is no more to it than a line, itself."""
-    kind = type(value).__name__
-    return f"{kind} of {value.dtype}" if isinstance(value, Tensor) else f"{kind} {quoted(value)}".rstrip()
-
-
-def quoted(value: object) -> str:
-    """A value as Python writes it, cut where it is long; "" where it cannot be written."""
-    try:
-        text = repr(value)
-    except Exception:  # an int of more digits than Python prints, or a repr that is broken
-        return ""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def listed(parts: Iterable[object], separator: str = ", ", most: int = 5) -> str:
-    """The parts of a message that come from the user's data; of many the first few, and how many more there are."""
-    texts = [text if len(text := str(part)) <= _LONGEST else f"{text[:_LONGEST]}..." for part in parts]
-    shown = texts if len(texts) <= most + 1 else [*texts[:most], f"and {len(texts) - most:,} more"]
-    return separator.join(shown)
-
-
-def _number(value: object) -> str:
-    """A number in a message; of an int that Python does not print, its size."""
-    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 400 else f"{value}"
 
 
 def check_choice(name: str, value: Any, options: Any) -> Any:
@@ -65,10 +40,10 @@ def check_int(name: str, value: object, minimum: int, below: int = 2**63) -> int
     is_int = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
     number: Any = value if is_int else _index(name, value)
     if number < minimum:
-        raise ValueError(f"expected {name} to be at least {minimum}, got {_number(number)}")
+        raise ValueError(f"expected {name} to be at least {minimum}, got {quoted(number)}")
     if number >= below:
         limit = "2**63" if below == 2**63 else below
-        raise ValueError(f"expected {name} to be below {limit}, got {_number(number)}")
+        raise ValueError(f"expected {name} to be below {limit}, got {quoted(number)}")
     return number if type(number) in (int, torch.SymInt) else int(number)
 
 
@@ -115,7 +90,7 @@ def check_factory(device: object, dtype: object) -> None:
     try:
         torch.empty(0, device=device)
     except Exception as error:  # of several types, with advice on torch's build
-        raise ValueError(f"expected device to be one that is there, got {_number(device)}") from error
+        raise ValueError(f"expected device to be one that is there, got {quoted(device)}") from error
 
 
 def check_float(name: str, value: object) -> float:
@@ -123,7 +98,7 @@ def check_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected {name} to be a float, got {shown(value)}")
     if not abs(value) <= sys.float_info.max:  # NaN is not, either
-        raise ValueError(f"expected {name} to be finite, got {_number(value)}")
+        raise ValueError(f"expected {name} to be finite, got {quoted(value)}")
     return float(value)
 
 
@@ -131,7 +106,7 @@ def check_above_zero(name: str, value: object) -> float:
     """A finite number above 0, as a float."""
     number = check_float(name, value)
     if number <= 0.0:
-        raise ValueError(f"expected {name} above 0, got {value}")
+        raise ValueError(f"expected {name} above 0, got {quoted(value)}")
     return number
 
 
@@ -144,7 +119,7 @@ def check_scale(scale: object, head_dim: int, dtype: torch.dtype | None = None) 
     if dtype is not None and abs(number) > _LARGEST_SCALE[dtype]:
         raise ValueError(
             f"expected scale between -{_LARGEST_SCALE[dtype]:.2g} and {_LARGEST_SCALE[dtype]:.2g} for {dtype}, beyond "
-            f"which logits overflow, got {scale}"
+            f"which logits overflow, got {quoted(scale)}"
         )
     return number
 
@@ -170,7 +145,7 @@ def check_index(name: str, value: object, size: int) -> int:
     """An int in [0, size)."""
     number = check_int(name, value, 0)
     if number >= size:
-        raise ValueError(f"expected {name} in [0, {size}), got {_number(number)}")
+        raise ValueError(f"expected {name} in [0, {size}), got {quoted(number)}")
     return number
 
 
@@ -205,7 +180,7 @@ def check_probability(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected {name} to be a float, got {shown(value)}")
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"expected {name} in [0, 1), got {_number(value)}")
+        raise ValueError(f"expected {name} in [0, 1), got {quoted(value)}")
     return float(value)
 
 

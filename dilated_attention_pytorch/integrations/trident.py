@@ -58,7 +58,9 @@ class GigaPathSlideEncoder(nn.Module):
         check.check_bool("freeze", freeze)
         if pretrained is (weights is None):
             got = "none" if weights is None else "weights"
-            raise ValueError(f"expected weights, a file say, or else pretrained=False, got {got} and {pretrained=}")
+            raise ValueError(
+                f"expected weights, a file say, or else pretrained=False, got {got} and pretrained={pretrained}"
+            )
         options = {"global_pool": True, **options}
         self.model = SlideEncoder(**options) if weights is None else SlideEncoder.from_pretrained(weights, **options)
         depth = self.model.config.depth

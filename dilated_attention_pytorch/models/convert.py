@@ -190,7 +190,7 @@ def _with_assumed(state: Tensors, source: str, options: dict[str, Any]) -> tuple
     for name in SHAPE if source.startswith(("torchscale", "fkodom")) else ():
         if name not in options:
             raise ValueError(f"expected {name} with weights of {source}, which do not tell it, got none")
-    named = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
+    named = ", ".join(f"{name}={check.quoted(value)}" for name, value in assumed.items())
     return assumed | options, [f"assumed, since weights do not tell: {named}"] if named else []
 
 

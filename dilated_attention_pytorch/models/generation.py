@@ -44,12 +44,12 @@ def check_sampling(prompt: Tensor, sampling: Sampling, vocab_size: int) -> None:
         check.check_values("row_start", row_start)
         check.check_row_start(row_start, prompt.shape[0])
         if not bool(((row_start >= 0) & (row_start < prompt.shape[1])).all()):
-            raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {row_start.tolist()}")
+            raise ValueError(f"expected row_start in [0, {prompt.shape[1]}), got {check.quoted(row_start.tolist())}")
     generator = sampling.get("generator")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected generator to be a torch.Generator, got {check.shown(generator)}")
     if unknown := sorted(set(sampling) - set(Sampling.__annotations__)):
-        raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {unknown}")
+        raise TypeError(f"expected options of {sorted(Sampling.__annotations__)}, got {check.quoted(unknown)}")
     temperature, top_k, top_p = sampling.get("temperature", 1.0), sampling.get("top_k"), sampling.get("top_p")
     check.check_bool("greedy", sampling.get("greedy", False))
     if sampling.get("greedy", False) and (temperature != 1.0 or top_k is not None or top_p is not None):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.models.config import Config, LongNetConfig, Model
 from dilated_attention_pytorch.models.layers import Layer
 
@@ -26,8 +27,8 @@ def ring_config(config: LongNetConfig, **options: Any) -> RingAttentionConfig:
 
     if config.mixing_gradient != "exact":
         raise ValueError(
-            f"expected mixing_gradient='exact' for a sequence over several ranks, got {config.mixing_gradient!r}: "
-            "ring attention has no other"
+            "expected mixing_gradient='exact' for a sequence over several ranks, got "
+            f"{quoted(config.mixing_gradient)}: ring attention has no other"
         )
     shared = {name: getattr(config, name) for name in ("segment_lengths", "dilation_rates", "offsets", "padding")}
     return RingAttentionConfig(**shared, dropout=config.attention_dropout, **options)

@@ -60,7 +60,7 @@ class Settings:
                 raise NotImplementedError(f"streaming has no {name}={check.quoted(value)}: {words}")
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in names and name not in REFUSED]:
-            raise TypeError(f"expected {function} to be given options of {names}, got {unknown}")
+            raise TypeError(f"expected {function} to be given options of {names}, got {check.quoted(unknown)}")
         if missing := [name for name in ("segment_lengths", "dilation_rates") if name not in given]:
             raise TypeError(f"expected {function} to be given {' and '.join(missing)}")
         return cls(**{name: value for name, value in given.items() if name in names})

@@ -225,9 +225,11 @@ def check_source(name: str, x: object) -> Spec:
     _check_method(f"{name}.read_into", getattr(source, "read_into", None), optional=True)
     given, dtype = source.shape, source.dtype
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"expected {name}.dtype to be a torch.dtype, got {type(dtype).__name__} {dtype!r}")
+        raise TypeError(f"expected {name}.dtype to be a torch.dtype, got {type(dtype).__name__} {check.quoted(dtype)}")
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-        raise TypeError(f"expected {name}.shape to be a sequence of ints, got {type(given).__name__} {given!r}")
+        raise TypeError(
+            f"expected {name}.shape to be a sequence of ints, got {type(given).__name__} {check.quoted(given)}"
+        )
     shape = tuple(check.check_int(f"{name}.shape[{i}]", size, 0) for i, size in enumerate(given))
     if math.prod(shape) * dtype.itemsize >= 2**63:
         raise ValueError(f"expected {name} of fewer than 2**63 bytes, got {dtype} {shape}")

@@ -141,7 +141,9 @@ def heat_figure(
         raise ValueError("expected values to hold at least one map, got none")
     for name, x in values.items():
         if x.shape not in ((len(coords),), (len(coords), 3)):
-            raise ValueError(f"expected values[{name!r}] of shape ({len(coords)},) or (..., 3), got {tuple(x.shape)}")
+            raise ValueError(
+                f"expected values[{check.quoted(name)}] of shape ({len(coords)},) or (..., 3), got {tuple(x.shape)}"
+            )
     if mark is not None:
         check.check_index("mark", mark, len(coords))
     if plane is None and mark is not None and coords.shape[1] == 3:
@@ -245,7 +247,7 @@ def _check_orders(orders: Mapping[str, CurveOrder], coords: Tensor) -> None:
         raise ValueError("expected orders to hold at least one, got none")
     for name, found in orders.items():
         if len(found.order) != len(coords):
-            raise ValueError(f"expected orders[{name!r}] of {len(coords)} tokens, got {len(found.order)}")
+            raise ValueError(f"expected orders[{check.quoted(name)}] of {len(coords)} tokens, got {len(found.order)}")
 
 
 def _drawn(coords: Tensor, plane: int | None, shown: Tensor | None) -> tuple[Tensor, Tensor]:

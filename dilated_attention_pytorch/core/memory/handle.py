@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory.arena import Arena
 from dilated_attention_pytorch.core.memory.blocks import Block
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.core.torch_private import uncompiled
 
 Streams = Hashable | Iterable[Hashable] | None  # one, several, or whichever are current
@@ -53,7 +54,9 @@ class Handle:
     def tensor(self) -> Tensor:
         """The tensor; ValueError once it is released."""
         if self._tensor is None:
-            raise ValueError(f"expected a handle that was not released, got one of {self._ticket.purpose!r} that was")
+            raise ValueError(
+                f"expected a handle that was not released, got one of {quoted(self._ticket.purpose)} that was"
+            )
         return self._tensor
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.core.memory import topology
 from dilated_attention_pytorch.core.memory.blocks import Place
-from dilated_attention_pytorch.core.validation import shown
+from dilated_attention_pytorch.core.validation import quoted, shown
 
 # What has to come after a block's last use. "none": the processor is done when a call returns. "stream": work is
 # queued, and later work of the same stream comes after it by itself. "host": devices may still read or write the
@@ -37,15 +37,17 @@ class Runtime:
         if device.type == "cpu":
             return Place(torch.device("cpu"), pinned)
         if device.type != "cuda":
-            raise ValueError(f"expected device to be of type 'cpu' or 'cuda', got {str(device)!r}")
+            raise ValueError(f"expected device to be of type 'cpu' or 'cuda', got {quoted(str(device))}")
         count = torch.cuda.device_count()
         index = device.index
         if index is None and count:
             index = torch.cuda.current_device()
         if index is None or index >= count:
-            raise ValueError(f"expected device to be there, got {str(device)!r} where torch sees {count} CUDA devices")
+            raise ValueError(
+                f"expected device to be there, got {quoted(str(device))} where torch sees {count} CUDA devices"
+            )
         if pinned:
-            raise ValueError(f"expected device='cpu' with pinned=True, which is host memory, got {str(device)!r}")
+            raise ValueError(f"expected device='cpu' with pinned=True, which is host memory, got {quoted(str(device))}")
         return Place(torch.device("cuda", index))
 
     def ordering(self, place: Place) -> Ordering:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
+from dilated_attention_pytorch.core.messages import quoted
+
 MOST_PURPOSES = 256  # counted one by one
 OTHERS = "other purposes"
 
@@ -137,7 +139,7 @@ def mib(size: float) -> str:
 def owners(by_purpose: Mapping[str, Counts], most: int = 5) -> str:
     """Who holds most, for errors."""
     holding = sorted((c.current + c.waste, name, c.live) for name, c in by_purpose.items() if c.live)
-    named = [f"{name!r} {mib(size)} in {live} blocks" for size, name, live in reversed(holding[-most:])]
+    named = [f"{quoted(name)} {mib(size)} in {live} blocks" for size, name, live in reversed(holding[-most:])]
     return ", ".join(named) or "none"
 
 

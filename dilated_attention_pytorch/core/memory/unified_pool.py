@@ -203,8 +203,8 @@ class UnifiedMemoryPool:
             if arena is not None and self._arenas.get(arena.place) is arena:
                 if ticket.block is not None and self._runtime.capturing(arena.place):
                     raise RuntimeError(
-                        f"expected {ticket.purpose!r}, borrowed before the capture of a graph, to be held as long as "
-                        "the graph is, got a release during the capture"
+                        f"expected {check.quoted(ticket.purpose)}, borrowed before the capture of a graph, to be held "
+                        "as long as the graph is, got a release during the capture"
                     )
                 if stream is None:
                     streams: Iterable[Hashable] = {ticket.stream, arena.stream()}
@@ -242,8 +242,8 @@ class UnifiedMemoryPool:
             limit = "no limit" if self.limit is None else f"a limit of {self.limit} bytes"
             units = "" if aligned(size) == size else f" ({aligned(size)} in whole units of {ALIGNMENT})"
             raise PoolExhausted(
-                f"expected {size} bytes{units} for {purpose!r} on {arena.place} to fit into {limit} beside the "
-                f"{self._ledger.reserved} bytes held; refused by {error}. Largest owners: "
+                f"expected {size} bytes{units} for {check.quoted(purpose)} on {arena.place} to fit into {limit} beside "
+                f"the {self._ledger.reserved} bytes held; refused by {error}. Largest owners: "
                 f"{figures.owners(self._ledger.by_purpose)}"
             ) from error
 

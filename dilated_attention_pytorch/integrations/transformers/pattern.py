@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from dilated_attention_pytorch.core.messages import quoted
+
 NAME = "dilated"
 WITH = f"with attn_implementation={NAME!r}"
 NEEDED = ("dilated_segment_lengths", "dilated_dilation_rates")
@@ -39,7 +41,7 @@ class LayerPattern(NamedTuple):
             if stack not in ("encoder", "decoder") or is_decoder is None:
                 raise ValueError(
                     "expected dilated_stack 'encoder' or 'decoder', of layers that know which one they are in, got "
-                    f"{stack!r} in the {owner} of {name} with is_decoder={is_decoder}"
+                    f"{quoted(stack)} in the {owner} of {name} with is_decoder={is_decoder}"
                 )
             if is_decoder != (stack == "decoder"):
                 return cls(*_DENSE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.integrations.longnet import register_longnet
 from dilated_attention_pytorch.integrations.transformers import hooks
 from dilated_attention_pytorch.integrations.transformers.layers import attention
@@ -43,7 +44,9 @@ def register() -> None:
     for interface, ours in ((AttentionInterface(), attention), (AttentionMaskInterface(), mask)):
         known = interface.get(NAME)
         if known not in (None, ours):
-            raise ValueError(f"expected the attention name {NAME!r} to be free, got {known!r} registered under it")
+            raise ValueError(
+                f"expected the attention name {NAME!r} to be free, got {quoted(known)} registered under it"
+            )
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     hooks.install()

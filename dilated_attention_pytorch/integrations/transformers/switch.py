@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift
-from dilated_attention_pytorch.core.validation import check_choice, check_index, check_instance, shown
+from dilated_attention_pytorch.core.validation import check_choice, check_index, check_instance, quoted, shown
 from dilated_attention_pytorch.integrations.transformers.pattern import NAME, NEEDED, has_pattern, is_per_layer
 from dilated_attention_pytorch.integrations.transformers.reach import check_config
 from dilated_attention_pytorch.integrations.transformers.registry import register
@@ -65,7 +65,7 @@ def use_dilated_attention(
     check_instance("model", model, nn.Module)
     group = group_of(process_group, mesh_dim)
     if group is not None and mixing_gradient != "exact":
-        raise ValueError(f"expected mixing_gradient='exact' with a process_group, got {mixing_gradient!r}")
+        raise ValueError(f"expected mixing_gradient='exact' with a process_group, got {quoted(mixing_gradient)}")
     found = attention_layers(model)
     if not getattr(model, "_can_set_attn_implementation", bool)() or not found:
         raise ValueError(
@@ -81,7 +81,7 @@ def use_dilated_attention(
         halves = {getattr(layer, "is_decoder", None) for layer in found}
         if not halves >= {True, False}:
             raise ValueError(
-                f"expected an encoder and a decoder whose layers tell them apart for layers={layers!r}, got a "
+                f"expected an encoder and a decoder whose layers tell them apart for layers={quoted(layers)}, got a "
                 f"{type(model).__name__}: give that part of the model itself, as model.get_{layers}()"
             )
     else:

@@ -137,7 +137,7 @@ def config_and_state(
     if isinstance(source, Path) and source.is_dir():
         architecture, values = weights.read_config(source)
         if architecture != "SlideEncoder":
-            raise ValueError(f"expected a SlideEncoder in {source}, got {architecture!r}")
+            raise ValueError(f"expected a SlideEncoder in {source}, got {check.quoted(architecture)}")
         with weights.naming(source / weights.CONFIG):
             config = SlideEncoderConfig.from_dict(values)
         return replace(config, **options), weights.read_safetensors(source / weights.WEIGHTS)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dilated_attention_pytorch.core.messages import listed
 from dilated_attention_pytorch.models.weights import reading
 
 FEATURES = ("features", "feats", "embeddings")
@@ -53,7 +54,7 @@ def opened(path: Path) -> Iterator[Stored]:
 def _named(group: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
     found = next((group[name] for name in names if name in group), None)
     if found is None and what:
-        raise ValueError(f"expected {what} under one of {list(names)}, got {sorted(map(str, group))}")
+        raise ValueError(f"expected {what} under one of {list(names)}, got {listed(sorted(map(str, group)))}")
     return found
 
 
@@ -119,7 +120,7 @@ def _npy(path: Path) -> Iterator[Stored]:
 def _anndata(path: Path) -> Iterator[Stored]:
     table = package("anndata").read_h5ad(path)
     if "spatial" not in table.obsm:
-        raise ValueError(f"expected coordinates in obsm['spatial'], got {sorted(table.obsm)}")
+        raise ValueError(f"expected coordinates in obsm['spatial'], got {listed(sorted(table.obsm))}")
     others = {key: value for key, value in table.uns.items() if np.ndim(value) == 0}
     yield Stored(_dense(table.X), np.asarray(table.obsm["spatial"]), others)
 
@@ -134,7 +135,7 @@ def _zarr(path: Path) -> Iterator[Stored]:
         return
     tables = sorted((path / "tables").glob("*_tiles"))
     if len(tables) != 1:
-        raise ValueError(f"expected one table of tiles, got {[table.name for table in tables]}")
+        raise ValueError(f"expected one table of tiles, got {listed(table.name for table in tables)}")
     table = package("anndata").io.read_zarr(tables[0])
     tiles = package("pandas").read_parquet(path / "shapes" / "tiles" / "shapes.parquet", columns=["tile_id", "x", "y"])
     corners = tiles.set_index("tile_id").loc[table.obs["tile_id"], ["x", "y"]].to_numpy()

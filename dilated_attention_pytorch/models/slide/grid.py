@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dilated_attention_pytorch.core.messages import quoted
+
 Grid = Literal["tile", "stride"]
 
 
@@ -49,7 +51,7 @@ def spacing_of(attributes: Mapping[str, Any]) -> Spacing | None:
         except (TypeError, ValueError):
             found = -1.0
         if not 0 < found < 1e9 and not (name == "overlap" and found == 0):
-            raise ValueError(f"expected attrs.{name} to be above 0, got {value!r}")
+            raise ValueError(f"expected attrs.{name} to be above 0, got {quoted(value)}")
         return found
 
     extent = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.core.files import check_path, lock, remove_leftovers, replace_file, replace_text
-from dilated_attention_pytorch.core.validation import check_choice, check_instance
+from dilated_attention_pytorch.core.validation import check_choice, check_instance, quoted
 from dilated_attention_pytorch.models.slide.formats import package
 
 Format = Literal["h5", "pt", "npz", "csv", "parquet"]
@@ -65,7 +65,7 @@ def hold(folder: Path, name: str, settings: dict[str, Any]) -> Iterator[None]:
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
         names = [key for key in sorted({*now, *kept} - {*_FREE}) if now.get(key) != kept.get(key)]
         if names:
-            differences = ", ".join(f"{key} {kept.get(key)!r} (now {now.get(key)!r})" for key in names)
+            differences = ", ".join(f"{key} {quoted(kept.get(key))} (now {quoted(now.get(key))})" for key in names)
             raise ValueError(
                 f"expected the settings that {folder} was begun with, which has {differences}; give those, or "
                 "another folder"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core.validation import listed
+from dilated_attention_pytorch.core.validation import listed, quoted
 from dilated_attention_pytorch.models.slide.files import find_slides
 from dilated_attention_pytorch.models.slide.formats import package
 from dilated_attention_pytorch.models.slide.tune.tasks import Classification, Survival, Task
@@ -69,7 +69,9 @@ def read_labels(
         ImportError: pandas is not installed.
     """
     if (time is None) != (event is None):
-        raise ValueError(f"expected {'time' if time is None else 'event'}, which {event or time!r} needs, got none")
+        raise ValueError(
+            f"expected {'time' if time is None else 'event'}, which {quoted(event or time)} needs, got none"
+        )
     table = _read(file)
     slide, case = _column(table, _SLIDE, file), next((name for name in _CASE if name in table), None)
     wanted = [label] if time is None or event is None else [time, event]
