@@ -68,11 +68,12 @@ def compare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], got
     )
     with torch.no_grad():
         want = in_fp64(model)(*args, **kwargs)
+    layers = sum(isinstance(x, DilatedAttention) for x in model.modules())  # each adds the rounding of its own sums
     for a, b in zip(got, as_tuple(want), strict=True):
         if a is None:
             continue
         error = float((a.detach().double() - b).norm() / (b.norm() + b.numel() ** 0.5 * 1e-3)) if b.numel() else 0.0
-        assert a.shape == b.shape and error <= 64 * torch.finfo(a.dtype).eps, f"off by {error:.2e}"
+        assert a.shape == b.shape and error <= 64 * max(1, layers) * torch.finfo(a.dtype).eps, f"off by {error:.2e}"
 
 
 def _widened(x: Any) -> Any:
