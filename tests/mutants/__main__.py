@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--skip", type=int, default=0, help="leave out so many of them, which an earlier run judged")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws others")
     parser.add_argument("--area", action="append", choices=sorted(areas()), help="only this one; may be repeated")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for the tests of one mutant")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one test of a mutant")
     parser.add_argument("--match", default="", help="only those drawn whose key contains this")
     given = parser.parse_args()
     known, start = equivalent(), time.monotonic()

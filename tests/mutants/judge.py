@@ -38,8 +38,13 @@ def copy_tree(folder: Path) -> None:
 
 
 def run_tests(tree: Path, tests: list[str], limit: float) -> tuple[str, float, str]:
-    """Whether the tests of a tree "passed", "failed" or had no "time"; the seconds; the test that failed."""
-    start = time.monotonic()
+    """Whether the tests of a tree "passed", "failed" or had no "time"; the seconds; the test that failed.
+
+    The limit is one test's, in seconds: on a slow machine many tests take long, and a mutant that hangs ends none.
+    """
+    start = ended = time.monotonic()
+    written = 0
+    (tree / _LOG).unlink(missing_ok=True)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -49,7 +54,9 @@ def run_tests(tree: Path, tests: list[str], limit: float) -> tuple[str, float, s
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 break
-            if time.monotonic() - start > limit:
+            if (size := (tree / _LOG).stat().st_size if (tree / _LOG).exists() else 0) != written:
+                written, ended = size, time.monotonic()  # pytest writes a dot per test
+            if time.monotonic() - ended > limit:
                 status = -1
                 break
             time.sleep(0.05)

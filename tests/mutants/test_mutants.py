@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,21 @@ def test_the_draw_is_the_same_every_time_and_takes_every_area() -> None:
     drawn = draw(100, 0, [])
     assert drawn == draw(100, 0, []) != draw(100, 1, [])
     assert {area for area, _, _ in drawn} == set(areas()) and len({m.key for _, m, _ in drawn}) == 100
+
+
+def test_the_limit_is_one_tests(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time, pytest\n@pytest.mark.parametrize('i', range(4))\ndef test(i): time.sleep(1.5)\n"
+    )
+    (tmp_path / "test_hangs.py").write_text("import time\ndef test(): time.sleep(60)\n")
+    script = (
+        "import sys; from pathlib import Path; from mutants.judge import run_tests\n"
+        "for name in ('test_slow.py', 'test_hangs.py'): print(run_tests(Path(sys.argv[1]), [name], 4.0)[0])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["passed", "time"], done.stdout + done.stderr
 
 
 def test_listed_mutants_exist_and_have_a_reason() -> None:

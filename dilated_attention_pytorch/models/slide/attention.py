@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dilated_attention_pytorch.core.probabilities import attention_probabilities
-from dilated_attention_pytorch.core.validation import check_int, check_values, listed, quoted
+from dilated_attention_pytorch.core.validation import check_int, check_values, quoted
 from dilated_attention_pytorch.models.layers import Layer
 from dilated_attention_pytorch.models.slide.config import SlideEncoderConfig
 
@@ -63,5 +63,5 @@ def query_rows(query: Any, num_tiles: int) -> list[int]:
     numbers = [check_int("query", one, 0) for one in (query if isinstance(query, list | tuple) else [query])]
     outside = [one for one in numbers if one >= num_tiles]
     if outside or not numbers:
-        raise ValueError(f"expected query tiles in [0, {num_tiles}), got {listed(outside) or 'none'}")
+        raise ValueError(f"expected query tiles in [0, {num_tiles}), got {quoted(outside) if outside else 'none'}")
     return [1 + one for one in numbers]

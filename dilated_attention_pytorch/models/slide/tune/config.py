@@ -36,7 +36,7 @@ class TuneConfig:
         layer: hidden state to take for the slide's embedding, 0 to the encoder's depth; by default the last output.
         dtype: of the computation: fp32, or bf16 under autocast.
         bootstraps: samples for the intervals.
-        seed: of folds, batches, dropout and bootstrap.
+        seed: of folds, batches, dropout and bootstrap; below 2**32.
 
     Raises:
         ValueError: a value out of range.
@@ -68,8 +68,9 @@ class TuneConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name, least in (("folds", 2), ("epochs", 1), ("batch_size", 1), ("patience", 1), ("rank", 1),
-                            ("bootstraps", 1), ("seed", 0)):  # fmt: skip
+                            ("bootstraps", 1)):  # fmt: skip
             check.check_int(name, getattr(self, name), least)
+        check.check_int("seed", self.seed, 0, 1 << 32)  # as scikit-learn's
         for name in ("learning_rate", "min_learning_rate", "layer_decay", "alpha"):
             check.check_above_zero(name, getattr(self, name))
         for name in ("warmup_epochs", "weight_decay"):
