@@ -7,6 +7,7 @@ first position is c, which every backend computes, so a shift never reaches a ke
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,7 +41,9 @@ def check_shift(value: object, segment_lengths: Sequence[int]) -> int:
 
 def least_shift(shift: int, segment_lengths: Sequence[int]) -> int:
     """The borders lie as without a shift where all segments start together: after their least common multiple."""
-    return shift % math.lcm(*segment_lengths)
+    if shift < max(segment_lengths):
+        return shift
+    return shift % math.lcm(*map(operator.index, segment_lengths))  # traced ints become plain ones
 
 
 def layer_shifts(segment_shift: object, segment_lengths: Sequence[int], num_layers: int) -> tuple[int, ...]:

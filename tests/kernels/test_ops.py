@@ -96,7 +96,7 @@ def test_compiles_without_a_graph_break(backend, options):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("shift", [0, 3, 16])
+@pytest.mark.parametrize("shift", [0, 3, 16, 43])
 def test_compiles_with_dynamic_lengths(shift):
     torch._dynamo.reset()
     options = PATTERN | {"is_causal": True, "segment_shift": shift, "segment_lengths": [8, 20 if shift < 16 else 32]}
