@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch._old.attention import OldArguments
 from dilated_attention_pytorch._old.calls import LONGNET_ORDER, named_activation, old_call
-from dilated_attention_pytorch.core.messages import listed
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.models.config import LongNetConfig
 from dilated_attention_pytorch.models.layers import Layer
 from dilated_attention_pytorch.models.longnet import LongNetLM
@@ -33,7 +33,7 @@ class LongNetLM01(OldArguments, LongNetLM):
         if is_causal:
             return super().forward(x, **new)
         if new:
-            raise ValueError(f"expected nothing beside is_causal=False, got {listed(sorted(new))}")
+            raise ValueError(f"expected nothing beside is_causal=False, got {quoted(sorted(new))}")
         self._check(x, False)
         embedded = self.embed_tokens(x) * math.sqrt(self.config.d_model)
         return self.logits(self.decoder(F.dropout(embedded, self.config.dropout, self.training), is_causal=False))

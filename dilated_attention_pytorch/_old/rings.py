@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch._old.attention import OldArguments, OldAttention, forward_arguments
 from dilated_attention_pytorch._old.calls import RING, RING_CONFIG, OldCall, old_call, with_config
-from dilated_attention_pytorch.core.messages import listed, quoted
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.ring_attention.distributed import RingDistributedDilatedAttention
 from dilated_attention_pytorch.ring_attention.production import RingDilatedAttention
@@ -41,7 +41,7 @@ class _OldRingArguments(OldAttention):
         if config is None:
             return {**with_config(self.call.arguments(args, kwargs)), **group}
         if args or kwargs:
-            raise TypeError(f"expected nothing beside the config of {self.call.name}, got {listed([*args, *kwargs])}")
+            raise TypeError(f"expected nothing beside the config of {self.call.name}, got {quoted([*args, *kwargs])}")
         return {"config": config, **group}
 
 

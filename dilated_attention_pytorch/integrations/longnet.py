@@ -26,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from dilated_attention_pytorch.core.validation import check_dense, check_instance, check_int, check_values, listed
+from dilated_attention_pytorch.core.validation import check_dense, check_instance, check_int, check_values, quoted
 from dilated_attention_pytorch.integrations.longnet_cache import HFCache, StaticStep
 from dilated_attention_pytorch.integrations.longnet_config import LongNetHFConfig as LongNetHFConfig
 from dilated_attention_pytorch.integrations.rows import Rows
@@ -407,4 +407,4 @@ def _rows(
 
 def _check_known(options: Any) -> None:
     if wrong := sorted(name for name, value in options.items() if value is not None and value is not False):
-        raise ValueError(f"expected arguments of LongNet's forward, got {listed(wrong)}, which it does not have")
+        raise ValueError(f"expected arguments of LongNet's forward, got {quoted(wrong)}, which it does not have")

@@ -214,7 +214,7 @@ def sniff(state: Mapping[str, Tensor]) -> Source:
         return "torchscale-decoder"
     if not some(r"layers\."):
         raise ValueError(
-            f"expected a state dict of one of {list(get_args(Source))}, got names that none of them has: "
+            f"expected weights with the names of one of {list(get_args(Source))}, got names that none of them has: "
             f"{check.listed(sorted(state))}"
         )
     if "embed_tokens.weight" in state:

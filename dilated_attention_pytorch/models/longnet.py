@@ -195,6 +195,10 @@ class LongNetLM(ShardedModel[LongNetConfig]):
             raise ValueError("expected either tokens or inputs_embeds, got " + ("none" if tokens is None else "both"))
         if tokens is None:
             check_multiplicand("inputs_embeds", inputs_embeds, self.decoder.layer_norm)
+            rank, width = 2 if "cu_seqlens" in given else 3, self.config.d_model
+            if inputs_embeds.dim() != rank or inputs_embeds.shape[-1] != width:  # type: ignore[union-attr]
+                got = tuple(inputs_embeds.shape)  # type: ignore[union-attr]
+                raise ValueError(f"expected inputs_embeds of {rank} dimensions, the last of {width}, got {got}")
         x: Any = inputs_embeds if tokens is None else self._look_up(tokens, "cu_seqlens" in given)
         start = self._shard_start(x, given, cache, seq_len)
         x = x * math.sqrt(self.config.d_model)

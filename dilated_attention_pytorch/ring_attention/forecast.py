@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.validation import check_bool, check_instance, check_int, check_positive_int
 from dilated_attention_pytorch.ring_attention.plan import RingPlan, unit_bytes
@@ -77,16 +79,21 @@ def balanced_bounds(
     ends = [*range(0, seq_len, multiple), seq_len]
     before = [pattern.pairs(seq_len, is_causal=is_causal, q_range=(0, end)) for end in ends]
 
-    # Prefix sums: the pairs of a shard are a difference.
-    def work(i: int, j: int) -> float:
+    # Prefix sums: the pairs of a shard [ends[i], ends[j]) are a difference.
+    def cost(i: int, j: int) -> float:
+        if i >= j:
+            return 0.0 if i == j else float("inf")
         return (before[j] - before[i]) * (1.0 if pattern.repeats_from(ends[i], ends[j]) else 1.5)
 
+    # Once for all ranks, as that is a step of Python per pair of ends.
+    work = torch.tensor([[cost(i, j) for j in range(len(ends))] for i in range(len(ends))], dtype=torch.float64)
     # best[j]: minimal maximum work per rank when the ranks so far share [0, ends[j]).
-    best, choices = [0.0] + [float("inf")] * (len(ends) - 1), []
+    best, index, choices = work[0].clone(), torch.arange(len(ends))[:, None], []
+    best[1:] = torch.inf
     for _ in range(world_size):
-        found = [min((max(best[i], work(i, j) if i < j else 0.0), -i) for i in range(j + 1)) for j in range(len(ends))]
-        choices.append([-i for _, i in found])
-        best = [value for value, _ in found]
+        costs = torch.maximum(best[:, None], work)
+        best = costs.amin(0)
+        choices.append(torch.where(costs == best, index, -1).amax(0).tolist())  # of equal ones the latest start
     bounds = [len(ends) - 1]
     for choice in reversed(choices):
         bounds.append(choice[bounds[-1]])

@@ -327,6 +327,12 @@ def test_labels_of_another_kind_are_named(labels: Tensor) -> None:
         build(CLASSIFIER, num_labels=3)(torch.arange(5)[None], labels=labels)
 
 
+def test_embeddings_of_another_width_are_named() -> None:
+    for shape in ((1, 5, 0), (1, 5, 33), (1, 5, 2, 32)):
+        with pytest.raises(ValueError, match=r"^expected inputs_embeds of 3 dimensions, the last of 32, got \(1, 5, "):
+            build(MASKED)(inputs_embeds=torch.zeros(shape, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("wrong", [-1, VOCAB])
 def test_what_is_out_of_range_is_named(wrong: int) -> None:
     x = torch.arange(5)[None]

@@ -227,6 +227,13 @@ def test_balanced_shards(world_size: int, is_causal: bool) -> None:
     assert busiest(bounds) == min(busiest((0, *inner, n)) for inner in every)
 
 
+def test_bounds_for_many_ranks_take_a_step_per_pair_of_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(DilatedPattern, "repeats_from", lambda *_: asked.append(1) is None)
+    assert len(balanced_bounds(DilatedPattern((8,), (1,), 2), 100, 50, multiple=1)) == 51
+    assert len(asked) == 101 * 100 // 2  # whatever the number of ranks
+
+
 def test_bounds_that_make_no_sense_are_refused() -> None:
     pattern = DilatedPattern((8,), (1,), 2)
     for given, message in (

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core.validation import (
     check_dense,
     check_int,
     check_positive_int,
-    listed,
+    quoted,
 )
 from dilated_attention_pytorch.models import hub
 from dilated_attention_pytorch.models.layers import LayerStack, has_head_groups, stochastic_depth
@@ -324,7 +324,7 @@ class SlideEncoder(ShardedModel[SlideEncoderConfig]):
         elif bool((counts == 0).any()):
             empty = (counts[0, :, 0] == 0).nonzero()[:, 0].tolist()
             raise ValueError(
-                f"expected at least one tile in every slide with global_pool, got none in slides {listed(empty)}"
+                f"expected at least one tile in every slide with global_pool, got none in slides {quoted(empty)}"
             )
         return (sums / counts).to(self.cls_token.dtype)
 
