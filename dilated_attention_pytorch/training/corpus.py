@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilated_attention_pytorch.core.files import checksum
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.training import shards
 from dilated_attention_pytorch.training.excerpts import TokenStream
 from dilated_attention_pytorch.training.sources import find_sources
@@ -82,7 +83,7 @@ class Corpus:
             if not chosen.any():
                 left = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind not in ("train", "val"))
                 raise ValueError(
-                    f"expected text in both splits, got none in {split!r}: {table.size} different documents of "
+                    f"expected text in both splits, got none in {quoted(split)}: {table.size} different documents of "
                     f"{int(table['tokens'].sum())} tokens in all (left out: {left}), val_fraction {val_fraction}; "
                     "give more text or another fraction"
                 )

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from dilated_attention_pytorch.core import torch_private
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.models import LongNetLM
 from dilated_attention_pytorch.models.layers import Layer
 
@@ -96,14 +97,14 @@ def join(device: str | None = None) -> Iterator[World]:
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"expected a device this machine has, got {device!r}: torch finds no CUDA device here")
+        raise ValueError(f"expected a device this machine has, got {quoted(device)}: torch finds no CUDA device here")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, chosen)
         return
     if chosen.type == "cuda":
         if chosen.index is not None:
-            raise ValueError(f"expected device 'cuda' under torchrun, got {device!r} for {size} processes")
+            raise ValueError(f"expected device 'cuda' under torchrun, got {quoted(device)} for {size} processes")
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     mine = not dist.is_initialized()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dilated_attention_pytorch.core.files import parse_json
+from dilated_attention_pytorch.core.messages import quoted
 
 BOUNDARY = 0  # the byte that ends a document of bytes; no text holds it
 PART = 1 << 20  # bytes of a part of a file, at most
@@ -218,7 +219,7 @@ def _fasta(path: Path, at: int, field: str) -> Iterator[Stretch]:
 
 def _check_field(path: Path, field: str, known: Sequence[str]) -> None:
     if field not in known:
-        raise ValueError(f"expected field to name one of {known} in {path}, got {field!r}")
+        raise ValueError(f"expected field to name one of {known} in {path}, got {quoted(field)}")
 
 
 def _encoded(value: object, path: Path, where: str) -> bytes:

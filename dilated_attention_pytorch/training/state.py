@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.models import LongNetConfig, LongNetLM, load_pretrained
 from dilated_attention_pytorch.models.weights import check_state
 from dilated_attention_pytorch.training import checkpoint
@@ -95,7 +96,7 @@ def check_about(kept: dict[str, Any], folder: Path, config: TrainConfig, fingerp
     wanted, found = config.to_dict(), {**TrainConfig().to_dict(), **kept["config"]}
     names = [name for name in sorted({*wanted, *found} - config.FREE) if wanted.get(name) != found.get(name)]
     if names:
-        differences = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in names)
+        differences = ", ".join(f"{name} {quoted(found.get(name))} (now {quoted(wanted.get(name))})" for name in names)
         raise ValueError(
             f"expected the config that the run in {folder} was started with, which has {differences}; "
             f"give that one, another folder, or {checkpoint.RESTART}"

@@ -100,7 +100,9 @@ class Kills:
             hit = started if number != signal.SIGKILL else [self.random.choice(started)]
             if any(process.poll() is None for process in hit):
                 break
-            [process.end() for process in started]
+            missed = [process.end() for process in started]
+            if any(one.code for one in missed):
+                raise Lost(f"{program} failed by itself: {[(one.code, one.err[-2000:]) for one in missed]}")
         else:
             raise RuntimeError(f"expected to hit {program} while it runs, it ended ten times before")
         for process in hit:
