@@ -122,7 +122,7 @@ def prepare(root: Path) -> None:
         (root / "text" / f"{i}.txt").write_text(f"def function_{i}(x):\n    return x + {i}\n" * 20)
     for name in "qkv":
         torch.randn(ROWS, HEADS, WIDTH).numpy().tofile(root / "rows" / name)
-    encoder = SlideEncoder(in_chans=12, embed_dim=32, depth=2, num_heads=4, ffn_dim=48, segment_lengths=(64, 512),
+    encoder = SlideEncoder(in_chans=12, embed_dim=32, depth=2, num_heads=4, ffn_dim=48, segment_lengths=(64, 1024),
                            dilation_rates=(1, 4))  # fmt: skip
     save_pretrained(encoder, root / "encoder")
     for i in range(SLIDES):
