@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.core.validation import shown
+from dilated_attention_pytorch.core.messages import quoted, shown
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
@@ -21,7 +22,15 @@ def check_path(name: str, value: object) -> Path:
     """A path, given as a str or as anything that stands for one."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"expected {name} to be a path, got {shown(value)}")
-    return Path(value)
+    path = Path(value)
+    try:
+        os.lstat(path)
+    except ValueError as error:  # a null byte
+        raise ValueError(f"expected {name} to be a path, got {quoted(path)}: {error}") from None
+    except OSError as error:  # whether it is there is for others to ask
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"expected {name} to be a path, got {quoted(path)}: {error.strerror}") from None
+    return path
 
 
 def replace_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:

@@ -107,6 +107,8 @@ class DilatedPattern:
         divisors = [d for d in range(2, min(factor, 1 << 16) + 1) if factor % d == 0] or [factor]
         while (length := lengths[-1]) < seq_len:
             lengths.append(length * next((d for d in divisors if length * d >= seq_len), factor))
+        if lengths[-1] >= 1 << 63:
+            raise ValueError(f"expected seq_len to fit into segments below 2**63, got {seq_len}, factor {factor}")
         rates = [w // lengths[0] if max_rate is None else min(w // lengths[0], most) for w in lengths]
         return cls(tuple(lengths), tuple(rates), num_heads, offsets)
 

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from dilated_attention_pytorch.core.positions import Rotation
 from dilated_attention_pytorch.core.projections import Projections
+from dilated_attention_pytorch.core.validation import check_instance
 from dilated_attention_pytorch.ring_attention.config import RingAttentionConfig
 from dilated_attention_pytorch.ring_attention.production import GroupOrMesh, RingDilatedAttention
 from dilated_attention_pytorch.types import Seed
@@ -60,6 +61,7 @@ class RingDistributedDilatedAttention(Projections):
     ) -> None:
         super().__init__()
         self._set_sizes(embed_dim, num_heads, num_kv_heads, gamma_init)
+        check_instance("config", config, RingAttentionConfig)
         self.attention = RingDilatedAttention(config, process_group, mesh_dim=mesh_dim)
         self._make_parameters(bias, layer_norm, layer_norm_eps, device=device, dtype=dtype)
 

@@ -8,7 +8,7 @@ from threading import Event, Thread
 
 import pytest
 
-from dilated_attention_pytorch.core.files import lock, parse_json, remove_leftovers, replace_file
+from dilated_attention_pytorch.core.files import check_path, lock, parse_json, remove_leftovers, replace_file
 
 
 def test_a_file_is_replaced_with_the_mode_of_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +67,10 @@ def test_a_folder_that_is_held_is_refused_or_waited_for(tmp_path: Path) -> None:
         assert not entered.wait(0.2)
     waiting.join(10)
     assert entered.is_set()
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_system_takes_is_named(value: str) -> None:
+    with pytest.raises(ValueError, match="expected folder to be a path, got ") as error:
+        check_path("folder", value)
+    assert len(str(error.value)) < 400

@@ -148,3 +148,8 @@ def test_bad_input_of_reach():
     with pytest.raises(ValueError, match="below 2"):
         DilatedPattern((2**63 - 1,), (1,), 1).reach(1, 5, segment_shift=2**63 - 5)
     assert torch.equal(reach.ends([], (0,), 3, is_causal=True)[0], torch.arange(3))
+
+
+def test_geometric_segments_that_no_number_holds():
+    with pytest.raises(ValueError, match="expected seq_len to fit into segments below"):
+        DilatedPattern.geometric(2**62, 8, 7, num_heads=6, max_rate=7)

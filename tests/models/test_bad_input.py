@@ -12,7 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dilated_attention_pytorch import MultiheadDilatedAttention, RingAttentionConfig
+from dilated_attention_pytorch import (
+    MultiheadDilatedAttention,
+    RingAttentionConfig,
+    RingDistributedDilatedAttention,
+)
 from dilated_attention_pytorch.models import (
     KeyValueCache,
     LongNet,
@@ -280,6 +284,11 @@ TILES, PLACES = torch.zeros(1, 3, 6), 256 * torch.arange(6).view(1, 3, 2)
             lambda: convert(THEIRS, num_heads=2, **PATTERN, scale_embedding=torch.ones(2)),
             TypeError,
             "scale_embedding to be a bool, got Tensor",
+        ),
+        (
+            lambda: RingDistributedDilatedAttention(16, 4, config=()),
+            TypeError,
+            "config to be of RingAttentionConfig, got tuple",
         ),
         (lambda: SlideEncoder.from_pretrained(4), TypeError, "weights, unless they are a mapping, to be a path"),
         (lambda: settings(3, "encoder"), TypeError, "args to hold settings by name, got int 3"),

@@ -483,6 +483,10 @@ class TestCheckpoints:
         assert SlideEncoder.from_pretrained(state, tile_size=512, num_heads=4).config.tile_size == 512
         with pytest.raises(ValueError, match="from which they follow, got both"):
             SlideEncoder.from_pretrained(state, 250_000, segment_lengths=(4,), dilation_rates=(1,))
+        with pytest.raises(
+            ValueError, match="dilation_rates for the 5 segment_lengths, which follow from max_wsi_size"
+        ):
+            SlideEncoder.from_pretrained(state, 250_000, dilation_rates=(1, 2))
         with pytest.raises(ValueError, match="multiple of num_heads, got 36 and 16"):
             SlideEncoder.from_pretrained(tiny(embed_dim=36, num_heads=4).state_dict())
 

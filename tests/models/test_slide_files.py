@@ -190,7 +190,9 @@ class TestGrid:
             SlideReader.of(encoder.config).read(tmp_path / "a.npz")
         wrong = SlideReader.of(encoder.config, patch_size_level0=256).read(tmp_path / "a.npz")
         assert wrong.doubts == ("most neighbours stand 512 apart, where 256 was expected",)
-        with pytest.raises(ValueError, match="expected nothing doubtful, got: most neighbours stand 512 apart"):
+        with pytest.raises(
+            ValueError, match="expected nothing doubtful, as strict asks, got: most neighbours stand 512 apart"
+        ):
             SlideReader.of(encoder.config, patch_size_level0=256, strict=True).read(tmp_path / "a.npz")
 
     def test_the_encoders_own_tile_size(self, tmp_path: Path) -> None:

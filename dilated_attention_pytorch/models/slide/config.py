@@ -140,6 +140,7 @@ def config_and_state(
             raise ValueError(f"expected a SlideEncoder in {source}, got {check.quoted(architecture)}")
         with weights.naming(source / weights.CONFIG):
             config = SlideEncoderConfig.from_dict(values)
+        _check_count(config, options)
         return replace(config, **options), weights.read_safetensors(source / weights.WEIGHTS)
     state = weights.read_state(source)
     # Sizes that shapes tell; the check of names and shapes finds what is missing.
@@ -150,10 +151,23 @@ def config_and_state(
     }
     if depth := weights.count_layers(state, "encoder"):
         sizes["depth"] = depth
-    config = replace(SlideEncoderConfig(padding="zero_keys"), **(sizes | options))
+    config = SlideEncoderConfig(padding="zero_keys")
+    _check_count(config, options)
+    config = replace(config, **(sizes | options))
     if (table := state.pop("pos_embed", None)) is not None:
         config = _checked_table(table, config, "slide_ngrids" in options)
     return config, state
+
+
+def _check_count(config: SlideEncoderConfig, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError where segment lengths that a slide's size makes are more or fewer than the rates."""
+    rates = options.get("dilation_rates", config.dilation_rates)
+    lengths = options.get("segment_lengths", config.segment_lengths)
+    if "segment_lengths" in options and isinstance(rates, tuple | list) and len(rates) != len(lengths):
+        raise ValueError(
+            f"expected dilation_rates for the {len(lengths)} segment_lengths, which follow from max_wsi_size and "
+            f"tile_size where they are not given, got {check.listed(rates)}"
+        )
 
 
 def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> SlideEncoderConfig:

@@ -162,7 +162,7 @@ class SlideReader:
         if self.patch_size_level0 is not None and self.patch_size_level0 != spacing.size:
             found.append(f"the file's own tile size was taken, {spacing.size:g}, not {self.patch_size_level0:g}")
         if self.strict and found:
-            raise ValueError("expected nothing doubtful, got: " + "; ".join(found))
+            raise ValueError("expected nothing doubtful, as strict asks, got: " + "; ".join(found))
         unit = spacing.size if self.grid == "tile" else spacing.stride
         said = f"{spacing.words}; divided by {unit:g}"
         if features.dtype != torch.float32:
