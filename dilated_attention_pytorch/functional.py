@@ -194,7 +194,7 @@ def dilated_attention_with_lse(
     parts = None
     if (shift := check_shift(segment_shift, pattern.segment_lengths)) > 0:
         parts = _plain_parts(problem, x, masks, shift)
-        problem, masks = _shifted(problem, masks, shift)
+        problem, masks = _shifted(problem, masks, shift, x.q.device)
     if problem.dropout_p > 0.0:
         drawn = partial(dropout.seed_tensor, seed, problem.dropout_p, x.q.device)
         masks = masks._replace(seed=torch_private.called_beside(x.q, drawn))
@@ -236,8 +236,8 @@ def _reference(x: QKV, problem: Problem, masks: Masks) -> AttentionOutput:
     return torch_private.called_beside(x.q, compute)
 
 
-def _shifted(problem: Problem, masks: Masks, shift: int) -> tuple[Problem, Masks]:
-    """The same call as a range that starts at the shift; packed, each sequence starts there."""
+def _shifted(problem: Problem, masks: Masks, shift: int, device: torch.device) -> tuple[Problem, Masks]:
+    """The same call on a device as a range that starts at the shift; packed, each sequence starts there."""
     if problem.padding == "zero_keys":
         raise ValueError(
             f"expected segment_shift=0 with padding='zero_keys', got {shift}: the official code's numbers know no shift"
@@ -246,7 +246,7 @@ def _shifted(problem: Problem, masks: Masks, shift: int) -> tuple[Problem, Masks
     if end >= 2**63:
         raise ValueError(f"expected segment_shift to leave every position below 2**63, got {shift}")
     moved = problem.at(problem.q_start + shift, problem.k_start + shift, end)
-    return moved, shifted_masks(masks, shift, problem.seq_len)
+    return moved, shifted_masks(masks, shift, problem.seq_len, device)
 
 
 def _plain_parts(problem: Problem, x: QKV, masks: Masks, shift: int) -> list[int] | None:

@@ -20,6 +20,7 @@ _RENAMED = {
     "segment_shift": "--shift",
     "greedy": "--temperature 0",
     "coords_folder": "--coords",
+    "weights": "--checkpoint",
 }
 # An argument of the library in a message: `name=True` or `name='x'`, the word after "expected", or a word with an
 # underscore outside a path and quotes.

@@ -82,7 +82,7 @@ def two_parts(branches: Sequence[tuple[int, int]], shift: int) -> int | None:
     return (largest - inside) % largest if nested and plain else None
 
 
-def shifted_masks(masks: Masks, shift: int, seq_len: int) -> Masks:
+def shifted_masks(masks: Masks, shift: int, seq_len: int, device: torch.device) -> Masks:
     """The masks of a sequence of N whose first position is the shift: bits `(B, shift + N)`, False before it.
 
     Rows of left padding stand before their first real position, which no longer makes their positions negative: they
@@ -90,7 +90,6 @@ def shifted_masks(masks: Masks, shift: int, seq_len: int) -> Masks:
     """
     shown_rows = masks.key_padding
     if masks.row_start is not None:
-        device = masks.row_start.device if shown_rows is None else shown_rows.device
         real = torch.arange(seq_len, device=device) >= masks.row_start.to(device)[:, None]
         shown_rows = real if shown_rows is None else shown_rows & real
     if shown_rows is None:

@@ -190,3 +190,14 @@ def test_a_model_decodes_behind_a_large_shift():
     tokens = [model.generate(prompt, 9, greedy=True, row_start=first, graphed=graphed)
               for model in models for graphed in (False, True)]  # fmt: skip
     assert all(torch.equal(x, tokens[0]) for x in tokens)
+
+
+def test_masks_of_a_shifted_call_go_to_its_device():
+    """A row_start may lie on the CPU, wherever q does."""
+    q = torch.empty(1, 33, 6, 5, device="meta")
+    for more in ({}, {"key_padding_mask": torch.ones(1, 33, dtype=torch.bool, device="meta")}):
+        out = dilated_attention(
+            q, q, q, segment_lengths=[4, 4, 64], dilation_rates=[4, 5, 1], row_start=torch.tensor([2]), segment_shift=5,
+            backend="reference", **more,
+        )  # fmt: skip
+        assert out.is_meta and out.shape == q.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +134,8 @@ def config_and_state(
         given = {name: size for name, size in sizes.items() if size is not None}
         options["segment_lengths"] = slide_segment_lengths(**given)
     if not isinstance(source, Mapping):
-        source = check_path("weights, unless they are a mapping,", source)
+        is_path = isinstance(source, str | os.PathLike)
+        source = check_path("weights" if is_path else "weights, unless they are a mapping,", source)
     if isinstance(source, Path) and source.is_dir():
         architecture, values = weights.read_config(source)
         if architecture != "SlideEncoder":
