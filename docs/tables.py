@@ -44,34 +44,36 @@ def said(result: dict[str, Any]) -> str:
     return f"{where} ({software}, {result['date']}), `{result['command']}`:"
 
 
+def by_machine(benchmark: str, table: Callable[[dict[str, Any]], list[str]], *, gpu: bool = False) -> str:
+    """A table of lines for each machine's results, under where they come from; with `gpu`, of GPUs alone."""
+    found = [result for result in results(benchmark) if "gpu" in result["machine"] or not gpu]
+    return "\n\n".join("\n".join([said(result), "", *table(result)]) for result in found)
+
+
 def _row(result: dict[str, Any], case: str, who: str) -> dict[str, Any]:
     return next(row for row in result["rows"] if row["case"] == case and row["who"] == who)
 
 
 def gpu_long() -> str:
     """A million tokens: time, TFLOP/s, and these in percent of dense cuDNN attention's."""
-    parts = []
-    for result in results("gpu"):
-        lines = [said(result), "", "| | D=64, H=12 | D=128, H=6 |", "|---|---|---|"]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| | D=64, H=12 | D=128, H=6 |", "|---|---|---|"]
         for passes, title in (("fwd", "forward"), ("fwd+bwd", "forward+backward")):
             for mask in ("full", "causal"):
                 rows = [_row(result, f"{shape} {mask} {passes} N=1M", "auto") for shape in ("D=64", "D=128")]
                 cells = [f"{r['ms']:.1f} ms, {r['tflops']:.0f} TFLOP/s, {r['ratio']:.0%}" for r in rows]
                 lines.append(f"| {title}, {MASKS[mask]} | {cells[0]} | {cells[1]} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return by_machine("gpu", table)
 
 
 def gpu_patterns() -> str:
     """Other patterns, this backend and sdpa."""
-    parts = []
-    for result in results("gpu"):
-        lines = [
-            said(result),
-            "",
-            "| pattern | N | pass | `triton` ms | `sdpa` ms | quotient |",
-            "|---|---|---|---|---|---|",
-        ]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| pattern | N | pass | `triton` ms | `sdpa` ms | quotient |", "|---|---|---|---|---|---|"]
         for row in result["rows"]:
             match = re.fullmatch(r"(paper rates|slide) full (fwd|fwd\+bwd) N=(\d+)", row["case"])
             if match and row["who"] == "auto":
@@ -79,48 +81,46 @@ def gpu_patterns() -> str:
                 name, passes, n = match.groups()
                 times = f"{row['ms']:.2f} | {other['ms']:.2f} | {other['ms'] / row['ms']:.1f}"
                 lines.append(f"| {name} | {int(n):,} | {passes} | {times} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return by_machine("gpu", table)
 
 
 def gpu_short() -> str:
     """Short sequences beside dense attention, the losses included."""
-    parts = []
     who = {"auto": "as called", "auto *": "in a CUDA graph", "dense flash": "dense flash", "dense cuDNN": "dense cuDNN"}
-    for result in results("gpu"):
-        lines = [said(result), "", "| N | mask | " + " | ".join(who.values()) + " |", "|---|---|" + "---|" * len(who)]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| N | mask | " + " | ".join(who.values()) + " |", "|---|---|" + "---|" * len(who)]
         for mask in ("full", "causal"):
             for n in (1024, 2048, 4096, 8192, 16384, 65536):
                 times = [_row(result, f"D=64 {mask} fwd N={n}", name)["ms"] for name in who]
                 lines.append(f"| {n:,} | {MASKS[mask]} | " + " | ".join(f"{t:.3f} ms" for t in times) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return by_machine("gpu", table)
 
 
 def cpu() -> str:
     """The CPU path against attention calls alone."""
-    parts = []
-    for result in results("cpu"):
-        lines = [
-            said(result),
-            "",
-            "| N | mask | op | calls alone | quotient | peak over inputs |",
-            "|---|---|---|---|---|---|",
-        ]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| N | mask | op | calls alone | quotient | peak over inputs |", "|---|---|---|---|---|---|"]
         for row in result["rows"]:
             lines.append(
                 f"| {row['n']:,} | {MASKS[row['mask']]} | {row['seconds']:.2f} s | {row['alone_seconds']:.2f} s | "
                 f"{row['ratio']:.2f} | {row['peak_mib']:.0f} MiB |"
             )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) or "No result is committed yet: `python -m benchmarks cpu --out benchmarks/results`."
+        return lines
+
+    return by_machine("cpu", table)
 
 
 def ring() -> str:
     """One GPU and a ring of several on the same work; what each of four ranks computes."""
-    parts = []
-    for result in results("ring"):
-        lines = [said(result), "", "| | one GPU | ring | |", "|---|---|---|---|"]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| | one GPU | ring | |", "|---|---|---|---|"]
         for row in result["rows"]:
             if "ring_ms" in row:
                 gain = f"{row['rate']:.2f}x the rate" if "rate" in row else f"{row['ratio']:.2f}x"
@@ -128,25 +128,25 @@ def ring() -> str:
         alone = next(row for row in result["rows"] if row["case"] == "exchange alone")
         lines += ["", f"The exchange alone takes {alone['sparse_ms']:.1f} ms with packing, gathering dense K and V "
                   f"{alone['dense_ms']:.1f} ms."]  # fmt: skip
-        parts.append("\n".join(lines))
-    for result in results("ring_shares"):
-        lines = [said(result), "", "| one GPU computes the shares of | ms of each | at most |", "|---|---|---|"]
+        return lines
+
+    def shares(result: dict[str, Any]) -> list[str]:
+        lines = ["| one GPU computes the shares of | ms of each | at most |", "|---|---|---|"]
         for row in result["rows"]:
             times = ", ".join(f"{x:.0f}" for x in row["rank_ms"])
             lines.append(f"| {row['case']} | {times} | {row['at_most']:.2f}x one GPU's {row['one_ms']:.0f} ms |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return "\n\n".join((by_machine("ring", table), by_machine("ring_shares", shares)))
 
 
 def slides() -> str:
     """The slide encoder on a GPU: inference and fine-tuning, beside sdpa and with checkpointing."""
-    parts = []
-    for result in results("slides"):
+
+    def table(result: dict[str, Any]) -> list[str]:
         rows = {row["case"]: row for row in result["rows"]}
-        if "gpu" not in result["machine"]:
-            continue
         head = "| tiles | inference | with `sdpa` | fine-tuning step | with `sdpa` | step with checkpointing |"
-        lines = [said(result), "", head, "|---|---|---|---|---|---|"]
+        lines = [head, "|---|---|---|---|---|---|"]
         for n in sorted({row["tiles"] for row in result["rows"] if "tiles" in row}):
             cells = [f"{n:,}"]
             for job, who in (("inference", "triton"), ("inference", "sdpa"), ("fine-tuning", "triton"),
@@ -154,61 +154,61 @@ def slides() -> str:
                 row = rows[f"{n:,} tiles, {job}, zero_keys, {who}"]
                 cells.append(f"{row['ms']:.0f} ms, {row['peak_gib']:.1f} GiB")
             lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return by_machine("slides", table, gpu=True)
 
 
 def streaming() -> str:
     """Streaming beside copies and computing alone."""
-    parts = []
-    for result in results("streaming"):
+
+    def table(result: dict[str, Any]) -> list[str]:
         head = "| tokens | | whole | copies | computing | ratio | moved | memory |"
-        lines = [said(result), "", head, "|---|---|---|---|---|---|---|---|"]
+        lines = [head, "|---|---|---|---|---|---|---|---|"]
         for row in result["rows"]:
             times = [f"{row[x]:.2f} s" if x in row else "" for x in ("seconds", "copies", "compute")]
             ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
             memory = f"{row['rss_gib']:.2f} GiB resident" if "rss_gib" in row else f"{row['device_gib']:.1f} GiB of GPU"
             cells = [f"{row['tokens']:,}", row["what"], *times, ratio, f"{row['gib']:.0f} GiB", memory]
             lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return by_machine("streaming", table)
 
 
 def generation() -> str:
     """A token's time on a GPU, beside what its bytes take and beside a dense model of the same size."""
-    parts = []
-    for result in results("generation"):
-        if "gpu" not in result["machine"]:
-            continue
-        head = "| | ms a token | its bytes alone | kernels | device works | memory |"
-        lines = [said(result), "", head, "|---|---|---|---|---|---|"]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| | ms a token | its bytes alone | kernels | device works | memory |", "|---|---|---|---|---|---|"]
+        prompts = ["", "| prompt | first call | next | memory |", "|---|---|---|---|"]
         for row in result["rows"]:
-            if not row["case"].startswith(("prefill", "stream")):
-                floor = f"{row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
-                kernels = f"{row['kernels']:.0f} | {row['share']:.0%}" if "kernels" in row else " | "
-                cells = f"{row['ms']:.2f} | {floor} | {kernels} | {row['peak_gib']:.1f} GiB"
-                lines.append(f"| {row['case']} | {cells} |")
-        lines += ["", "| prompt | first call | next | memory |", "|---|---|---|---|"]
-        for row in result["rows"]:
+            memory = f"{row['peak_gib']:.1f} GiB |"
             if row["case"].startswith("prefill"):
                 times = f"{row['first_s']:.1f} s | {row['s']:.2f} s"
-                lines.append(f"| {row['case'].removeprefix('prefill ')} | {times} | {row['peak_gib']:.1f} GiB |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+                prompts.append(f"| {row['case'].removeprefix('prefill ')} | {times} | {memory}")
+            elif not row["case"].startswith("stream"):
+                floor = f"{row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
+                kernels = f"{row['kernels']:.0f} | {row['share']:.0%}" if "kernels" in row else " | "
+                lines.append(f"| {row['case']} | {row['ms']:.2f} | {floor} | {kernels} | {memory}")
+        return lines + prompts
+
+    return by_machine("generation", table, gpu=True)
 
 
 def slide_folder() -> str:
     """`slide embed` on a folder of made slides, the program's start included."""
-    parts = []
-    for result in results("slide_folder"):
-        head = "| | tiles | seconds | slides a minute | GPU in use | GPU memory | host memory |"
-        lines = [said(result), "", head, "|---|---|---|---|---|---|---|"]
+
+    def table(result: dict[str, Any]) -> list[str]:
+        lines = ["| | tiles | seconds | slides a minute | GPU in use | GPU memory | host memory |"]
+        lines.append("|---|---|---|---|---|---|---|")
         for row in result["rows"]:
             gpu = f"{row['gpu_use_percent']:.0f}% | {row['gpu_peak_gib']:.1f} GiB" if "gpu_peak_gib" in row else " | "
             times = f"{row['seconds']:.0f} | {row['slides_per_minute']:.0f}"
             lines.append(f"| {row['case']} | {row['tiles']:,} | {times} | {gpu} | {row['peak_gib']:.1f} GiB |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        return lines
+
+    return by_machine("slide_folder", table)
 
 
 def hf_classes() -> str:

@@ -484,9 +484,11 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="from which they follow, got both"):
             SlideEncoder.from_pretrained(state, 250_000, segment_lengths=(4,), dilation_rates=(1,))
         with pytest.raises(
-            ValueError, match="dilation_rates for the 5 segment_lengths, which follow from max_wsi_size"
+            ValueError, match="expected 5 dilation_rates, as many as the segment_lengths that follow from max_wsi"
         ):
             SlideEncoder.from_pretrained(state, 250_000, dilation_rates=(1, 2))
+        with pytest.raises(TypeError, match="segment_lengths to be a sequence of ints, got int"):
+            SlideEncoder.from_pretrained(state, segment_lengths=5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="multiple of num_heads, got 36 and 16"):
             SlideEncoder.from_pretrained(tiny(embed_dim=36, num_heads=4).state_dict())
 

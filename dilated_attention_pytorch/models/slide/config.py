@@ -122,7 +122,7 @@ def config_and_state(
     source: weights.WeightsSource, max_wsi_size: int | None, tile_size: int | None, overrides: Mapping[str, Any]
 ) -> tuple[SlideEncoderConfig, dict[str, Tensor]]:
     """The config and the weights of a checkpoint; arguments as in `SlideEncoder.from_pretrained`."""
-    options = dict(overrides)
+    options, made = dict(overrides), tuple[int, ...]()
     if tile_size is not None:
         options["tile_size"] = tile_size
     if max_wsi_size is not None or tile_size is not None:
@@ -132,7 +132,7 @@ def config_and_state(
             )
         sizes = {"max_wsi_size": max_wsi_size, "tile_size": tile_size}
         given = {name: size for name, size in sizes.items() if size is not None}
-        options["segment_lengths"] = slide_segment_lengths(**given)
+        options["segment_lengths"] = made = slide_segment_lengths(**given)
     if not isinstance(source, Mapping):
         is_path = isinstance(source, str | os.PathLike)
         source = check_path("weights" if is_path else "weights, unless they are a mapping,", source)
@@ -142,7 +142,7 @@ def config_and_state(
             raise ValueError(f"expected a SlideEncoder in {source}, got {check.quoted(architecture)}")
         with weights.naming(source / weights.CONFIG):
             config = SlideEncoderConfig.from_dict(values)
-        _check_count(config, options)
+        _check_count(made, options.get("dilation_rates", config.dilation_rates))
         return replace(config, **options), weights.read_safetensors(source / weights.WEIGHTS)
     state = weights.read_state(source)
     # Sizes that shapes tell; the check of names and shapes finds what is missing.
@@ -154,21 +154,19 @@ def config_and_state(
     if depth := weights.count_layers(state, "encoder"):
         sizes["depth"] = depth
     config = SlideEncoderConfig(padding="zero_keys")
-    _check_count(config, options)
+    _check_count(made, options.get("dilation_rates", config.dilation_rates))
     config = replace(config, **(sizes | options))
     if (table := state.pop("pos_embed", None)) is not None:
         config = _checked_table(table, config, "slide_ngrids" in options)
     return config, state
 
 
-def _check_count(config: SlideEncoderConfig, options: Mapping[str, Any]) -> None:
-    """Raise a ValueError where segment lengths that a slide's size makes are more or fewer than the rates."""
-    rates = options.get("dilation_rates", config.dilation_rates)
-    lengths = options.get("segment_lengths", config.segment_lengths)
-    if "segment_lengths" in options and isinstance(rates, tuple | list) and len(rates) != len(lengths):
+def _check_count(made: tuple[int, ...], rates: Any) -> None:
+    """Raise a ValueError where segment lengths that a slide's size made are more or fewer than the rates."""
+    if made and isinstance(rates, tuple | list) and len(rates) != len(made):
         raise ValueError(
-            f"expected dilation_rates for the {len(lengths)} segment_lengths, which follow from max_wsi_size and "
-            f"tile_size where they are not given, got {check.listed(rates)}"
+            f"expected {len(made)} dilation_rates, as many as the segment_lengths that follow from max_wsi_size and "
+            f"tile_size, got {check.listed(rates)}"
         )
 
 
