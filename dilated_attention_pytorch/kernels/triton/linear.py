@@ -10,23 +10,23 @@ import triton.language as tl
 
 @triton.jit
 def load(x, k, K: tl.constexpr):
-    """Entries `[BK]` in fp32, 0 behind the last."""
-    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    """Entries `[1, BK]` in fp32, 0 behind the last: a row beside the weights' `[BN, BK]`."""
+    return tl.load(x + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def moments(x, eps, K: tl.constexpr, BK: tl.constexpr):
-    """Mean and inverse deviation: squares are of differences from the mean, as large means lose digits."""
-    total = tl.zeros((BK,), tl.float32)
+    """Mean and inverse deviation `[1, 1]`: squares are of differences from the mean, as large means lose digits."""
+    total = tl.zeros((1, BK), tl.float32)
     for first in range(0, K, BK):
         total += load(x, first + tl.arange(0, BK), K)
-    mean = tl.sum(total, 0) / K
-    square = tl.zeros((BK,), tl.float32)
+    mean = tl.sum(total, 1)[:, None] / K
+    square = tl.zeros((1, BK), tl.float32)
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)
-        away = tl.where(k < K, load(x, k, K) - mean, 0.0)
+        away = tl.where((k < K)[None, :], load(x, k, K) - mean, 0.0)
         square += away * away
-    return mean, tl.math.rsqrt(tl.sum(square, 0) / K + eps)
+    return mean, tl.math.rsqrt(tl.sum(square, 1)[:, None] / K + eps)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def decode_linear(
         if NORM:
             row = (row - mean) * scale * load(gamma, k, K) + load(beta, k, K)
         # Rounded, as a LayerNorm's output is.
-        acc += w.to(tl.float32) * row.to(w.dtype).to(tl.float32)[None, :]
+        acc += w.to(tl.float32) * row.to(w.dtype).to(tl.float32)
     y = tl.sum(acc, 1)
     if BIAS:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
