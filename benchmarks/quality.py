@@ -1,6 +1,6 @@
 """Whether a longer context helps, and which pattern makes use of it: byte models trained from scratch on source code.
 
-    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--steps 500] [--out FOLDER]
+    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--steps 400] [--out FOLDER]
     python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, a minute: tiny models, nothing to conclude
 
 Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 131,072 of them, as windows of
@@ -8,9 +8,10 @@ one context; weights are bf16, with masters in fp32. The text is the installed p
 their paths, one package after another; packages drawn by their name's hash are for validation alone, and all runs are
 judged on the same bytes of them.
 
-Reported per run: validation bits per byte, overall and by position in the context; and retrieval: a line
-`# key NAME = VALUE` is planted in each training window and asked for at its end, and the share of validation windows
-whose eight digits are all likeliest is reported by the distance of the line. Tokens per second and memory too.
+Reported per run: validation bits per byte, overall and by position in the context; and retrieval: lines of a name, one
+byte beyond ASCII, and four digits are planted in the training text and asked for later, one in each kilobyte whatever
+the context; and the share of validation windows whose digits, asked for at the end, are all likeliest is reported by
+the distance of the line. Tokens per second and memory too.
 
 A call works until `--seconds` have passed, and the next one goes on: finished runs are kept as JSON in the folder, one
 that was interrupted from its last checkpoint. The results of all finished runs go into one JSON and one chart.
@@ -23,6 +24,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import sysconfig
 import time
 import zlib
@@ -41,7 +43,8 @@ from dilated_attention_pytorch.core.files import replace_file, replace_text
 
 ATTENTIONS = ("dense", "fixed", "fixed+shift", "geometric", "geometric+shift")
 FIXED = ((1024, 4096, 16384), (1, 4, 16))
-DIGITS = 8  # of a planted value
+DIGITS = 4  # of a planted value
+ASKED_EVERY = 1024  # bytes of training text
 SAID = "the op at 2,000 positions against the reference in fp64, within 2% in the models' precision; losses are finite"
 
 
@@ -53,7 +56,7 @@ class Setup:
     layers: int = 8
     heads: int = 8
     step_bytes: int = 1 << 17
-    steps: int = 500
+    steps: int = 400
     learning_rate: float = 1e-3
     contexts: tuple[int, ...] = (2048, 8192, 32_768, 131_072)
     longest_dense: int = 32_768
@@ -128,26 +131,35 @@ def corpus(setup: Setup) -> tuple[Tensor, Tensor, str]:
     return *(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in kept), name
 
 
-def plant(window: Tensor, distance: int, generator: torch.Generator) -> None:
-    """Writes a key line `distance` bytes before the end of a window, and the question and its answer at the end."""
-    name, value = (f"{int(torch.randint(1 << 30, (), generator=generator)):08x}" for _ in range(2))
-    line, question = f"\n# key {name} = {value}\n".encode(), f"\n# key {name} = {value}".encode()
-    start = len(window) - distance
-    window[start : start + len(line)] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
-    window[len(window) - len(question) :] = torch.frombuffer(bytearray(question), dtype=torch.uint8)
+def plant(window: bytearray, end: int, distance: int, name: int, drawn: random.Random) -> None:
+    """Writes a line `distance` bytes before `end`, and the question with its answer right before `end`."""
+    line = b"\n# %c%0*d" % (name, DIGITS, drawn.randrange(10**DIGITS))
+    window[end - len(line) : end] = line
+    window[end - distance : end - distance + len(line) + 1] = line + b"\n"
+
+
+def plant_many(window: bytearray, drawn: random.Random) -> None:
+    """A question at the end of each kilobyte, the last one being the window's end; one line in 100 is overwritten."""
+    ends = range(len(window), ASKED_EVERY - 1, -ASKED_EVERY)
+    names = itertools.cycle(drawn.sample(range(128, 256), 128))  # none twice in 128 KiB
+    for end in ends:
+        # Distances are even on a logarithmic scale, from 64 bytes to all that lies before; a place within a kilobyte's
+        # last 64 bytes is moved before them, where no question stands.
+        distance = int(64 * math.exp(math.log(end / 64) * drawn.random()))
+        short = (len(window) - end + distance) % ASKED_EVERY
+        plant(window, end, min(distance + max(0, 64 - short), end), next(names), drawn)
 
 
 def batch(text: Tensor, run: Run, step: int, setup: Setup) -> Tensor:
     """The windows of one step, int64 `(B, context + 1)`: the same places for every attention."""
-    generator = torch.Generator().manual_seed(1_000_003 * run.seed + step)
-    count = max(1, setup.step_bytes // run.context)
-    starts = torch.randint(len(text) - run.context - 1, (count,), generator=generator).tolist()
-    windows = torch.stack([text[start : start + run.context + 1] for start in starts])
-    for window in windows:
-        # Distances are even on a logarithmic scale, from 64 bytes to all of the window.
-        span = math.log(run.context / 64)
-        plant(window, int(64 * math.exp(span * float(torch.rand((), generator=generator)))), generator)
-    return windows.long().to(setup.device)
+    drawn = random.Random(1_000_003 * run.seed + step)
+    windows = []
+    for _ in range(max(1, setup.step_bytes // run.context)):
+        start = drawn.randrange(len(text) - run.context - 1)
+        window = bytearray(text[start : start + run.context + 1].numpy())
+        plant_many(window, drawn)
+        windows.append(torch.frombuffer(window, dtype=torch.uint8))
+    return torch.stack(windows).to(setup.device).long()
 
 
 def losses(model: LongNetLM, windows: Tensor) -> Tensor:
@@ -237,15 +249,16 @@ def judge(model: LongNetLM, run: Run, text: Tensor, setup: Setup) -> dict[str, A
     bits = total / len(windows) / math.log(2)
     edges = [0, *(1 << k for k in range(8, run.context.bit_length()))]
     by_position = {f"{a}-{b}": float(bits[a:b].mean()) for a, b in itertools.pairwise(edges)}
-    generator = torch.Generator().manual_seed(7)
+    drawn = random.Random(7)
     retrieved = {}
     distance = 128
     while distance <= run.context:
         planted = []
         for _ in range(setup.probes):
-            start = int(torch.randint(len(text) - run.context - 1, (), generator=generator))
-            planted.append(text[start : start + run.context + 1].clone())
-            plant(planted[-1], distance, generator)
+            start = drawn.randrange(len(text) - run.context - 1)
+            window = bytearray(text[start : start + run.context + 1].numpy())
+            plant(window, len(window), distance, drawn.randrange(128, 256), drawn)
+            planted.append(torch.frombuffer(window, dtype=torch.uint8))
         right = 0
         for part in torch.stack(planted).long().split(count):
             hidden = model.hidden(part[:, :-1].to(setup.device))[:, -DIGITS:]
@@ -308,7 +321,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name holds one of these texts")
     parser.add_argument("--seconds", type=float, default=500.0, help="stop training after so long")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="of each run; 500 by default")
+    parser.add_argument("--steps", type=int, help="of each run; 400 by default")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     arguments = parser.parse_args()
     setup = SMOKE if arguments.smoke else Setup()

@@ -193,8 +193,8 @@ def test_the_committed_chart_is_drawn_from_the_committed_result(monkeypatch: pyt
 def test_an_interrupted_quality_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a planted line is where it is said to be, with its answer at the window's end."""
     quality = load("quality", monkeypatch)
-    setup = quality.replace(quality.SMOKE, steps=3, width=16, step_bytes=512, contexts=(128,))
-    run, text = quality.Run("geometric+shift", 128, 0), torch.randint(97, 122, (4000,), dtype=torch.uint8)
+    setup = quality.replace(quality.SMOKE, steps=3, width=16, step_bytes=4096, contexts=(2048,))
+    run, text = quality.Run("geometric+shift", 2048, 0), torch.randint(97, 122, (4000,), dtype=torch.uint8)
     whole, _ = quality.train(run, setup, text, tmp_path, float("inf"))
     ticks = iter([0.0, 0.0, 1.0])  # the third step is past the deadline
     monkeypatch.setattr(quality.time, "monotonic", lambda: next(ticks, 0.0))
@@ -202,6 +202,6 @@ def test_an_interrupted_quality_run_goes_on_exactly(tmp_path: Path, monkeypatch:
     again, _ = quality.train(run, setup, text, tmp_path, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     window = bytes(quality.batch(text, run, 0, setup)[0].tolist())
-    answer = window[-8:]
-    assert window.count(b"# key ") == 2 and window.count(b" = " + answer) == 2
-    assert quality.judge(again, run, text, setup)["retrieved"].keys() == {"128"}
+    asked = (window[-8:], window[-8 - 1024 : -1024])
+    assert all(question.startswith(b"\n# ") and window.count(question) == 2 for question in asked)
+    assert quality.judge(again, run, text, setup)["retrieved"].keys() == {"128", "512", "2048"}
