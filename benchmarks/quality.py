@@ -1,20 +1,25 @@
 """Whether a longer context helps, and which pattern makes use of it: byte models trained from scratch on source code.
 
-    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--steps 400] [--out FOLDER]
-    python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, a minute: tiny models, nothing to conclude
+    python benchmarks/quality.py --folder runs/quality [--seconds 500] [--only TEXT ...] [--seeds 1] [--out FOLDER]
+    python benchmarks/quality.py --folder runs/smoke --smoke       # CPU, seconds: tiny models, nothing to conclude
 
-Every run is a decoder of 25M parameters that reads the same number of bytes: a step is 131,072 of them, as windows of
-one context; weights are bf16, with masters in fp32. The text is the installed packages' Python files in the order of
-their paths, one package after another; packages drawn by their name's hash are for validation alone, and all runs are
-judged on the same bytes of them.
+A run is a decoder of 25M parameters whose context grows, as is practised: 500 steps at 2,048, then 200 at the run's
+own. A step is 131,072 bytes whatever the context, so all runs read as many. Runs of one attention and seed share their
+first part, the start; shifted ones begin from the unshifted start, since a shift adds no weights. At 2,048, where
+patterns differ little, only dense attention and fixed segments are run. Weights are bf16, with masters in fp32. The
+text is the installed packages' Python files in the order of their paths, one package after another; packages drawn by
+their name's hash are for validation alone, and all runs are judged on the same bytes of them.
 
-Reported per run: validation bits per byte, overall and by position in the context; and retrieval: lines of a name, one
-byte beyond ASCII, and four digits are planted in the training text and asked for later, one in each kilobyte whatever
-the context; and the share of validation windows whose digits, asked for at the end, are all likeliest is reported by
-the distance of the line. Tokens per second and memory too.
+Reported per run: validation bits per byte, overall and by position. Bytes late in long windows are others than those
+late in short ones, so a run's are also kept by their positions in windows of every other context: two runs compare on
+the same bytes. And retrieval: lines of a name, one byte beyond ASCII, and four digits are planted in the training text
+and asked for later, one in each kilobyte whatever the context; the share of digits that are likeliest, given those
+before them, is reported by the distance of the line. Bytes per second, from the median step, and memory too.
 
-A call works until `--seconds` have passed, and the next one goes on: finished runs are kept as JSON in the folder, one
-that was interrupted from its last checkpoint. The results of all finished runs go into one JSON and one chart.
+A call works until `--seconds` have passed, and the next one goes on: finished runs are kept as JSON in the folder,
+starts as files, what was interrupted as its last checkpoint. Two processes, each with a GPU, an `--only` and an `--out`
+of its own, may share a folder: at worst both make the same start. The results of all finished runs go into one JSON
+and one chart.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 import sysconfig
 import time
 import zlib
@@ -34,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import quality_chart
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +63,8 @@ class Setup:
     layers: int = 8
     heads: int = 8
     step_bytes: int = 1 << 17
-    steps: int = 400
+    start_steps: int = 500  # at the first context
+    steps: int = 200  # after them, at a run's own
     learning_rate: float = 1e-3
     contexts: tuple[int, ...] = (2048, 8192, 32_768, 131_072)
     longest_dense: int = 32_768
@@ -67,7 +75,7 @@ class Setup:
     device: str = "cuda"
 
 
-SMOKE = Setup(32, 2, 2, 2048, 6, 3e-3, (256, 1024), 1024, 64, 4096, 1 << 20, 2, "cpu")
+SMOKE = Setup(32, 2, 2, 2048, 4, 4, 3e-3, (256, 1024), 1024, 64, 4096, 1 << 20, 2, "cpu")
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,14 @@ class Run:
     def name(self) -> str:
         """Its name in the folder and in the table."""
         return f"{self.attention}-{self.context}-seed{self.seed}"
+
+    def steps(self, setup: Setup) -> range:
+        """Its own, counted from the start's first."""
+        return range(setup.start_steps, setup.start_steps + setup.steps)
+
+    def start(self, setup: Setup) -> Start:
+        """What it begins with."""
+        return Start(self.attention.removesuffix("+shift"), setup.contexts[0], self.seed)
 
     def model(self, setup: Setup) -> LongNetLM:
         """The model at its start."""
@@ -101,13 +117,25 @@ class Run:
         )  # fmt: skip
 
 
+class Start(Run):
+    """The steps that all runs of one attention and seed share, at the first context."""
+
+    @property
+    def name(self) -> str:
+        return f"start-{self.attention}-seed{self.seed}"
+
+    def steps(self, setup: Setup) -> range:
+        return range(setup.start_steps)
+
+
 def runs(setup: Setup, seeds: int) -> Iterator[Run]:
     """All runs: one seed of everything first, the slowest last."""
+    first, *longer = setup.contexts
     for seed in range(seeds):
-        of_seed = [Run(attention, context, seed) for context in setup.contexts for attention in ATTENTIONS]
-        dense = [run for run in of_seed if run.attention == "dense" and run.context <= setup.longest_dense]
+        dense = [Run("dense", context, seed) for context in setup.contexts if context <= setup.longest_dense]
         yield from dense[:-1]
-        yield from (run for run in of_seed if run.attention != "dense")
+        yield Run("fixed", first, seed)
+        yield from (Run(name, context, seed) for context in longer for name in ATTENTIONS if name != "dense")
         yield from dense[-1:]
 
 
@@ -151,7 +179,7 @@ def plant_many(window: bytearray, drawn: random.Random) -> None:
 
 
 def batch(text: Tensor, run: Run, step: int, setup: Setup) -> Tensor:
-    """The windows of one step, int64 `(B, context + 1)`: the same places for every attention."""
+    """The windows of one step, int64 `(B, context + 1)`: the same places for every attention of a context."""
     drawn = random.Random(1_000_003 * run.seed + step)
     windows = []
     for _ in range(max(1, setup.step_bytes // run.context)):
@@ -204,51 +232,83 @@ class Masters:
             torch._foreach_copy_(self._weights, self.copies)
 
 
-def train(run: Run, setup: Setup, text: Tensor, folder: Path, deadline: float) -> tuple[LongNetLM, float] | None:
-    """The trained model and its bytes per second; None where the time ran out, with a checkpoint left behind."""
+def rate(step: int, setup: Setup) -> float:
+    """Warmed up, constant to the start's end, then linearly down to a tenth: one start serves runs of any length.
+
+    Warmup, stable, decay: Hu et al. 2024, MiniCPM (arXiv 2404.06395), section 4.
+    """
+    decayed = max(0, step + 1 - setup.start_steps) / setup.steps
+    return setup.learning_rate * min((step + 1) / max(1, setup.start_steps // 20), 1 - 0.9 * decayed)
+
+
+def train(
+    run: Run, setup: Setup, text: Tensor, folder: Path, deadline: float
+) -> tuple[LongNetLM, list[float], float] | None:
+    """The trained model, its seconds per step, its peak memory in GiB; None where the time ran out, with a checkpoint.
+
+    The start is made first if need be.
+    """
+    start, checkpoint = folder / f"{run.start(setup).name}.pt", folder / f"{run.name}.part.pt"
+    is_start = isinstance(run, Start)
+    if not (is_start or start.exists()) and train(run.start(setup), setup, text, folder, deadline) is None:
+        return None
     model = run.model(setup).train()
-    optimizer = Masters(model, setup.learning_rate)
-    checkpoint, first, seconds = folder / f"{run.name}.pt", 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=setup.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"], state["seconds"]
-    for step in range(first, setup.steps):
+    masters = Masters(model, setup.learning_rate)
+    first, times = 0, []
+    if found := next((path for path in (checkpoint, start) if path.exists()), None):
+        state = torch.load(found, map_location=setup.device, weights_only=True)
+        masters.load_state_dict(state["masters"])
+        first, times = state["step"], state["times"]
+        del state
+
+    def save(path: Path, step: int, times: list[float]) -> None:
+        state = {"masters": masters.state_dict(), "step": step, "times": times}
+        replace_file(path, lambda at: torch.save(state, at))
+
+    on_gpu = setup.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(first, run.steps(setup).stop):
         if time.monotonic() > deadline:
-            state = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-            replace_file(checkpoint, lambda at, s=state: torch.save(s, at))
+            save(checkpoint, step, times)
             return None
-        start = time.perf_counter()
-        warmup = max(1, setup.steps // 20)
-        progress = min(1.0, max(0.0, (step - warmup) / max(1, setup.steps - warmup)))
-        rate = setup.learning_rate * min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-        loss = losses(model, batch(text, run, step, setup)).mean()
+        windows = batch(text, run, step, setup)
+        began = time.perf_counter()
+        loss = losses(model, windows).mean()
         loss.backward()
-        optimizer.step(rate)
-        if step % 25 == 0 or step == setup.steps - 1:
+        masters.step(rate(step, setup))
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        if step % 25 == 0 or step == run.steps(setup)[-1]:
             value = float(loss.detach())
             common.refuse([] if math.isfinite(value) else [f"{run.name}: the loss at step {step} is {value}"])
             print(f"  {run.name} step {step} bits per byte {value / math.log(2):.3f}", flush=True)
-        seconds += time.perf_counter() - start
-    checkpoint.unlink(missing_ok=True)
-    return model, setup.steps * max(run.context, setup.step_bytes) / seconds
+    if is_start:  # its own checkpoint stays: another process may be about to read it
+        save(start, setup.start_steps, [])
+    else:
+        checkpoint.unlink(missing_ok=True)
+    return model, times, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+
+
+def by_position(bits: Tensor, context: int) -> dict[str, float]:
+    """Means of the bytes' bits by their position in windows of a context, the last quarter apart."""
+    means = bits[: len(bits) // context * context].view(-1, context).mean(0)
+    edges = [0, *(1 << k for k in range(8, context.bit_length() - 1)), 3 * context // 4, context]
+    return {f"{a}-{b}": float(means[a:b].mean()) for a, b in itertools.pairwise(edges)}
 
 
 @torch.inference_mode()
 def judge(model: LongNetLM, run: Run, text: Tensor, setup: Setup) -> dict[str, Any]:
     """Bits per byte overall and by position, and retrieval by distance, on validation text."""
     model.eval()
-    total = torch.zeros(run.context, dtype=torch.float64)
     windows = text[: len(text) // run.context * run.context].view(-1, run.context)
     # Every byte is judged once: the first of a window follows the last one of the window before.
     before = torch.cat((text[:1], windows[:-1, -1]))[:, None]
     windows = torch.cat((before, windows), 1).long()
     count = max(1, setup.step_bytes // run.context)
-    for part in windows.split(count):
-        total += losses(model, part.to(setup.device)).double().sum(0).cpu()
-    bits = total / len(windows) / math.log(2)
-    edges = [0, *(1 << k for k in range(8, run.context.bit_length()))]
-    by_position = {f"{a}-{b}": float(bits[a:b].mean()) for a, b in itertools.pairwise(edges)}
+    found = [losses(model, part.to(setup.device)).flatten().cpu() for part in windows.split(count)]
+    bits = torch.cat(found).double() / math.log(2)
     drawn = random.Random(7)
     retrieved = {}
     distance = 128
@@ -263,10 +323,11 @@ def judge(model: LongNetLM, run: Run, text: Tensor, setup: Setup) -> dict[str, A
         for part in torch.stack(planted).long().split(count):
             hidden = model.hidden(part[:, :-1].to(setup.device))[:, -DIGITS:]
             guessed = model.logits(hidden).argmax(-1).cpu()
-            right += int((guessed == part[:, -DIGITS:]).all(1).sum())
-        retrieved[str(distance)] = right / setup.probes
+            right += int((guessed == part[:, -DIGITS:]).sum())
+        retrieved[str(distance)] = right / (setup.probes * DIGITS)
         distance *= 4
-    return {"bits_per_byte": float(bits.mean()), "by_position": by_position, "retrieved": retrieved}
+    positions = {str(context): by_position(bits, context) for context in setup.contexts}
+    return {"bits_per_byte": float(bits.mean()), "by_position": positions, "retrieved": retrieved}
 
 
 def failures(setup: Setup) -> list[str]:
@@ -281,39 +342,6 @@ def failures(setup: Setup) -> list[str]:
     return [f"the op differs from fp64 by {error:.1e}"] if not error < 0.02 else []
 
 
-def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bits per byte by position in the longest context, and by context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = dict(zip(ATTENTIONS, ("#999999", "#e69f00", "#d55e00", "#0072b2", "#009e73"), strict=True))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    longest = max(row["context"] for row in rows)
-    for attention, colour in colours.items():
-        mine = [row for row in rows if row["attention"] == attention]
-        for row in mine:
-            if row["context"] == longest or (attention == "dense" and row is max(mine, key=lambda r: r["context"])):
-                ends = [int(name.split("-")[1]) for name in row["by_position"]]
-                axes[0].semilogx(ends, list(row["by_position"].values()), "o-", color=colour, markersize=3)
-                distances = [int(name) for name in row["retrieved"]]
-                axes[1].semilogx(distances, list(row["retrieved"].values()), "o-", color=colour, markersize=3)
-        contexts = sorted({row["context"] for row in mine})
-        means = [[r["bits_per_byte"] for r in mine if r["context"] == c] for c in contexts]
-        axes[2].semilogx(contexts, [sum(x) / len(x) for x in means], "o-", color=colour, label=attention)
-    axes[0].set(
-        xlabel="position in the context, up to", ylabel="validation bits per byte", title=f"context {longest:,}"
-    )
-    axes[1].set(xlabel="distance of the planted line", ylabel="share retrieved", ylim=(-0.03, 1.03), title="retrieval")
-    axes[2].set(xlabel="context", ylabel="validation bits per byte", title="all positions")
-    axes[2].legend(frameon=False, fontsize=8)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of runs, finished and interrupted")
@@ -321,7 +349,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="runs whose name holds one of these texts")
     parser.add_argument("--seconds", type=float, default=500.0, help="stop training after so long")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="of each run; 400 by default")
+    parser.add_argument("--steps", type=int, help="of each run after its start; 200 by default")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     arguments = parser.parse_args()
     setup = SMOKE if arguments.smoke else Setup()
@@ -345,22 +373,23 @@ def main() -> None:
         if time.monotonic() > deadline:
             missing.append(run.name)
             continue
-        if setup.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         trained = train(run, setup, training, arguments.folder, deadline)
         if trained is None:
             missing.append(run.name)
             continue
-        model, rate = trained
-        peak = torch.cuda.max_memory_allocated() / 2**30 if setup.device == "cuda" else 0.0
-        row = {"case": run.name, **asdict(run), **judge(model, run, validation, setup), "bytes_per_second": rate}
-        replace_text(done, json.dumps({**row, "peak_gib": peak, "steps": setup.steps}, indent=1) + "\n")
-        print(f"{run.name}: {row['bits_per_byte']:.3f} bits per byte, {rate:,.0f} bytes/s, {peak:.1f} GiB", flush=True)
+        model, times, peak = trained
+        speed = max(run.context, setup.step_bytes) / statistics.median(times)
+        row = {"case": run.name, **asdict(run), **judge(model, run, validation, setup), "bytes_per_second": speed}
+        row |= {"peak_gib": peak, "start_steps": setup.start_steps, "steps": setup.steps}
+        replace_text(done, json.dumps(row, indent=1) + "\n")
+        print(f"{run.name}: {row['bits_per_byte']:.3f} bits per byte, {speed:,.0f} bytes/s, {peak:.1f} GiB", flush=True)
+        del model, trained  # what the next run holds is measured
     finished = sorted(arguments.folder.glob("*-seed*.json"))
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in finished]
     path = common.write(arguments.out, "quality", rows, check=SAID) if rows else None
     if path is not None:
-        picture(rows, path.with_suffix(".png"), f"{setup.steps} steps of {setup.step_bytes:,} bytes, text {name}")
+        title = f"{setup.start_steps} + {setup.steps} steps of {setup.step_bytes:,} bytes, text {name}"
+        quality_chart.picture(rows, path.with_suffix(".png"), title)
     print(f"finished: {len(rows)}; not yet: {', '.join(missing) or 'none'}")
 
 

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +212,35 @@ def slide_folder() -> str:
     return by_machine("slide_folder", table)
 
 
+def quality() -> str:
+    """Byte models trained from scratch, by context and attention: means of seeds."""
+
+    def table(result: dict[str, Any]) -> list[str]:
+        head = "| context | attention | bits per byte | last quarter | digits to 1,024 | beyond | bytes/s | memory |"
+        lines = [head, "|---|---|---|---|---|---|---|---|"]
+        shortest = min(row["context"] for row in result["rows"])
+        base = {row["seed"]: row for row in result["rows"] if (row["attention"], row["context"]) == ("dense", shortest)}
+        kinds = sorted({(row["context"], row["attention"]) for row in result["rows"]})
+        for context, attention in kinds:
+            rows = [r for r in result["rows"] if (r["context"], r["attention"]) == (context, attention)]
+            quarter = f"{3 * context // 4}-{context}"
+            late = [row["by_position"][str(context)][quarter] for row in rows]
+            known = [row for row in rows if row["seed"] in base]  # the same bytes, read with the shortest context
+            before = [base[row["seed"]]["by_position"][str(context)][quarter] for row in known]
+            gain = f" ({fmean(late) - fmean(before):+.3f})" if before and len(known) == len(rows) else ""
+            found = [(int(distance), share) for row in rows for distance, share in row["retrieved"].items()]
+            near = [share for distance, share in found if distance <= 1024]
+            far = [share for distance, share in found if distance > 1024]
+            cells = [f"{context:,}", attention, f"{fmean(row['bits_per_byte'] for row in rows):.3f}"]
+            cells.append(f"{fmean(late):.3f}{gain}")
+            cells += [f"{fmean(shares):.0%}" if shares else "" for shares in (near, far)]
+            cells.append(f"{fmean(row['bytes_per_second'] for row in rows):,.0f}")
+            lines.append("| " + " | ".join([*cells, f"{max(row['peak_gib'] for row in rows):.1f} GiB"]) + " |")
+        return lines
+
+    return by_machine("quality", table)
+
+
 def hf_classes() -> str:
     """Classes of transformers under one covering branch: equal, or refused and why."""
     record = json.loads((ROOT / "docs" / "huggingface_classes.json").read_text(encoding="utf-8"))
@@ -256,7 +286,7 @@ def support() -> str:
 QUICK: dict[str, Callable[[], str]] = {
     "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu, "ring": ring,
     "slides": slides, "slide-folder": slide_folder, "streaming": streaming, "generation": generation,
-    "hf-classes": hf_classes,
+    "quality": quality, "hf-classes": hf_classes,
 }  # fmt: skip
 # By computing something.
 TRIED: dict[str, Callable[[], str]] = {"support": support}

@@ -37,7 +37,7 @@ def test_the_runner_lists_every_benchmark() -> None:
     done = run()
     assert done.returncode == 0
     for path in (ROOT / "benchmarks").glob("*.py"):
-        if path.stem not in {"__main__", "common", "generation_gpu", "workloads"}:
+        if path.stem not in {"__main__", "common", "generation_gpu", "quality_chart", "workloads"}:
             assert f"  {path.stem} " in done.stdout
     assert run("no-such-benchmark").returncode == 2
 
@@ -191,17 +191,100 @@ def test_the_committed_chart_is_drawn_from_the_committed_result(monkeypatch: pyt
 
 
 def test_an_interrupted_quality_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a planted line is where it is said to be, with its answer at the window's end."""
+    """In the start that runs share and in the run; and a planted line is where it is said to be, its answer last."""
     quality = load("quality", monkeypatch)
-    setup = quality.replace(quality.SMOKE, steps=3, width=16, step_bytes=4096, contexts=(2048,))
+    setup = quality.replace(quality.SMOKE, start_steps=3, steps=2, width=16, step_bytes=4096, contexts=(1024, 2048))
     run, text = quality.Run("geometric+shift", 2048, 0), torch.randint(97, 122, (4000,), dtype=torch.uint8)
-    whole, _ = quality.train(run, setup, text, tmp_path, float("inf"))
-    ticks = iter([0.0, 0.0, 1.0])  # the third step is past the deadline
+    whole, times, _ = quality.train(run, setup, text, tmp_path, float("inf"))
+    assert len(times) == 2  # the start's are not the run's
+    long = quality.Setup()
+    rates = [quality.rate(step, long) / long.learning_rate for step in (0, 24, 25, 499, 599, 699)]
+    assert rates == pytest.approx([0.04, 1, 1, 1, 0.55, 0.1])
+    start = tmp_path / "start-geometric-seed0.pt"
+    begun = start.read_bytes()
+
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    ticks = iter([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])  # past the deadline: the start's third step, then the run's second
     monkeypatch.setattr(quality.time, "monotonic", lambda: next(ticks, 0.0))
-    assert quality.train(run, setup, text, tmp_path, 0.5) is None
-    again, _ = quality.train(run, setup, text, tmp_path, 0.5)
+    assert quality.train(run, setup, text, folder, 0.5) is None
+    assert [path.name for path in folder.iterdir()] == ["start-geometric-seed0.part.pt"]
+    assert quality.train(run, setup, text, folder, 0.5) is None
+    assert (folder / "geometric+shift-2048-seed0.part.pt").exists()
+    again, times, _ = quality.train(run, setup, text, folder, 0.5)
+    assert len(times) == 2 and not (folder / "geometric+shift-2048-seed0.part.pt").exists()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+    # A run with no shift and the shifted one begin from one start, which neither makes anew.
+    unshifted, *_ = quality.train(quality.Run("geometric", 2048, 0), setup, text, tmp_path, float("inf"))
+    assert start.read_bytes() == begun
+    assert not all(torch.equal(a, b) for a, b in zip(whole.parameters(), unshifted.parameters(), strict=True))
+    none = quality.replace(setup, steps=0)
+    first, second = (quality.train(quality.Run(name, 2048, 0), none, text, tmp_path, float("inf"))[0]
+                     for name in ("geometric", "geometric+shift"))  # fmt: skip
+    kept = torch.load(start, weights_only=True)["masters"]["weights"]
+    for a, b, c in zip(first.parameters(), second.parameters(), kept, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert first.config.segment_shift != second.config.segment_shift
+
     window = bytes(quality.batch(text, run, 0, setup)[0].tolist())
     asked = (window[-8:], window[-8 - 1024 : -1024])
     assert all(question.startswith(b"\n# ") and window.count(question) == 2 for question in asked)
-    assert quality.judge(again, run, text, setup)["retrieved"].keys() == {"128", "512", "2048"}
+
+
+def test_quality_is_judged_on_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that knows only how frequent bytes are: its bits by position and its digits are counted here."""
+    quality = load("quality", monkeypatch)
+    setup = quality.replace(quality.SMOKE, contexts=(512, 2048), probes=16)
+    text = torch.randint(97, 122, (4096,), dtype=torch.uint8)
+    logits = torch.linspace(-1, 1, 256)
+    logits[ord("3")] = 9.0  # the likeliest byte, and a tenth of the digits
+
+    class Same(torch.nn.Module):
+        def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens[..., None].float()
+
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            return logits.expand(*hidden.shape[:-1], 256)
+
+    found = {c: quality.judge(Same(), quality.Run("dense", c, 0), text, setup) for c in setup.contexts}
+    bits = -(logits.log_softmax(0) / torch.log(torch.tensor(2.0)))[text.long()].double()
+    for context in setup.contexts:  # the same bytes, whatever context the run read them with
+        want = bits.view(-1, context)
+        for got in (row["by_position"][str(context)] for row in found.values()):
+            assert got[f"{3 * context // 4}-{context}"] == pytest.approx(float(want[:, 3 * context // 4 :].mean()))
+            assert got["0-256"] == pytest.approx(float(want[:, :256].mean()))
+    assert found[2048]["bits_per_byte"] == pytest.approx(float(bits.mean()))
+    assert found[2048]["retrieved"].keys() == {"128", "512", "2048"}
+    # 192 digits of which a tenth is 3: five standard deviations.
+    assert 0 < sum(found[2048]["retrieved"].values()) / 3 < 0.1 + 5 * (0.09 / 192) ** 0.5
+
+
+def test_quality_writes_what_its_table_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs of a smoke on drawn text, two seeds; each run's row is in the table, by context and attention."""
+    pytest.importorskip("matplotlib")
+    quality = load("quality", monkeypatch)
+    monkeypatch.setattr(quality, "SMOKE", quality.replace(quality.SMOKE, start_steps=1, steps=1, width=16, layers=1))
+    text = torch.randint(97, 122, (8192,), dtype=torch.uint8)
+    monkeypatch.setattr(quality, "corpus", lambda setup: (text, text[:4096], "drawn"))
+    given = ["--smoke", "--folder", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *given])
+    quality.main()
+    (path,) = tmp_path.glob("quality_*.json")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    kinds = {(row["context"], row["attention"]) for row in rows}
+    assert kinds == {(256, "dense"), (256, "fixed"), *((1024, name) for name in quality.ATTENTIONS)}
+    assert len(rows) == 2 * len(kinds)
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.quality() == "" or "bits per byte" in tables.quality()  # what is committed, if anything
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = tables.quality().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    assert [(int(c[0].replace(",", "")), c[1]) for c in cells] == sorted(kinds)
+    mean = {kind: sum(r["bits_per_byte"] for r in rows if (r["context"], r["attention"]) == kind) / 2 for kind in kinds}
+    assert [c[2] for c in cells] == [f"{mean[kind]:.3f}" for kind in sorted(kinds)]
+    assert cells[0][3].endswith("(+0.000)")  # dense at the shortest context, beside itself
