@@ -4,8 +4,8 @@
     ...
     <!-- end -->
 
-Speed comes from `benchmarks/results/`, the classes of transformers from `make hf-sweep`, the support matrix from trying
-every cell. Tests fail when a page differs.
+Speed comes from `benchmarks/results/` and `examples/results/`, the classes of transformers from `make hf-sweep`, the
+support matrix from trying every cell. Tests fail when a page differs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLES = ROOT / "examples" / "results"
 # Cases of benchmarks/results are named by the first word, readers know the second.
 MASKS = {"full": "bidirectional", "causal": "causal"}
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def results(benchmark: str) -> list[dict[str, Any]]:
-    """The committed results of a benchmark, one a machine."""
-    files = sorted(RESULTS.glob(f"{benchmark}_*.json"))
+    """The committed results of a benchmark or an example, one a machine."""
+    files = sorted(path for folder in (RESULTS, EXAMPLES) for path in folder.glob(f"{benchmark}_*.json"))
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     return [result for result in found if result["benchmark"] == benchmark]
 
@@ -241,6 +242,26 @@ def quality() -> str:
     return by_machine("quality", table)
 
 
+def smollm() -> str:
+    """A pretrained model by which of its layers are dilated, before and after tuning, beside the dense one's tuning."""
+
+    def table(result: dict[str, Any]) -> list[str]:
+        head = "| context, steps | dilated layers | before | after | less dense | training | forward | memory |"
+        lines = [head, "|---|---|---|---|---|---|---|---|"]
+        tuned = [row for row in result["rows"] if "after" in row]
+        dense = {row["context"]: row["after"]["mean"] for row in tuned if not row["dilated"]}
+        for row in tuned:
+            after, base = row["after"]["mean"], dense.get(row["context"])
+            cells = [f"{row['context']:,}, {row['steps']}", f"{row['recipe']} ({row['dilated']} of {row['layers']})"]
+            cells += [f"{row['before']['mean']:.3f}", f"{after:.3f}", "" if base is None else f"{after - base:+.3f}"]
+            cells += [f"{row[f'{x}_tokens_per_second']:,.0f} tokens/s" for x in ("training", "forward")]
+            cells.append("" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB")
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    return by_machine("smollm", table) or "Not measured yet."
+
+
 def hf_classes() -> str:
     """Classes of transformers under one covering branch: equal, or refused and why."""
     record = json.loads((ROOT / "docs" / "huggingface_classes.json").read_text(encoding="utf-8"))
@@ -287,6 +308,9 @@ QUICK: dict[str, Callable[[], str]] = {
     "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu, "ring": ring,
     "slides": slides, "slide-folder": slide_folder, "streaming": streaming, "generation": generation,
     "quality": quality, "hf-classes": hf_classes,
+
+
+    "smollm": smollm,
 }  # fmt: skip
 # By computing something.
 TRIED: dict[str, Callable[[], str]] = {"support": support}
