@@ -1,11 +1,12 @@
 """Hopper's own kernels beside their Triton twins: correctness first, then milliseconds and rates.
 
-    python benchmarks/hopper.py [--all] [--backward]    # --all: other configurations than the library's too
+    python benchmarks/hopper.py [--all] [--backward | --branches]  # --all: other configurations than the library's
 
 Pattern rate: the pairs that the branches come to together, over time; computed rate: distinct pairs. The ratio is of
 the pattern rate to dense cuDNN's at 65,536 tokens, timed before and after in this process. With --backward the passes
 of the gradients instead: delta and its layouts, dQ (three products per pair), dK and dV (four), all of it (five, as
-everyone counts), and forward and backward together beside cuDNN's.
+everyone counts), and forward and backward together beside cuDNN's. With --branches the kernels for one branch at a
+time beside their twins, on the lines of benchmarks/patterns.py that no single launch takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import gpu
+import patterns
 import torch
 import tune
 from triton.runtime import driver, jit
@@ -26,7 +28,7 @@ from triton.runtime import driver, jit
 from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
-from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches
+from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, query_terms
 from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, support
 from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
 from dilated_attention_pytorch.kernels.triton.replay import Tape
@@ -129,7 +131,74 @@ def forward(shape: str, heads: int, width: int, causal: bool, others: bool) -> N
     show(f"{shape} {'causal' if causal else 'bidirectional'}", dense, causal, lines)
 
 
-def compile_case(index: int, with_backward: bool, others: bool) -> None:
+GENERAL = "README", "slide", "r=1,3,9", "paper's rates"
+
+
+def general_lines() -> list[patterns.Line]:
+    """Lines that no launch for all branches takes, at widths that Hopper's tiles have."""
+    return [line for line in patterns.lines() if line.name in GENERAL or line.head_dim in (80, 96)]
+
+
+def work_of_line(line: patterns.Line, device: str = "cuda") -> Work:
+    heads = line.num_heads, *2 * (line.num_kv_heads or line.num_heads,)
+    make = torch.randn if device == "cuda" else torch.empty
+    q, k, v = (
+        make(line.batch, line.seq_len, h, line.head_dim, device=device, dtype=torch.bfloat16) for h in heads
+    )  # fmt: skip
+    problem = Problem(
+        line.pattern, line.is_causal, line.head_dim**-0.5, 0.0, 0, 0, line.seq_len, "exact", "none"
+    )  # fmt: skip
+    return Work(QKV(q, k, v), problem, NO_MASKS)
+
+
+def branch_passes(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
+    """The passes of one branch, as a call of a kind that was seen before launches them."""
+    (forward_config,) = launch_branches.configs_for(work, "forward")
+    dq, dkv = launch_branches.configs_for(work, "backward")
+    n, heads = work.x.q.shape[1:3]
+    terms = query_terms.QueryTerms(
+        torch.empty_like(work.x.q).copy_(work.x.q), *work.x.q.new_full((2, work.x.q.shape[0], heads, n), 5.0).float()
+    )
+    inputs = (*work.x, *terms)
+
+    def recorded(name: str, run: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        tape = Tape((name, branch, work.problem, object()), inputs)
+        found = run(work, *arguments[:-1], tape, arguments[-1], [branch])
+        tape.keep((found,) if isinstance(found, torch.Tensor) else found)
+        return partial(tape.play, inputs)
+
+    return {
+        "forward": recorded("forward", launch_branches.forward, forward_config),
+        "dQ": recorded("dQ", launch_branches.backward_dq, terms, dq),
+        "dK, dV": recorded("dK, dV", launch_branches.backward_dkv, terms, dkv),
+    }
+
+
+def branches(line: patterns.Line) -> None:
+    """Each pass of each branch by both, after a check of one against the other."""
+    work, pattern = work_of_line(line), line.pattern
+    for branch, (length, rate) in enumerate(zip(line.segment_lengths, line.dilation_rates, strict=True)):
+        alone = DilatedPattern((length,), (rate,), pattern.num_heads, pattern.offsets)
+        group = line.num_heads // pattern.num_heads
+        flops = line.batch * group * alone.pairs(line.seq_len, is_causal=line.is_causal) * 2 * line.head_dim
+        found, times = {}, {}
+        for who, few in (("twin", 1 << 40), ("Hopper", 128)):
+            support._FEW.update(dict.fromkeys(support._FEW, few))
+            for name, run in branch_passes(work, branch).items():
+                found[name, who], times[name, who] = run(), gpu.milliseconds(run)
+        for name, products in (("forward", 2), ("dQ", 3), ("dK, dV", 4)):
+            error = max(relative_norm(a, b) for a, b in zip(found[name, "Hopper"], found[name, "twin"], strict=True))
+            wrong = "" if error < 1e-2 else "  WRONG"
+            twin, ours = times[name, "twin"], times[name, "Hopper"]
+            print(
+                f"{line.title:<44} w={length} r={rate} {name:<8} "
+                f"twin {twin:7.3f} ms {flops * products / twin / 1e9:4.0f}, Hopper {ours:7.3f} ms "
+                f"{flops * products / ours / 1e9:4.0f}, {twin / ours:.2f}x, {error:.0e}{wrong}",
+                flush=True,
+            )
+
+
+def compile_case(index: int, with_backward: bool, others: bool, of_branches: bool) -> None:
     """Leaves what one case launches in the cache on disk."""
     driver.set_active(tune.NoGPU())
     original = jit.JITFunction.run
@@ -138,6 +207,15 @@ def compile_case(index: int, with_backward: bool, others: bool) -> None:
         return original(self, *args, grid=grid, warmup=True, **flags)
 
     jit.JITFunction.run = run
+    if of_branches:
+        support.why_not_here = lambda device: []
+        support._LITTLE = 0
+        work = work_of_line(general_lines()[index], "cpu")
+        for few in (1 << 40, 128):
+            support._FEW.update(dict.fromkeys(support._FEW, few))
+            for branch in range(len(work.problem.pattern.dilation_rates)):
+                branch_passes(work, branch)
+        return
     _, heads, width, causal = CASES[index]
     odd = () if with_backward and (width, causal) != (64, True) else ((1 << 16) + 3,)
     for n in (1 << 16, *odd):
@@ -152,11 +230,11 @@ def compile_case(index: int, with_backward: bool, others: bool) -> None:
             launch.forward(work, Tape(), config)
 
 
-def compile_all(*options: str) -> None:
+def compile_all(count: int, *options: str) -> None:
     """Compiles the cases side by side, in processes that see no GPU."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, *options, "--compile"]
-    workers = [subprocess.Popen([*command, str(i)], env=environment) for i in range(len(CASES))]
+    workers = [subprocess.Popen([*command, str(i)], env=environment) for i in range(count)]
     if any([worker.wait() for worker in workers]):
         sys.exit("a case does not compile")
 
@@ -177,11 +255,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--branches", action="store_true")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile is not None:
-        return compile_case(options.compile, options.backward, options.all)
-    compile_all(*["--backward"] * options.backward, *["--all"] * options.all)
+        return compile_case(options.compile, options.backward, options.all, options.branches)
+    chosen = [f"--{name}" for name in ("backward", "all", "branches") if getattr(options, name)]
+    compile_all(len(general_lines() if options.branches else CASES), *chosen)
+    if options.branches:
+        support._LITTLE = 0
+        for line in general_lines():
+            branches(line)
+        return None
     for case in CASES:
         if options.backward:
             backward(*case)

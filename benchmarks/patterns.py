@@ -93,7 +93,7 @@ class Line(NamedTuple):
         return self.batch * group * self.pattern.pairs(self.seq_len, is_causal=self.is_causal)
 
     def distinct(self) -> int:
-        """The pairs left when a key counts once; for bidirectional patterns that nest and divide the length."""
+        """The pairs left when a key counts once, for patterns that nest; exact where they divide the length."""
         branches = sorted(zip(self.segment_lengths, self.dilation_rates, strict=True))
         rate = math.lcm(*self.dilation_rates)
         total = 0
@@ -104,8 +104,11 @@ class Line(NamedTuple):
                     length = min(length, self.seq_len)
                     total += (length - inner) // r
                     inner = length
-        group = self.num_heads // self.pattern.num_heads
-        return self.batch * group * total * self.seq_len // rate
+        total = total * self.seq_len // rate
+        if self.is_causal:
+            # A pair and its mirror image are both shown, or neither; each row shows itself.
+            total = (total + self.pattern.num_heads * self.seq_len) // 2
+        return self.batch * (self.num_heads // self.pattern.num_heads) * total
 
 
 def lines() -> Iterator[Line]:
@@ -172,6 +175,7 @@ def takes_once(line: Line) -> bool:
     """Whether the kernels take a key once that several branches show."""
     from dilated_attention_pytorch.core.problem import Problem
     from dilated_attention_pytorch.kernels.triton import launch_aligned, work
+    from dilated_attention_pytorch.kernels.triton.hopper import support
     from dilated_attention_pytorch.types import NO_MASKS, QKV
 
     x = QKV(*line.tensors(line.seq_len, 1))
@@ -179,6 +183,8 @@ def takes_once(line: Line) -> bool:
         pattern=line.pattern, seq_len=line.seq_len, is_causal=line.is_causal, scale=line.head_dim**-0.5
     )  # fmt: skip
     prepared = work.prepare(x, problem, NO_MASKS)
+    if not support.why_not(prepared):
+        return True
     return launch_aligned.why_not(prepared, "forward") is None and launch_aligned.alignment(prepared).once
 
 

@@ -36,7 +36,7 @@ from triton.runtime import driver, jit
 
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
-from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches
+from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, query_terms
 from dilated_attention_pytorch.kernels.triton.configs import Config
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
@@ -161,10 +161,10 @@ class Case:
             self.saved = AttentionOutput(q, torch.empty(batch, line.num_heads, seq_len))
 
     @functools.cached_property
-    def terms(self) -> launch_branches.QueryTerms:
+    def terms(self) -> query_terms.QueryTerms:
         """What the backward kernels read of each query."""
-        delta = launch_branches.compute_delta(self.work, self.grad, self.saved, Tape())
-        return launch_branches.QueryTerms(self.grad.out, self.saved.lse, delta)
+        delta = query_terms.compute_delta(self.work, self.grad, self.saved, Tape())
+        return query_terms.QueryTerms(self.grad.out, self.saved.lse, delta)
 
     def aligned_dq(self, config: Config) -> tuple[Tensor, Tensor]:
         """dq, and what it leaves for dK/dV."""

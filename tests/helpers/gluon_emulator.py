@@ -41,6 +41,12 @@ class Shared:
     def index(self, i):
         return Shared(self.data[int(i)])
 
+    def _reinterpret(self, dtype, shape, layout):
+        return Shared(self.data.view(shape))
+
+    def slice(self, start, length, dim):
+        return Shared(self.data.narrow(dim, start, length))
+
     def permute(self, order):
         return Shared(self.data.permute(*order))
 
@@ -304,7 +310,8 @@ _LANGUAGE = types.SimpleNamespace(
     arange=lambda a, b, layout=None: torch.arange(a, b, dtype=torch.int32), full=_filled,
     zeros=lambda shape, dtype, layout=None: _filled(shape, 0, dtype), convert_layout=lambda x, layout: x,
     load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_specialize,
-    NVMMADistributedLayout=lambda **_: None, DotOperandLayout=lambda *_, **__: None, SliceLayout=lambda *_: None,
+    NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda *_: None), NVMMADistributedLayout=lambda **_: None,
+    DotOperandLayout=lambda *_, **__: None, SliceLayout=lambda *_: None,
 )  # fmt: skip
 _BARRIERS = types.SimpleNamespace(
     init=_init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: "barrier"

@@ -51,9 +51,11 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
         launch_branches,
         launch_decode,
         launch_linear,
+        query_terms,
     )
     from dilated_attention_pytorch.kernels.triton.hopper import launch as hopper
     from dilated_attention_pytorch.kernels.triton.hopper import launch_backward as hopper_backward
+    from dilated_attention_pytorch.kernels.triton.hopper import launch_branch as hopper_branch
     from dilated_attention_pytorch.kernels.triton.replay import Tape
     from dilated_attention_pytorch.kernels.triton.work import Work
     from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
@@ -109,7 +111,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
     for width, heads, dtype in cases:
         q = torch.empty(1, n, heads, width, dtype=getattr(torch, dtype))
         lse = torch.empty(1, heads, n)
-        terms = launch_branches.QueryTerms(q, lse, lse)
+        terms = query_terms.QueryTerms(q, lse, lse)
 
         for is_causal in (False, True):
 
@@ -124,6 +126,10 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             launch_branches.forward(work, tape, config("forward"), branches=(1,))
             launch_branches.backward_dq(work, terms, tape, config("dq"), branches=(1,))
             launch_branches.backward_dkv(work, terms, tape, config("dkv"), branches=(1,))
+            if capability == 90 and dtype != SINGLE and work.block_d in (64, 128):
+                hopper_branch.forward(work, tape, 1, AttentionOutput(q, lse), True)
+                hopper_branch.backward_dq(work, terms, tape, 1, q, True)
+                hopper_branch.backward_dkv(work, terms, tape, 1, (q, q), True)
             if not configs.candidates("aligned_forward", q, is_causal):
                 continue
             saved, grad = launch_aligned.forward(work, tape, config("aligned_forward")), OutputGradient(q, None)
@@ -181,7 +187,7 @@ def compiled(request) -> tuple[int, list[dict]]:
 
 def test_every_kernel_compiles(compiled):
     capability, reports = compiled
-    parts = "forward", "forward_causal", "backward", "backward_causal"
+    parts = "forward", "forward_causal", "backward", "backward_causal", "branch_forward", "branch_backward"
     hoppers = {f"hopper_{part}" for part in parts} if capability == 90 else set()
     assert {r["kernel"] for r in reports} - hoppers == {
         "branch_forward", "branch_backward_dq", "branch_backward_dkv", "aligned_forward", "aligned_backward_dq",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -14,26 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dilated_attention_pytorch.kernels.triton import attention, attention_backward, configs, views
 from dilated_attention_pytorch.kernels.triton.configs import Config, Direction
 from dilated_attention_pytorch.kernels.triton.grids import Grid, dilation_rate, grid_of, slots_of
+from dilated_attention_pytorch.kernels.triton.hopper import support as hopper
+from dilated_attention_pytorch.kernels.triton.query_terms import QueryTerms, compute_delta, rows_by_slot
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.views import FLAT, NO_VIEWS, POINTERS, ViewPair, strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
 _KERNELS = {"forward": ("forward",), "backward": ("dq", "dkv")}
-
-
-class QueryTerms(NamedTuple):
-    """What the backward kernels know of each query besides q.
-
-    Attributes:
-        grad: dO, `(B, N, H, D)`.
-        lse: over the keys of all branches, `(B, H, N)`.
-        delta: `rowsum(dO * out) - grad_lse`, `(B, H, N)`.
-    """
-
-    grad: Tensor
-    lse: Tensor
-    delta: Tensor
 
 
 def configs_for(work: Work, direction: Direction) -> tuple[Config, ...]:
@@ -54,6 +43,10 @@ def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | No
         return AttentionOutput(out, lse)
     # Each launch continues the softmax from the (out, lse) that it finds.
     for branch in order:
+        first = covered and branch == order[0]
+        if not hopper.why_not_branch(work, None, branch, "forward"):
+            _of_hopper().forward(work, tape, branch, AttentionOutput(out, lse), not first)
+            continue
         cut = config.at(slots_of(work.problem, branch))
         grid = grid_of(work, branch, cut, by_keys=False)
         pair = _views(work, k, v, branch, cut, cut.block_n)
@@ -64,7 +57,7 @@ def forward(work: Work, tape: Tape, config: Config, branches: Sequence[int] | No
             max(abs(work.logit_scale), 1e-30), *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, cut) | {
-            "FIRST": covered and branch == order[0], "NEGATE": work.problem.scale < 0, "VIEW": pair.kind,
+            "FIRST": first, "NEGATE": work.problem.scale < 0, "VIEW": pair.kind,
             "EVEN": not grid.joined and _whole_tiles(work, k, branch, cut),
         }  # fmt: skip
         kernel, programs = attention.branch_forward, (grid.programs * heads,)
@@ -84,18 +77,6 @@ def backward(
     return QKV(dq, *backward_dkv(work, terms, tape, dkv_config))
 
 
-def compute_delta(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape) -> Tensor:
-    """`rowsum(dO * out) - grad_lse`, fp32 `(B, H, N)`."""
-    batch, n, heads, width = saved.out.shape
-    delta = tape.empty(saved.out, (batch, heads, n), torch.float32)
-    rows = 64
-    args = (saved.out, grad.out, grad.lse, delta, *strides_of(saved.out, grad.out), *delta.stride()[:2], n, heads)
-    flags = {"D": width, "BLOCK_D": work.block_d, "BM": rows}
-    kernel, programs = attention_backward.delta_kernel, (triton.cdiv(n, rows) * heads * batch,)
-    tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
-    return delta
-
-
 def backward_dq(
     work: Work, terms: QueryTerms, tape: Tape, config: Config, branches: Sequence[int] | None = None
 ) -> Tensor:
@@ -104,6 +85,10 @@ def backward_dq(
     covered = _covers_all(work, order[0])
     dq = tape.empty(q, q.shape, fill=None if covered else 0.0)
     for branch in order:
+        first = covered and branch == order[0]
+        if not hopper.why_not_branch(work, terms.grad, branch, "dq"):
+            _of_hopper().backward_dq(work, terms, tape, branch, dq, not first)
+            continue
         cut = config.at(slots_of(work.problem, branch))
         grid = grid_of(work, branch, cut, by_keys=False)
         pair = _views(work, k, v, branch, cut, cut.block_n)
@@ -113,7 +98,7 @@ def backward_dq(
             work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, cut) | {
-            "FIRST": covered and branch == order[0], "VIEW": pair.kind,
+            "FIRST": first, "VIEW": pair.kind,
             "EVEN": not grid.joined and _whole_tiles(work, k, branch, cut),
         }  # fmt: skip
         kernel, programs = attention_backward.branch_backward_dq, (grid.programs * q.shape[2],)
@@ -130,6 +115,10 @@ def backward_dkv(
     covered = _covers_all(work, order[0])
     dk, dv = (tape.empty(y, y.shape, fill=None if covered else 0.0) for y in (k, v))
     for branch in order:
+        first = covered and branch == order[0]
+        if not hopper.why_not_branch(work, terms.grad, branch, "dkv"):
+            _of_hopper().backward_dkv(work, terms, tape, branch, (dk, dv), not first)
+            continue
         cut = config.at(slots_of(work.problem, branch))
         grid = grid_of(work, branch, cut, by_keys=True)
         pair = _views(work, q, terms.grad, branch, cut, cut.block_m)
@@ -140,14 +129,15 @@ def backward_dkv(
             if grid.num_segments * slots > max(2 * n, 4096):
                 pair = NO_VIEWS
             else:
-                rows = _rows_by_slot(work, terms, tape, grid, slots, cut.block_m)
+                rows = rows_by_slot(work, terms, tape, grid.length, grid.rate, slots)
+                rows = TensorDescriptor(rows, [rows.shape[0], rows.shape[1]], [rows.shape[1], 1], [1, cut.block_m])
         args: tuple[Any, ...] = (
             q, k, v, pair.a, pair.b, rows, terms.grad, terms.lse, terms.delta, dk, dv, *_masks(work, grid),
             *strides_of(q, k, v, terms.grad, dk), *terms.lse.stride()[:2], _mask_stride(work), batch, slots,
             *_sizes(work, branch, grid), work.logit_scale, work.problem.scale, *_dropout(work),
         )  # fmt: skip
         flags = _flags(work, grid, cut) | {
-            "FIRST": covered and branch == order[0], "VIEW": pair.kind, "EARLY": cut.early
+            "FIRST": first, "VIEW": pair.kind, "EARLY": cut.early
         }  # fmt: skip
         kernel, programs = attention_backward.branch_backward_dkv, (grid.programs * k.shape[2],)
         tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
@@ -156,19 +146,11 @@ def backward_dkv(
     return dk, dv
 
 
-def _rows_by_slot(work: Work, terms: QueryTerms, tape: Tape, grid: Grid, slots: int, tile: int) -> TensorDescriptor:
-    """lse and delta in the order of a branch's slots, `[2 * B * H, segments * slots]`, in tiles of so many."""
-    (q, k, _), tile_of_copy = work.x, 512
-    batch, n, heads, _ = q.shape
-    length = grid.num_segments * slots
-    rows = tape.empty(q, (2, batch, heads, length), torch.float32)
-    args = (
-        terms.lse, terms.delta, rows, n, heads, k.shape[2], grid.length, grid.rate, slots, length, batch * heads
-    )  # fmt: skip
-    flags: dict[str, Any] = {"BM": tile_of_copy, "MODULO": work.problem.pattern.offsets == "modulo"}
-    kernel, programs = attention_backward.terms_kernel, (triton.cdiv(length, tile_of_copy) * batch * heads,)
-    tape.note(kernel, programs, args, flags, kernel[programs](*args, **flags))
-    return TensorDescriptor(rows, [2 * batch * heads, length], [length, 1], [1, tile])
+def _of_hopper() -> ModuleType:
+    """Gluon is imported where it is used."""
+    from dilated_attention_pytorch.kernels.triton.hopper import launch_branch
+
+    return launch_branch
 
 
 def _covers_all(work: Work, branch: int) -> bool:

@@ -141,8 +141,9 @@ def _consume(
                 state = (it, acc1, acc2)
                 it, acc1, acc2 = walk.each_cut_block(visit, context, state, row, level, kv_head, whole, LENGTHS, RATES)
         shared.finish(
-            acc1, acc2, batch, head, row * R + residue, R, num_rows, grads, strides[4], scale, memory, DKV, WHICH
-        )
+            acc1, acc2, batch, head, row * R + residue, R, num_rows, grads, strides[4], scale, memory, DKV, WHICH,
+            memory.a1.shape[2],
+        )  # fmt: skip
         turn += 1
 
 

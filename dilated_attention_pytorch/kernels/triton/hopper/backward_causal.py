@@ -207,7 +207,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
                     it += 1
         shared.finish(
             acc1, acc2, batch, head, segment * LENGTHS[0] + low, stride, num_rows, grads, strides[4], scale, memory,
-            DKV, WHICH,
+            DKV, WHICH, memory.a1.shape[2],
         )  # fmt: skip
         turn += 1
 

@@ -57,12 +57,16 @@ class Memory(NamedTuple):
 @gluon.jit
 def allocate(a_view, b_view, terms_view, STAGES: gl.constexpr):
     """The memory of a program, its barriers ready."""
-    D: gl.constexpr = a_view.block_shape[1]
-    BN: gl.constexpr = b_view.block_shape[0]
-    a1 = gl.allocate_shared_memory(a_view.dtype, [2, HALF, D], a_view.layout)
-    a2 = gl.allocate_shared_memory(a_view.dtype, [2, HALF, D], a_view.layout)
-    b1 = gl.allocate_shared_memory(b_view.dtype, [STAGES, BN, D], b_view.layout)
-    b2 = gl.allocate_shared_memory(b_view.dtype, [STAGES, BN, D], b_view.layout)
+    # A view's blocks are [rows, D], or [1, rows, D].
+    RANK: gl.constexpr = len(b_view.block_shape)
+    D: gl.constexpr = b_view.block_shape[RANK - 1]
+    BN: gl.constexpr = b_view.block_shape[RANK - 2]
+    A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], a_view.dtype)
+    B: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], b_view.dtype)
+    a1 = gl.allocate_shared_memory(a_view.dtype, [2, HALF, D], A)
+    a2 = gl.allocate_shared_memory(a_view.dtype, [2, HALF, D], A)
+    b1 = gl.allocate_shared_memory(b_view.dtype, [STAGES, BN, D], B)
+    b2 = gl.allocate_shared_memory(b_view.dtype, [STAGES, BN, D], B)
     terms = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BN], terms_view.layout)
     a_full, b1_full, b2_full = stages.barriers(2, 1), stages.barriers(STAGES, 1), stages.barriers(STAGES, 1)
     a_empty, b1_empty, b2_empty = stages.barriers(2, 1), stages.barriers(STAGES, 2), stages.barriers(STAGES, 2)
@@ -117,15 +121,16 @@ def _copy(views, number, is_longer, at, full, to, STRIDES: gl.constexpr):
     """Starts to load a block."""
     every, longer = views
     if STRIDES == 1:
-        _copy_by(every[0], longer[0], is_longer, at, full, to)
+        copy_by(every[0], longer[0], is_longer, at, full, to)
     else:
         for i in gl.static_range(STRIDES):
             if number == i:
-                _copy_by(every[i], longer[i], is_longer, at, full, to)
+                copy_by(every[i], longer[i], is_longer, at, full, to)
 
 
 @gluon.jit
-def _copy_by(every, longer, is_longer, at, full, to):
+def copy_by(every, longer, is_longer, at, full, to):
+    """Starts to load a block by one of two views of a stride."""
     if longer is None:
         tma.async_copy_global_to_shared(every, at, full, to)
     elif is_longer:
@@ -138,7 +143,10 @@ def _copy_by(every, longer, is_longer, at, full, to):
 
 
 @gluon.jit
-def step(it, acc1, acc2, pair, row_terms, bias, edge, qk_scale, memory, DKV: gl.constexpr, MASKED: gl.constexpr):
+def step(
+    it, acc1, acc2, pair, row_terms, bias, edge, qk_scale, memory, DKV: gl.constexpr, MASKED: gl.constexpr,
+    WIDTH: gl.constexpr = 1 << 20,
+):  # fmt: skip
     """Takes one streamed tile into the accumulators.
 
     Args:
@@ -161,9 +169,9 @@ def step(it, acc1, acc2, pair, row_terms, bias, edge, qk_scale, memory, DKV: gl.
     # Both products are issued before the first is waited for: [64, D] x [D, BN] -> [64, BN].
     zero = gl.zeros([HALF, BN], gl.float32, S)
     mbarrier.wait(memory.b1_full.index(slot), phase)
-    x = warpgroup_mma(a1, b1.permute((1, 0)), zero, use_acc=False, is_async=True)
+    x = stages.contract(a1, b1, WIDTH, zero)
     mbarrier.wait(memory.b2_full.index(slot), phase)
-    y = warpgroup_mma(a2, b2.permute((1, 0)), zero, use_acc=False, is_async=True)
+    y = stages.contract(a2, b2, WIDTH, zero)
     if DKV:
         shift = gl.expand_dims(memory.terms.index(slot * 2).load(COLUMNS) - bias, 0)
         delta = gl.expand_dims(memory.terms.index(slot * 2 + 1).load(COLUMNS), 0)
@@ -171,7 +179,7 @@ def step(it, acc1, acc2, pair, row_terms, bias, edge, qk_scale, memory, DKV: gl.
         shift = gl.expand_dims(row_terms[0] - bias, 1)
         delta = gl.expand_dims(row_terms[1], 1)
     # The exponentials run beside the second product. The lse is of all keys: no weight exceeds 1.
-    x = warpgroup_mma_wait(1, deps=[x])
+    x = warpgroup_mma_wait(2 if stages.rest_of(WIDTH, D) else 1, deps=[x])
     p = gl.exp2(x * qk_scale - shift)
     if MASKED:
         columns = gl.expand_dims(gl.arange(0, BN, COLUMNS), 0)
@@ -243,9 +251,10 @@ def start(turn, memory, WHICH: gl.constexpr):
 @gluon.jit
 def finish(
     acc1, acc2, batch, head, first, stride, num_rows, grads, strides, scale, memory, DKV: gl.constexpr,
-    WHICH: gl.constexpr,
+    WHICH: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr = False,
 ):  # fmt: skip
-    """Gives the tile's memory back and writes the gradients of its half: rows first, first + stride, .."""
+    """Gives the tile's memory back and writes the gradients of its half: WIDTH columns of the rows first,
+    first + stride, ..; with ADD, to what is there."""
     D: gl.constexpr = memory.b1.shape[2]
     A: gl.constexpr = stages.layout_of(D)
     mbarrier.arrive(memory.a_empty.index(WHICH), count=1)
@@ -253,7 +262,15 @@ def finish(
     inside = gl.expand_dims(rows < num_rows, 1)
     at = batch.to(gl.int64) * strides.batch + head * strides.head
     at += gl.expand_dims(rows.to(gl.int64) * strides.row, 1)
-    at += gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, A)), 0)
-    gl.store(grads[0] + at, (acc1 * scale).to(memory.a1.dtype), mask=inside)
+    columns = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, A)), 0)
+    at += columns
+    acc1 = acc1 * scale
+    if WIDTH < D:
+        inside = inside & (columns < WIDTH)
+    if ADD:
+        acc1 += gl.load(grads[0] + at, mask=inside, other=0.0).to(gl.float32)
+        if DKV:
+            acc2 += gl.load(grads[1] + at, mask=inside, other=0.0).to(gl.float32)
+    gl.store(grads[0] + at, acc1.to(memory.a1.dtype), mask=inside)
     if DKV:
         gl.store(grads[1] + at, acc2.to(memory.a1.dtype), mask=inside)

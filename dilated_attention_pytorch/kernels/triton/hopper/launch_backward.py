@@ -12,13 +12,13 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dilated_attention_pytorch.kernels.triton import launch_branches
 from dilated_attention_pytorch.kernels.triton.hopper import backward as full
 from dilated_attention_pytorch.kernels.triton.hopper import backward_causal, launch, support
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
 from dilated_attention_pytorch.kernels.triton.hopper.terms import residue_terms_kernel
 from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
+from dilated_attention_pytorch.kernels.triton.query_terms import compute_delta
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
@@ -54,7 +54,7 @@ def backward(
 
 def terms_of(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape) -> list[Tensor]:
     """lse in units of log2 and delta of each query, `[2, B, H, r, length]` for each stride r that tiles have."""
-    delta = launch_branches.compute_delta(work, grad, saved, tape)
+    delta = compute_delta(work, grad, saved, tape)
     batch, n, heads, _ = work.x.q.shape
     found = []
     for stride in _strides(work):
@@ -100,12 +100,12 @@ def _launch(
     if problem.is_causal:
         kernel: Any = backward_causal.hopper_backward_causal
         views = [stride_views(x, plan.rates, rows, MAX_RATES) for x, rows in blocks]
-        views.append([*(_flat(x, block) for x in terms), *[None] * (MAX_RATES - len(terms))])
+        views.append([*(flat(x, block) for x in terms), *[None] * (MAX_RATES - len(terms))])
         sizes += (padded // plan.lengths[0], n)
     else:
         kernel = full.hopper_backward
         views = [stride_views(x, (plan.rate,), rows, 1) for x, rows in blocks]
-        views.append([_flat(terms[0], block)])
+        views.append([flat(terms[0], block)])
         length = padded // plan.rate
         sizes += (length // ROWS, n, length)
         flags["EVEN"] = padded == n
@@ -132,6 +132,7 @@ def _padded(work: Work) -> int:
     return triton.cdiv(work.x.q.shape[1], unit) * unit
 
 
-def _flat(terms: Tensor, rows: int) -> TensorDescriptor:
+def flat(terms: Tensor, rows: int) -> TensorDescriptor:
+    """A tensor's elements one after another, in blocks of so many."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     return TensorDescriptor(terms, [terms.numel()], [1], [rows], layout)

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Below every logit that is finite; a maximum of -inf would make -inf - -inf.
 _LOWEST = gl.constexpr(-3.0e38)
-_LN2 = gl.constexpr(0.6931471805599453)
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
@@ -41,12 +42,16 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit
 def allocate(q_view, k_view, STAGES: gl.constexpr):
     """Shared memory q, k, v and its barriers: q, k and v full and empty, and whose turn it is (`take_turn`)."""
-    HM: gl.constexpr = q_view.block_shape[0]
-    BN: gl.constexpr = k_view.block_shape[0]
-    D: gl.constexpr = k_view.block_shape[1]
-    q = gl.allocate_shared_memory(q_view.dtype, [2, HM, D], q_view.layout)
-    k = gl.allocate_shared_memory(k_view.dtype, [STAGES, BN, D], k_view.layout)
-    v = gl.allocate_shared_memory(k_view.dtype, [STAGES, BN, D], k_view.layout)
+    # A view's blocks are [rows, D], or [1, rows, D].
+    RANK: gl.constexpr = len(k_view.block_shape)
+    HM: gl.constexpr = q_view.block_shape[RANK - 2]
+    BN: gl.constexpr = k_view.block_shape[RANK - 2]
+    D: gl.constexpr = k_view.block_shape[RANK - 1]
+    Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HM, D], q_view.dtype)
+    K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], k_view.dtype)
+    q = gl.allocate_shared_memory(q_view.dtype, [2, HM, D], Q)
+    k = gl.allocate_shared_memory(k_view.dtype, [STAGES, BN, D], K)
+    v = gl.allocate_shared_memory(k_view.dtype, [STAGES, BN, D], K)
     q_full, k_full, v_full = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     q_empty, k_empty, v_empty = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
     turn = barriers(2, 1)
@@ -70,6 +75,19 @@ def copy_rows(views, row, residue, column, remainder, bar, to):
 
 
 @gluon.jit
+def copy_units(views, is_longer, place, row, bar, to):
+    """The same of `views.unit_views`; `place` is batch, residue and head, in units."""
+    every, longer = views
+    box = to._reinterpret(every.dtype, every.block_shape, every.layout)
+    if longer is None:
+        tma.async_copy_global_to_shared(every, [place, row, 0], bar, box)
+    elif is_longer:
+        tma.async_copy_global_to_shared(longer, [place, row, 0], bar, box)
+    else:
+        tma.async_copy_global_to_shared(every, [place, row, 0], bar, box)
+
+
+@gluon.jit
 def fill(it, k_views, v_views, row, residue, k_column, v_column, remainder, smem, bars):
     """Loads the blocks of one step, as soon as its stage is empty."""
     _, k_smem, v_smem = smem
@@ -87,6 +105,29 @@ def fill(it, k_views, v_views, row, residue, k_column, v_column, remainder, smem
 
 
 # A warpgroup.
+
+
+@gluon.constexpr_function
+def rest_of(width, columns):
+    """Columns of a second, shorter product, where half of a tile's columns and these hold all that a tensor has; 0
+    where one product over all columns is no longer."""
+    rest = 16
+    while rest < width - columns // 2:
+        rest *= 2
+    return rest if rest < columns // 2 else 0
+
+
+@gluon.jit
+def contract(a, b, WIDTH: gl.constexpr, zero):
+    """a b' over WIDTH columns, in flight: what lies beyond is zero in both. Two products where `rest_of` says so."""
+    D: gl.constexpr = b.shape[1]
+    REST: gl.constexpr = rest_of(WIDTH, D)
+    if REST == 0:
+        return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+    else:
+        half = b.slice(0, D // 2, 1).permute((1, 0))
+        x = warpgroup_mma(a.slice(0, D // 2, 1), half, zero, use_acc=False, is_async=True)
+        return warpgroup_mma(a.slice(D // 2, REST, 1), b.slice(D // 2, REST, 1).permute((1, 0)), x, is_async=True)
 
 
 @gluon.jit
@@ -125,8 +166,9 @@ def begin(it, smem, bars):
 
 @gluon.jit
 def first_step(
-    it, q, bias, edge, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr
-):
+    it, q, bias, edge, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr,
+    WIDTH: gl.constexpr = 1 << 20,
+):  # fmt: skip
     """`begin` and the first step in one, a product fewer; arguments as those of `step`."""
     q_smem, k_smem, _ = smem
     _, _, k_full, k_empty, v_full, _, turn = bars
@@ -141,7 +183,7 @@ def first_step(
     mbarrier.wait(k_full.index(stage), phase)
     take_turn(turn, it, HALF, PINGPONG)
     zero = gl.zeros([HM, BN], gl.float32, S)
-    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = contract(q, k_smem.index(stage), WIDTH, zero)
     give_turn(turn, HALF, PINGPONG)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
@@ -160,6 +202,7 @@ def first_step(
 @gluon.jit
 def step(
     state, q, bias, edge, begun, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr,
+    WIDTH: gl.constexpr = 1 << 20,
 ):  # fmt: skip
     """Takes one block of keys into a tile's state.
 
@@ -167,6 +210,7 @@ def step(
         q: the rows [HM, D], in shared memory or registers.
         bias: log2 of the keys' multiplicity.
         edge: with MASKED, the last column that counts, a number or one for each row [HM, 1].
+        WIDTH: columns that q and k have; those beyond are zero, if q is in shared memory.
         begun: number of the tile's first step, if `begin` made the state; else one before it.
     """
     it, last, acc, m, l, p = state
@@ -185,7 +229,7 @@ def step(
     take_turn(turn, it, HALF, PINGPONG)
     # What a product starts from has to be given, though it is not read.
     zero = gl.zeros([HM, BN], gl.float32, S)
-    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = contract(q, k_smem.index(stage), WIDTH, zero)
     acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
     give_turn(turn, HALF, PINGPONG)
     s = warpgroup_mma_wait(1, deps=[s])
@@ -221,7 +265,7 @@ def finish(state, smem, bars):
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(last), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, A)), 1)
-    return it, acc, (m + gl.log2(l)) * _LN2
+    return it, acc, (m + gl.log2(l)) * LN2
 
 
 @gluon.jit

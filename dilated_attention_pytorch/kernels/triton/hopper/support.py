@@ -26,6 +26,15 @@ _DTYPES = (torch.bfloat16, torch.float16)
 # 1641 at 65536; causal 533 against 324 at 16384, 572 against 705 at 32768; D=128 (6 heads) 286 against 347 at 16384.
 _SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13, (128, True): 768 << 14}
 
+# The kernels for one branch outrun their twins from so many rows of a segment on, by kernel and whether the width fills
+# its tiles (twice as many under a causal mask if it does), and from so many multiplications: describing their views
+# takes the host 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
+_FEW = {
+    ("forward", True): 2048, ("dq", True): 4096, ("dkv", True): 2048,
+    ("forward", False): 1024, ("dq", False): 2048, ("dkv", False): 1024,
+}  # fmt: skip
+_LITTLE = 1e10
+
 
 def why_not(work: Work) -> list[str]:
     """The reasons why a call does not take these kernels, forward or backward; empty if it does."""
@@ -77,6 +86,35 @@ def _why_not_the_call(work: Work) -> list[str]:
             "it is causal and its shortest segment covers the sequence": plan.lengths[0] > n,
         }
     return [reason for reason, holds in obstacles.items() if holds]
+
+
+def why_not_branch(work: Work, grad: Tensor | None, branch: int, kernel: str) -> list[str]:
+    """The reasons why a branch's forward, dQ, or dK and dV ("forward", "dq", "dkv") takes the general kernels; empty if
+    it takes those of `branch_forward.py` and `branch_backward.py`."""
+    if reasons := why_not_here(work.x.q.device):
+        return reasons
+    from dilated_attention_pytorch.kernels.triton.grids import dilation_rate, slots_of
+
+    (q, k, v), problem = work.x, work.problem
+    batch, n, heads, width = q.shape
+    rate, slots, whole = dilation_rate(problem, branch), slots_of(problem, branch), width == work.block_d
+    few = _FEW[kernel, whole] * (2 if whole and problem.is_causal else 1)
+    pairs = batch * heads * (n // rate) * slots * (0.5 if problem.is_causal else 1.0)
+    obstacles = {
+        "it has masks or packing": work.is_masked or problem.padding != "none",
+        "it has dropout": problem.dropout_p > 0,
+        "its scale is negative": kernel == "forward" and problem.scale < 0,
+        "it is a part of a sequence": problem.q_start != 0 or not n == k.shape[1] == problem.seq_len,
+        f"it has no {str(q.dtype).removeprefix('torch.')}": q.dtype not in _DTYPES,
+        f"head_dim {width} fills no tile": work.block_d not in _WIDTHS or width % 8 != 0,
+        "a segment has few rows": slots < few,
+        "it is short": pairs * width < _LITTLE,
+        # The rows' terms, up to twice as many as rows, are counted in 32 bits.
+        "it is too long": 4 * batch * heads * n >= 1 << 31,
+    }  # fmt: skip
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    named = ("q", q), ("k", k), ("v", v), *([] if grad is None else [("dO", grad)])
+    return reasons or [reason for name, x in named if (reason := misplaced(name, x, rate))]
 
 
 def _why_not_the_layout(work: Work) -> list[str]:

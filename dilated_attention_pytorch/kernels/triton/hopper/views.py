@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,30 @@ def residue_views(x: Tensor, stride: int, rows: int) -> tuple[TensorDescriptor, 
     length, longer = divmod(x.shape[1], stride)
     view = _view(x, length, stride, stride, rows)
     return view, _view(x, length + 1, longer, stride, rows) if longer else view
+
+
+def unit_views(
+    x: Tensor, stride: int, rows: int, columns: int
+) -> tuple[TensorDescriptor, TensorDescriptor | None, Strides]:
+    """The same of rows whose width is no power of two: `[units, N / stride, D]` in blocks `[1, rows, columns]`, whose
+    columns beyond D come as zeros.
+
+    Batch, residue and head are a number of *units*, the largest step that all their strides are multiples of; the
+    strides are returned in units.
+    """
+    (strides,) = column_strides(x)
+    unit = math.gcd(*strides) or x.shape[3]
+    length, longer = divmod(x.shape[1], stride)
+
+    def view(length: int, residues: int) -> TensorDescriptor:
+        # The last place of so many residues; a block there needs D elements, not a unit of them.
+        units = (columns_of(x, residues) - x.shape[3]) // unit + 1
+        layout = gl.NVMMASharedLayout.get_default_for([1, rows, columns], _TYPES[x.dtype])
+        shape, steps = [units, length, x.shape[3]], [unit, stride * x.stride(1), 1]
+        return TensorDescriptor(x, shape, steps, [1, rows, columns], layout)
+
+    found = view(length, stride), view(length + 1, longer) if longer else None
+    return *found, Strides(*(s // unit for s in strides))
 
 
 def stride_views(x: Tensor, strides: Sequence[int], rows: int, room: int) -> list[TensorDescriptor | None]:

@@ -1,0 +1,195 @@
+"""The forward of one branch: `attention.branch_forward`'s twin for Hopper, where a call has no masks.
+
+A tile of 128 slots of one segment walks the segment's keys, and its softmax is merged at the end into the (out, lse) of
+the branches before. Rows past a segment's end are another segment's: as keys they are masked, as queries not written.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, stages
+
+
+@gluon.jit
+def _fill(it, k_views, v_views, is_longer, k_place, v_place, row, smem, bars):
+    """Loads the blocks of one step, as soon as its stage is empty."""
+    _, k_smem, v_smem = smem
+    _, _, k_full, k_empty, v_full, v_empty, _ = bars
+    STAGES: gl.constexpr = k_smem.shape[0]
+    stage = it % STAGES
+    phase = (it // STAGES) & 1
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+    mbarrier.expect(k_full.index(stage), k_views[0].block_type.nbytes)
+    stages.copy_units(k_views, is_longer, k_place, row, k_full.index(stage), k_smem.index(stage))
+    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(v_full.index(stage), v_views[0].block_type.nbytes)
+    stages.copy_units(v_views, is_longer, v_place, row, v_full.index(stage), v_smem.index(stage))
+    return it + 1
+
+
+@gluon.jit
+def _produce(
+    work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, PINGPONG: gl.constexpr,
+    HALF: gl.constexpr,
+):  # fmt: skip
+    """The producer: a warp."""
+    views, smem, bars, _, strides, num_tiles, sizes, _ = work
+    q_views, k_views, v_views = views
+    q_strides, k_strides, v_strides = strides
+    q_smem, k_smem, _ = smem
+    q_full, q_empty, _, _, _, _, _ = bars
+    HM: gl.constexpr = q_smem.shape[1]
+    BN: gl.constexpr = k_smem.shape[1]
+    it = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        batch, head, kv_head, _segment, base, slots, first = branch_tiles.tile_of(tile, sizes, False, MODULO)
+        if first < slots:
+            row, residue, is_longer = branch_tiles.rows_from(base, sizes)
+            # The tile's rows, half by half: each half is let go by the warpgroup that reads it.
+            place = branch_tiles.place_of(q_strides, batch, residue, head)
+            for w in gl.static_range(2):
+                mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+                mbarrier.expect(q_full.index(w), q_views[0].block_type.nbytes)
+                stages.copy_units(q_views, is_longer, place, row + first + w * HM, q_full.index(w), q_smem.index(w))
+            # Its keys: [BN, D] a block.
+            k_place = branch_tiles.place_of(k_strides, batch, residue, kv_head)
+            v_place = branch_tiles.place_of(v_strides, batch, residue, kv_head)
+            end = branch_tiles.blocks_of(slots, BN)
+            begun = gl.to_tensor(0)
+            if CAUSAL:
+                # The block at the diagonal's start first: every row sees a key of it.
+                begun = first // BN
+                end = gl.minimum(end, begun + 2 * HM // BN)
+                it = _fill(it, k_views, v_views, is_longer, k_place, v_place, row + begun * BN, smem, bars)
+                for block in range(0, begun):
+                    it = _fill(it, k_views, v_views, is_longer, k_place, v_place, row + block * BN, smem, bars)
+                begun += 1
+            for block in range(begun, end):
+                it = _fill(it, k_views, v_views, is_longer, k_place, v_place, row + block * BN, smem, bars)
+            turn += 1
+
+
+@gluon.jit
+def _consume(
+    work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, PINGPONG: gl.constexpr,
+    HALF: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup, for half of each tile's rows."""
+    _, smem, bars, results, _, num_tiles, sizes, qk_scale = work
+    q_smem, k_smem, _ = smem
+    q_full, q_empty, _, _, _, _, _ = bars
+    HM: gl.constexpr = q_smem.shape[1]
+    BN: gl.constexpr = k_smem.shape[1]
+    S: gl.constexpr = stages.layout_of(BN)
+    it = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        batch, head, _kv_head, _segment, base, slots, first = branch_tiles.tile_of(tile, sizes, False, MODULO)
+        if first < slots:
+            own = first + HALF * HM
+            end = branch_tiles.blocks_of(slots, BN)
+            mbarrier.wait(q_full.index(HALF), turn & 1)
+            q = q_smem.index(HALF)
+            if CAUSAL:
+                # The last keys that the half's rows see.
+                edge = gl.expand_dims(own + gl.arange(0, HM, gl.SliceLayout(1, S)), 1)
+                begun = first // BN
+                last = edge - begun * BN
+                state = stages.first_step(it, q, 0.0, last, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
+                for _block in range(0, begun):
+                    state = stages.step(state, q, 0.0, 0, -1, qk_scale, smem, bars, False, HALF, PINGPONG, WIDTH)
+                end = gl.minimum(end, begun + 2 * HM // BN)
+                # Of the other blocks on the diagonal the second half sees more than the first.
+                met = gl.minimum((own + HM - 1) // BN + 1, end)
+                for block in range(begun + 1, met):
+                    last = edge - block * BN
+                    state = stages.step(state, q, 0.0, last, -1, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
+                # The producer loads for both halves: the first lets go of what only the second takes.
+                skipped = end - gl.maximum(met, begun + 1)
+            else:
+                # The only block of a short segment is cut; masking whole blocks of longer ones costs one select each.
+                last = slots - 1
+                state = stages.first_step(it, q, 0.0, last, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
+                whole = gl.maximum(slots // BN, 1)
+                for _block in range(1, whole):
+                    state = stages.step(state, q, 0.0, 0, -1, qk_scale, smem, bars, False, HALF, PINGPONG, WIDTH)
+                for block in range(whole, end):
+                    last = slots - 1 - block * BN
+                    state = stages.step(state, q, 0.0, last, -1, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
+                skipped = gl.to_tensor(0)
+            mbarrier.arrive(q_empty.index(HALF), count=1)
+            it, acc, row_lse = stages.finish(state, smem, bars)
+            if CAUSAL:
+                it = stages.skip(it, skipped, smem, bars)
+            turn += 1
+            _merge(results, acc, row_lse, batch, head, base, own, slots, sizes, S, WIDTH, ADD)
+
+
+@gluon.jit
+def _merge(
+    results, value, value_lse, batch, head, base, own, slots, sizes, S: gl.constexpr, WIDTH: gl.constexpr,
+    ADD: gl.constexpr,
+):  # fmt: skip
+    """Stores a half's rows to out (B, N, H, D) and lse (B, H, N), both contiguous; with ADD, beside what is there."""
+    out, lse = results
+    _, num_heads, _, _, _, _, rate, num_rows = sizes
+    HM: gl.constexpr = value.shape[0]
+    D: gl.constexpr = value.shape[1]
+    A: gl.constexpr = stages.layout_of(D)
+    batch64 = batch.to(gl.int64)
+    # lse lies as the logits' rows do, out as the accumulator's.
+    lse_slots = own + gl.arange(0, HM, gl.SliceLayout(1, S))
+    lse_at = lse + (batch64 * num_heads + head) * num_rows + base + lse_slots * rate
+    out_slots = own + gl.arange(0, HM, gl.SliceLayout(1, A))
+    columns = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, A)), 0)
+    out_at = out + (batch64 * num_rows * num_heads + head) * WIDTH
+    out_at += gl.expand_dims((base + out_slots * rate).to(gl.int64) * (num_heads * WIDTH), 1) + columns
+    inside = gl.expand_dims(out_slots < slots, 1)
+    if WIDTH < D:
+        inside = inside & (columns < WIDTH)
+    if ADD:
+        before = gl.load(lse_at, mask=lse_slots < slots, other=0.0)
+        # The larger of the two is finite: every row sees a key.
+        top = gl.maximum(before, value_lse)
+        old = gl.exp2((before - top) * stages.LOG2E)
+        new = gl.exp2((value_lse - top) * stages.LOG2E)
+        both = old + new
+        value_lse = top + gl.log2(both) * stages.LN2
+        value = value * gl.expand_dims(gl.convert_layout(new / both, gl.SliceLayout(1, A)), 1)
+        kept = gl.load(out_at, mask=inside, other=0.0).to(gl.float32)
+        value += kept * gl.expand_dims(gl.convert_layout(old / both, gl.SliceLayout(1, A)), 1)
+    gl.store(lse_at, value_lse, mask=lse_slots < slots)
+    gl.store(out_at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_tiles", "num_heads", "group", "num_segments", "tiles_each", "length", "rate", "num_rows", "num_batches",
+    ],
+)  # fmt: skip
+def hopper_branch_forward(
+    q, q_longer, k, k_longer, v, v_longer, out, lse, q_strides, k_strides, v_strides,
+    num_tiles, num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows, qk_scale,
+    CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """out and lse of one branch; with ADD, merged into what is there.
+
+    Args:
+        q, q_longer, ..: views (`views.unit_views`), whose units the strides count in.
+        group: query heads per key head.
+        tiles_each: tiles of a segment.
+        WIDTH: columns of the tensors; a view's blocks have zeros beyond.
+    """
+    smem, bars = stages.allocate(q, k, STAGES)
+    views = (q, q_longer), (k, k_longer), (v, v_longer)
+    strides = q_strides, k_strides, v_strides
+    sizes = num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows
+    work = views, smem, bars, (out, lse), strides, num_tiles, sizes, qk_scale
+    gl.warp_specialize([
+        (_consume, (work, CAUSAL, MODULO, WIDTH, ADD, PINGPONG, 0)),
+        (_consume, (work, CAUSAL, MODULO, WIDTH, ADD, PINGPONG, 1)),
+        (_produce, (work, CAUSAL, MODULO, WIDTH, ADD, PINGPONG, 0)),
+    ], [4, 1], [240, 24])  # fmt: skip
