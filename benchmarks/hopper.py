@@ -183,7 +183,7 @@ def branches(line: patterns.Line) -> None:
         flops = line.batch * group * alone.pairs(line.seq_len, is_causal=line.is_causal) * 2 * line.head_dim
         found, times = {}, {}
         for who, few in (("twin", 1 << 40), ("Hopper", 128)):
-            support._FEW.update(dict.fromkeys(support._FEW, few))
+            support._FEW.update(dict.fromkeys(support._FEW, 3 * (few,)))
             for name, run in branch_passes(work, branch).items():
                 found[name, who], times[name, who] = run(), gpu.milliseconds(run)
         for name, products in (("forward", 2), ("dQ", 3), ("dK, dV", 4)):
@@ -212,7 +212,7 @@ def compile_case(index: int, with_backward: bool, others: bool, of_branches: boo
         support._LITTLE = 0
         work = work_of_line(general_lines()[index], "cpu")
         for few in (1 << 40, 128):
-            support._FEW.update(dict.fromkeys(support._FEW, few))
+            support._FEW.update(dict.fromkeys(support._FEW, 3 * (few,)))
             for branch in range(len(work.problem.pattern.dilation_rates)):
                 branch_passes(work, branch)
         return

@@ -6,7 +6,8 @@
 A run is a decoder of 25M parameters whose context grows, as is practised: 500 steps at 2,048, then 200 at the run's
 own. A step is 131,072 bytes whatever the context, so all runs read as many. Runs of one attention and seed share their
 first part, the start; shifted ones begin from the unshifted start, since a shift adds no weights. At 2,048, where
-patterns differ little, only dense attention and fixed segments are run. Weights are bf16, with masters in fp32. The
+patterns differ little, only dense attention and fixed segments are run. Segments from 8,192 on begin from the dense
+start, and are run where they are not dense. Weights are bf16, with masters in fp32. The
 text is the installed packages' Python files in the order of their paths, one package after another; packages drawn by
 their name's hash are for validation alone, and all runs are judged on the same bytes of them.
 
@@ -48,7 +49,7 @@ from torch import Tensor
 from dilated_attention_pytorch import DilatedPattern, LongNetLM, dilated_attention
 from dilated_attention_pytorch.core.files import replace_file, replace_text
 
-ATTENTIONS = ("dense", "fixed", "fixed+shift", "geometric", "geometric+shift")
+ATTENTIONS = ("dense", "fixed", "fixed+shift", "geometric", "geometric+shift", "geometric from 8,192")
 FIXED = ((1024, 4096, 16384), (1, 4, 16))
 DIGITS = 4  # of a planted value
 ASKED_EVERY = 1024  # bytes of training text
@@ -89,7 +90,12 @@ class Run:
     @property
     def name(self) -> str:
         """Its name in the folder and in the table."""
-        return f"{self.attention}-{self.context}-seed{self.seed}"
+        return f"{self.attention.replace(' from 8,192', '8192')}-{self.context}-seed{self.seed}"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its shortest segment is eight times as long, and so covers the start's context: it is dense there."""
+        return self.attention.endswith("8,192")
 
     def steps(self, setup: Setup) -> range:
         """Its own, counted from the start's first."""
@@ -97,7 +103,8 @@ class Run:
 
     def start(self, setup: Setup) -> Start:
         """What it begins with."""
-        return Start(self.attention.removesuffix("+shift"), setup.contexts[0], self.seed)
+        family = "dense" if self.is_long else self.attention.removesuffix("+shift")
+        return Start(family, setup.contexts[0], self.seed)
 
     def model(self, setup: Setup) -> LongNetLM:
         """The model at its start."""
@@ -106,7 +113,8 @@ class Run:
         elif self.attention.startswith("fixed"):
             lengths, rates = FIXED
         else:
-            pattern = DilatedPattern.geometric(self.context, setup.shortest_segment, num_heads=setup.heads)
+            shortest = setup.shortest_segment * (8 if self.is_long else 1)
+            pattern = DilatedPattern.geometric(self.context, shortest, num_heads=setup.heads)
             lengths, rates = pattern.segment_lengths, pattern.dilation_rates
         torch.manual_seed(self.seed)
         return LongNetLM(
@@ -135,7 +143,8 @@ def runs(setup: Setup, seeds: int) -> Iterator[Run]:
         dense = [Run("dense", context, seed) for context in setup.contexts if context <= setup.longest_dense]
         yield from dense[:-1]
         yield Run("fixed", first, seed)
-        yield from (Run(name, context, seed) for context in longer for name in ATTENTIONS if name != "dense")
+        others = [Run(name, context, seed) for context in longer for name in ATTENTIONS if name != "dense"]
+        yield from (run for run in others if not run.is_long or run.context > 8 * setup.shortest_segment)
         yield from dense[-1:]
 
 

@@ -12,6 +12,7 @@ COLOURS = {
     "fixed+shift": "#d55e00",
     "geometric": "#0072b2",
     "geometric+shift": "#009e73",
+    "geometric from 8,192": "#cc79a7",
 }
 
 

@@ -66,7 +66,7 @@ def dilated_attention(
         row_start: int `(B,)`: the first real position of each left-padded row, from which positions count. At least 0,
             which is checked where reading it does not make the host wait: not on a GPU.
         cu_seqlens: int `(sequences + 1,)`, rising from 0 to total: bounds of packed sequences; positions restart at
-            each.
+            each. Checked where `row_start` is; rows of no sequence see nothing.
         q_start: position of the first query, where q is a slice of the sequence.
         k_start: position of the first key.
         seq_len: N, the length of the whole sequence; by default the later end of the two ranges.

@@ -88,6 +88,28 @@ def gpu_patterns() -> str:
     return by_machine("gpu", table)
 
 
+def patterns() -> str:
+    """What users take beside the benchmark's own pattern: rate beside dense cuDNN, and time beside sdpa."""
+
+    def table(result: dict[str, Any]) -> list[str]:
+        head = "| pattern, pass | ms | pattern rate | computed | of dense cuDNN | over `sdpa` | added memory |"
+        lines = [head, "|---|---|---|---|---|---|---|"]
+        for row in result["rows"]:
+            if row["who"] == "auto" and "ms" in row:
+                other = _row(result, row["case"], "sdpa")
+                cells = [
+                    row["case"],
+                    f"{row['ms']:.2f}",
+                    f"{row['tflops']:.0f} TFLOP/s",
+                    f"{row['computed_tflops']:.0f}",
+                ]
+                cells += [f"{row['ratio']:.0%}", f"{other['ms'] / row['ms']:.1f}x", f"{row['peak_gib']:.1f} GiB"]
+                lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    return by_machine("patterns", table)
+
+
 def gpu_short() -> str:
     """Short sequences beside dense attention, the losses included."""
     who = {"auto": "as called", "auto *": "in a CUDA graph", "dense flash": "dense flash", "dense cuDNN": "dense cuDNN"}
@@ -305,7 +327,8 @@ def support() -> str:
 
 # From committed files, in no time.
 QUICK: dict[str, Callable[[], str]] = {
-    "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "gpu-short": gpu_short, "cpu": cpu, "ring": ring,
+    "gpu-long": gpu_long, "gpu-patterns": gpu_patterns, "patterns": patterns, "gpu-short": gpu_short,
+    "cpu": cpu, "ring": ring,
     "slides": slides, "slide-folder": slide_folder, "streaming": streaming, "generation": generation,
     "quality": quality, "hf-classes": hf_classes,
 

@@ -74,7 +74,7 @@ def launched(monkeypatch):
     from dilated_attention_pytorch.kernels.triton import replay
     from dilated_attention_pytorch.kernels.triton.hopper import launch_branch, support
 
-    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 64))
+    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 3 * (64,)))
     monkeypatch.setattr(support, "_LITTLE", 0)
     monkeypatch.setattr(support, "why_not", lambda _: ["a test wants a launch per branch"])
     monkeypatch.setattr(replay, "_tapes", {})

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_branches
-from dilated_attention_pytorch.kernels.triton.hopper import launch, support, views
+from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, launch, support, views
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import prepare
 from dilated_attention_pytorch.testing import relative_norm
@@ -41,7 +41,7 @@ def run(monkeypatch, x, grad, saved, problem):
     monkeypatch.setattr(launch, "programs_on", lambda _: 3)
     monkeypatch.setattr(support, "why_not_here", lambda device: [])
     monkeypatch.setattr(support, "_DTYPES", (torch.float32,))
-    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 64))
+    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 3 * (64,)))
     monkeypatch.setattr(support, "_LITTLE", 0)
     monkeypatch.setitem(views._TYPES, torch.float32, gl.float32)
     work = prepare(x, problem, NO_MASKS)
@@ -88,3 +88,18 @@ def test_out_lse_and_gradients(monkeypatch, case, causal):
         finite(ours), finite((out, lse, *exact)), finite((*plain, *gradients)), strict=True,
     ):  # fmt: skip
         assert relative_norm(got, want) <= 2 * relative_norm(near, want) + allowed, name
+
+
+@pytest.mark.parametrize(("n", "length", "rate", "heads"), [(45_681, 32_768, 4, 16), (262_144, 5792, 2, 16)])
+def test_every_tile_once_and_programs_have_like_shares(n, length, rate, heads):
+    """One of two segments is cut: a program that saw whole ones only had 1.76 times its share."""
+    number, tile_of = gluon_emulator.Number, gluon_emulator.plain(branch_tiles.tile_of)
+    segments, each = -(-n // length), -(-length // rate // 128)
+    sizes = tuple(map(number, (2, heads, 1, segments, each, length, rate, n)))
+    seen, cost = set(), [0] * 132
+    for tile in range(2 * heads * segments * each):
+        batch, head, _, segment, _, slots, first = tile_of(number(tile), sizes, False, True)
+        seen.add((batch, head, segment, first))
+        cost[tile % 132] += slots if first < slots else 0
+    assert len(seen) == 2 * heads * segments * each
+    assert max(cost) < 1.15 * sum(cost) / len(cost)

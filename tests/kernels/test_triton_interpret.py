@@ -242,6 +242,27 @@ class TestZeroKeys:
         check(1, 20, 5, 16, (4, 3, 20), rates, padding="zero_keys")
 
 
+@pytest.mark.parametrize("bounds", [[0, 90], [-40, 41], [0, 2**40 + 90], [0, 20, 7, 90]], ids=str)
+def test_wrong_bounds_on_a_device_touch_nothing_else(bounds):
+    """A GPU's cu_seqlens are not read by the host. What lies around q, k and v here is NaN."""
+    around = torch.full((1, 141, 2, 16), torch.nan)
+    around[:, 50:91] = torch.randn(1, 41, 2, 16, generator=torch.Generator().manual_seed(1))
+    x = around[:, 50:91]
+    problem = make_problem((7, 20, 100), (1, 3, 4), 2, 16, 41)
+    right = torch.tensor([0, 20, 41] if len(bounds) > 2 else [0, 41])
+    work = prepare(QKV(x, x, x), problem, Masks(None, None, right))
+    wrong = work._replace(masks=work.masks._replace(cu_seqlens=torch.tensor(bounds)))
+    found = []
+    for one in (wrong, work):
+        saved = launch_branches.forward(one, replay.Tape(), *launch_branches.configs_for(one, "forward"))
+        configs_of = launch_branches.configs_for(one, "backward")
+        grads = launch_branches.backward(one, OutputGradient(x, None), saved, replay.Tape(), *configs_of)
+        found.append((saved.out, *grads))
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all()
+        assert max(bounds) > 90 or len(bounds) > 2 or torch.equal(a, b)
+
+
 def aligned_plan(n, heads, lengths, rates, **changes) -> launch_aligned.Alignment:
     """The plan of a forward that the one-launch kernels take."""
     q = torch.empty(1, n, heads, 16)

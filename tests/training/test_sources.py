@@ -105,6 +105,16 @@ def test_long_documents_come_in_parts_from_any_of_them_on(
         assert read(tmp_path / name, part.after) == parts[i + 1 :]
 
 
+@pytest.mark.parametrize("size", [63, 64, 65, 128])
+def test_a_document_as_long_as_a_part(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no line to cut at, and with its last byte a line's end."""
+    monkeypatch.setattr(sources, "PART", 64)
+    for i, text in enumerate((b"a" * size, b"a" * (size - 1) + b"\n")):
+        (tmp_path / f"{i}.txt").write_bytes(text)
+        parts = read(tmp_path / f"{i}.txt")
+        assert joined(parts) == [text] and len(parts) == -(-size // 64)
+
+
 def test_a_dataset_that_is_saved_anew_is_read_anew(tmp_path: Path) -> None:
     """Its folder's own size and time stay, since its files are written over."""
     write_dataset(tmp_path / "rows")

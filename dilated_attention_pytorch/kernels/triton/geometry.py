@@ -120,8 +120,11 @@ def locate(
         sequence = low
         inside = sequence < num_sequences
         begin = tl.load(tile_ends + sequence - 1, mask=inside & (sequence > 0), other=0)
+        # Bounds that the host has not read may be wrong: no row outside the tensors is touched for that.
         row_base = tl.load(cu_seqlens + sequence, mask=inside, other=0).to(tl.int32)
+        row_base = tl.minimum(tl.maximum(row_base, 0), num_queries)
         stop = tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int32)
+        stop = tl.minimum(tl.maximum(stop, row_base), num_queries)
         # 0 for the tiles beyond the last sequence.
         count = stop - row_base
         per_segment = tl.maximum(tl.cdiv(tl.cdiv(tl.minimum(length, count), rate), TILE), 1)

@@ -14,15 +14,17 @@ def tile_of(tile, sizes, BY_KEYS: gl.constexpr, MODULO: gl.constexpr):
     Args:
         sizes: batches, heads, query heads per key head, segments, tiles of a segment, segment length, rate, rows.
     """
-    _, num_heads, group, num_segments, tiles_each, length, rate, num_rows = sizes
+    num_batches, num_heads, group, _, tiles_each, length, rate, num_rows = sizes
     num_kv_heads = num_heads // group
     heads = num_kv_heads if BY_KEYS else num_heads
     turn = tile // tiles_each
-    # Under a causal mask tiles differ in cost, and a program that takes every 132nd would see the same few only.
+    # Tiles differ in cost under a causal mask, and a program that takes every 132nd would see the same few: so they
+    # turn from segment to segment. The segment that the sequence's end cuts is the cheapest, and comes last.
     first = (tile + turn) % tiles_each * TILE
-    segment = turn % num_segments
-    head = turn // num_segments % heads
-    batch = turn // num_segments // heads
+    head = turn % heads
+    around = turn // heads
+    segment = around // num_batches
+    batch = around % num_batches
     kv_head = head if BY_KEYS else head // group
     offset = kv_head % rate if MODULO else kv_head // ((num_kv_heads + rate - 1) // rate)
     # Not positive where the segment ends before the head's first slot.

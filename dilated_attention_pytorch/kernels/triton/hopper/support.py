@@ -26,13 +26,10 @@ _DTYPES = (torch.bfloat16, torch.float16)
 # 1641 at 65536; causal 533 against 324 at 16384, 572 against 705 at 32768; D=128 (6 heads) 286 against 347 at 16384.
 _SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13, (128, True): 768 << 14}
 
-# The kernels for one branch outrun their twins from so many rows of a segment on, by kernel and whether the width fills
-# its tiles (twice as many under a causal mask if it does), and from so many multiplications: describing their views
-# takes the host 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
-_FEW = {
-    ("forward", True): 2048, ("dq", True): 4096, ("dkv", True): 2048,
-    ("forward", False): 1024, ("dq", False): 2048, ("dkv", False): 1024,
-}  # fmt: skip
+# The kernels for one branch outrun their twins from so many rows of a segment on: where the width fills no tile, where
+# it does, and there under a causal mask; and from so many multiplications, since describing their views takes the host
+# 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
+_FEW = {"forward": (1024, 2048, 4096), "dq": (2048, 4096, 4096), "dkv": (1024, 1024, 1024)}
 _LITTLE = 1e10
 
 
@@ -98,7 +95,7 @@ def why_not_branch(work: Work, grad: Tensor | None, branch: int, kernel: str) ->
     (q, k, v), problem = work.x, work.problem
     batch, n, heads, width = q.shape
     rate, slots, whole = dilation_rate(problem, branch), slots_of(problem, branch), width == work.block_d
-    few = _FEW[kernel, whole] * (2 if whole and problem.is_causal else 1)
+    few = _FEW[kernel][whole + (whole and problem.is_causal)]
     pairs = batch * heads * (n // rate) * slots * (0.5 if problem.is_causal else 1.0)
     obstacles = {
         "it has masks or packing": work.is_masked or problem.padding != "none",
