@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 # Parts of the others: nothing to run.
-PARTS = {"__init__", "__main__", "common", "generation_gpu", "quality_chart", "workloads"}
+PARTS = {"__init__", "__main__", "common", "generation_gpu", "patterns_chart", "quality_chart", "workloads"}
 
 
 def benchmarks() -> dict[str, str]:

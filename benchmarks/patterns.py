@@ -1,6 +1,7 @@
 """What users take beside the benchmark's own pattern, on one GPU: correctness first, then a line of the table.
 
     python benchmarks/patterns.py [--out benchmarks/results] [--only TEXT] [--seconds 500] [--official PATH]
+    python benchmarks/patterns.py --redraw benchmarks/results/patterns_NVIDIA_H200.json
 
 Each line is checked first: its pattern, heads and mask at 3,000 tokens against the reference in fp64, with at most
 twice the error of torch's flash attention. Then it prints, per pass:
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import common
 import gpu
 import others
+import patterns_chart
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -251,8 +253,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", default="", help="lines whose title holds this text")
     parser.add_argument("--seconds", type=float, default=500.0, help="start no line after so long")
+    parser.add_argument("--redraw", type=Path, help="draw the chart of a result's JSON anew, without a GPU")
     parser.add_argument("--official", type=Path, help="a checkout of torchscale, to time it beside")
     arguments = parser.parse_args()
+    if arguments.redraw is not None:
+        print(f"drawn: {patterns_chart.redraw(arguments.redraw)}")
+        return
     if not torch.cuda.is_available():
         sys.exit("expected a CUDA device, found none; benchmarks/cpu.py times the CPU path")
     deadline = time.monotonic() + arguments.seconds
@@ -274,7 +280,9 @@ def main() -> None:
             slower += [found[0]["case"]] if found[0]["ms"] > 1.02 * found[1]["ms"] else []
             rows += found
     said = "each line at 3,000 tokens, out, lse and gradients, within twice torch's flash error of fp64"
-    common.write(arguments.out, "patterns", rows, check=said)
+    path = common.write(arguments.out, "patterns", rows, check=said)
+    if path is not None and len(rows) > 3:
+        print(f"drawn: {patterns_chart.redraw(path)}")
     print(f"left out: {', '.join(left_out) or 'none'}")
     print(f"auto slower than sdpa: {', '.join(slower) or 'nowhere'}")
 

@@ -37,7 +37,7 @@ def test_the_runner_lists_every_benchmark() -> None:
     done = run()
     assert done.returncode == 0
     for path in (ROOT / "benchmarks").glob("*.py"):
-        if path.stem not in {"__main__", "common", "generation_gpu", "quality_chart", "workloads"}:
+        if path.stem not in {"__main__", "common", "generation_gpu", "patterns_chart", "quality_chart", "workloads"}:
             assert f"  {path.stem} " in done.stdout
     assert run("no-such-benchmark").returncode == 2
 
@@ -174,14 +174,17 @@ def test_the_gpu_chart_says_what_its_result_holds(tmp_path: Path, monkeypatch: p
         gpu.redraw(tmp_path / "y.json")
 
 
-def test_the_committed_chart_is_drawn_from_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("benchmark", "drawer"), [("gpu", "gpu"), ("patterns", "patterns_chart")])
+def test_the_committed_chart_is_drawn_from_the_committed_result(
+    benchmark: str, drawer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = pytest.importorskip("matplotlib.image")
     results = ROOT / "benchmarks" / "results"
-    charts = list(results.glob("gpu_*.png"))
+    charts = list(results.glob(f"{benchmark}_*.png"))
     assert charts
     for chart in charts:
         outcome = json.loads(chart.with_suffix(".json").read_text(encoding="utf-8"))
-        figure = load("gpu", monkeypatch).picture(outcome)
+        figure = load(drawer, monkeypatch).picture(outcome)
         figure.set_dpi(150)
         canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
         canvas.draw()
