@@ -24,6 +24,20 @@ from dilated_attention_pytorch.testing import relative_norm
 LENGTHS, RATES, HEADS, WIDTH = (64, 256, 1024), (1, 2, 4), 4, 16
 
 
+def flash_attention_4() -> Callable[..., Tensor] | None:
+    """FlashAttention-4 of q, k, v `(B, N, H, D)` and `is_causal`, where the package `flash-attn-4` is installed."""
+    try:
+        from flash_attn.cute.interface import flash_attn_func
+    except ImportError:
+        return None
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+        found = flash_attn_func(q, k, v, causal=is_causal)
+        return found[0] if isinstance(found, tuple) else found
+
+    return call
+
+
 def torchscale(path: Path) -> Callable[[Any], Callable[..., Tensor]]:
     """The authors' dilated attention from a checkout of torchscale, over torch's flash attention.
 

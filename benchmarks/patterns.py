@@ -10,6 +10,7 @@ twice the error of torch's flash attention. Then it prints, per pass:
 - the pattern rate: 4 D operations per pair forward, 2.5 times that backward, where a key counts once for each branch
   that shows it; and that in percent of dense cuDNN attention at 65,536 tokens with the same heads, width and mask,
   timed right before the line (torch's flash attention where cuDNN has no kernel of that width).
+- where the package flash-attn-4 is installed, the same in percent of its dense attention.
 - the computed rate: the pairs that the kernel multiplies. Where keys are taken once these are fewer.
 - copies: time over what moving q, k, v, out (and their gradients) takes at the measured copy rate.
 - GiB that the pass adds to its inputs.
@@ -160,6 +161,20 @@ def dense_rate(heads: int, width: int, causal: bool, backward: bool) -> tuple[fl
     return math.nan, "none"
 
 
+@functools.cache
+def fa4_rate(heads: int, width: int, causal: bool, backward: bool) -> float | None:
+    """The same of FlashAttention-4; None where it is not installed or has no such kernel."""
+    call = others.flash_attention_4()
+    if call is None:
+        return None
+    try:
+        time_ms, _ = gpu.timed(functools.partial(call, is_causal=causal), gpu.tensors(DENSE, heads, width), backward)
+    except Exception as error:  # of its compiler: any
+        print(f"flash-attn-4 at D={width}: {type(error).__name__}, left out")
+        return None
+    return heads * dense_pairs(causal) * 4 * width * (3.5 if backward else 1.0) / time_ms / 1e9
+
+
 def dense_pairs(causal: bool) -> float:
     """Pairs of dense attention at 65,536 tokens, for one head."""
     return DENSE * (DENSE + 1) / 2 if causal else float(DENSE**2)
@@ -193,6 +208,7 @@ def takes_once(line: Line) -> bool:
 def measure(line: Line, backward: bool, rival: Callable[..., Tensor] | None) -> Iterator[dict[str, Any]]:
     """The rows of a line for one pass."""
     rate, whose = dense_rate(line.num_heads, line.head_dim, line.is_causal, backward)
+    fa4 = fa4_rate(line.num_heads, line.head_dim, line.is_causal, backward)
     inputs = tuple(line.tensors(line.seq_len, line.batch))
     operations = 4 * line.head_dim * (3.5 if backward else 1.0)
     moved = sum(x.numel() for x in inputs) + inputs[0].numel()
@@ -213,6 +229,7 @@ def measure(line: Line, backward: bool, rival: Callable[..., Tensor] | None) -> 
             "tflops": line.pairs() * operations / time_ms / 1e9,
             "ratio": line.pairs() * operations / time_ms / 1e9 / rate,
             "dense": f"{whose} {rate:.0f}",
+            "fa4_tflops": fa4,
             "computed_tflops": (computed if who == "auto" else line.pairs()) * operations / time_ms / 1e9,
             "copies": time_ms / (2 * moved / copy_rate()),
             "peak_gib": peak,
@@ -224,9 +241,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     times = {row["who"]: row["ms"] for row in rows}
     ours = rows[0]
     beside = f", official {times['official'] / ours['ms']:.1f}x" if "official" in times else ""
+    fa4 = f", {ours['tflops'] / ours['fa4_tflops']:.0%} of FA4's {ours['fa4_tflops']:.0f}" if ours["fa4_tflops"] else ""
     print(
         f"{ours['case']:<60} {ours['ms']:9.3f} ms {ours['tflops']:5.0f} TFLOP/s = {ours['ratio']:4.0%} of "
-        f"{ours['dense']:<10} computed {ours['computed_tflops']:5.0f}, sdpa {times['sdpa'] / ours['ms']:5.2f}x"
+        f"{ours['dense']:<10}{fa4} computed {ours['computed_tflops']:5.0f}, sdpa {times['sdpa'] / ours['ms']:5.2f}x"
         f"{beside}, "
         f"{ours['copies']:6.1f} copies, {ours['peak_gib']:6.2f} GiB",
         flush=True,
