@@ -8,7 +8,7 @@ import torch
 from dilated_attention_pytorch import dilated_attention_with_lse
 from dilated_attention_pytorch.kernels.triton.hopper import support
 
-SHORT = support._SHORT
+SHORT, FEW, LITTLE = support._SHORT, support._FEW, support._LITTLE
 CASES = {
     "aligned": (1024, {"segment_lengths": [512, 1024], "dilation_rates": [1, 2]}),
     "aligned, ragged end": (1000, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2]}),
@@ -17,6 +17,11 @@ CASES = {
     # On a Hopper GPU these take its own kernels, short as they are.
     "Hopper's, ragged end": (3201, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2]}),
     "Hopper's, causal": (3201, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2], "is_causal": True}),
+    "Hopper's, one branch": (3201, {"segment_lengths": [500, 1333], "dilation_rates": [1, 3]}),
+    "Hopper's, one branch causal": (
+        3201,
+        {"segment_lengths": [500, 1333], "dilation_rates": [1, 3], "offsets": "blocked", "is_causal": True},
+    ),
     "general": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3]}),
     "general causal": (700, {"segment_lengths": [100, 333], "dilation_rates": [1, 3], "is_causal": True}),
     "short segments": (700, {"segment_lengths": [16, 60], "dilation_rates": [1, 3]}),
@@ -28,7 +33,10 @@ CASES = {
 def main() -> None:
     for width in (64, 48):
         for name, (n, options) in CASES.items():
-            support._SHORT = 0 if name.startswith("Hopper") else SHORT
+            of_hopper = name.startswith("Hopper")
+            support._SHORT = {} if of_hopper else SHORT
+            support._FEW = dict.fromkeys(FEW, 3 * (64,)) if of_hopper else FEW
+            support._LITTLE = 0 if of_hopper else LITTLE
             options = dict(options)
             lengths = n, *[options.pop("num_keys", n)] * 2
             q, k, v = (torch.randn(1, size, 4, width, device="cuda", dtype=torch.bfloat16) for size in lengths)

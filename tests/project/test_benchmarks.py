@@ -220,6 +220,10 @@ def test_an_interrupted_quality_run_goes_on_exactly(tmp_path: Path, monkeypatch:
     assert len(times) == 2 and not (folder / "geometric+shift-2048-seed0.part.pt").exists()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
+    # Segments from 8,192 on begin from the dense start, and are run where they are not dense themselves.
+    far = [run for run in quality.runs(long, 1) if run.is_long]
+    assert {(run.context, run.start(long).name) for run in far} == {(c, "start-dense-seed0") for c in (32_768, 131_072)}
+
     # A run with no shift and the shifted one begin from one start, which neither makes anew.
     unshifted, *_ = quality.train(quality.Run("geometric", 2048, 0), setup, text, tmp_path, float("inf"))
     assert start.read_bytes() == begun
