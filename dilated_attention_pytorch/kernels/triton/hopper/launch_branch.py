@@ -12,6 +12,7 @@ from dilated_attention_pytorch.kernels.triton.grids import dilation_rate, segmen
 from dilated_attention_pytorch.kernels.triton.hopper import launch
 from dilated_attention_pytorch.kernels.triton.hopper.branch_backward import hopper_branch_backward
 from dilated_attention_pytorch.kernels.triton.hopper.branch_forward import hopper_branch_forward
+from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
 from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import flat
 from dilated_attention_pytorch.kernels.triton.hopper.support import ROWS
 from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, unit_views
@@ -21,12 +22,12 @@ from dilated_attention_pytorch.kernels.triton.views import Strides
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import AttentionOutput
 
-# (columns of a tile, causal) -> rows of a block of keys, stages, whether the warpgroups take turns.
+# (columns of a tile, causal); queries stay in shared memory, where products over some columns find them.
 _FORWARD = {
-    (64, False): (128, 4, True),
-    (64, True): (64, 8, False),
-    (128, False): (128, 3, True),
-    (128, True): (64, 5, False),
+    (64, False): HopperConfig(128, 4, False, True),
+    (64, True): HopperConfig(64, 8, False),
+    (128, False): HopperConfig(128, 3, False, True),
+    (128, True): HopperConfig(64, 5, False),
 }
 # Columns of a tile -> rows of a streamed block and stages, of dQ and of dK, dV.
 _BACKWARD = {64: ((128, 3), (64, 3)), 128: ((128, 2), (64, 2))}
@@ -35,12 +36,12 @@ _BACKWARD = {64: ((128, 3), (64, 3)), 128: ((128, 2), (64, 2))}
 def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: bool) -> None:
     """A branch's out and lse, stored or merged into the result."""
     (q, k, v), problem = work.x, work.problem
-    block, stages, pingpong = _FORWARD[work.block_d, problem.is_causal]
-    views, strides = _views(work, branch, ((q, ROWS // 2), (k, block), (v, block)))
+    config = _FORWARD[work.block_d, problem.is_causal]
+    views, strides = _views(work, branch, ((q, ROWS // 2), (k, config.block), (v, config.block)))
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     args = (*views, *result, *strides, *_sizes(work, branch, q), max(work.logit_scale, 1e-30))
-    flags = _flags(work) | {"ADD": add, "STAGES": stages, "PINGPONG": pingpong}
-    _launch(work, tape, hopper_branch_forward, args, flags)
+    flags = _flags(work) | {"ADD": add, "STAGES": config.stages, "PINGPONG": config.pingpong, **config.options}
+    _launch(work, tape, hopper_branch_forward, args, flags, config.programs)
 
 
 def backward_dq(work: Work, terms: QueryTerms, tape: Tape, branch: int, dq: Tensor, add: bool) -> None:
@@ -100,8 +101,10 @@ def _flags(work: Work) -> dict[str, Any]:
     return {"CAUSAL": work.problem.is_causal, "MODULO": modulo, "WIDTH": work.x.q.shape[3], **launch.OPTIONS}
 
 
-def _launch(work: Work, tape: Tape, kernel: Any, args: tuple[Any, ...], flags: dict[str, Any]) -> None:
-    """One program per multiprocessor."""
+def _launch(
+    work: Work, tape: Tape, kernel: Any, args: tuple[Any, ...], flags: dict[str, Any], programs: int = 1
+) -> None:
+    """So many programs per multiprocessor."""
     num_tiles = next(x for x in args if type(x) is int)
-    grid = (min(launch.programs_on(work.x.q), num_tiles),)
+    grid = (min(programs * launch.programs_on(work.x.q), num_tiles),)
     tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
