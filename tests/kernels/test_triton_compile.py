@@ -133,8 +133,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             if not configs.candidates("aligned_forward", q, is_causal):
                 continue
             saved, grad = launch_aligned.forward(work, tape, config("aligned_forward")), OutputGradient(q, None)
-            if not is_causal:
-                launch_aligned.backward(work, grad, saved, tape, config("aligned_dq"), config("aligned_dkv"))
+            launch_aligned.backward(work, grad, saved, tape, *launch_aligned.configs_for(work, "backward"))
             if capability == 90 and dtype != SINGLE:
                 hopper.forward(work, tape, *hopper.configs_for(work))
                 # dQ, then dK and dV.

@@ -306,14 +306,28 @@ class TestAligned:
         assert aligned_plan(n, heads, lengths, rates, **changes).once
         check(1, n, heads, 16, lengths, rates, **changes)
 
+    @pytest.mark.parametrize("changes", [{}, CAUSAL], ids=["full", "causal"])
     @pytest.mark.parametrize(
         ("n", "lengths", "rates"),
         [(192, (64, 96), (1, 2)), (96, (96, 1000), (2, 3)), (128, (64, 128), (4, 1)), (64, (64,), (2,))],
         ids=["segments do not nest", "rates do not divide", "the longer is denser", "one branch"],
     )
-    def test_where_keys_repeat(self, n, lengths, rates):
-        assert not aligned_plan(n, 2, lengths, rates).once
-        check(1, n, 2, 16, lengths, rates)
+    def test_where_keys_repeat(self, n, lengths, rates, changes):
+        assert not aligned_plan(n, 2, lengths, rates, **changes).once
+        check(1, n, 2, 16, lengths, rates, **changes)
+
+    @pytest.mark.parametrize("tiles", [(16, 32, 32, 16), (32, 16, 16, 32)], ids=["wide keys", "wide queries"])
+    def test_short_causal_gradients_by_two_launches(self, tiles, monkeypatch):
+        """Tiles of keys and of queries differ in size; segments of three branches, of which one is cut by the end."""
+        replay._tapes.clear()
+        n, dq, dkv = 300, Config(*tiles[:2], 4, 1), Config(*tiles[2:], 4, 1)
+        of_kernel = {"aligned_forward": dq, "aligned_dq": dq, "aligned_dkv": dkv}
+        monkeypatch.setattr(configs, "candidates", lambda kernel, *_: (of_kernel[kernel],))
+        problem, q = make_problem((128, 256, 1000), (1, 2, 4), 1, 16, n, **CAUSAL), torch.empty(1, n, 2, 16)
+        choice = backend.choose(Work(QKV(q, q[:, :, :1], q[:, :, :1]), problem, NO_MASKS), "backward")
+        assert choice.family is launch_aligned
+        check(1, n, 2, 16, (128, 256, 1000), (1, 2, 4), kv_heads=1, **CAUSAL)
+        replay._tapes.clear()
 
     def test_without_rate_one(self):
         check(1, 64, 4, 16, (32, 64), (2, 4), offsets="blocked")
@@ -352,7 +366,8 @@ class TestAligned:
         ],
         ids=["is_causal", "dropout_p", "q_start", "padding"],
     )
-    def test_other_modes_take_the_general_kernels(self, changes, obstacle):
+    def test_other_modes_take_the_general_kernels(self, changes, obstacle, monkeypatch):
+        monkeypatch.setattr(configs, "SHORT_CAUSAL", {"forward": 0, "backward": 0})
         problem, q = make_problem((32, 64), (1, 2), 2, 16, 64, **changes), torch.empty(1, 64, 2, 16)
         assert launch_aligned.misalignment(problem, 64, 64) == obstacle
         choice = backend.choose(Work(QKV(q, q, q), problem, NO_MASKS), "backward")
@@ -382,7 +397,7 @@ class TestAligned:
 
 @pytest.mark.parametrize("n", [32, 61], ids=["even", "ragged"])
 def test_long_causal_sequences_launch_by_branch(n, monkeypatch):
-    monkeypatch.setattr(configs, "SHORT_CAUSAL", 0)
+    monkeypatch.setattr(configs, "SHORT_CAUSAL", {"forward": 0, "backward": 0})
     replay._tapes.clear()
     check(1, n, 2, 16, (32, 64), (1, 2), **CAUSAL)
     replay._tapes.clear()
@@ -390,7 +405,7 @@ def test_long_causal_sequences_launch_by_branch(n, monkeypatch):
 
 def test_long_causal_segments_beside_each_other(monkeypatch):
     """A walk that begins between tiles ends within the next segment: seen from the square of a tile on."""
-    monkeypatch.setattr(configs, "SHORT_CAUSAL", 0)
+    monkeypatch.setattr(configs, "SHORT_CAUSAL", {"forward": 0, "backward": 0})
     replay._tapes.clear()
     check(1, 544, 1, 16, (272,), (1,), **CAUSAL)
     replay._tapes.clear()

@@ -26,9 +26,10 @@ _RUNTIME = ["num_queries", "num_keys", "view_rows", "num_heads", "num_kv_heads",
 def walk(
     position, residue, kv_head, num_kv_heads, reach,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, MODULO: tl.constexpr,
-    ONCE: tl.constexpr,
+    ONCE: tl.constexpr, AFTER: tl.constexpr = False,
 ):  # fmt: skip
-    """The branches that a tile at a position with a residue belongs to, and their keys before position reach.
+    """The branches that a tile at a position with a residue belongs to, and their keys before position reach; with
+    AFTER, those from the tile on.
 
     With ONCE a branch's keys are a ring: those of its segment outside the segment of the last shorter branch that the
     tile belongs to. Lengths ascend and nest and each rate divides the next, so that all keys of a ring are residues of
@@ -54,12 +55,20 @@ def walk(
         if i == 0 or not ONCE:
             hole = start
             hole_end = start
+        # Behind the tile a ring is what follows its hole, and the innermost one what follows the tile itself.
+        first = start
+        gap = hole
+        gap_end = hole_end
+        if AFTER:
+            first = tl.maximum(position // (R * BLOCK) * (R * BLOCK), hole_end)
+            gap = first
+            gap_end = first
         # Tiles per residue: whole ones before the hole; behind it the sequence's last may be cut.
-        tiles = (hole - start) // (R * BLOCK) + tl.cdiv(tl.cdiv(end - hole_end, R), BLOCK)
+        tiles = (gap - first) // (R * BLOCK) + tl.cdiv(tl.cdiv(end - gap_end, R), BLOCK)
         begins = begins + (tl.where(member, total, _NEVER),)
-        rows = rows + (start // R,)
-        holes = holes + (hole // R,)
-        jumps = jumps + ((hole_end - hole) // R,)
+        rows = rows + (first // R,)
+        holes = holes + (gap // R,)
+        jumps = jumps + ((gap_end - gap) // R,)
         offsets = offsets + (tl.where(member, offset, -1),)
         # The branch keeps R / r residues.
         total += tl.where(member, tiles * (R // RATES[i]), 0)
@@ -191,7 +200,7 @@ def aligned_backward_dq(
     num_queries, num_keys, view_rows, terms_row, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, ONCE: tl.constexpr, VIEW: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and on the way the two terms of each row that the dK/dV pass needs.
 
@@ -203,6 +212,10 @@ def aligned_backward_dq(
 
     # The queries' tile: q, dO and out [BM, D].
     batch, head, residue, first = tile_of(num_tiles, num_heads, R, BM)
+    reach = num_keys
+    if CAUSAL:
+        first = (num_tiles - 1) * BM - first
+        reach = tl.minimum(num_keys, (first + BM) * R)
     kv_head = head // (num_heads // num_kv_heads)
     batch64 = batch.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -227,7 +240,7 @@ def aligned_backward_dq(
     tl.store(row_terms + terms + tl.num_programs(0).to(tl.int64) * BM, row_delta)
 
     # Walk the keys of all its branches.
-    steps, rings = walk(first * R, residue, kv_head, num_kv_heads, num_keys, LENGTHS, RATES, R, BN, MODULO, ONCE)
+    steps, rings = walk(first * R, residue, kv_head, num_kv_heads, reach, LENGTHS, RATES, R, BN, MODULO, ONCE)
     n = tl.arange(0, BN)
     k_at, v_at = geometry.head_at(k, k_strides, batch64, kv_head), geometry.head_at(v, v_strides, batch64, kv_head)
     k_source = k_view, k_at, geometry.steps_to(k_strides, R, d, BN), k_strides
@@ -247,7 +260,10 @@ def aligned_backward_dq(
         dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
         # The lse is of all branches: no maximum has to be found, and no weight exceeds 1.
         p = tl.math.exp2(s * qk_scale - (row_lse - bias)[:, None])
-        if not EVEN:
+        if CAUSAL:
+            if row + BN > first:
+                p = tl.where(position + (n * R)[None, :] <= positions[:, None], p, 0.0)
+        elif not EVEN:
             if position + (BN - 1) * R >= num_keys:
                 p = tl.where((position + n * R < num_keys)[None, :], p, 0.0)
         # dQ += dS K: [BM, BN] x [BN, D] -> [BM, D]; scaled once, after the walk.
@@ -265,7 +281,8 @@ def aligned_backward_dkv(
     num_queries, num_keys, view_rows, num_batches, num_heads, num_kv_heads, num_tiles, qk_scale, scale,
     LENGTHS: tl.constexpr, RATES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MODULO: tl.constexpr, ONCE: tl.constexpr, GROUP: tl.constexpr,
-    VIEW: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    VIEW: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: a tile of keys walks the queries of its branches, which are the same positions that it would see."""
     # No row and no column of any tile has to be masked.
@@ -283,7 +300,9 @@ def aligned_backward_dkv(
     v_tile = geometry.load_rows(v, v_strides, batch64, kv_head, rows64, d, tile_mask)
 
     # Walk the queries of all its branches, for each head that shares the keys.
-    steps, rings = walk(first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO, ONCE)
+    steps, rings = walk(
+        first * R, residue, kv_head, num_kv_heads, num_queries, LENGTHS, RATES, R, BM, MODULO, ONCE, CAUSAL
+    )
     m = tl.arange(0, BM)
     q_steps = geometry.steps_to(q_strides, R, d, BM)
     grad_steps = geometry.steps_to(grad_strides, R, d, BM)
@@ -312,6 +331,9 @@ def aligned_backward_dkv(
                 # dP^T = V dO^T: [BN, D] x [D, BM] -> [BN, BM].
                 dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
             p = tl.math.exp2(s * qk_scale - (row_lse - bias)[None, :])
+            if CAUSAL:
+                if row < first + BN:
+                    p = tl.where(position + (m * R)[None, :] >= positions[:, None], p, 0.0)
             # dV += P^T dO: [BN, BM] x [BM, D] -> [BN, D].
             acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION)
             if not EARLY:

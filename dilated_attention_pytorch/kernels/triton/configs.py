@@ -54,8 +54,10 @@ SHORT_SEGMENT = 512
 
 # A causal forward on a q of at most so many elements is one launch over strided tiles. They waste more of the diagonal
 # than tiles of consecutive slots, but one launch per branch does not fill the chip. Measured with 12 heads of 64:
-# one launch takes 32 us against 73 at N=1024, 222 against 244 at 8192, 397 against 419 at 16384.
-SHORT_CAUSAL = 12 * 64 * 16384
+# one launch takes 32 us against 73 at N=1024, 222 against 244 at 8192, 397 against 419 at 16384. Two backward launches
+# stand for ten of three branches, which a host that trains a model layer by layer feels more than the device; measured
+# is only that (docs/log.md, 2026-11-29).
+SHORT_CAUSAL = {"forward": 12 * 64 * 16384, "backward": 12 * 64 * 8192}
 
 # On a q of at most so many elements the forward loads through plain pointers: describing two views takes the host
 # longer than the copy engine saves. 37 us per call against 45 to 68 at N=1024; from N=2048 on the device decides.

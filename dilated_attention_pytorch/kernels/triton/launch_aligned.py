@@ -106,7 +106,7 @@ def why_not(work: Work, direction: Direction) -> str | None:
     if work.x.q.numel() == 0:
         return "it is empty"
     # Tiles at a stride waste more of the diagonal: only short causal sequences gain by one launch.
-    short = direction == "forward" and work.x.q.numel() <= configs.SHORT_CAUSAL
+    short = work.x.q.numel() <= configs.SHORT_CAUSAL[direction]
     obstacle = misalignment(work.problem, work.x.q.shape[1], work.x.k.shape[1], causal=short)
     if obstacle is None and len(configs_for(work, direction)) < len(_KERNELS[direction]):
         return "no tile fits its segments and is filled by its rows"
@@ -120,7 +120,9 @@ def configs_for(work: Work, direction: Direction) -> tuple[Config, ...]:
         [c for c in configs.candidates(kernel, work.x.q, work.problem.is_causal) if plan.takes(c)]
         for kernel in _KERNELS[direction]
     )
-    return tuple(found[0] for found in fitting if found)
+    # A causal tile at a stride straddles the diagonal with all of its rows: the smallest wastes the fewest pairs.
+    pick = -1 if work.problem.is_causal and direction == "backward" else 0
+    return tuple(found[pick] for found in fitting if found)
 
 
 def forward(work: Work, tape: Tape, config: Config) -> AttentionOutput:
@@ -138,8 +140,7 @@ def forward(work: Work, tape: Tape, config: Config) -> AttentionOutput:
         n, plan.num_keys, plan.num_keys // plan.rate, heads, k.shape[2], num_tiles,
         max(abs(work.logit_scale), 1e-30),
     )  # fmt: skip
-    flags = _flags(work, plan, config, views)
-    flags |= {"NEGATE": work.problem.scale < 0, "CAUSAL": work.problem.is_causal}
+    flags = _flags(work, plan, config, views) | {"NEGATE": work.problem.scale < 0}
     kernel, grid = aligned.aligned_forward, (batch * heads * num_tiles * plan.rate,)
     tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return AttentionOutput(out, lse)
@@ -215,5 +216,5 @@ def _flags(work: Work, plan: Alignment, config: Config, views: ViewPair) -> dict
     return {
         "LENGTHS": plan.lengths, "RATES": plan.rates, "R": plan.rate, "D": work.x.q.shape[3], "BLOCK_D": work.block_d,
         "MODULO": work.problem.pattern.offsets == "modulo", "VIEW": views.kind, "EVEN": plan.even(config),
-        "ONCE": plan.once, "PRECISION": work.precision, **config.flags,
+        "ONCE": plan.once, "CAUSAL": work.problem.is_causal, "PRECISION": work.precision, **config.flags,
     }  # fmt: skip
