@@ -226,13 +226,13 @@ def pad_slides(slides: Sequence[Slide]) -> tuple[Tensor, Tensor, Tensor | None]:
         check.check_instance(f"slides[{i}]", slide, Slide)
     if not slides:
         raise ValueError("expected slides to hold at least one, got none")
-    lengths = torch.tensor([slide.tiles.shape[1] for slide in slides])
+    lengths = torch.tensor([slide.tiles.shape[1] for slide in slides], device="cpu")
     if len(slides) == 1:
         return slides[0].tiles, slides[0].coords, None
     dtype = reduce(torch.promote_types, (slide.tiles.dtype for slide in slides))
     tiles = torch.nn.utils.rnn.pad_sequence([slide.tiles[0].to(dtype) for slide in slides], batch_first=True)
     coords = torch.nn.utils.rnn.pad_sequence([slide.coords[0] for slide in slides], batch_first=True)
-    mask = torch.arange(tiles.shape[1]) < lengths[:, None]
+    mask = torch.arange(tiles.shape[1], device="cpu") < lengths[:, None]
     return tiles, coords, None if bool(mask.all()) else mask
 
 
