@@ -111,6 +111,39 @@ class TestLayouts:
         slide = SlideReader.of(encoder.config).read(tmp_path / "features" / "a.pt")
         assert_official(encoder, slide, self.x, self.at)
 
+    @pytest.mark.parametrize("name", ["a1", "[a]"])
+    def test_slide2vec_tells_each_slide_its_own_size(self, encoder: SlideEncoder, tmp_path: Path, name: str) -> None:
+        reader = SlideReader.of(encoder.config)
+        write.slide2vec(tmp_path, "a10", self.x, self.at * 512, 512)
+        path = write.slide2vec(tmp_path, name, self.x, self.at * 461, 461)
+        assert reader.read(path).tile_size == 461
+        (tmp_path / "tiles" / f"{name}.coordinates.meta.json").unlink()
+        with pytest.raises(ValueError, match="expected attributes that tell a tile's size"):
+            reader.read(path)
+
+    def test_what_differs_from_tile_to_tile_is_not_the_first_ones(self, encoder: SlideEncoder, tmp_path: Path) -> None:
+        reader = SlideReader.of(encoder.config)
+        levels = np.arange(333)[:, None] % 2 + 15.0
+        np.save(tmp_path / "a.npy", np.concatenate((levels, self.at, self.x), 1))  # Owkin's
+        with pytest.raises(ValueError, match=r"expected tiles of one level.*, got 15\.0, 16\.0"):
+            reader.read(tmp_path / "a.npy")
+        (tmp_path / "tiles").mkdir()
+        table = np.zeros(333, [("x", "i8"), ("y", "i8"), ("tile_size_lv0", "i8")])  # slide2vec's
+        table["x"], table["y"], table["tile_size_lv0"] = *(self.at * 512).T, 512
+        table["tile_size_lv0"][0] = 256
+        np.save(tmp_path / "tiles" / "b.npy", table)
+        torch.save(torch.from_numpy(self.x), tmp_path / "b.pt")
+        boxes = np.concatenate((self.at * 512, self.at * 512 + 512), 1)  # tiatoolbox's, the first cut by the border
+        boxes[0, 2] -= 100
+        np.savez(tmp_path / "c.npz", features=self.x, coords=boxes)
+        for path, folder in ((tmp_path / "b.pt", tmp_path / "tiles"), (tmp_path / "c.npz", None)):
+            with pytest.raises(
+                ValueError, match=r"expected attributes that tell a tile's size.*\(neighbours stand 512"
+            ):
+                SlideReader.of(encoder.config, coords_folder=folder).read(path)
+            slide = SlideReader.of(encoder.config, coords_folder=folder, patch_size_level0=512).read(path)
+            assert_official(encoder, slide, self.x, self.at)
+
     def test_dictionaries_and_archives(self, encoder: SlideEncoder, tmp_path: Path) -> None:
         at, size = torch.from_numpy(self.at * 300), {"patch_size_level0": 300}
         torch.save({"features": torch.from_numpy(self.x)[None], "coords": at, **size}, tmp_path / "a.pt")

@@ -197,8 +197,12 @@ class SlideReader:
             raise ValueError("expected coordinates in the file or in a folder of them (coords_folder), found none")
         corners = _corners(coords, length)
         if spacing is None and np.shape(corners)[1] == 4:
-            size = float(corners[0, 2] - corners[0, 0])
-            spacing = Spacing(size, size, "tiatoolbox: corners of tiles") if size > 0 else None
+            sides = (corners[:, 2:] - corners[:, :2]).astype(np.float64)
+            size = float(sides[0, 0])
+            # Sides that differ, as where the slide's end cuts tiles, are no tile's size.
+            spacing = (
+                Spacing(size, size, "tiatoolbox: corners of tiles") if size > 0 and np.allclose(sides, size) else None
+            )
         corners = np.ascontiguousarray(corners[:, :2])
         if spacing is None:
             if self.patch_size_level0 is None:

@@ -111,6 +111,8 @@ def _npy(path: Path) -> Iterator[Stored]:
     """Owkin's table: level, column, row, features; or features alone."""
     table = np.load(path, mmap_mode="r")
     if table.ndim == 2 and table.shape[1] > 3 and bool((table[:, :3] == np.rint(table[:, :3])).all()):
+        if len(levels := np.unique(table[:, 0])) > 1:
+            raise ValueError(f"expected tiles of one level, whose columns and rows are one grid, got {listed(levels)}")
         yield Stored(table[:, 3:], np.asarray(table[:, 1:3]), {"tile_size_lv0": 1})
     else:
         yield Stored(table)
@@ -178,14 +180,17 @@ def read_coordinates(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if isinstance(loaded, np.ndarray):  # slide2vec 2: a structured array
         if loaded.dtype.names is None:
             return loaded, {}
-        others = {name: loaded[name][0] for name in loaded.dtype.names if len(loaded) and name not in ("x", "y")}
+        columns = ((name, np.unique(loaded[name])) for name in loaded.dtype.names if name not in ("x", "y"))
+        others = {name: values[0] for name, values in columns if len(values) == 1}  # others differ from tile to tile
         return np.stack((loaded["x"], loaded["y"]), 1), others
     with loaded as archive:
         if {"x", "y"} <= set(archive.files):
             coords = np.stack((archive["x"], archive["y"]), 1)
         else:
             coords = archive[_named({name: name for name in archive.files}, COORDS, "coordinates")]
-    meta = next(path.parent.glob(path.name.removesuffix(".npz").removesuffix(".coordinates") + "*.meta.json"), None)
+    name = path.name.removesuffix(".npz")
+    spots = (path.with_name(f"{stem}.meta.json") for stem in (name, name.removesuffix(".coordinates")))
+    meta = next((spot for spot in spots if spot.is_file()), None)
     values = {} if meta is None else json.loads(meta.read_text(encoding="utf-8"))
     return coords, values.get("tiling", values)
 
