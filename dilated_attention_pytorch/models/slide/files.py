@@ -131,6 +131,11 @@ class SlideReader:
         with formats.opened(path) as stored:
             return self._length(tuple(stored.features.shape))
 
+    def sources(self, path: Path) -> list[Path]:
+        """What a slide is read from: the feature file, what is in it if it is a folder, and coordinates beside it."""
+        beside = formats.coordinates_file(path, self.coords_folder)
+        return [path, *(path.rglob("*") if path.is_dir() else ()), *(() if beside is None else (beside,))]
+
     def read(self, path: Path) -> Slide:
         """One slide.
 
