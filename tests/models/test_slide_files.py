@@ -158,6 +158,41 @@ class TestLayouts:
             assert slide.doubts == expected
             assert_official(encoder, slide, self.x, self.at)
 
+    def test_numbers_that_are_tensors(self, encoder: SlideEncoder, tmp_path: Path) -> None:
+        """A file that tells its tile's size is believed, however it wraps the number; a gradient is left behind."""
+        x, at = torch.from_numpy(self.x).requires_grad_(), torch.from_numpy(self.at * 300.0).requires_grad_()
+        torch.save({"features": x, "coords": at, "patch_size_level0": torch.tensor([300])}, tmp_path / "a.pt")
+        np.savez(tmp_path / "b.npz", features=self.x, coords=self.at * 300, patch_size_level0=np.array([300]))
+        for path in find_slides(tmp_path):
+            slide = SlideReader.of(encoder.config, patch_size_level0=256).read(path)
+            assert slide.doubts == ("the file's own tile size was taken, 300, not 256",)
+            assert_official(encoder, slide, self.x, self.at)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"features": [1.0, 2.0]}, "expected features to be an array, got list"),
+            ({"features": torch.zeros(333, 12).to_sparse()}, "expected features to be a dense tensor"),
+            ({"features": torch.empty(333, 12, device="meta")}, "expected features with values"),
+            ({"coords": torch.zeros(333, 2, dtype=torch.bfloat16)}, "expected coordinates of int32, .*, got float16"),
+        ],
+    )
+    def test_what_is_no_plain_array_is_named(self, tmp_path: Path, other: dict[str, object], message: str) -> None:
+        known = {"features": torch.from_numpy(self.x), "coords": torch.from_numpy(self.at), "patch_size_level0": 1}
+        torch.save(known | other, tmp_path / "a.pt")
+        with pytest.raises((ValueError, TypeError), match=message):
+            SlideReader().read(tmp_path / "a.pt")
+
+    @pytest.mark.parametrize("name", ["features", "coords"])
+    def test_a_group_is_no_array(self, tmp_path: Path, name: str) -> None:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            arrays = {"features": self.x, "coords": self.at}
+            file[f"{name}/a"] = arrays.pop(name)
+            for other, x in arrays.items():
+                file[other] = x
+        with pytest.raises(ValueError, match=rf"expected an array under one of \['{name}'.*, got a group"):
+            SlideReader().read(tmp_path / "a.h5")
+
     def test_torch_before_1_6(self, encoder: SlideEncoder, tmp_path: Path) -> None:
         """Its files are no archives, which cannot be mapped into memory."""
         stored = {"features": torch.from_numpy(self.x), "coords": torch.from_numpy(self.at * 256)}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dilated_attention_pytorch.core.messages import listed
+from dilated_attention_pytorch.core.validation import check_values
 from dilated_attention_pytorch.models.weights import reading
 
 FEATURES = ("features", "feats", "embeddings")
@@ -48,11 +49,15 @@ def opened(path: Path) -> Iterator[Stored]:
     if not path.exists():
         raise FileNotFoundError("expected a feature file, found none")
     with _READERS[path.suffix.lower()](path) as stored:
+        if not hasattr(stored.features, "shape"):
+            raise ValueError(f"expected features to be an array, got {type(stored.features).__name__}")
         yield stored
 
 
 def _named(group: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
     found = next((group[name] for name in names if name in group), None)
+    if isinstance(found, Mapping):
+        raise ValueError(f"expected an array under one of {list(names)}, got a group")
     if found is None and what:
         raise ValueError(f"expected {what} under one of {list(names)}, got {listed(sorted(map(str, group)))}")
     return found
@@ -73,12 +78,18 @@ def _torch(path: Path) -> Iterator[Stored]:
     with reading(path, "tensors as torch.save writes them", Exception):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(loaded, torch.Tensor):
-        yield Stored(loaded)
-        return
+        loaded = {FEATURES[0]: loaded}
     if not isinstance(loaded, dict):
         raise ValueError(f"expected a tensor or a dictionary of tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if isinstance(value, torch.Tensor):
+            check_values(str(key), value)
+    loaded = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in loaded.items()}
     coords = _named(loaded, COORDS, "")
-    others = {key: value for key, value in loaded.items() if isinstance(value, int | float | str)}
+    if isinstance(coords, torch.Tensor) and coords.dtype == torch.bfloat16:  # NumPy has none, and it is as coarse
+        coords = coords.half()
+    numbers = {key: x.item() for key, x in loaded.items() if isinstance(x, torch.Tensor) and x.numel() == 1}
+    others = {key: value for key, value in loaded.items() if isinstance(value, int | float | str)} | numbers
     yield Stored(_named(loaded, FEATURES, "features"), None if coords is None else np.asarray(coords), others)
 
 
@@ -87,7 +98,7 @@ def _npz(path: Path) -> Iterator[Stored]:
     with np.load(path) as archive:
         arrays = {name: _Member(archive, name) for name in archive.files}
         coords = _named(arrays, COORDS, "")
-        others = {name: array[()] for name, array in arrays.items() if array.shape == ()}
+        others = {name: array[()].item() for name, array in arrays.items() if array.shape in ((), (1,))}
         yield Stored(_named(arrays, FEATURES, "features"), None if coords is None else coords[:], others)
 
 
