@@ -83,7 +83,7 @@ class _OldHilbertRing(_OldRingArguments, HilbertRingAttention):
         if length not in (0, self.ordered):
             # 0.2 laid any sequence out on the smallest square that holds it, row by row.
             side = math.isqrt(length - 1) + 1
-            index = torch.arange(length)
+            index = torch.arange(length, device="cpu")
             self.set_order(torch.stack((index // side, index % side), 1))
             self.ordered = length
         return super().forward(query, *args, **kwargs)

@@ -91,7 +91,7 @@ def _check(pattern: DilatedPattern, head_dim: int, causal: bool, dtype: torch.dt
     cut = replace(pattern, segment_lengths=tuple(max(1, w * _CHECK_LENGTH // longest) for w in lengths))
     generator = torch.Generator().manual_seed(0)
     shape = (1, _CHECK_LENGTH, pattern.num_heads, head_dim)
-    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for _ in range(3))
     exact = _dilated(cut, q.double(), k.double(), v.double(), causal, "reference")
     error = float((_dilated(cut, q, k, v, causal).double() - exact).norm() / exact.norm())
     # Four roundings of the dtype: of the inputs' products, the weights, the sum and the output.

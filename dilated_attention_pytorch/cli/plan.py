@@ -143,7 +143,7 @@ def _measure(pattern: DilatedPattern, length: int, head_dim: int, causal: bool, 
 def _neighbours(pattern: DilatedPattern, length: int, query: int, head: int, causal: bool) -> dict[str, Any]:
     check_index("query", query, length)
     check_index("head", head, pattern.num_heads)
-    member = pattern.membership(torch.tensor(query))[:, head].tolist()
+    member = pattern.membership(torch.tensor(query, device="cpu"))[:, head].tolist()
     ranges = iter(pattern.keys_of(query, head, length, is_causal=causal))  # of the branches it belongs to, in order
     keys = [next(ranges) if belongs else range(0) for belongs in member]
     rows = [

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.core import reach
+from dilated_attention_pytorch.core import reach, torch_private
 from dilated_attention_pytorch.core.members import Members, ceil_div
 from dilated_attention_pytorch.core.shift import layer_shifts
 from dilated_attention_pytorch.core.spans import Span, group_spans, slot_range
@@ -262,8 +262,9 @@ class DilatedPattern:
     def _covered(self, start: int, stop: int) -> int:
         """How many (position, head) pairs of a range belong to a branch."""
         step = 1 << 20  # bounds the memory at any length
-        parts = (torch.arange(at, min(at + step, stop)) for at in range(start, stop, step))
-        return sum(int(self.membership(positions).any(0).sum()) for positions in parts)
+        parts = (torch.arange(at, min(at + step, stop), device="cpu") for at in range(start, stop, step))
+        with torch_private.outside_modes():
+            return sum(int(self.membership(positions).any(0).sum()) for positions in parts)
 
     def reach(self, num_layers: int, seq_len: int, *, is_causal: bool = True, segment_shift: object = 0) -> reach.Reach:
         """How far information travels through so many layers of this pattern, exactly.
@@ -294,7 +295,8 @@ class DilatedPattern:
             for i in range(len(self.branches))
         ]
         seq_len = check_int("seq_len", seq_len, 0)
-        return reach.find(branches, shifts, seq_len, is_causal=check_bool("is_causal", is_causal))
+        with torch_private.outside_modes():
+            return reach.find(branches, shifts, seq_len, is_causal=check_bool("is_causal", is_causal))
 
     @property
     def keys_per_query(self) -> float:

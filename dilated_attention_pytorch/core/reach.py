@@ -53,7 +53,7 @@ def ends(
         seq_len: N.
         is_causal: whether queries see no later keys.
     """
-    first = torch.arange(seq_len)
+    first = torch.arange(seq_len, device="cpu")
     last = first.clone()
     kept = [members for branch in branches for members in branch if members.slots]
     idle: set[int] = set()
@@ -109,7 +109,7 @@ def keys_at_starts(
     for length, span in itertools.product({branch[0][0].length for branch in branches}, spans):
         first = ceil_div(max(span.start, 1) + shift, length) * length
         if first < shift + span.stop:
-            found.append(torch.arange(first, shift + span.stop, length))
+            found.append(torch.arange(first, shift + span.stop, length, device="cpu"))
     if not found:
         return None
     at = torch.cat(found).unique()
@@ -144,9 +144,9 @@ def find(
         if length == 0 or copies == 0:
             continue
         first, last = ends(kept, shifts, length, is_causal=is_causal)
-        own = torch.arange(length)
+        own = torch.arange(length, device="cpu")
         distances.append(torch.maximum(own - first, last - own))
-        weights.append(torch.full((length,), copies))
+        weights.append(torch.full((length,), copies, device="cpu"))
         # The last copy has the most before it; without causality all have the same around them.
         begin = (copies - 1) * size if length == size else whole * size
         missing.append(begin + first if is_causal else seq_len - 1 - last + first)

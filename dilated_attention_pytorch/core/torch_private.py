@@ -64,6 +64,15 @@ def is_watched() -> bool:
     )
 
 
+def outside_modes() -> AbstractContextManager[object]:
+    """A context in which tensors are what they seem, inside `FakeTensorMode` and its kin too: for tables of our own,
+    whose values are read."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    mode: AbstractContextManager[object] = _disable_current_modes()
+    return mode
+
+
 def has_tangent(x: Tensor) -> bool:
     """True if x carries a forward-mode tangent."""
     if forward_ad._current_level < 0:

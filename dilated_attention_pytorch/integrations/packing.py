@@ -77,8 +77,8 @@ def documents_within(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def is_readable(x: Tensor) -> bool:
-    """True if a branch may depend on the values of x: while a graph is traced, none may."""
-    return not torch.compiler.is_compiling() and not torch_private.is_fake(x)
+    """True if a branch may depend on the values of x: while a graph is traced none may, and a meta tensor has none."""
+    return not torch.compiler.is_compiling() and not torch_private.is_fake(x) and not x.is_meta
 
 
 def check(holds: Tensor, message: str) -> None:

@@ -90,7 +90,7 @@ class Rows(NamedTuple):
     def left(self) -> Tensor:
         """True if only positions before a row's first real one are hidden."""
         if self.key_padding_mask is None or self.row_start is None:
-            return torch.tensor(True)
+            return torch.tensor(True, device="cpu")
         positions = torch.arange(self.key_padding_mask.shape[1], device=self.row_start.device)
         return (self.key_padding_mask == (positions >= self.row_start[:, None])).all()
 

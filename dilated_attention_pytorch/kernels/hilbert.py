@@ -172,7 +172,7 @@ def _grid_order(name: Curve, grid: tuple[int, ...]) -> CurveOrder:
 
 def grid_coords(grid: Sequence[int]) -> Tensor:
     """The coordinates `(N, D)` of a grid's tokens in raster order."""
-    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    axes = torch.meshgrid(*(torch.arange(n, device="cpu") for n in grid), indexing="ij")
     return torch.stack([a.flatten() for a in axes], -1)
 
 
@@ -291,4 +291,5 @@ def _curve_order_op(name: str, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
 @_curve_order_op.register_fake
 def _(name: str, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     num_tokens = math.prod(grid)
-    return torch.empty(num_tokens, dtype=torch.int64), torch.empty(num_tokens, dtype=torch.int64)
+    order = torch.empty(num_tokens, dtype=torch.int64, device="cpu")
+    return order, torch.empty_like(order)

@@ -93,7 +93,7 @@ def _hilbertsfc_agrees() -> bool:
     """True if the package is there and gives this curve: results may not depend on what is installed."""
     try:
         for num_bits in (1, 2, 3, 5, 6):
-            side = torch.arange(1 << num_bits)
+            side = torch.arange(1 << num_bits, device="cpu")
             axes = torch.cartesian_prod(side, side).unbind(-1)
             if not torch.equal(_by_hilbertsfc(axes, num_bits), encode(axes, num_bits)):
                 return False

@@ -86,14 +86,15 @@ def balanced_bounds(
         return (before[j] - before[i]) * (1.0 if pattern.repeats_from(ends[i], ends[j]) else 1.5)
 
     # Once for all ranks, as that is a step of Python per pair of ends.
-    work = torch.tensor([[cost(i, j) for j in range(len(ends))] for i in range(len(ends))], dtype=torch.float64)
+    costs = [[cost(i, j) for j in range(len(ends))] for i in range(len(ends))]
+    work = torch.tensor(costs, dtype=torch.float64, device="cpu")
     # best[j]: minimal maximum work per rank when the ranks so far share [0, ends[j]).
-    best, index, choices = work[0].clone(), torch.arange(len(ends))[:, None], []
+    best, index, choices = work[0].clone(), torch.arange(len(ends), device="cpu")[:, None], []
     best[1:] = torch.inf
     for _ in range(world_size):
-        costs = torch.maximum(best[:, None], work)
-        best = costs.amin(0)
-        choices.append(torch.where(costs == best, index, -1).amax(0).tolist())  # of equal ones the latest start
+        heaviest = torch.maximum(best[:, None], work)
+        best = heaviest.amin(0)
+        choices.append(torch.where(heaviest == best, index, -1).amax(0).tolist())  # of equal ones the latest start
     bounds = [len(ends) - 1]
     for choice in reversed(choices):
         bounds.append(choice[bounds[-1]])

@@ -90,7 +90,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         seed = masks.seed.clone() if wire.same_seed else channel.broadcast(masks.seed, "seed").wait()
         masks = masks._replace(seed=seed)
     (out, lse), kept = exchange.forward(_call(channel, lengths, x, problem, wire), x, masks)
-    return out, lse, kept, torch.tensor(lengths, dtype=torch.int64), _seed_out(x.q, masks.seed)
+    return out, lse, kept, torch.tensor(lengths, dtype=torch.int64, device="cpu"), _seed_out(x.q, masks.seed)
 
 
 @torch_private.uncompiled

@@ -44,8 +44,8 @@ class Units:
 
     def index(self) -> tuple[Tensor, Tensor]:
         """The position and the head of each unit."""
-        heads = torch.arange(len(self.positions)).repeat_interleave(torch.tensor([len(p) for p in self.positions]))
-        return torch.cat(self.positions), heads
+        counts = torch.tensor([len(p) for p in self.positions], device="cpu")
+        return torch.cat(self.positions), torch.repeat_interleave(counts)
 
 
 class Rectangle(NamedTuple):
@@ -189,7 +189,7 @@ class RingPlan:
             for same in alike.values():
                 numbers, rows, units = zip(*same, strict=True)
                 # (h,), (h, Lq), (h, Lk)
-                index = torch.tensor(numbers), torch.stack(rows), torch.stack(units)
+                index = torch.tensor(numbers, device="cpu"), torch.stack(rows), torch.stack(units)
                 yield Rectangle(branch, *(x.to(self.device) for x in index))
 
     def _find_keys(self, keys: tuple[range, ...], head: int, firsts: dict[int, int]) -> Tensor:
@@ -203,7 +203,7 @@ class RingPlan:
                 if len(inside):
                     at = torch.searchsorted(units.positions[head], _tensor(inside))
                     found.append(at + (first + units.starts[head]))
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 # Each holds index tensors on the device.
@@ -229,7 +229,7 @@ def travelling(pattern: DilatedPattern, bounds: tuple[int, ...], receiver: int, 
     # Heads that keep the same share a tensor.
     @cache
     def union(kept: tuple[tuple[int, int], ...]) -> Tensor:
-        marks = torch.zeros(stop - start, dtype=torch.bool)
+        marks = torch.zeros(stop - start, dtype=torch.bool, device="cpu")
         for part in itertools.chain.from_iterable(needed(*key) for key in kept):
             marks[part.start - start : part.stop - start : part.step] = True
         return marks.nonzero().flatten() + start
@@ -271,7 +271,7 @@ def _clip(part: range, start: int, stop: int) -> range:
 
 
 def _tensor(part: range) -> Tensor:
-    return torch.arange(part.start, part.stop, part.step)
+    return torch.arange(part.start, part.stop, part.step, device="cpu")
 
 
 def unit_bytes(batch: int, head_dim: int, element_size: int) -> int:

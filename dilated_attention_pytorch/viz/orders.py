@@ -104,7 +104,7 @@ def first_branch(pattern: DilatedPattern, order: CurveOrder, query: int, head: i
     The tensor, int64 `(N,)`, and `query` go by the original order; without `head` any head counts.
     """
     place, size = int(order.inverse[query]), len(order.order)
-    found = torch.full((size,), len(pattern.branches))
+    found = torch.full((size,), len(pattern.branches), device="cpu")
     for h in range(pattern.num_heads) if head is None else [head]:
         for i, keys in keys_by_branch(pattern, place, h, size):
             tokens = order.order[keys.start : keys.stop : keys.step]
@@ -156,7 +156,7 @@ def heat_figure(
         figure, axes = _axes(values, cells, columns=3, bars=True)
         at = dict(zip(values, axes, strict=True))
         for name, x in values.items():
-            _image(at[name], cells, torch.full((len(drawn),), 0.5).numpy(), cmap="Greys", vmin=0, vmax=4)
+            _image(at[name], cells, torch.full((len(drawn),), 0.5, device="cpu").numpy(), cmap="Greys", vmin=0, vmax=4)
             if x.dim() == 2:
                 _image(at[name], cells, x[drawn].detach().double().numpy())
         for label, names in groups.items():
@@ -257,7 +257,7 @@ def _drawn(coords: Tensor, plane: int | None, shown: Tensor | None) -> tuple[Ten
             f"expected coords of integers, shape (N, 2) or (N, 3), N >= 1, got {coords.dtype} {tuple(coords.shape)}"
         )
     if shown is None:
-        shown = torch.ones(len(coords), dtype=torch.bool)
+        shown = torch.ones(len(coords), dtype=torch.bool, device="cpu")
     elif shown.dtype != torch.bool or shown.shape != coords.shape[:1]:
         raise ValueError(f"expected shown of bools, shape ({len(coords)},), got {shown.dtype} {tuple(shown.shape)}")
     if coords.shape[1] == 3:

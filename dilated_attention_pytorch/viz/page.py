@@ -28,7 +28,7 @@ def page_data(pattern: DilatedPattern, seq_len: int, *, head: int = 0, is_causal
     seq_len = check.check_int("seq_len", seq_len, 1, _MOST_POSITIONS + 1)
     check.check_int("num_heads", pattern.num_heads, 1, _MOST_HEADS + 1)
     check.check_index("head", head, pattern.num_heads)
-    member = pattern.membership(torch.arange(seq_len))  # (branches, H, N)
+    member = pattern.membership(torch.arange(seq_len, device="cpu"))  # (branches, H, N)
     branches: list[dict[str, Any]] = []
     colors = zip(*(branch_colors(len(pattern.branches), on_dark=dark) for dark in (False, True)), strict=True)
     for i, (branch, pair) in enumerate(zip(pattern.branches, colors, strict=True)):

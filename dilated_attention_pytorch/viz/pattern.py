@@ -52,7 +52,7 @@ def multiplicity(pattern: DilatedPattern, seq_len: int, *, head: int, is_causal:
     if (cells := len(pattern.branches) * seq_len**2) > _MOST_CELLS:
         raise ValueError(f"expected seq_len with at most {_MOST_CELLS:,} pairs in all branches, got {cells:,}")
     check.check_index("head", head, pattern.num_heads)
-    positions = torch.arange(seq_len)
+    positions = torch.arange(seq_len, device="cpu")
     member = pattern.membership(positions)[:, head]
     segment = torch.stack([positions // length for length, _ in pattern.branches])
     seen = (member[:, :, None] & member[:, None, :]) & (segment[:, :, None] == segment[:, None, :])
@@ -70,15 +70,16 @@ def shares(
     position this is `multiplicity`, of a span alone.
     """
     start, stop = span
-    positions = torch.arange(start, stop)
+    positions = torch.arange(start, stop, device="cpu")
     bin_of = (positions - start) // size
     sizes = torch.bincount(bin_of).double()
     found = []
     for i, (length, _) in enumerate(pattern.branches):
         member = pattern.members(i, pattern.offset(i, head)).of(positions)
         segment = positions // length - start // length
-        held = torch.zeros(len(sizes), int(segment[-1]) + 1, dtype=torch.float64)  # (bins, segments): members
-        held.index_put_((bin_of[member], segment[member]), torch.ones(int(member.sum()), dtype=torch.float64), True)
+        # (bins, segments): members
+        held = torch.zeros(len(sizes), int(segment[-1]) + 1, dtype=torch.float64, device="cpu")
+        held.index_put_((bin_of[member], segment[member]), held.new_ones(int(member.sum())), True)
         pairs = held @ held.T
         if is_causal:  # k members of one bin and segment make k (k + 1) / 2 pairs
             pairs = pairs.tril()
@@ -230,11 +231,11 @@ def receptive_field(
     query = check.check_index("query", query, seq_len)
     shifts = layer_shifts(segment_shift, pattern.segment_lengths, num_layers)
     check_room(shifts, seq_len)
-    reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool)
+    reached = torch.zeros(num_layers + 1, seq_len, dtype=torch.bool, device="cpu")
     reached[0, query] = True
     # From the output down: the last layer is the first step.
     for (before, after), shift in zip(pairwise(reached), reversed(shifts), strict=True):
-        positions = torch.arange(shift, shift + seq_len)
+        positions = torch.arange(shift, shift + seq_len, device="cpu")
         member = pattern.membership(positions)
         after |= before
         for branch, (length, _) in enumerate(pattern.branches):
@@ -242,7 +243,7 @@ def receptive_field(
             for _, heads in pattern.head_groups(branch):
                 rows = member[branch, heads.start]  # heads of one offset keep the same rows
                 # The last reached member of each segment: it sees the members up to it (causal), or all of them.
-                last = torch.full((int(segment[-1]) + 1,), -1)
+                last = torch.full((int(segment[-1]) + 1,), -1, device="cpu")
                 queries = positions[rows & before]
                 last.scatter_reduce_(0, segment[rows & before], queries, "amax")
                 after |= rows & ((positions <= last[segment]) if is_causal else (last[segment] >= 0))
@@ -296,7 +297,7 @@ def keys_by_branch(
     pattern: DilatedPattern, query: int, head: int, seq_len: int, *, is_causal: bool = False
 ) -> list[tuple[int, range]]:
     """The keys of a query in each branch it belongs to."""
-    branches = pattern.membership(torch.tensor(query))[:, head].nonzero().flatten().tolist()
+    branches = pattern.membership(torch.tensor(query, device="cpu"))[:, head].nonzero().flatten().tolist()
     return list(zip(branches, pattern.keys_of(query, head, seq_len, is_causal=is_causal), strict=True))
 
 

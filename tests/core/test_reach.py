@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_attention_pytorch import DilatedPattern
 from dilated_attention_pytorch.core import reach
 from dilated_attention_pytorch.core.shift import layer_shifts
+from dilated_attention_pytorch.ring_attention.plan import RingPlan
 
 LENGTHS, RATES = [1, 2, 3, 4, 5, 8, 12, 16, 24, 40, 2**62], [1, 2, 3, 4, 6, 9, 2**40]
 patterns = st.builds(
@@ -153,3 +155,19 @@ def test_bad_input_of_reach():
 def test_geometric_segments_that_no_number_holds():
     with pytest.raises(ValueError, match="expected seq_len to fit into segments below"):
         DilatedPattern.geometric(2**62, 8, 7, num_heads=6, max_rate=7)
+
+
+@pytest.mark.parametrize("around", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_tables_are_real_where_tensors_are_not(around):
+    """Models are built and switched on a device without memory; patterns and rings still have to know themselves."""
+    pattern = DilatedPattern((6, 18), (1, 3), 4)
+    want = pattern.reach(3, 100), pattern.coverage(100)
+    with around():
+        assert (pattern.reach(3, 100), pattern.coverage(100)) == want
+
+
+def test_a_plan_is_real_on_a_device_without_memory():
+    with torch.device("meta"):
+        plan = RingPlan(DilatedPattern((6, 18), (1, 3), 4), (0, 50, 103), 0, False)
+        rectangles = plan.rectangles((1,))
+    assert rectangles and all(x.device.type == "cpu" for found in rectangles for x in found[1:])

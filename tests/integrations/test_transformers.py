@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the import, which reads it
 transformers = pytest.importorskip("transformers")
@@ -212,6 +213,16 @@ def test_training_reaches_every_parameter() -> None:
         still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         # A key's bias moves all of a query's scores alike, so its gradient is rounding alone.
         assert [name for name in still if "k_proj.bias" not in name] == []
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("around", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+def test_a_model_without_memory_has_shapes(around: Any, masked: bool) -> None:
+    with around():
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+        use_dilated_attention(model, [6, 12], [1, 2])
+        ids = torch.ones(2, 30, dtype=torch.int64)
+        assert model(ids, attention_mask=ids if masked else None).logits.shape == (2, 30, VOCAB)
 
 
 def test_dropout_acts_in_training_alone() -> None:

@@ -111,6 +111,39 @@ class TestLayouts:
         slide = SlideReader.of(encoder.config).read(tmp_path / "features" / "a.pt")
         assert_official(encoder, slide, self.x, self.at)
 
+    @pytest.mark.parametrize("name", ["a1", "[a]"])
+    def test_slide2vec_tells_each_slide_its_own_size(self, encoder: SlideEncoder, tmp_path: Path, name: str) -> None:
+        reader = SlideReader.of(encoder.config)
+        write.slide2vec(tmp_path, "a10", self.x, self.at * 512, 512)
+        path = write.slide2vec(tmp_path, name, self.x, self.at * 461, 461)
+        assert reader.read(path).tile_size == 461
+        (tmp_path / "tiles" / f"{name}.coordinates.meta.json").unlink()
+        with pytest.raises(ValueError, match="expected attributes that tell a tile's size"):
+            reader.read(path)
+
+    def test_what_differs_from_tile_to_tile_is_not_the_first_ones(self, encoder: SlideEncoder, tmp_path: Path) -> None:
+        reader = SlideReader.of(encoder.config)
+        levels = np.arange(333)[:, None] % 2 + 15.0
+        np.save(tmp_path / "a.npy", np.concatenate((levels, self.at, self.x), 1))  # Owkin's
+        with pytest.raises(ValueError, match=r"expected tiles of one level.*, got 15\.0, 16\.0"):
+            reader.read(tmp_path / "a.npy")
+        (tmp_path / "tiles").mkdir()
+        table = np.zeros(333, [("x", "i8"), ("y", "i8"), ("tile_size_lv0", "i8")])  # slide2vec's
+        table["x"], table["y"], table["tile_size_lv0"] = *(self.at * 512).T, 512
+        table["tile_size_lv0"][0] = 256
+        np.save(tmp_path / "tiles" / "b.npy", table)
+        torch.save(torch.from_numpy(self.x), tmp_path / "b.pt")
+        boxes = np.concatenate((self.at * 512, self.at * 512 + 512), 1)  # tiatoolbox's, the first cut by the border
+        boxes[0, 2] -= 100
+        np.savez(tmp_path / "c.npz", features=self.x, coords=boxes)
+        for path, folder in ((tmp_path / "b.pt", tmp_path / "tiles"), (tmp_path / "c.npz", None)):
+            with pytest.raises(
+                ValueError, match=r"expected attributes that tell a tile's size.*\(neighbours stand 512"
+            ):
+                SlideReader.of(encoder.config, coords_folder=folder).read(path)
+            slide = SlideReader.of(encoder.config, coords_folder=folder, patch_size_level0=512).read(path)
+            assert_official(encoder, slide, self.x, self.at)
+
     def test_dictionaries_and_archives(self, encoder: SlideEncoder, tmp_path: Path) -> None:
         at, size = torch.from_numpy(self.at * 300), {"patch_size_level0": 300}
         torch.save({"features": torch.from_numpy(self.x)[None], "coords": at, **size}, tmp_path / "a.pt")
@@ -124,6 +157,41 @@ class TestLayouts:
             expected = ("the file's own tile size was taken, 1, not 300",) if path.suffix == ".npy" else ()
             assert slide.doubts == expected
             assert_official(encoder, slide, self.x, self.at)
+
+    def test_numbers_that_are_tensors(self, encoder: SlideEncoder, tmp_path: Path) -> None:
+        """A file that tells its tile's size is believed, however it wraps the number; a gradient is left behind."""
+        x, at = torch.from_numpy(self.x).requires_grad_(), torch.from_numpy(self.at * 300.0).requires_grad_()
+        torch.save({"features": x, "coords": at, "patch_size_level0": torch.tensor([300])}, tmp_path / "a.pt")
+        np.savez(tmp_path / "b.npz", features=self.x, coords=self.at * 300, patch_size_level0=np.array([300]))
+        for path in find_slides(tmp_path):
+            slide = SlideReader.of(encoder.config, patch_size_level0=256).read(path)
+            assert slide.doubts == ("the file's own tile size was taken, 300, not 256",)
+            assert_official(encoder, slide, self.x, self.at)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"features": [1.0, 2.0]}, "expected features to be an array, got list"),
+            ({"features": torch.zeros(333, 12).to_sparse()}, "expected features to be a dense tensor"),
+            ({"features": torch.empty(333, 12, device="meta")}, "expected features with values"),
+            ({"coords": torch.zeros(333, 2, dtype=torch.bfloat16)}, "expected coordinates of int32, .*, got float16"),
+        ],
+    )
+    def test_what_is_no_plain_array_is_named(self, tmp_path: Path, other: dict[str, object], message: str) -> None:
+        known = {"features": torch.from_numpy(self.x), "coords": torch.from_numpy(self.at), "patch_size_level0": 1}
+        torch.save(known | other, tmp_path / "a.pt")
+        with pytest.raises((ValueError, TypeError), match=message):
+            SlideReader().read(tmp_path / "a.pt")
+
+    @pytest.mark.parametrize("name", ["features", "coords"])
+    def test_a_group_is_no_array(self, tmp_path: Path, name: str) -> None:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            arrays = {"features": self.x, "coords": self.at}
+            file[f"{name}/a"] = arrays.pop(name)
+            for other, x in arrays.items():
+                file[other] = x
+        with pytest.raises(ValueError, match=rf"expected an array under one of \['{name}'.*, got a group"):
+            SlideReader().read(tmp_path / "a.h5")
 
     def test_torch_before_1_6(self, encoder: SlideEncoder, tmp_path: Path) -> None:
         """Its files are no archives, which cannot be mapped into memory."""

@@ -185,6 +185,21 @@ def test_one_file_one_job(path: Path) -> None:
     assert lines <= MAX_LINES, f"{relative(path)} has {lines} lines, the most is {MAX_LINES}: split it"
 
 
+MAKERS = {
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor",
+    "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_tensors_are_made_on_a_device_that_is_named(path: Path) -> None:
+    """The default device is the user's: a table of ours on it cannot be read ("meta"), or meets tensors elsewhere."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}:
+            named = any(keyword.arg in ("device", None) for keyword in node.keywords)
+            assert named, f"{path.name}:{node.lineno}: {ast.unparse(node)} names no device"
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backends_do_not_know_each_other(name: str) -> None:
     others = {f"{PACKAGE}.{other}" for other in BACKENDS if other != name}

@@ -137,6 +137,28 @@ def test_again_it_does_nothing_and_other_settings_are_refused(
     assert "1 slides written" in embed(made, tmp_path)
 
 
+def test_other_coordinates_are_another_embedding(
+    made: tuple[Path, Path, SlideEncoder], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Coordinates that were mended leave no embedding of the old ones, beside features and in a folder of their own."""
+    x, at = write.features(60), write.tissue(60)
+    for base, factor in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
+        write.clam(base, "a", x, at * 256 * factor, downsample=1)
+    out, folder, beside = tmp_path / "out", tmp_path / "one" / "pt_files", tmp_path / "one" / "patches"
+    embed(made, out, folder=folder)
+    old = arrays(out / "a.h5")["features"]
+    write.clam(tmp_path / "one", "a", x, at * 512, downsample=1)
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))  # the features stayed
+    assert "1 slides written" in embed(made, out, folder=folder)
+    assert (arrays(out / "a.h5")["features"] != old).any()
+    embed(made, tmp_path / "named", "--coords", beside, folder=folder)
+    same = ("slide", "embed", folder, "--checkpoint", made[1], "--out", tmp_path / "named", "--device", "cpu")
+    message = fails(capsys, monkeypatch, *same, "--coords", tmp_path / "two" / "patches")
+    assert "which has --coords" in message
+
+
 def test_mistakes(
     made: tuple[Path, Path, SlideEncoder], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

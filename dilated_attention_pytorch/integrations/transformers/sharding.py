@@ -98,7 +98,7 @@ class ShardingCollator:
             raise ValueError("expected padding on the right alone, got an attention_mask with 1 after 0")
         if mask is None or bool(mask.all()):
             batch.pop("attention_mask", None)
-        batch.setdefault("position_ids", torch.arange(length)[None])
+        batch.setdefault("position_ids", torch.arange(length, device="cpu")[None])
         for name, x in batch.items():
             if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != length:
                 shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -178,7 +178,8 @@ def _checked_table(table: Tensor, config: SlideEncoderConfig, named: bool) -> Sl
     if named and side != config.slide_ngrids:
         got = config.slide_ngrids
         raise ValueError(f"expected slide_ngrids={side}, as the checkpoint's pos_embed has it, got {got}")
-    number = torch.linspace(0, side * side - 1, min(_CHECKED_ROWS, side * side), dtype=torch.float64).long()
+    rows = min(_CHECKED_ROWS, side * side)
+    number = torch.linspace(0, side * side - 1, rows, dtype=torch.float64, device="cpu").long()
     half = config.embed_dim // 2
     want = torch.cat((sincos(number % side, half), sincos(number // side, half)), -1)
     # The stored dtype's rounding of a number of size 1, and twice as much for another library's sine.

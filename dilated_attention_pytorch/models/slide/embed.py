@@ -98,6 +98,7 @@ def run_settings(encoder: SlideEncoder, reader: SlideReader, checkpoint: str, op
         "batch_tokens": options.batch_tokens,
         "grid": reader.grid,
         "patch_size_level0": reader.patch_size_level0,
+        "coords_folder": None if reader.coords_folder is None else str(reader.coords_folder.resolve()),
         "device": encoder.cls_token.device.type,
         "versions": versions | {"python": platform.python_version()},
     }
@@ -147,7 +148,7 @@ class SlideEmbedder:
         The first rank gives those that the scan could not read. Every rank has to go through to the end.
         """
         sizes, first = found.sizes, self.ranks.rank == 0
-        done = set(self.ranks.from_first([path for path in sizes if self.folder.has(path)]))
+        done = set(self.ranks.from_first([path for path in sizes if self.folder.has(*self.reader.sources(path))]))
         yield from found.failed if first else ()
         yield from (Outcome(path.stem, sizes[path], was_there=True) for path in sizes if path in done and first)
         most = max(sizes.values(), default=0) if self._ring_above is None else self._ring_above

@@ -131,6 +131,11 @@ class SlideReader:
         with formats.opened(path) as stored:
             return self._length(tuple(stored.features.shape))
 
+    def sources(self, path: Path) -> list[Path]:
+        """What a slide is read from: the feature file, what is in it if it is a folder, and coordinates beside it."""
+        beside = formats.coordinates_file(path, self.coords_folder)
+        return [path, *(path.rglob("*") if path.is_dir() else ()), *(() if beside is None else (beside,))]
+
     def read(self, path: Path) -> Slide:
         """One slide.
 
@@ -197,8 +202,12 @@ class SlideReader:
             raise ValueError("expected coordinates in the file or in a folder of them (coords_folder), found none")
         corners = _corners(coords, length)
         if spacing is None and np.shape(corners)[1] == 4:
-            size = float(corners[0, 2] - corners[0, 0])
-            spacing = Spacing(size, size, "tiatoolbox: corners of tiles") if size > 0 else None
+            sides = (corners[:, 2:] - corners[:, :2]).astype(np.float64)
+            size = float(sides[0, 0])
+            # Sides that differ, as where the slide's end cuts tiles, are no tile's size.
+            spacing = (
+                Spacing(size, size, "tiatoolbox: corners of tiles") if size > 0 and np.allclose(sides, size) else None
+            )
         corners = np.ascontiguousarray(corners[:, :2])
         if spacing is None:
             if self.patch_size_level0 is None:
@@ -226,13 +235,13 @@ def pad_slides(slides: Sequence[Slide]) -> tuple[Tensor, Tensor, Tensor | None]:
         check.check_instance(f"slides[{i}]", slide, Slide)
     if not slides:
         raise ValueError("expected slides to hold at least one, got none")
-    lengths = torch.tensor([slide.tiles.shape[1] for slide in slides])
+    lengths = torch.tensor([slide.tiles.shape[1] for slide in slides], device="cpu")
     if len(slides) == 1:
         return slides[0].tiles, slides[0].coords, None
     dtype = reduce(torch.promote_types, (slide.tiles.dtype for slide in slides))
     tiles = torch.nn.utils.rnn.pad_sequence([slide.tiles[0].to(dtype) for slide in slides], batch_first=True)
     coords = torch.nn.utils.rnn.pad_sequence([slide.coords[0] for slide in slides], batch_first=True)
-    mask = torch.arange(tiles.shape[1]) < lengths[:, None]
+    mask = torch.arange(tiles.shape[1], device="cpu") < lengths[:, None]
     return tiles, coords, None if bool(mask.all()) else mask
 
 

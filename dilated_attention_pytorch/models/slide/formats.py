@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dilated_attention_pytorch.core.messages import listed
+from dilated_attention_pytorch.core.validation import check_values
 from dilated_attention_pytorch.models.weights import reading
 
 FEATURES = ("features", "feats", "embeddings")
@@ -48,11 +49,15 @@ def opened(path: Path) -> Iterator[Stored]:
     if not path.exists():
         raise FileNotFoundError("expected a feature file, found none")
     with _READERS[path.suffix.lower()](path) as stored:
+        if not hasattr(stored.features, "shape"):
+            raise ValueError(f"expected features to be an array, got {type(stored.features).__name__}")
         yield stored
 
 
 def _named(group: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
     found = next((group[name] for name in names if name in group), None)
+    if isinstance(found, Mapping):
+        raise ValueError(f"expected an array under one of {list(names)}, got a group")
     if found is None and what:
         raise ValueError(f"expected {what} under one of {list(names)}, got {listed(sorted(map(str, group)))}")
     return found
@@ -73,12 +78,18 @@ def _torch(path: Path) -> Iterator[Stored]:
     with reading(path, "tensors as torch.save writes them", Exception):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(loaded, torch.Tensor):
-        yield Stored(loaded)
-        return
+        loaded = {FEATURES[0]: loaded}
     if not isinstance(loaded, dict):
         raise ValueError(f"expected a tensor or a dictionary of tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if isinstance(value, torch.Tensor):
+            check_values(str(key), value)
+    loaded = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in loaded.items()}
     coords = _named(loaded, COORDS, "")
-    others = {key: value for key, value in loaded.items() if isinstance(value, int | float | str)}
+    if isinstance(coords, torch.Tensor) and coords.dtype == torch.bfloat16:  # NumPy has none, and it is as coarse
+        coords = coords.half()
+    numbers = {key: x.item() for key, x in loaded.items() if isinstance(x, torch.Tensor) and x.numel() == 1}
+    others = {key: value for key, value in loaded.items() if isinstance(value, int | float | str)} | numbers
     yield Stored(_named(loaded, FEATURES, "features"), None if coords is None else np.asarray(coords), others)
 
 
@@ -87,7 +98,7 @@ def _npz(path: Path) -> Iterator[Stored]:
     with np.load(path) as archive:
         arrays = {name: _Member(archive, name) for name in archive.files}
         coords = _named(arrays, COORDS, "")
-        others = {name: array[()] for name, array in arrays.items() if array.shape == ()}
+        others = {name: array[()].item() for name, array in arrays.items() if array.shape in ((), (1,))}
         yield Stored(_named(arrays, FEATURES, "features"), None if coords is None else coords[:], others)
 
 
@@ -111,6 +122,8 @@ def _npy(path: Path) -> Iterator[Stored]:
     """Owkin's table: level, column, row, features; or features alone."""
     table = np.load(path, mmap_mode="r")
     if table.ndim == 2 and table.shape[1] > 3 and bool((table[:, :3] == np.rint(table[:, :3])).all()):
+        if len(levels := np.unique(table[:, 0])) > 1:
+            raise ValueError(f"expected tiles of one level, whose columns and rows are one grid, got {listed(levels)}")
         yield Stored(table[:, 3:], np.asarray(table[:, 1:3]), {"tile_size_lv0": 1})
     else:
         yield Stored(table)
@@ -178,14 +191,17 @@ def read_coordinates(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if isinstance(loaded, np.ndarray):  # slide2vec 2: a structured array
         if loaded.dtype.names is None:
             return loaded, {}
-        others = {name: loaded[name][0] for name in loaded.dtype.names if len(loaded) and name not in ("x", "y")}
+        columns = ((name, np.unique(loaded[name])) for name in loaded.dtype.names if name not in ("x", "y"))
+        others = {name: values[0] for name, values in columns if len(values) == 1}  # others differ from tile to tile
         return np.stack((loaded["x"], loaded["y"]), 1), others
     with loaded as archive:
         if {"x", "y"} <= set(archive.files):
             coords = np.stack((archive["x"], archive["y"]), 1)
         else:
             coords = archive[_named({name: name for name in archive.files}, COORDS, "coordinates")]
-    meta = next(path.parent.glob(path.name.removesuffix(".npz").removesuffix(".coordinates") + "*.meta.json"), None)
+    name = path.name.removesuffix(".npz")
+    spots = (path.with_name(f"{stem}.meta.json") for stem in (name, name.removesuffix(".coordinates")))
+    meta = next((spot for spot in spots if spot.is_file()), None)
     values = {} if meta is None else json.loads(meta.read_text(encoding="utf-8"))
     return coords, values.get("tiling", values)
 

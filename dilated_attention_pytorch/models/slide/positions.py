@@ -27,7 +27,7 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 @kept(8)
 def sincos_table(size: int, width: int, device: torch.device) -> Tensor:
     """`sincos` of 0, 1, ... `size - 1`, fp32 `(size, width)`, kept for the device; do not write to it."""
-    return sincos(torch.arange(size), width).to(device, torch.float32)
+    return sincos(torch.arange(size, device="cpu"), width).to(device, torch.float32)
 
 
 def position_rows(coords: Tensor, width: int, tile_size: int, slide_ngrids: int, real: Tensor | None = None) -> Tensor:

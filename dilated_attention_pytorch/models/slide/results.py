@@ -110,10 +110,10 @@ class ResultFolder:
         """The file of a slide."""
         return self._slides / f"{name}.{self._ending}"
 
-    def has(self, source: Path) -> bool:
-        """Whether a feature file's result is there, and is no older than it."""
-        file = self.file(source.stem)
-        return file.is_file() and file.stat().st_mtime >= source.stat().st_mtime
+    def has(self, *sources: Path) -> bool:
+        """Whether the result of a feature file, the first of a slide's sources, is there and no older than any."""
+        file = self.file(sources[0].stem)
+        return file.is_file() and file.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
 
     def write(self, name: str, result: Embedding) -> None:
         """Write a slide's file, whole or not at all; the same bytes for the same result."""

@@ -270,7 +270,7 @@ def _branch_seed(seed: Seed, branch: int) -> Seed:
     if seed is None or branch == 0:
         return seed
     # As a tensor: int64 wraps around where a Python int grows.
-    return torch.as_tensor(seed, dtype=torch.int64) + torch.tensor(branch) * _SEED_STEP
+    return torch.tensor(branch, device="cpu") * _SEED_STEP + seed
 
 
 def _checksum(order: Tensor) -> int:

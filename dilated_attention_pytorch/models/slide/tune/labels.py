@@ -128,7 +128,7 @@ def _classes(column: Any) -> tuple[Task, Tensor]:
             f"expected classes in column {column.name}, got {len(names)} values of {len(column)} slides; of times, "
             "give time and event"
         )
-    return Classification(tuple(names)), torch.tensor([names.index(text) for text in column])
+    return Classification(tuple(names)), torch.tensor([names.index(text) for text in column], device="cpu")
 
 
 def _survival(table: Any, slide: str, time: str, event: str) -> tuple[Task, Tensor]:
@@ -140,7 +140,7 @@ def _survival(table: Any, slide: str, time: str, event: str) -> tuple[Task, Tens
         wrong = [f"{t} for {s}" for s, t in zip(table[slide], table[name], strict=True) if not _is_number(t, fits)]
         if wrong:
             raise ValueError(f"expected {words} in column {name}, got {listed(wrong)}")
-        values.append(torch.tensor([float(text) for text in table[name]]))
+        values.append(torch.tensor([float(text) for text in table[name]], device="cpu"))
     happened = 1.0 - values[1] if event.lower().startswith("censor") else values[1]
     if not 0 < float(happened.sum()) < len(happened):
         state = "events" if bool(happened.all()) else "censored slides"

@@ -98,14 +98,15 @@ class FoldTrainer:
         """One epoch; the mean loss of its steps."""
         self.model.train()
         chance = torch.Generator().manual_seed(self.config.seed * 100_003 + self.epoch)
-        order = [self.fold.train[i] for i in torch.randperm(len(self.fold.train), generator=chance).tolist()]
-        batches = torch.arange(len(order)).split(self.config.batch_size)
+        drawn = torch.randperm(len(self.fold.train), generator=chance, device="cpu")
+        order = [self.fold.train[i] for i in drawn.tolist()]
+        batches = torch.arange(len(order), device="cpu").split(self.config.batch_size)
         losses = []
         for i, batch in enumerate(batches):
             rate = self.config.rate(self.epoch + (i + 1) / len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            seeds = torch.randint(2**62, (len(batch),), generator=chance).tolist()
+            seeds = torch.randint(2**62, (len(batch),), generator=chance, device="cpu").tolist()
             losses.append(self._finite(self._gradients([order[j] for j in batch.tolist()], seeds)))
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -21,9 +21,9 @@ class Head(nn.Module):
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
         self.linear = nn.Linear(width, num_outputs)
+        self.register_buffer("mean", torch.zeros(width, device=self.linear.weight.device))
+        self.register_buffer("scale", torch.ones(width, device=self.linear.weight.device))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
