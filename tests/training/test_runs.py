@@ -265,8 +265,9 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
     for content, message in (
         ("a: [", "expected YAML or JSON in .*, got: while parsing"),
         ("- a", "expected names and values in .*, got"),
+        ("steps: é", "expected YAML or JSON in .*, got: 'utf-8' codec can't decode"),
     ):
-        (tmp_path / "a.yaml").write_text(content)
+        (tmp_path / "a.yaml").write_text(content, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             read_settings(tmp_path / "a.yaml")
     (tmp_path / "a.json").write_text(json.dumps({"learning_rate": 1e-5, "data": {"folder": None}}))
