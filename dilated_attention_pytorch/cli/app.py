@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -45,6 +46,8 @@ def run() -> None:
     """Run the application: a user's mistake is one line on stderr and exit code 2, never a traceback."""
     app_command: Any = typer.main.get_command(app)
     words.name_types(app_command, typer.Context(app_command))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escapes for what its encoding lacks, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     command, path = _named(app_command, arguments)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from dilated_attention_pytorch.cli.options import console, ints, notes
+from dilated_attention_pytorch.core.files import parse_json
 
 _SOURCES = "gigapath, longvit, torchscale-encoder, torchscale-decoder, fkodom or fkodom-lm; by default the names tell."
 _ARGS = "torchscale: JSON file with the settings it was built with; by default those in the weights' file."
@@ -86,7 +86,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"expected --args to be a JSON file, found none at {path}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected --args to be a JSON file, got {path}: {error}") from None
     if not isinstance(values, dict):

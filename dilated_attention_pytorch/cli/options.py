@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,9 +18,27 @@ from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.types import Offsets
 
+
+class _Console(Console):
+    """A console whose reader may leave: what follows goes nowhere, and the command goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Point the stream elsewhere, where rich would end the process: Python flushes it once more at the end."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich prints; a terminal that was closed is a reader that left."""
+        try:
+            super().print(*objects, **how)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.on_broken_pipe()
+
+
 # No markup: paths and texts of the user hold brackets and colons of their own.
-console = Console(highlight=False, markup=False, emoji=False)
-notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
+console = _Console(highlight=False, markup=False, emoji=False)
+notes = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Lengths = Annotated[str, Option("--segments", "-w", help="Segment lengths, one per branch: 2048,4096,8192.")]
 Rates = Annotated[str, Option("--rates", "-r", help="Dilation rates, one per branch: 1,2,4.")]

@@ -61,6 +61,7 @@ def train(
     from dilated_attention_pytorch.training import preset as preset_named
     from dilated_attention_pytorch.training.config import read_values
     from dilated_attention_pytorch.training.distributed import join
+    from dilated_attention_pytorch.training.tokenizer import utf8
 
     # Imported now: matplotlib may be missing, which is better known before the training than after it.
     from dilated_attention_pytorch.viz import loss_figure, pattern_figure, save
@@ -75,6 +76,7 @@ def train(
     source = read_values(of_data, _SOURCE, "a setting of the data")
     source = {name.removeprefix("data."): value for name, value in source.items()}
     settings = preset_named(preset or named or "demo").changed(given)
+    utf8(prompt)  # the sample comes last
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected --out to be a folder, got the file {out}")
     with join(None if device is None else check_device(device)) as world:

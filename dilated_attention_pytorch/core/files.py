@@ -77,9 +77,13 @@ def checksum(path: Path) -> int:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; a ValueError for any other text, one nested too deep for Python included."""
+    """The value of a JSON text, which may begin with a byte order mark.
+
+    Raises:
+        ValueError: any other text, one nested too deep for Python included.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except RecursionError:
         raise ValueError("JSON that is nested too deep") from None
 

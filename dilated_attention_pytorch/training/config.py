@@ -235,7 +235,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML; 1e-05 is text to it, and read as such
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"expected YAML or JSON in {path}, got: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected names and values in {path}, got {check.shown(values)}")

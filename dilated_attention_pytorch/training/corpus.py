@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilated_attention_pytorch.core.files import checksum
+from dilated_attention_pytorch.core.files import check_path, checksum
 from dilated_attention_pytorch.core.messages import quoted
+from dilated_attention_pytorch.core.validation import check_float, check_instance
 from dilated_attention_pytorch.training import shards
 from dilated_attention_pytorch.training.excerpts import TokenStream
 from dilated_attention_pytorch.training.sources import find_sources
@@ -147,9 +148,16 @@ def build_corpus(
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a fraction out of range, a split that came out empty, or a file that is not what its name says.
+        TypeError: an argument of the wrong type.
         ImportError: a package of the extra `data` is not installed.
     """
-    if not 0.0 < val_fraction < 1.0:
+    check_instance("suffixes", suffixes, list, tuple)
+    texts = {"field": field} | {f"suffixes[{i}]": suffix for i, suffix in enumerate(suffixes)}
+    for name, text in texts.items():
+        check_instance(name, text, str)
+    for name, path in (("folder", folder or ""), ("tokenizer", tokenizer)):
+        check_path(name, path)
+    if not 0.0 < check_float("val_fraction", val_fraction) < 1.0:
         raise ValueError(f"expected val_fraction in (0, 1), got {val_fraction}")
     sources = find_sources(folder, suffixes)
     mapped = bool(sources) and all(source.read is None for source in sources)

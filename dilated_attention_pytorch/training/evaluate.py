@@ -19,7 +19,7 @@ from dilated_attention_pytorch.models.generation import Sampling
 from dilated_attention_pytorch.training.distributed import RankLayout, World
 from dilated_attention_pytorch.training.excerpts import document_bounds
 from dilated_attention_pytorch.training.sources import BOUNDARY
-from dilated_attention_pytorch.training.tokenizer import Tokenizer
+from dilated_attention_pytorch.training.tokenizer import Tokenizer, utf8
 
 
 class Evaluation(NamedTuple):
@@ -124,6 +124,6 @@ def text_stream(
     """
     device, end = next(model.parameters()).device, tokenizer.end_token
     # A document starts where another has ended.
-    tokens = torch.tensor([[end, *tokenizer.encode([prompt.encode()])[0].tolist()]], device=device)
+    tokens = torch.tensor([[end, *tokenizer.encode([utf8(prompt)])[0].tolist()]], device=device)
     pieces = model.stream(tokens, max_tokens, **Sampling(eos_token=end, **sampling))
     return tokenizer.decode(takewhile(lambda token: token != end, (int(piece) for piece in pieces)))

@@ -71,6 +71,14 @@ class TokenStream:
 Stream = TokenStream | NDArray[Any]
 
 
+def check_length(stream: Stream, context: int) -> None:
+    """Raises a ValueError for training text `(tokens,)` that is shorter than two excerpts."""
+    if stream.size < 2 * context + 1:
+        raise ValueError(
+            f"expected at least {2 * context + 1} tokens of training text for a context of {context}, got {stream.size}"
+        )
+
+
 def training_excerpts(
     stream: Stream, *, context: int, seed: int, step: int, batch_size: int, first: int = 0, count: int = -1
 ) -> Tensor:
@@ -94,10 +102,7 @@ def training_excerpts(
     Raises:
         ValueError: a stream shorter than two excerpts.
     """
-    if stream.size < 2 * context + 1:
-        raise ValueError(
-            f"expected at least {2 * context + 1} tokens of training text for a context of {context}, got {stream.size}"
-        )
+    check_length(stream, context)
     count = batch_size - first if count < 0 else count
     # One less than fit: the start may be any number below `context`.
     num_excerpts = (stream.size - 1) // context - 1

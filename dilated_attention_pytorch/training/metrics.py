@@ -73,6 +73,14 @@ def flops_per_sequence(config: TrainConfig) -> int:
     return int(counter.get_total_flops())
 
 
+def check_boards(*, tensorboard: bool, wandb: str | None) -> None:
+    """Raises an ImportError for a package that is wanted and not installed."""
+    if tensorboard:
+        needed("torch.utils.tensorboard", "TensorBoard", "'dilated-attention-pytorch[track]'")
+    if wandb is not None:
+        needed("wandb", "Weights & Biases", "wandb")
+
+
 @contextlib.contextmanager
 def record(
     folder: Path, *, step: int, log_every: int, tensorboard: bool = False, wandb: str | None = None
@@ -92,13 +100,15 @@ def record(
     boards: list[Callable[[dict[str, float], int], object]] = []  # told the numbers of a step
     with contextlib.ExitStack() as held:
         if tensorboard:
-            module = needed("torch.utils.tensorboard", "TensorBoard", "'dilated-attention-pytorch[track]'")
-            board = held.enter_context(module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = held.enter_context(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
             boards.append(lambda numbers, at: [board.add_scalar(name, x, at) for name, x in numbers.items()])
         if wandb is not None:
             settings = parse_json((folder / "train.json").read_text(encoding="utf-8"))
-            module = needed("wandb", "wandb", "wandb")
-            run = module.init(project=wandb, group=folder.name, dir=str(folder), config=settings)
+            run = needed("wandb", "Weights & Biases", "wandb").init(
+                project=wandb, group=folder.name, dir=str(folder), config=settings
+            )
             held.callback(run.finish)
             boards.append(lambda numbers, at: run.log(numbers, step=at))
         path = folder / "metrics.jsonl"

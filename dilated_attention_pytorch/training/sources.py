@@ -7,6 +7,7 @@ are small, so no file has to fit into memory.
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import importlib
@@ -107,9 +108,9 @@ def find_sources(data: Path | str | None, suffixes: Sequence[str] = ()) -> list[
     if any((root / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):  # of save_to_disk
         return [DataSource(root, _hugging_face)]
     paths = list(_walk(root, suffixes))
-    if paths and all(path.suffix == ".npy" for path in paths):
+    if paths and all(path.suffix.lower() == ".npy" for path in paths):
         return [DataSource(path, None) for path in paths]
-    names = [path.with_suffix("") if path.suffix in (".gz", ".bz2", ".xz") else path for path in paths]
+    names = [path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".xz") else path for path in paths]
     return [DataSource(path, _READERS.get(name.suffix.lower(), _text)) for path, name in zip(paths, names, strict=True)]
 
 
@@ -151,6 +152,8 @@ def _text(path: Path, at: int, field: str) -> Iterator[Stretch]:
     with _open(path) as stream:
         stream.seek(at)
         block = stream.read(PART + 1)
+        if at == 0 and block.startswith(codecs.BOM_UTF8):  # a mark of editors, no text
+            at, block = 3, block[3:] + stream.read(3)
         while len(block) > PART:
             cut = block.rfind(b"\n", 0, PART) + 1
             if cut == 0:
@@ -206,7 +209,7 @@ def _fasta(path: Path, at: int, field: str) -> Iterator[Stretch]:
         stream.seek(at)
         held = b""
         while line := stream.readline(PART):
-            header = line.startswith((b">", b";"))
+            header = line.removeprefix(codecs.BOM_UTF8).startswith((b">", b";"))
             if at == 0 and not header:
                 raise ValueError(f"expected FASTA in {path}, got a first line without >")
             if (header and at) or len(held) >= PART:

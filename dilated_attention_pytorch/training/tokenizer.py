@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dilated_attention_pytorch.core.messages import quoted
 from dilated_attention_pytorch.training.sources import BOUNDARY, needed
 
 FILE = "tokenizer.json"
@@ -44,6 +45,8 @@ class FileTokenizer:
     def __init__(self, path: Path) -> None:
         library = needed("tokenizers", "tokenizers")
         self.path = path / FILE if path.is_dir() else path
+        if not self.path.is_file():
+            raise FileNotFoundError(f"expected a tokenizer.json at {self.path}, found none")
         content = self.path.read_bytes()
         try:
             self._tokenizer = library.Tokenizer.from_buffer(content)
@@ -84,6 +87,14 @@ def load_tokenizer(name: str | Path = "bytes") -> Tokenizer:
         ImportError: `tokenizers` is not installed.
     """
     return Bytes() if str(name) == "bytes" else FileTokenizer(Path(name))
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text to continue; a ValueError for what a shell gave that is no UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected prompt to be text in UTF-8, got {quoted(text)}") from None
 
 
 def _cut(text: str) -> Iterator[str]:

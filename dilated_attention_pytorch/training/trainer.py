@@ -25,8 +25,8 @@ from dilated_attention_pytorch.training.checkpoint import Checkpoints
 from dilated_attention_pytorch.training.config import TrainConfig
 from dilated_attention_pytorch.training.corpus import Corpus
 from dilated_attention_pytorch.training.evaluate import Evaluation, evaluate, predict
-from dilated_attention_pytorch.training.excerpts import training_excerpts, validation_excerpts
-from dilated_attention_pytorch.training.metrics import flops_per_sequence, peak_flops, peak_memory, record
+from dilated_attention_pytorch.training.excerpts import check_length, training_excerpts, validation_excerpts
+from dilated_attention_pytorch.training.metrics import check_boards, flops_per_sequence, peak_flops, peak_memory, record
 from dilated_attention_pytorch.training.state import LossScale, adamw, learning_rate
 from dilated_attention_pytorch.training.tokenizer import FILE
 
@@ -66,7 +66,9 @@ class Trainer:
 
     Raises:
         ValueError: the folder's run is damaged or has another config or corpus; a batch that the ranks cannot share
-            evenly; a number of ranks that `context_parallel` does not divide; tokens that the config does not know.
+            evenly; a number of ranks that `context_parallel` does not divide; a vocabulary that is not the corpus's;
+            too little text for the context.
+        ImportError: TensorBoard or Weights & Biases are wanted and not installed.
 
     Example:
         >>> with join() as world:
@@ -88,14 +90,16 @@ class Trainer:
     ) -> None:
         self.config, self.corpus, self.folder, self.world = config, corpus, folder, world
         self._boards: Any = {"tensorboard": tensorboard, "wandb": wandb}
-        if corpus.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"expected vocab_size of at least the corpus's {corpus.vocab_size}, got {config.vocab_size}"
-            )
+        check_boards(**self._boards)
+        exact = corpus.end_token is not None  # what draws a token has to find its text
+        if corpus.vocab_size > config.vocab_size or (exact and corpus.vocab_size < config.vocab_size):
+            least = "" if exact else "at least "
+            raise ValueError(f"expected vocab_size of {least}the corpus's {corpus.vocab_size}, got {config.vocab_size}")
         if config.packed and corpus.end_token is None:
             raise ValueError("expected a corpus whose documents end with a token with packed=True, got none known")
         self.micro_steps = config.micro_steps(world.size)
         self.layout = distributed.arrange(world, config.context_parallel, sharded=config.shard_parameters)
+        check_length(corpus.train, config.context)
         self.held_out = validation_excerpts(corpus.val, context=config.context, limit=config.eval_excerpts)
         if config.cpu_threads and world.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)

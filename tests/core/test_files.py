@@ -43,6 +43,10 @@ def test_any_text_that_is_no_json_is_a_value_error(text: str) -> None:
         parse_json(text)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_json_text() -> None:
+    assert parse_json('\ufeff{"a": 1}') == {"a": 1}
+
+
 def test_leftovers_alone_are_removed(tmp_path: Path) -> None:
     kept = {"file", ".hidden", ".file.part", ".file.0123456789abcdef", "file.0123456789abcdef.part"}
     for name in (*kept, ".file.0123456789abcdef.part"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -301,6 +303,47 @@ def test_without_typer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert error == (
         "error: the command line needs typer, which is not installed: pip install 'dilated-attention-pytorch[cli]'\n"
     )
+
+
+def process(*arguments: object, **how: Any) -> subprocess.Popen[bytes]:
+    """The command as a shell starts it."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | how.pop("env", {})
+    command = [sys.executable, "-m", "dilated_attention_pytorch.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, **how)
+
+
+def test_a_reader_that_leaves_ends_no_training(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with process("train", "--data", text, "--out", out, "--sample-bytes", "5", *TINY, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stdout.readline().startswith(b"corpus: ")
+        run.stdout.close()
+        assert run.wait(120) == 0
+    assert (out / "model.safetensors").is_file() and (out / "sample.txt").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")
+def test_a_terminal_that_closes_is_129(text: Path, tmp_path: Path) -> None:
+    record, (terminal, other_end) = tmp_path / "run" / "metrics.jsonl", os.openpty()
+    more = ("--set=steps=100000", "--set=eval_every=5")
+    arguments = ("train", "--data", text, "--out", record.parent, *TINY, *more)
+    with process(*arguments, stdin=other_end, stdout=other_end, stderr=other_end) as run:
+        os.close(other_end)
+        while not (record.exists() and record.stat().st_size > 1000):
+            assert run.poll() is None
+            if select.select([terminal], [], [], 0.1)[0]:
+                os.read(terminal, 1 << 16)
+        os.close(terminal)
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(120) == 129
+    assert any(record.parent.glob("step-*/state.json"))
+
+
+def test_text_that_the_output_cannot_show_is_escaped(trained: tuple[Path, str]) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    arguments = ("generate", trained[0], "--prompt", "ä", "--bytes", "20", "--seed", "0")
+    with process(*arguments, env=ascii_only, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        printed, said = run.communicate(timeout=120)
+    assert run.returncode == 0 and printed.startswith(b"\\xe4"), said
 
 
 def test_a_real_process(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,6 +206,12 @@ def test_bad_input(tmp_path: Path) -> None:
         build_corpus(tmp_path / "none", cache=tmp_path)
     with pytest.raises(ValueError, match=r"expected val_fraction in \(0, 1\), got 1"):
         build_corpus(tmp_path, val_fraction=1.0, cache=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a tokenizer.json at .*, found none"):
+        build_corpus(tmp_path, tokenizer=tmp_path / "none", cache=tmp_path)
+    wrong: Any = [("suffixes", ".md"), ("suffixes", 3), ("suffixes", [3]), ("folder", 3), ("field", 3)]
+    for name, value in [*wrong, ("tokenizer", None), ("val_fraction", True)]:
+        with pytest.raises(TypeError, match=f"expected {name}.* to be .*, got"):
+            build_corpus(**{"folder": tmp_path, "cache": tmp_path} | {name: value})
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "only.txt").write_bytes(b"one")
     with pytest.raises(

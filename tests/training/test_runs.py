@@ -252,7 +252,7 @@ class TestMeasured:
         assert told[-1] == "end" and [step for step, _ in told[1:-1]] == [1, 2, 3, 3, 4, 5, 6, 6]
         assert told[1][1]["loss"] == read_metrics(tmp_path / "mine" / "metrics.jsonl")[0]["loss"]
         monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(ImportError, match="expected wandb, which is not installed: pip install wandb"):
+        with pytest.raises(ImportError, match="expected Weights & Biases, which is not installed: pip install wandb"):
             Trainer(PLAIN, corpus, tmp_path / "none", world=ALONE, wandb="project").run()
 
 
@@ -265,8 +265,9 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
     for content, message in (
         ("a: [", "expected YAML or JSON in .*, got: while parsing"),
         ("- a", "expected names and values in .*, got"),
+        ("steps: é", "expected YAML or JSON in .*, got: 'utf-8' codec can't decode"),
     ):
-        (tmp_path / "a.yaml").write_text(content)
+        (tmp_path / "a.yaml").write_text(content, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             read_settings(tmp_path / "a.yaml")
     (tmp_path / "a.json").write_text(json.dumps({"learning_rate": 1e-5, "data": {"folder": None}}))
@@ -284,8 +285,31 @@ def test_every_kind_of_data_trains(name: str, tmp_path: Path) -> None:
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected vocab_size of at least the corpus's 256, got 100"):
+    with pytest.raises(ValueError, match="expected vocab_size of the corpus's 256, got 100"):
         Trainer(replace(PLAIN, vocab_size=100), corpus, tmp_path, world=ALONE)
+    unknown = replace(corpus, end_token=None)
+    with pytest.raises(ValueError, match="expected vocab_size of at least the corpus's 256, got 100"):
+        Trainer(replace(PLAIN, vocab_size=100), unknown, tmp_path, world=ALONE)
+    Trainer(replace(PLAIN, vocab_size=300), unknown, tmp_path, world=ALONE)
+
+
+def test_what_would_fail_later_is_refused_before_the_old_run_goes(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(PLAIN, corpus, tmp_path, world=ALONE).run()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"context": 1 << 20}, {}, "expected at least 2097153 tokens of training text"),
+        ({"vocab_size": 300}, {}, "expected vocab_size of the corpus's 256, got 300"),
+        ({}, {"wandb": "project"}, "expected Weights & Biases, which is not installed: pip install wandb"),
+        ({}, {"tensorboard": True}, "expected TensorBoard, which is not installed"),
+    ]
+    for values, options, message in refused:
+        with pytest.raises((ValueError, ImportError), match=message):
+            Trainer(replace(PLAIN, **values), corpus, tmp_path, world=ALONE, restart=True, **options).run()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 YAML = """
@@ -339,6 +363,9 @@ class TestCommand:
         assert "expected a setting of the data, got 'data.x'; known are ['data.field'," in error
         error = fails(capsys, monkeypatch, *arguments, "--set", "data.val_fraction=x")
         assert "expected a float for data.val_fraction, got 'x'" in error
+        monkeypatch.setattr("dilated_attention_pytorch.training.Trainer", None)  # nothing is trained
+        error = fails(capsys, monkeypatch, *arguments, "--prompt", "\udcff")
+        assert "expected --prompt to be text in UTF-8, got '\\udcff'" in error
 
     def test_what_is_no_text_is_told(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import json
 import lzma
@@ -113,6 +114,28 @@ def test_a_document_as_long_as_a_part(size: int, tmp_path: Path, monkeypatch: py
         (tmp_path / f"{i}.txt").write_bytes(text)
         parts = read(tmp_path / f"{i}.txt")
         assert joined(parts) == [text] and len(parts) == -(-size // 64)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.fasta"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PART", 32)
+    write = {".txt": lambda path: path.write_text("\n".join(TEXTS)), ".jsonl": write_jsonl, ".fasta": write_fasta}
+    write[Path(name).suffix](tmp_path / name)
+    plain = read(tmp_path / name)
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + (tmp_path / name).read_bytes())
+    marked = read(tmp_path / name)
+    assert joined(marked) == joined(plain)
+    at = marked[0].after
+    assert joined([marked[0], *read(tmp_path / name, at)]) == joined(plain)
+
+
+def test_endings_count_in_any_case(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "A.JSONL.GZ", "wt") as stream:
+        stream.write(json.dumps({"text": "a text"}) + "\n")
+    assert joined(read(tmp_path / "A.JSONL.GZ")) == [b"a text"]
+    with (tmp_path / "A.NPY").open("wb") as file:
+        np.save(file, np.arange(3))
+    assert [source.read for source in find_sources(tmp_path / "A.NPY")] == [None]
 
 
 def test_a_dataset_that_is_saved_anew_is_read_anew(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dilated_attention_pytorch.core.files import parse_json
 from dilated_attention_pytorch.core.messages import listed
 from dilated_attention_pytorch.core.validation import check_values
 from dilated_attention_pytorch.models.weights import reading
@@ -202,7 +202,7 @@ def read_coordinates(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     name = path.name.removesuffix(".npz")
     spots = (path.with_name(f"{stem}.meta.json") for stem in (name, name.removesuffix(".coordinates")))
     meta = next((spot for spot in spots if spot.is_file()), None)
-    values = {} if meta is None else json.loads(meta.read_text(encoding="utf-8"))
+    values = {} if meta is None else parse_json(meta.read_text(encoding="utf-8"))
     return coords, values.get("tiling", values)
 
 
