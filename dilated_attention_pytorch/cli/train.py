@@ -69,9 +69,11 @@ def train(
     given = {} if config is None else read_settings(config)
     wanted, named = given.pop("corpus", None), given.pop("preset", None)
     options = {"folder": data, "field": field, "suffixes": suffix, "tokenizer": tokenizer, "val_fraction": val_fraction}
-    given |= {f"data.{name}": value for name, value in options.items() if value is not None}
+    said = {f"data.{name}": value for name, value in options.items() if value is not None} | pairs(set_ or [])
+    if any(name.startswith("data.") for name in said):
+        wanted = None  # a file names the corpus of its own data, not of others that are asked for
     given |= {} if context_parallel is None else {"context_parallel": context_parallel}
-    given |= pairs(set_ or [])
+    given |= said
     of_data = {name: given.pop(name) for name in list(given) if name.startswith("data.")}
     source = read_values(of_data, _SOURCE, "a setting of the data")
     source = {name.removeprefix("data."): value for name, value in source.items()}

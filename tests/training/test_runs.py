@@ -359,6 +359,9 @@ class TestCommand:
             stream.write(json.dumps(rows[0] | {"body": "more"}) + "\n")
         again = ("train", "--config", tmp_path / "a" / "train.json", "--out", tmp_path / "c")
         assert f"fingerprint {written['corpus']}, got " in fails(capsys, monkeypatch, *again)
+        # Other data that are asked for are not held to the file's.
+        call(*again, "--set", f"data.folder={tmp_path / 'rows.jsonl'}", "--sample-bytes", "5")
+        assert json.loads((tmp_path / "c" / "train.json").read_text())["corpus"] != written["corpus"]
         error = fails(capsys, monkeypatch, *arguments, "--set", "data.x=1")
         assert "expected a setting of the data, got 'data.x'; known are ['data.field'," in error
         error = fails(capsys, monkeypatch, *arguments, "--set", "data.val_fraction=x")

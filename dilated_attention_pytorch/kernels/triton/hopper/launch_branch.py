@@ -38,10 +38,11 @@ def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: b
     (q, k, v), problem = work.x, work.problem
     config = _FORWARD[work.block_d, problem.is_causal]
     views, strides = _views(work, branch, ((q, ROWS // 2), (k, config.block), (v, config.block)))
+    sizes = _sizes(work, branch, q)
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
-    args = (*views, *result, *strides, *_sizes(work, branch, q), max(work.logit_scale, 1e-30))
+    args = (*views, *result, *strides, *sizes, max(work.logit_scale, 1e-30))
     flags = _flags(work) | {"ADD": add, "STAGES": config.stages, "PINGPONG": config.pingpong, **config.options}
-    _launch(work, tape, hopper_branch_forward, args, flags, config.programs)
+    _launch(tape, hopper_branch_forward, min(config.programs * launch.programs_on(q), sizes[0]), args, flags)
 
 
 def backward_dq(work: Work, terms: QueryTerms, tape: Tape, branch: int, dq: Tensor, add: bool) -> None:
@@ -70,12 +71,13 @@ def _backward(
     # Filled up to whole tiles, so that no block of terms straddles two segments.
     slots = triton.cdiv(slots_of(work.problem, branch), ROWS) * ROWS
     rows = rows_by_slot(work, terms, tape, length, rate, slots)
+    sizes = _sizes(work, branch, a1)
     args = (
-        *views, flat(rows, block), rows, grads[0], grads[-1], *strides, *column_strides(grads[0]),
-        *_sizes(work, branch, a1), slots, work.logit_scale, work.problem.scale,
+        *views, flat(rows, block), rows, grads[0], grads[-1], *strides, *column_strides(grads[0]), *sizes, slots,
+        work.logit_scale, work.problem.scale,
     )  # fmt: skip
     flags = _flags(work) | {"DKV": len(grads) == 2, "ADD": add, "STAGES": stages}
-    _launch(work, tape, hopper_branch_backward, args, flags)
+    _launch(tape, hopper_branch_backward, min(launch.programs_on(a1), sizes[0]), args, flags)
 
 
 def _views(work: Work, branch: int, blocks: Sequence[tuple[Tensor, int]]) -> tuple[list[Any], list[Strides]]:
@@ -101,10 +103,5 @@ def _flags(work: Work) -> dict[str, Any]:
     return {"CAUSAL": work.problem.is_causal, "MODULO": modulo, "WIDTH": work.x.q.shape[3], **launch.OPTIONS}
 
 
-def _launch(
-    work: Work, tape: Tape, kernel: Any, args: tuple[Any, ...], flags: dict[str, Any], programs: int = 1
-) -> None:
-    """So many programs per multiprocessor."""
-    num_tiles = next(x for x in args if type(x) is int)
-    grid = (min(programs * launch.programs_on(work.x.q), num_tiles),)
-    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
+def _launch(tape: Tape, kernel: Any, programs: int, args: tuple[Any, ...], flags: dict[str, Any]) -> None:
+    tape.note(kernel, (programs,), args, flags, kernel[(programs,)](*args, **flags))
