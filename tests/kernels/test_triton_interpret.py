@@ -320,13 +320,13 @@ class TestAligned:
     def test_short_causal_gradients_by_two_launches(self, tiles, monkeypatch):
         """Tiles of keys and of queries differ in size; segments of three branches, of which one is cut by the end."""
         replay._tapes.clear()
-        n, dq, dkv = 300, Config(*tiles[:2], 4, 1), Config(*tiles[2:], 4, 1)
+        n, dq, dkv = 150, Config(*tiles[:2], 4, 1), Config(*tiles[2:], 4, 1)
         of_kernel = {"aligned_forward": dq, "aligned_dq": dq, "aligned_dkv": dkv}
         monkeypatch.setattr(configs, "candidates", lambda kernel, *_: (of_kernel[kernel],))
-        problem, q = make_problem((128, 256, 1000), (1, 2, 4), 1, 16, n, **CAUSAL), torch.empty(1, n, 2, 16)
+        problem, q = make_problem((64, 128, 1000), (1, 2, 2), 1, 16, n, **CAUSAL), torch.empty(1, n, 2, 16)
         choice = backend.choose(Work(QKV(q, q[:, :, :1], q[:, :, :1]), problem, NO_MASKS), "backward")
         assert choice.family is launch_aligned
-        check(1, n, 2, 16, (128, 256, 1000), (1, 2, 4), kv_heads=1, **CAUSAL)
+        check(1, n, 2, 16, (64, 128, 1000), (1, 2, 2), kv_heads=1, **CAUSAL)
         replay._tapes.clear()
 
     def test_without_rate_one(self):
