@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,12 @@ def problems(outcome: Mapping[str, Any]) -> list[str]:
     if not rows or not all(isinstance(row, dict) and "case" in row for row in rows):
         found.append("expected rows, each with its 'case'")
     return found
+
+
+def redraw(path: Path, benchmark: str, picture: Callable[[dict[str, Any]], Any]) -> Path:
+    """Draws the chart beside a benchmark's result; no GPU is needed."""
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    if outcome.get("benchmark") != benchmark:
+        sys.exit(f"expected a result of benchmarks/{benchmark}.py, got one of {outcome.get('benchmark')!r}: {path}")
+    picture(outcome).savefig(path.with_suffix(".png"), dpi=150)
+    return path.with_suffix(".png")

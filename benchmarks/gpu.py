@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import re
 import statistics
 import sys
@@ -347,15 +346,6 @@ def _draw_times(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def redraw(path: Path) -> Path:
-    """Draws the chart beside a result; no GPU is needed."""
-    outcome = json.loads(path.read_text(encoding="utf-8"))
-    if outcome.get("benchmark") != "gpu":
-        sys.exit(f"expected a result of benchmarks/gpu.py, got one of {outcome.get('benchmark')!r}: {path}")
-    picture(outcome).savefig(path.with_suffix(".png"), dpi=150)
-    return path.with_suffix(".png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -364,7 +354,7 @@ def main() -> None:
     parser.add_argument("--redraw", type=Path, help="draw the chart of a result's JSON anew, without a GPU")
     arguments = parser.parse_args()
     if arguments.redraw is not None:
-        print(f"drawn: {redraw(arguments.redraw)}")
+        print(f"drawn: {common.redraw(arguments.redraw, 'gpu', picture)}")
         return
     if not torch.cuda.is_available():
         sys.exit("expected a CUDA device, found none; benchmarks/cpu.py times the CPU path")
@@ -379,7 +369,7 @@ def main() -> None:
     )
     path = common.write(arguments.out, "gpu", table.rows, check=said)
     assert path is not None
-    print(f"and {redraw(path).name}; lines left out: {table.left_out}")
+    print(f"and {common.redraw(path, 'gpu', picture).name}; lines left out: {table.left_out}")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, help="a checkout of torchscale, to time it beside")
     arguments = parser.parse_args()
     if arguments.redraw is not None:
-        print(f"drawn: {patterns_chart.redraw(arguments.redraw)}")
+        print(f"drawn: {common.redraw(arguments.redraw, 'patterns', patterns_chart.picture)}")
         return
     if not torch.cuda.is_available():
         sys.exit("expected a CUDA device, found none; benchmarks/cpu.py times the CPU path")
@@ -300,7 +300,7 @@ def main() -> None:
     said = "each line at 3,000 tokens, out, lse and gradients, within twice torch's flash error of fp64"
     path = common.write(arguments.out, "patterns", rows, check=said)
     if path is not None and len(rows) > 3:
-        print(f"drawn: {patterns_chart.redraw(path)}")
+        print(f"drawn: {common.redraw(path, 'patterns', patterns_chart.picture)}")
     print(f"left out: {', '.join(left_out) or 'none'}")
     print(f"auto slower than sdpa: {', '.join(slower) or 'nowhere'}")
 

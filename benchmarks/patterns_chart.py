@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,12 +38,3 @@ def picture(outcome: dict[str, Any]) -> Figure:
     axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def redraw(path: Path) -> Path:
-    """Draws the chart beside a result; no GPU is needed."""
-    outcome = json.loads(path.read_text(encoding="utf-8"))
-    if outcome.get("benchmark") != "patterns":
-        sys.exit(f"expected a result of benchmarks/patterns.py, got one of {outcome.get('benchmark')!r}: {path}")
-    picture(outcome).savefig(path.with_suffix(".png"), dpi=150)
-    return path.with_suffix(".png")

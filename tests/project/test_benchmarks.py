@@ -170,10 +170,10 @@ def test_the_gpu_chart_says_what_its_result_holds(tmp_path: Path, monkeypatch: p
     names = [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
     assert "triton" in names and "auto" not in " ".join(names)
     (tmp_path / "x.json").write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
-    assert gpu.redraw(tmp_path / "x.json").read_bytes().startswith(b"\x89PNG")
+    assert gpu.common.redraw(tmp_path / "x.json", "gpu", gpu.picture).read_bytes().startswith(b"\x89PNG")
     (tmp_path / "y.json").write_text('{"benchmark": "cpu"}', encoding="utf-8")
     with pytest.raises(SystemExit, match=r"expected a result of benchmarks/gpu\.py, got one of 'cpu'"):
-        gpu.redraw(tmp_path / "y.json")
+        gpu.common.redraw(tmp_path / "y.json", "gpu", gpu.picture)
 
 
 @pytest.mark.parametrize(("benchmark", "drawer"), [("gpu", "gpu"), ("patterns", "patterns_chart")])

@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -82,19 +81,19 @@ def allocate(a_view, b_view, terms_view, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(turn, number, is_longer, row, column1, column2, views1, views2, memory, STRIDES: gl.constexpr):
-    """A program's next stationary tile, half by half."""
+def load_tile(turn, number, is_longer, row, place1, place2, views1, views2, memory, STRIDES: gl.constexpr):
+    """A program's next stationary tile, half by half; places as `stages.copy_rows` has them."""
     for half in gl.static_range(2):
         mbarrier.wait(memory.a_empty.index(half), (turn & 1) ^ 1)
         full = memory.a_full.index(half)
         mbarrier.expect(full, 2 * views1[0][0].block_type.nbytes)
-        _copy(views1, number, is_longer, [row + half * HALF, column1], full, memory.a1.index(half), STRIDES)
-        _copy(views2, number, is_longer, [row + half * HALF, column2], full, memory.a2.index(half), STRIDES)
+        _copy(views1, number, is_longer, place1, row + half * HALF, full, memory.a1.index(half), STRIDES)
+        _copy(views2, number, is_longer, place2, row + half * HALF, full, memory.a2.index(half), STRIDES)
 
 
 @gluon.jit
 def load_step(
-    it, number, is_longer, row, column1, column2, terms_at, terms_apart, views1, views2, terms_views, memory,
+    it, number, is_longer, row, place1, place2, terms_at, terms_apart, views1, views2, terms_views, memory,
     STRIDES: gl.constexpr, DKV: gl.constexpr,
 ):  # fmt: skip
     """A streamed tile of both tensors, and its terms."""
@@ -106,37 +105,26 @@ def load_step(
     full = memory.b1_full.index(slot)
     mbarrier.expect(full, size)
     if DKV:
-        _copy(terms_views, number, False, [terms_at], full, memory.terms.index(slot * 2), STRIDES)
-    _copy(views1, number, is_longer, [row, column1], full, memory.b1.index(slot), STRIDES)
+        _copy(terms_views, number, False, 0, terms_at, full, memory.terms.index(slot * 2), STRIDES)
+    _copy(views1, number, is_longer, place1, row, full, memory.b1.index(slot), STRIDES)
     mbarrier.wait(memory.b2_empty.index(slot), phase ^ 1)
     full = memory.b2_full.index(slot)
     mbarrier.expect(full, size)
     if DKV:
-        _copy(terms_views, number, False, [terms_at + terms_apart], full, memory.terms.index(slot * 2 + 1), STRIDES)
-    _copy(views2, number, is_longer, [row, column2], full, memory.b2.index(slot), STRIDES)
+        _copy(terms_views, number, False, 0, terms_at + terms_apart, full, memory.terms.index(slot * 2 + 1), STRIDES)
+    _copy(views2, number, is_longer, place2, row, full, memory.b2.index(slot), STRIDES)
 
 
 @gluon.jit
-def _copy(views, number, is_longer, at, full, to, STRIDES: gl.constexpr):
+def _copy(views, number, is_longer, place, row, full, to, STRIDES: gl.constexpr):
     """Starts to load a block."""
     every, longer = views
     if STRIDES == 1:
-        copy_by(every[0], longer[0], is_longer, at, full, to)
+        stages.copy_rows((every[0], longer[0]), is_longer, place, row, full, to)
     else:
         for i in gl.static_range(STRIDES):
             if number == i:
-                copy_by(every[i], longer[i], is_longer, at, full, to)
-
-
-@gluon.jit
-def copy_by(every, longer, is_longer, at, full, to):
-    """Starts to load a block by one of two views of a stride."""
-    if longer is None:
-        tma.async_copy_global_to_shared(every, at, full, to)
-    elif is_longer:
-        tma.async_copy_global_to_shared(longer, at, full, to)
-    else:
-        tma.async_copy_global_to_shared(every, at, full, to)
+                stages.copy_rows((every[i], longer[i]), is_longer, place, row, full, to)
 
 
 # The warpgroups that multiply.

@@ -8,7 +8,6 @@ another segment's: as keys they are masked, and as queries they have an lse that
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from dilated_attention_pytorch.kernels.triton.hopper import backward_step as shared
 from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, stages
@@ -28,45 +27,13 @@ def _blocks_met(first, slots, BN: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.co
 
 
 @gluon.jit
-def _load_tile(turn, is_longer, place1, place2, row, a1, a2, memory):
-    """A program's next stationary tile, half by half."""
-    for half in gl.static_range(2):
-        mbarrier.wait(memory.a_empty.index(half), (turn & 1) ^ 1)
-        full = memory.a_full.index(half)
-        mbarrier.expect(full, 2 * a1[0].block_type.nbytes)
-        stages.copy_units(a1, is_longer, place1, row + half * shared.HALF, full, memory.a1.index(half))
-        stages.copy_units(a2, is_longer, place2, row + half * shared.HALF, full, memory.a2.index(half))
-
-
-@gluon.jit
-def _load_step(it, is_longer, place1, place2, row, terms_at, terms_apart, b1, b2, terms, memory, DKV: gl.constexpr):
-    """A streamed block of both tensors, and the queries' terms."""
-    STAGES: gl.constexpr = memory.b1.shape[0]
-    slot = it % STAGES
-    phase = (it // STAGES) & 1
-    size: gl.constexpr = b1[0].block_type.nbytes + (terms.block_type.nbytes if DKV else 0)
-    mbarrier.wait(memory.b1_empty.index(slot), phase ^ 1)
-    full = memory.b1_full.index(slot)
-    mbarrier.expect(full, size)
-    if DKV:
-        shared.copy_by(terms, None, False, [terms_at], full, memory.terms.index(slot * 2))
-    stages.copy_units(b1, is_longer, place1, row, full, memory.b1.index(slot))
-    mbarrier.wait(memory.b2_empty.index(slot), phase ^ 1)
-    full = memory.b2_full.index(slot)
-    mbarrier.expect(full, size)
-    if DKV:
-        shared.copy_by(terms, None, False, [terms_at + terms_apart], full, memory.terms.index(slot * 2 + 1))
-    stages.copy_units(b2, is_longer, place2, row, full, memory.b2.index(slot))
-
-
-@gluon.jit
 def _produce(
     work, DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads."""
     views, memory, _, _, strides, num_tiles, sizes, terms_slots, _ = work
-    a1, a2, b1, b2, terms_view = views
+    a1, a2, b1, b2, terms_views = views
     a1_strides, a2_strides, b1_strides, b2_strides, _ = strides
     num_batches, num_heads, group, num_segments, _, _, _, _ = sizes
     BN: gl.constexpr = memory.b1.shape[1]
@@ -81,7 +48,7 @@ def _produce(
             # The stationary pair, then a group's streamed pairs.
             place1 = branch_tiles.place_of(a1_strides, batch, residue, head)
             place2 = branch_tiles.place_of(a2_strides, batch, residue, head)
-            _load_tile(turn, is_longer, place1, place2, row + first, a1, a2, memory)
+            shared.load_tile(turn, 0, is_longer, row + first, place1, place2, a1, a2, memory, 1)
             begin, end = _blocks_met(first, slots, BN, DKV, CAUSAL)
             for member in range(0, group if DKV else 1):
                 b_head = kv_head * group + member if DKV else kv_head
@@ -89,9 +56,9 @@ def _produce(
                 place2 = branch_tiles.place_of(b2_strides, batch, residue, b_head)
                 terms_at = (batch * num_heads + b_head) * terms_length + segment * terms_slots
                 for block in range(begin, end):
-                    _load_step(
-                        it, is_longer, place1, place2, row + block * BN, terms_at + block * BN, apart, b1, b2,
-                        terms_view, memory, DKV,
+                    shared.load_step(
+                        it, 0, is_longer, row + block * BN, place1, place2, terms_at + block * BN, apart, b1, b2,
+                        terms_views, memory, 1, DKV,
                     )  # fmt: skip
                     it += 1
             turn += 1
@@ -201,7 +168,11 @@ def hopper_branch_backward(
         WIDTH: columns of the tensors; a view's blocks have zeros beyond.
     """
     memory = shared.allocate(a1, b1, terms_view, STAGES)
-    views = (a1, a1_longer), (a2, a2_longer), (b1, b1_longer), (b2, b2_longer), terms_view
+    # Of one stride, as `shared` has them.
+    views = (
+        ((a1,), (a1_longer,)), ((a2,), (a2_longer,)), ((b1,), (b1_longer,)), ((b2,), (b2_longer,)),
+        ((terms_view,), (None,)),
+    )  # fmt: skip
     strides = a1_strides, a2_strides, b1_strides, b2_strides, grad_strides
     sizes = num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows
     work = views, memory, terms, (grad1, grad2), strides, num_tiles, sizes, terms_slots, (qk_scale, scale)

@@ -12,23 +12,6 @@ from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, stages
 
 
 @gluon.jit
-def _fill(it, k_views, v_views, is_longer, k_place, v_place, row, smem, bars):
-    """Loads the blocks of one step, as soon as its stage is empty."""
-    _, k_smem, v_smem = smem
-    _, _, k_full, k_empty, v_full, v_empty, _ = bars
-    STAGES: gl.constexpr = k_smem.shape[0]
-    stage = it % STAGES
-    phase = (it // STAGES) & 1
-    mbarrier.wait(k_empty.index(stage), phase ^ 1)
-    mbarrier.expect(k_full.index(stage), k_views[0].block_type.nbytes)
-    stages.copy_units(k_views, is_longer, k_place, row, k_full.index(stage), k_smem.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase ^ 1)
-    mbarrier.expect(v_full.index(stage), v_views[0].block_type.nbytes)
-    stages.copy_units(v_views, is_longer, v_place, row, v_full.index(stage), v_smem.index(stage))
-    return it + 1
-
-
-@gluon.jit
 def _produce(
     work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, PINGPONG: gl.constexpr,
     HALF: gl.constexpr,
@@ -38,7 +21,6 @@ def _produce(
     q_views, k_views, v_views = views
     q_strides, k_strides, v_strides = strides
     q_smem, k_smem, _ = smem
-    q_full, q_empty, _, _, _, _, _ = bars
     HM: gl.constexpr = q_smem.shape[1]
     BN: gl.constexpr = k_smem.shape[1]
     it = gl.to_tensor(0)
@@ -47,12 +29,8 @@ def _produce(
         batch, head, kv_head, _segment, base, slots, first = branch_tiles.tile_of(tile, sizes, False, MODULO)
         if first < slots:
             row, residue, is_longer = branch_tiles.rows_from(base, sizes)
-            # The tile's rows, half by half: each half is let go by the warpgroup that reads it.
             place = branch_tiles.place_of(q_strides, batch, residue, head)
-            for w in gl.static_range(2):
-                mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-                mbarrier.expect(q_full.index(w), q_views[0].block_type.nbytes)
-                stages.copy_units(q_views, is_longer, place, row + first + w * HM, q_full.index(w), q_smem.index(w))
+            stages.fill_queries(turn, q_views, is_longer, place, row + first, smem, bars)
             # Its keys: [BN, D] a block.
             k_place = branch_tiles.place_of(k_strides, batch, residue, kv_head)
             v_place = branch_tiles.place_of(v_strides, batch, residue, kv_head)
@@ -62,12 +40,12 @@ def _produce(
                 # The block at the diagonal's start first: every row sees a key of it.
                 begun = first // BN
                 end = gl.minimum(end, begun + 2 * HM // BN)
-                it = _fill(it, k_views, v_views, is_longer, k_place, v_place, row + begun * BN, smem, bars)
+                it = stages.fill(it, k_views, v_views, is_longer, k_place, v_place, row + begun * BN, smem, bars)
                 for block in range(0, begun):
-                    it = _fill(it, k_views, v_views, is_longer, k_place, v_place, row + block * BN, smem, bars)
+                    it = stages.fill(it, k_views, v_views, is_longer, k_place, v_place, row + block * BN, smem, bars)
                 begun += 1
             for block in range(begun, end):
-                it = _fill(it, k_views, v_views, is_longer, k_place, v_place, row + block * BN, smem, bars)
+                it = stages.fill(it, k_views, v_views, is_longer, k_place, v_place, row + block * BN, smem, bars)
             turn += 1
 
 

@@ -54,11 +54,10 @@ def _fill(context, it, index, row, residue, RATES: gl.constexpr):
 def _fill_side(context, it, row, residue, multiplicity):
     """Loads a block that `walk.each_side_block` visits."""
     k_views, v_views, k_column, v_column, k_stride, v_stride, remainder, smem, bars = context
-    stages.fill(
-        it, k_views, v_views, row, residue, k_column + residue * k_stride, v_column + residue * v_stride, remainder,
+    return stages.fill(
+        it, k_views, v_views, residue < remainder, k_column + residue * k_stride, v_column + residue * v_stride, row,
         smem, bars,
     )  # fmt: skip
-    return it + 1
 
 
 @gluon.jit

@@ -15,11 +15,10 @@ from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
 def _load(context, it, row, residue, multiplicity):
     """Fills a stage with the block that a step of the walk visits."""
     k_views, v_views, k_column, v_column, k_stride, v_stride, remainder, smem, bars = context
-    stages.fill(
-        it, k_views, v_views, row, residue, k_column + residue * k_stride, v_column + residue * v_stride, remainder,
+    return stages.fill(
+        it, k_views, v_views, residue < remainder, k_column + residue * k_stride, v_column + residue * v_stride, row,
         smem, bars,
     )  # fmt: skip
-    return it + 1
 
 
 @gluon.jit
@@ -33,7 +32,6 @@ def _produce(
     q_strides, k_strides, v_strides = strides
     num_keys, num_heads, group, num_blocks, num_tiles = sizes
     q_smem, k_smem, _ = smem
-    q_full, q_empty, _, _, _, _, _ = bars
     R: gl.constexpr = RATES[len(RATES) - 1]
     HM: gl.constexpr = q_smem.shape[1]
     BN: gl.constexpr = k_smem.shape[1]
@@ -46,11 +44,7 @@ def _produce(
         kv_head = head // group
         row = block * 2 * HM
         column = batch * q_strides.batch + head * q_strides.head + residue * q_strides.row
-        # The tile's rows, half by half: each half is let go by the warpgroup that reads it.
-        for w in gl.static_range(2):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_views[0].block_type.nbytes)
-            stages.copy_rows(q_views, row + w * HM, residue, column, remainder, q_full.index(w), q_smem.index(w))
+        stages.fill_queries(turn, q_views, residue < remainder, column, row, smem, bars)
         level = walk.level_of((residue + R - kv_head % R) % R, RATES)
         # Its keys. Batch and head are the offset of a column, which a step adds its residue to.
         context = (

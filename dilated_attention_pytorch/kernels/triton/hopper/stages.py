@@ -63,33 +63,33 @@ def allocate(q_view, k_view, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(views, row, residue, column, remainder, bar, to):
-    """Starts to load a block: rows of a residue from `row` on, as `views.residue_views` describes them."""
+def copy_rows(views, is_longer, place, row, bar, to):
+    """Starts to load a block: rows from `row` on, at a place.
+
+    Args:
+        views: of `views.residue_views`, whose places are columns, or `views.unit_views`, whose places are units; or of
+            one dimension, which has rows alone. The second view is of residues that have a row more.
+    """
     every, longer = views
-    if longer is None:
-        tma.async_copy_global_to_shared(every, [row, column], bar, to)
-    elif residue < remainder:
-        tma.async_copy_global_to_shared(longer, [row, column], bar, to)
+    RANK: gl.constexpr = len(every.block_shape)
+    if RANK == 1:
+        at = [row]
+    elif RANK == 2:
+        at = [row, place]
     else:
-        tma.async_copy_global_to_shared(every, [row, column], bar, to)
-
-
-@gluon.jit
-def copy_units(views, is_longer, place, row, bar, to):
-    """The same of `views.unit_views`; `place` is batch, residue and head, in units."""
-    every, longer = views
-    box = to._reinterpret(every.dtype, every.block_shape, every.layout)
+        at = [place, row, 0]
+        to = to._reinterpret(every.dtype, every.block_shape, every.layout)
     if longer is None:
-        tma.async_copy_global_to_shared(every, [place, row, 0], bar, box)
+        tma.async_copy_global_to_shared(every, at, bar, to)
     elif is_longer:
-        tma.async_copy_global_to_shared(longer, [place, row, 0], bar, box)
+        tma.async_copy_global_to_shared(longer, at, bar, to)
     else:
-        tma.async_copy_global_to_shared(every, [place, row, 0], bar, box)
+        tma.async_copy_global_to_shared(every, at, bar, to)
 
 
 @gluon.jit
-def fill(it, k_views, v_views, row, residue, k_column, v_column, remainder, smem, bars):
-    """Loads the blocks of one step, as soon as its stage is empty."""
+def fill(it, k_views, v_views, is_longer, k_place, v_place, row, smem, bars):
+    """Loads the blocks of one step, as soon as its stage is empty. Returns the number of the next."""
     _, k_smem, v_smem = smem
     _, _, k_full, k_empty, v_full, v_empty, _ = bars
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -98,10 +98,23 @@ def fill(it, k_views, v_views, row, residue, k_column, v_column, remainder, smem
     # A barrier that was never passed counts as passed for the phase before the first: a fresh stage is empty.
     mbarrier.wait(k_empty.index(stage), phase ^ 1)
     mbarrier.expect(k_full.index(stage), k_views[0].block_type.nbytes)
-    copy_rows(k_views, row, residue, k_column, remainder, k_full.index(stage), k_smem.index(stage))
+    copy_rows(k_views, is_longer, k_place, row, k_full.index(stage), k_smem.index(stage))
     mbarrier.wait(v_empty.index(stage), phase ^ 1)
     mbarrier.expect(v_full.index(stage), v_views[0].block_type.nbytes)
-    copy_rows(v_views, row, residue, v_column, remainder, v_full.index(stage), v_smem.index(stage))
+    copy_rows(v_views, is_longer, v_place, row, v_full.index(stage), v_smem.index(stage))
+    return it + 1
+
+
+@gluon.jit
+def fill_queries(turn, views, is_longer, place, row, smem, bars):
+    """Loads a tile's rows half by half: each half is let go by the warpgroup that reads it."""
+    q_smem, _, _ = smem
+    q_full, q_empty, _, _, _, _, _ = bars
+    HM: gl.constexpr = q_smem.shape[1]
+    for w in gl.static_range(2):
+        mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+        mbarrier.expect(q_full.index(w), views[0].block_type.nbytes)
+        copy_rows(views, is_longer, place, row + w * HM, q_full.index(w), q_smem.index(w))
 
 
 # A warpgroup.
