@@ -29,7 +29,7 @@ from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, query_terms
-from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, launch_branch, support
+from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, support
 from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
@@ -40,26 +40,10 @@ LENGTHS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16)
 LENGTHS_OF = {"even": 1 << 20, "odd": 1_000_003, "64k": 1 << 16, "32k": 1 << 15, "16k": 1 << 14}
 DISTINCT = {False: 3008 / 3968, True: 1504.5 / 1985}
 OTHERS = {
-    (64, False): (
-        HopperConfig(128, 4, False),
-        HopperConfig(128, 5, False, True),
-        HopperConfig(128, 4, True, True),
-        HopperConfig(64, 4, False, False, 2),
-    ),
+    (64, False): (HopperConfig(128, 4, False), HopperConfig(128, 5, False, True), HopperConfig(128, 4, True, True)),
     (128, False): (HopperConfig(128, 3, True), HopperConfig(128, 3, False, True)),
-    (64, True): (
-        HopperConfig(64, 8, False),
-        HopperConfig(64, 12, True),
-        HopperConfig(128, 6, True),
-        HopperConfig(64, 4, False, False, 2),
-        HopperConfig(32, 8, False, False, 2),
-    ),
+    (64, True): (HopperConfig(64, 8, False), HopperConfig(64, 12, True), HopperConfig(128, 6, True)),
     (128, True): (HopperConfig(64, 6, False), HopperConfig(64, 5, True), HopperConfig(128, 3, True)),
-}
-
-OTHER_BRANCHES = {
-    (64, False): (HopperConfig(64, 4, False, False, 2),),
-    (64, True): (HopperConfig(64, 4, False, False, 2), HopperConfig(32, 8, False, False, 2)),
 }
 
 
@@ -190,18 +174,7 @@ def branch_passes(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def other_forwards(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
-    """The forward of one branch in other configurations: two programs of a multiprocessor hide the ends of tiles."""
-    key = work.block_d, work.problem.is_causal
-    usual, found = launch_branch._FORWARD[key], {}
-    for config in OTHER_BRANCHES.get(key, ()):
-        launch_branch._FORWARD[key] = config
-        found[" ".join(map(str, config))] = branch_passes(work, branch)["forward"]
-    launch_branch._FORWARD[key] = usual
-    return found
-
-
-def branches(line: patterns.Line, others: bool) -> None:
+def branches(line: patterns.Line) -> None:
     """Each pass of each branch by both, after a check of one against the other."""
     work, pattern = work_of_line(line), line.pattern
     for branch, (length, rate) in enumerate(zip(line.segment_lengths, line.dilation_rates, strict=True)):
@@ -213,10 +186,6 @@ def branches(line: patterns.Line, others: bool) -> None:
             support._FEW.update(dict.fromkeys(support._FEW, 3 * (few,)))
             for name, run in branch_passes(work, branch).items():
                 found[name, who], times[name, who] = run(), gpu.milliseconds(run)
-        for name, run in other_forwards(work, branch).items() if others else ():
-            error = max(relative_norm(a, b) for a, b in zip(run(), found["forward", "twin"], strict=True))
-            time_ms = gpu.milliseconds(run)
-            print(f"  {line.title} w={length} r={rate} forward {name}: {time_ms:.3f} ms, {error:.0e}", flush=True)
         for name, products in (("forward", 2), ("dQ", 3), ("dK, dV", 4)):
             error = max(relative_norm(a, b) for a, b in zip(found[name, "Hopper"], found[name, "twin"], strict=True))
             wrong = "" if error < 1e-2 else "  WRONG"
@@ -240,14 +209,12 @@ def compile_case(index: int, with_backward: bool, others: bool, of_branches: boo
     jit.JITFunction.run = run
     if of_branches:
         support.why_not_here = lambda device: []
-        support._LITTLE = 0
+        support._LITTLE.update(dict.fromkeys(support._LITTLE, 0))
         work = work_of_line(general_lines()[index], "cpu")
         for few in (1 << 40, 128):
             support._FEW.update(dict.fromkeys(support._FEW, 3 * (few,)))
             for branch in range(len(work.problem.pattern.dilation_rates)):
                 branch_passes(work, branch)
-                if others and few < 1 << 40:
-                    other_forwards(work, branch)
         return
     _, heads, width, causal = CASES[index]
     odd = () if with_backward and (width, causal) != (64, True) else ((1 << 16) + 3,)
@@ -296,9 +263,9 @@ def main() -> None:
     chosen = [f"--{name}" for name in ("backward", "all", "branches") if getattr(options, name)]
     compile_all(len(general_lines() if options.branches else CASES), *chosen)
     if options.branches:
-        support._LITTLE = 0
+        support._LITTLE.update(dict.fromkeys(support._LITTLE, 0))
         for line in general_lines():
-            branches(line, options.all)
+            branches(line)
         return None
     for case in CASES:
         if options.backward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import QKV, Masks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The square root leaves q . k as much room as scale takes, which no product of two fp16 rows fills.
-_LARGEST_SCALE = {dtype: math.sqrt(torch.finfo(accumulator(dtype)).max) for dtype in FLOAT_DTYPES}
+# Beyond it a logit of q . k = 1 is rounded by more than 1%, and exponentials of fp32 kernels can overflow. 2^16; for fp64
+# 2^45.
+_LARGEST_SCALE = {dtype: 2**-7 / torch.finfo(accumulator(dtype)).eps for dtype in FLOAT_DTYPES}
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -111,15 +111,15 @@ def check_above_zero(name: str, value: object) -> float:
 
 
 def check_scale(scale: object, head_dim: int, dtype: torch.dtype | None = None) -> float:
-    """The factor on q . k, `head_dim ** -0.5` for None; with a dtype, small enough that no logit overflows in it."""
+    """The factor on q . k, `head_dim ** -0.5` for None; with a dtype, small enough that logits keep a meaning in it."""
     if scale is None:
         root: float = float(head_dim) ** -0.5
         return root
     number = check_float("scale", scale)
     if dtype is not None and abs(number) > _LARGEST_SCALE[dtype]:
         raise ValueError(
-            f"expected scale between -{_LARGEST_SCALE[dtype]:.2g} and {_LARGEST_SCALE[dtype]:.2g} for {dtype}, beyond "
-            f"which logits overflow, got {quoted(scale)}"
+            f"expected scale between -{_LARGEST_SCALE[dtype]:.0f} and {_LARGEST_SCALE[dtype]:.0f} for {dtype}, beyond "
+            f"which rounding decides the weights, got {quoted(scale)}"
         )
     return number
 

@@ -315,7 +315,9 @@ def test_a_sparse_option_is_named(options, name):
         ({"q_start": 10**5000}, ValueError, r"q_start to be below 2\*\*63, got an int of 16610 bits"),
         ({"segment_lengths": [10**5000]}, ValueError, r"segment_lengths\[0\] to be below 2\*\*63, got an int of"),
         ({"scale": 10**5000}, ValueError, "scale to be finite, got an int of 16610 bits"),
-        ({"scale": 1e308}, ValueError, r"scale between -1.8e\+19 and 1.8e\+19 for torch.float32, .* got 1e\+308"),
+        ({"scale": 1e308}, ValueError, r"scale between -65536 and 65536 for torch.float32, .* got 1e\+308"),
+        # On a GPU exp2(q . k * scale - maximum) rounds up to infinity there.
+        ({"scale": 2**31}, ValueError, r"scale between -65536 and 65536 for torch.float32, .* got 2147483648"),
         ({"is_causal": "x" * 5000}, TypeError, r"is_causal to be a bool, got str '(x{199})\.\.\.$"),
     ],
 )

@@ -36,7 +36,7 @@ def main() -> None:
             of_hopper = name.startswith("Hopper")
             support._SHORT = {} if of_hopper else SHORT
             support._FEW = dict.fromkeys(FEW, 3 * (64,)) if of_hopper else FEW
-            support._LITTLE = 0 if of_hopper else LITTLE
+            support._LITTLE = dict.fromkeys(LITTLE, 0) if of_hopper else LITTLE
             options = dict(options)
             lengths = n, *[options.pop("num_keys", n)] * 2
             q, k, v = (torch.randn(1, size, 4, width, device="cuda", dtype=torch.bfloat16) for size in lengths)

@@ -63,12 +63,13 @@ def results(call, backend, dtype=None):
 @pytest.fixture
 def launched(monkeypatch):
     """What was launched. Short segments and short calls take the kernels too."""
-    from dilated_attention_pytorch.kernels.triton import replay
+    from dilated_attention_pytorch.kernels.triton import launch_aligned, replay
     from dilated_attention_pytorch.kernels.triton.hopper import launch_branch, support
 
     monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 3 * (64,)))
-    monkeypatch.setattr(support, "_LITTLE", 0)
+    monkeypatch.setattr(support, "_LITTLE", dict.fromkeys(support._LITTLE, 0))
     monkeypatch.setattr(support, "why_not", lambda _: ["a test wants a launch per branch"])
+    monkeypatch.setattr(launch_aligned, "why_not", lambda *_: "a test wants a launch per branch")
     monkeypatch.setattr(replay, "_tapes", {})
     calls = []
     for name in ("forward", "backward_dq", "backward_dkv"):
@@ -84,14 +85,12 @@ def launched(monkeypatch):
 @given(data=st.data())
 def test_drawn_calls(launched, variant, data):
     """At most twice the error of torch's flash attention, merged over branches in fp32; the same bits twice."""
-    from dilated_attention_pytorch.kernels.triton import launch_aligned, replay
+    from dilated_attention_pytorch.kernels.triton import replay
 
     call = data.draw(calls(variant))
     launched.clear()
     replay._tapes.clear()  # a call like an earlier one is not to be replayed
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_aligned, "why_not", lambda *_: "a test wants a launch per branch")
-        ours, again = results(call, "triton"), results(call, "triton")
+    ours, again = results(call, "triton"), results(call, "triton")
     assert {"forward", "backward_dq", "backward_dkv"} == set(launched)
     # In fp64 sdpa is the reference to 1e-10 (test_gpu.py), tile by tile.
     want, base = results(call, "sdpa", torch.float64), results(call, "sdpa")
@@ -118,15 +117,13 @@ def test_later_tokens_change_no_earlier_bit(launched, width):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_graph_gives_the_same_bits(launched, causal):
-    call = {
-        "pattern": {"segment_lengths": [1500, 4099], "dilation_rates": [1, 3]}, "is_causal": causal, "kv_heads": 2,
-        "shape": (1, 8193, 2, 80), "dtype": torch.bfloat16, "scale": None, "packed": True, "seed": 2,
-    }  # fmt: skip
+    pattern = {"segment_lengths": [1500, 4099], "dilation_rates": [1, 3]}
     leaves = [torch.randn(1, 8193, 2, 80, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
 
     def run():
-        out = dilated_attention_with_lse(*leaves, is_causal=causal, backend="triton", **call["pattern"]).out
-        return out, *torch.autograd.grad(out.square().sum(), leaves)
+        out = dilated_attention_with_lse(*leaves, is_causal=causal, backend="triton", **pattern).out
+        # A graph of autograd that outlives the call would take its stream, the usual one, into the capture.
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
     first, second = run(), run()
     assert launched

@@ -42,7 +42,7 @@ def run(monkeypatch, x, grad, saved, problem):
     monkeypatch.setattr(support, "why_not_here", lambda device: [])
     monkeypatch.setattr(support, "_DTYPES", (torch.float32,))
     monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 3 * (64,)))
-    monkeypatch.setattr(support, "_LITTLE", 0)
+    monkeypatch.setattr(support, "_LITTLE", dict.fromkeys(support._LITTLE, 0))
     monkeypatch.setitem(views._TYPES, torch.float32, gl.float32)
     work = prepare(x, problem, NO_MASKS)
     for branch in problem.branch_order:

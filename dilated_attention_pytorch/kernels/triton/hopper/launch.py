@@ -19,8 +19,6 @@ from dilated_attention_pytorch.types import AttentionOutput
 
 # Two warpgroups with 240 registers a thread and a producer with 24 start with as many each.
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
-# Programs of a multiprocessor -> registers that they start with, and those of a warpgroup that multiplies.
-_REGISTERS = {1: (168, 240), 2: (80, 104)}
 
 
 class HopperConfig(NamedTuple):
@@ -31,21 +29,12 @@ class HopperConfig(NamedTuple):
         stages: steps whose keys are in shared memory.
         q_registers: whether the queries' rows are kept in registers.
         pingpong: whether the warpgroups issue their products in turns.
-        programs: of each multiprocessor. Two share its registers and memory, and one's products hide the other's ends
-            of tiles.
     """
 
     block: int
     stages: int
     q_registers: bool
     pingpong: bool = False
-    programs: int = 1
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What the compiler is told."""
-        begun, registers = _REGISTERS[self.programs]
-        return {"num_warps": 4, "maxnreg": begun, "REGISTERS": registers}
 
 
 # (head_dim, causal); the fastest of those that were measured on an H100 (shared memory holds no more stages).
@@ -88,10 +77,10 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     args = (*views, out, lse, *column_strides(q, k, v), n, heads, heads // k.shape[2], count, num_tiles, scale)
     flags |= {
         "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages, "EVEN": even,
-        "Q_REGISTERS": config.q_registers, **config.options,
+        "Q_REGISTERS": config.q_registers, **OPTIONS,
     }  # fmt: skip
     # A short call has fewer tiles than there are multiprocessors.
-    grid = (min(config.programs * programs_on(q), num_tiles),)
+    grid = (min(programs_on(q), num_tiles),)
     tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return AttentionOutput(out, lse)
 

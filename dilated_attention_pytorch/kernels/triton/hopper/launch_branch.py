@@ -41,8 +41,8 @@ def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: b
     sizes = _sizes(work, branch, q)
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     args = (*views, *result, *strides, *sizes, max(work.logit_scale, 1e-30))
-    flags = _flags(work) | {"ADD": add, "STAGES": config.stages, "PINGPONG": config.pingpong, **config.options}
-    _launch(tape, hopper_branch_forward, min(config.programs * launch.programs_on(q), sizes[0]), args, flags)
+    flags = _flags(work) | {"ADD": add, "STAGES": config.stages, "PINGPONG": config.pingpong}
+    _launch(tape, hopper_branch_forward, min(launch.programs_on(q), sizes[0]), args, flags)
 
 
 def backward_dq(work: Work, terms: QueryTerms, tape: Tape, branch: int, dq: Tensor, add: bool) -> None:

@@ -29,8 +29,8 @@ _SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13
 # The kernels for one branch outrun their twins from so many rows of a segment on: where the width fills no tile, where
 # it does, and there under a causal mask; and from so many multiplications, since describing their views takes the host
 # 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
-_FEW = {"forward": (1024, 2048, 4096), "dq": (2048, 4096, 4096), "dkv": (1024, 1024, 1024)}
-_LITTLE = 1e10
+_FEW = {"forward": (1024, 2048, 4096), "dq": (2048, 2048, 2048), "dkv": (1024, 1024, 1024)}
+_LITTLE = {"forward": 1e10, "dq": 1e10, "dkv": 4e9}
 
 
 def why_not(work: Work) -> list[str]:
@@ -105,7 +105,7 @@ def why_not_branch(work: Work, grad: Tensor | None, branch: int, kernel: str) ->
         f"it has no {str(q.dtype).removeprefix('torch.')}": q.dtype not in _DTYPES,
         f"head_dim {width} fills no tile": work.block_d not in _WIDTHS or width % 8 != 0,
         "a segment has few rows": slots < few,
-        "it is short": pairs * width < _LITTLE,
+        "it is short": pairs * width < _LITTLE[kernel],
         # The rows' terms, up to twice as many as rows, are counted in 32 bits.
         "it is too long": 4 * batch * heads * n >= 1 << 31,
     }  # fmt: skip
