@@ -19,8 +19,8 @@ from dilated_attention_pytorch.core.precision import accumulator
 from dilated_attention_pytorch.types import QKV, Masks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Beyond it a logit of q . k = 1 is rounded by more than 1%, and exponentials of fp32 kernels can overflow. 2^16; for fp64
-# 2^45.
+# 2^16, and 2^45 for fp64: beyond, a logit of q . k = 1 is rounded by more than 1%, and exponentials of fp32 kernels can
+# overflow.
 _LARGEST_SCALE = {dtype: 2**-7 / torch.finfo(accumulator(dtype)).eps for dtype in FLOAT_DTYPES}
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
