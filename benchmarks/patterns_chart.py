@@ -31,6 +31,7 @@ def picture(outcome: dict[str, Any]) -> Figure:
         labels = [f"{row['ratio']:.0%}, {row['ms']:.1f} ms, {x:.1f}x sdpa" for row, x in zip(ours, over, strict=True)]
         axis.bar_label(bars, labels, padding=3, fontsize=7)
     axis.set_yticks(range(len(titles)), titles, fontsize=8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.axvline(100, color="#b0bec5", linewidth=0.8, zorder=0)
     axis.set_xlim(0, 40 + max(100, *(100 * row["ratio"] for row in rows if row["who"] == "auto")))

@@ -42,7 +42,7 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), constrained_layout=True)
     shortest, longest = (pick(row["context"] for row in rows) for pick in (min, max))
     for attention in sorted({row["attention"] for row in rows}):
         mine = [row for row in rows if row["attention"] == attention]
@@ -61,7 +61,7 @@ def picture(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes[1].set(xlabel="distance of the planted line", ylabel="digits right", ylim=(-0.03, 1.03), title="retrieval")
     axes[1].axhline(0.1, color="black", linewidth=0.5, linestyle=":")  # a digit by chance
     axes[2].set(xlabel="context", ylabel="validation bits per byte", title="all positions")
-    axes[2].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)

@@ -162,7 +162,7 @@ def test_the_gpu_chart_says_what_its_result_holds(tmp_path: Path, monkeypatch: p
     kept = ROOT / "benchmarks" / "results" / "gpu_NVIDIA_H200.json"
     figure = gpu.picture(json.loads(kept.read_text(encoding="utf-8")))
     title = figure.get_suptitle()
-    assert all(words in title for words in ("NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "cuDNN 9.19", "2026-11-28"))
+    assert all(words in title for words in ("NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "cuDNN 9.19", "2026-11-29"))
     said = [text.get_text() for text in figure.axes[0].texts]
     rows = [r for r in json.loads(kept.read_text())["rows"] if r["case"].endswith("N=1M")]
     ratios = {who: [f"{r['ratio']:.0%}" for r in rows if r["who"] == who] for who in ("auto", "sdpa")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _geometric(draw: st.DrawFn) -> Call:
 
     def check(pattern: DilatedPattern) -> None:
         lengths, rates = pattern.segment_lengths, pattern.dilation_rates
-        assert lengths[0] == given["shortest"] and rates[0] == 1 and lengths[-1] >= given["seq_len"]
+        assert lengths[0] == operator.index(given["shortest"]) and rates[0] == 1 and lengths[-1] >= given["seq_len"]
         assert all(b % a == 0 for a, b in itertools.pairwise(lengths)) and len(lengths) <= 64
         assert given["max_rate"] is not None or all(w == r * lengths[0] for w, r in pattern.branches)
 
