@@ -8,7 +8,7 @@ import torch
 from dilated_attention_pytorch import dilated_attention_with_lse
 from dilated_attention_pytorch.kernels.triton.hopper import support
 
-SHORT, FEW, LITTLE = support._SHORT, support._FEW, support._LITTLE
+SHORT, WASTE, FEW, LITTLE = support._SHORT, support._WASTE, support._FEW, support._LITTLE
 CASES = {
     "aligned": (1024, {"segment_lengths": [512, 1024], "dilation_rates": [1, 2]}),
     "aligned, ragged end": (1000, {"segment_lengths": [512, 2048], "dilation_rates": [1, 2]}),
@@ -35,6 +35,7 @@ def main() -> None:
         for name, (n, options) in CASES.items():
             of_hopper = name.startswith("Hopper")
             support._SHORT = {} if of_hopper else SHORT
+            support._WASTE = 1.0 if of_hopper else WASTE
             support._FEW = dict.fromkeys(FEW, 3 * (64,)) if of_hopper else FEW
             support._LITTLE = dict.fromkeys(LITTLE, 0) if of_hopper else LITTLE
             options = dict(options)

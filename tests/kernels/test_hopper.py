@@ -31,6 +31,7 @@ PAPER = {"segment_lengths": [2048, 4096, 8192, 16384, 32768], "dilation_rates": 
 def long_enough(monkeypatch):
     """Short calls take them too."""
     monkeypatch.setattr(support, "_SHORT", {})
+    monkeypatch.setattr(support, "_WASTE", 1.0)
 
 
 def draw(seed):

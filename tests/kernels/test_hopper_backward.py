@@ -68,6 +68,7 @@ def launched(monkeypatch):
     from dilated_attention_pytorch.kernels.triton.hopper import launch_backward, support
 
     monkeypatch.setattr(support, "_SHORT", {})
+    monkeypatch.setattr(support, "_WASTE", 1.0)
     monkeypatch.setattr(replay, "_tapes", {})
     calls = []
     original = launch_backward.backward

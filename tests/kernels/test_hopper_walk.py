@@ -8,8 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import dilated_attention_pytorch
+from dilated_attention_pytorch.core.pattern import DilatedPattern
+from dilated_attention_pytorch.core.problem import Problem
+from dilated_attention_pytorch.kernels.triton.hopper import support
+from dilated_attention_pytorch.types import NO_MASKS, QKV
 
 WALK = Path(dilated_attention_pytorch.__file__).parent / "kernels/triton/hopper/walk.py"
 WHOLE = 1 << 30
@@ -130,10 +135,15 @@ def test_tiles_of_one_level(walk, pattern, after):
         high = low + stride * (bm - 1)
         places = range(low, high + 1, stride)
         seen = {place: Counter() for place in places}
+        by_stride = []  # the producer's loops
+        for i in range(len(rates)):
+            end, ratio, step = walk.residues_at(i, level, rates)
+            by_stride += [(number % ratio * step, i) for number in range(1, end)]
         for shown in range(1, level + 1):
             begin, hop, step, index = walk.residues_of(shown, level, rates)
             assert hop == rates[index]
             for z in range(begin, hop, step):
+                assert by_stride.pop(0) == (z, index)
                 residue = walk.modulo(head + z, index, rates)
                 count = span // (hop * b)
                 if after:
@@ -150,6 +160,7 @@ def test_tiles_of_one_level(walk, pattern, after):
                             visible = other >= place if after else other <= place
                             assert visible or block in masked
                             seen[place][segment * span + other] += shown * visible
+        assert not by_stride
         row = segment * span // rate
         end = padded // rate
         visits = walk.each_side_block(collect, None, [], row, level, head, end, after, lengths, rates, b)
@@ -168,3 +179,33 @@ def test_tiles_of_one_level(walk, pattern, after):
             want = Counter({m: x for m, x in want.items() if (m >= position if after else m <= position)})
             assert +seen[place] == want
     assert len(rows) == heads * padded and set(rows.values()) == {1}
+
+
+@pytest.mark.parametrize("lengths, rates", [((1024, 2048, 4096), (1, 2, 4)), ((2048, 8192), (1, 8)), ((512,), (1,))])
+def test_what_a_causal_walk_wastes(walk, lengths, rates):
+    """Keys up to the end of each half of a tile, of which the rows see those up to themselves."""
+    plan = types.SimpleNamespace(lengths=lengths, rates=rates)
+    n, half = lengths[-1], 64
+    pairs = sum(len({m for m in keys_of(p, 0, lengths, rates, n) if m <= p}) for p in range(0, n, 7)) * 7
+    wasted = 0
+    for tile in range(n // 128):
+        *_, level, distance, first = walk.level_tile_at(tile, n // lengths[0], 1, 128, lengths, rates)
+        stride = rates[walk.stride_index(level, len(rates))]
+        for begin in (first, first + half):
+            places = [distance % stride + (begin + t) * stride for t in range(half)]
+            wasted += sum(places[-1] - place for place in places)
+    assert support._wasted(plan, n) == pytest.approx(wasted / pairs, rel=0.05)
+
+
+def test_a_causal_call_that_would_waste_a_fifth_takes_the_general_kernels():
+    pytest.importorskip("triton")
+    from dilated_attention_pytorch.kernels.triton.work import Work
+
+    def reasons(lengths, rates, causal):
+        x = torch.empty(1, 1 << 18, 1, 128, dtype=torch.bfloat16)
+        problem = Problem(DilatedPattern(lengths, rates, 1), causal, 1.0, 0.0, 0, 0, 1 << 18, "exact", "none")
+        return support._why_not_the_call(Work(QKV(x, x, x), problem, NO_MASKS))
+
+    assert reasons((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), True) == []
+    assert reasons((4096, 65_536), (1, 16), False) == []
+    assert reasons((4096, 65_536), (1, 16), True) == ["it is causal and its tiles are long beside its shortest segment"]

@@ -69,10 +69,10 @@ def _load_queries(context, it, row, residue, multiplicity):
 @gluon.jit
 def _load(context, it, row, residue, DKV: gl.constexpr):
     """Loads a block of another ring."""
-    column1, column2, strides1, strides2, terms_row, length, apart, remainder, b1, b2, terms, memory = context
+    column1, column2, strides1, strides2, terms_at, length, apart, remainder, b1, b2, terms, memory = context
     shared.load_step(
         it, 0, residue < remainder, row, residue * strides1.row + column1, residue * strides2.row + column2,
-        (terms_row + residue) * length + row, apart, b1, b2, terms, memory, 1, DKV,
+        terms_at + residue * length + row, apart, b1, b2, terms, memory, 1, DKV,
     )  # fmt: skip
 
 
@@ -105,22 +105,20 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
             b_head = kv_head * group + member if DKV else kv_head
             column1 = batch * b1_strides.batch + b_head * b1_strides.head
             column2 = batch * b2_strides.batch + b_head * b2_strides.head
-            terms_row = batch * num_heads + b_head
+            terms_at = (batch * num_heads + b_head) * padded
             # The segment's own keys, or queries, by their levels.
-            for shown in range(1, level + 1):
-                begin, hop, every, at = walk.residues_of(shown, level, RATES)
-                start = walk.divide(segment * LENGTHS[0], at, RATES, 1)
-                length = walk.divide(padded, at, RATES, 1)
-                remainder = walk.modulo(num_rows, at, RATES)
-                for z in range(begin, hop, every):
-                    place = walk.modulo(kv_head + z, at, RATES)
-                    first, end = _blocks_met(place, at, low, high, BN, DKV, LENGTHS, RATES)
-                    for block in range(first, end):
+            for i in gl.static_range(NB):
+                end, ratio, step = walk.residues_at(i, level, RATES)
+                start = segment * (LENGTHS[0] // RATES[i])
+                for number in range(1, end):
+                    place = (kv_head + number % ratio * step) % RATES[i]
+                    first, last = _blocks_met(place, i, low, high, BN, DKV, LENGTHS, RATES)
+                    for block in range(first, last):
                         row = start + block * BN
                         shared.load_step(
-                            it, at, place < remainder, row, place * b1_strides.row + column1,
-                            place * b2_strides.row + column2, (terms_row * hop + place) * length + row, apart, b1, b2,
-                            terms_views, memory, NB, DKV,
+                            it, i, place < num_rows % RATES[i], row, place * b1_strides.row + column1,
+                            place * b2_strides.row + column2,
+                            terms_at + place * (padded // RATES[i]) + row, apart, b1, b2, terms_views, memory, NB, DKV,
                         )  # fmt: skip
                         it += 1
             # Those of the other rings.
@@ -128,8 +126,8 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
             b2_last = (b2[0][NB - 1],), (b2[1][NB - 1],)
             terms_last = (terms_views[0][NB - 1],), (None,)
             context = (
-                column1, column2, b1_strides, b2_strides, terms_row * R, padded // R, apart, num_rows % R, b1_last,
-                b2_last, terms_last, memory,
+                column1, column2, b1_strides, b2_strides, terms_at, padded // R, apart, num_rows % R, b1_last, b2_last,
+                terms_last, memory,
             )  # fmt: skip
             it = walk.each_side_block(
                 visit, context, it, segment * (LENGTHS[0] // R), level, kv_head, padded // R, DKV, LENGTHS, RATES, BN

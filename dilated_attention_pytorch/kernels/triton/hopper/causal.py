@@ -8,46 +8,21 @@ what the first half's rows see, then what only the second half's do.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
 
 
 @gluon.jit
-def _copy_rows(views, index, row, residue, column, num_keys, bar, to, RATES: gl.constexpr):
-    """Starts to load rows at the stride RATES[index], which the views of that index have."""
-    # A chain of comparisons: a descriptor cannot be picked at run time.
-    every, longer = views
-    has_more = residue < walk.modulo(num_keys, index, RATES)
-    for i in gl.static_range(len(RATES)):
-        if longer[i] is None:
-            if index == i:
-                tma.async_copy_global_to_shared(every[i], [row, column], bar, to)
-        else:
-            if (index == i) & has_more:
-                tma.async_copy_global_to_shared(longer[i], [row, column], bar, to)
-            if (index == i) & (not has_more):
-                tma.async_copy_global_to_shared(every[i], [row, column], bar, to)
-
-
-@gluon.jit
-def _fill(context, it, index, row, residue, RATES: gl.constexpr):
-    """Loads the blocks of one step, as soon as its stage is empty."""
+def _fill(context, it, index: gl.constexpr, row, residue, RATES: gl.constexpr):
+    """Loads the blocks of one step, of rows at the stride RATES[index]."""
     k_views, v_views, k_column, v_column, k_stride, v_stride, num_keys, smem, bars = context
-    _, k_smem, v_smem = smem
-    _, _, k_full, k_empty, v_full, v_empty, _ = bars
-    STAGES: gl.constexpr = k_smem.shape[0]
-    stage = it % STAGES
-    phase = (it // STAGES) & 1
-    k_column += residue * k_stride
-    v_column += residue * v_stride
-    mbarrier.wait(k_empty.index(stage), phase ^ 1)
-    mbarrier.expect(k_full.index(stage), k_views[0][0].block_type.nbytes)
-    _copy_rows(k_views, index, row, residue, k_column, num_keys, k_full.index(stage), k_smem.index(stage), RATES)
-    mbarrier.wait(v_empty.index(stage), phase ^ 1)
-    mbarrier.expect(v_full.index(stage), v_views[0][0].block_type.nbytes)
-    _copy_rows(v_views, index, row, residue, v_column, num_keys, v_full.index(stage), v_smem.index(stage), RATES)
-    return it + 1
+    k = k_views[0][index], k_views[1][index]
+    v = v_views[0][index], v_views[1][index]
+    return stages.fill(
+        it, k, v, residue < num_keys % RATES[index], k_column + residue * k_stride, v_column + residue * v_stride, row,
+        smem, bars,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -70,7 +45,6 @@ def _produce(
     q_strides, k_strides, v_strides = strides
     num_keys, num_heads, group, num_segments, num_tiles = sizes
     q_smem, k_smem, _ = smem
-    q_full, q_empty, _, _, _, _, _ = bars
     NB: gl.constexpr = len(RATES)
     HM: gl.constexpr = q_smem.shape[1]
     BN: gl.constexpr = k_smem.shape[1]
@@ -86,11 +60,11 @@ def _produce(
         residue = walk.modulo(kv_head + distance, index, RATES)
         row = segment * walk.divide(LENGTHS[0], index, RATES, 1) + first
         column = batch * q_strides.batch + head * q_strides.head + residue * q_strides.row
-        # The tile's rows, half by half.
-        for w in gl.static_range(2):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_views[0][0].block_type.nbytes)
-            _copy_rows(q_views, index, row + w * HM, residue, column, num_keys, q_full.index(w), q_smem.index(w), RATES)
+        # A descriptor cannot be picked at run time, so the index that picks it is asked for.
+        for i in gl.static_range(1 if NB > 1 else 0, NB):
+            if index == i:
+                q = q_views[0][i], q_views[1][i]
+                stages.fill_queries(turn, q, residue < num_keys % RATES[i], column, row, smem, bars)
         # Places in the segment of the tile's first row, of the first half's last and of the last.
         low = residue + first * stride
         middle = low + (HM - 1) * stride
@@ -98,29 +72,30 @@ def _produce(
         k_column = batch * k_strides.batch + kv_head * k_strides.head
         v_column = batch * v_strides.batch + kv_head * v_strides.head
         context = (k_views, v_views, k_column, v_column, k_strides.row, v_strides.row, num_keys, smem, bars)
-        own_key = walk.modulo(kv_head, level - 1, RATES)
-        own_block = walk.blocks_before(own_key, level - 1, low, high, RATES, BN)[0]
-        own_row = segment * walk.divide(LENGTHS[0], level - 1, RATES, 1) + own_block * BN
-        it = _fill(context, it, level - 1, own_row, own_key, RATES)
+        for i in gl.static_range(NB):
+            if i == level - 1:
+                key = kv_head % RATES[i]
+                block = walk.blocks_before(key, i, low, high, RATES, BN)[0]
+                it = _fill(context, it, i, segment * (LENGTHS[0] // RATES[i]) + block * BN, key, RATES)
         # Keys of its own segment, in blocks of one residue each: those that all rows see; after other rings those that
         # the first half meets on its diagonal; then those that the second half alone sees.
         for part in gl.static_range(3):
-            for shown in range(1, level + 1):
-                begin, hop, step, at = walk.residues_of(shown, level, RATES)
-                for z in range(begin, hop, step):
-                    key = walk.modulo(kv_head + z, at, RATES)
-                    base = segment * walk.divide(LENGTHS[0], at, RATES, 1)
-                    dense, some = walk.blocks_before(key, at, low, high, RATES, BN)
-                    both = walk.blocks_before(key, at, low, middle, RATES, BN)[1]
+            for i in gl.static_range(NB):
+                end, ratio, step = walk.residues_at(i, level, RATES)
+                base = segment * (LENGTHS[0] // RATES[i])
+                for number in range(1, end):
+                    key = (kv_head + number % ratio * step) % RATES[i]
+                    dense, some = walk.blocks_before(key, i, low, high, RATES, BN)
+                    both = walk.blocks_before(key, i, low, middle, RATES, BN)[1]
                     if part == 0:
-                        for b in range(0, dense):
-                            it = _fill(context, it, at, base + b * BN, key, RATES)
+                        first, last = gl.to_tensor(0), dense
                     elif part == 1:
-                        for b in range(dense + gl.where(shown == level, 1, 0), both):
-                            it = _fill(context, it, at, base + b * BN, key, RATES)
+                        # The tile's own residue, which is number `ratio`, has had its first.
+                        first, last = dense + gl.where(number == ratio, 1, 0), both
                     else:
-                        for b in range(both, some):
-                            it = _fill(context, it, at, base + b * BN, key, RATES)
+                        first, last = both, some
+                    for b in range(first, last):
+                        it = _fill(context, it, i, base + b * BN, key, RATES)
             if part == 0:
                 start = segment * (LENGTHS[0] // RATES[NB - 1])
                 k_last = k_views[0][NB - 1], k_views[1][NB - 1]

@@ -81,10 +81,12 @@ def copy_rows(views, is_longer, place, row, bar, to):
         to = to._reinterpret(every.dtype, every.block_shape, every.layout)
     if longer is None:
         tma.async_copy_global_to_shared(every, at, bar, to)
-    elif is_longer:
-        tma.async_copy_global_to_shared(longer, at, bar, to)
     else:
-        tma.async_copy_global_to_shared(every, at, bar, to)
+        # Two branches of one `if` are merged: the view's address is then in a register, and this warp has few.
+        if is_longer:
+            tma.async_copy_global_to_shared(longer, at, bar, to)
+        if not is_longer:
+            tma.async_copy_global_to_shared(every, at, bar, to)
 
 
 @gluon.jit

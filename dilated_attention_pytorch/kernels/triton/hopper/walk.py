@@ -98,6 +98,25 @@ def residues_of(shown, level, RATES: gl.constexpr):
     return gl.where(below, step, 0), pick(RATES, index), step, index
 
 
+@gluon.constexpr_function
+def step_at(i, rates):
+    """The distance between the residues that are met at the stride rates[i]."""
+    return rates[max(i - 1, 0)]
+
+
+@gluon.jit
+def residues_at(i, level, RATES: gl.constexpr):
+    """What `residues_of` gives for shown = 1, 2, .. level, by strides: for i = 0, 1, .., a constant, those at RATES[i].
+
+    Returns:
+        end, ratio, step: `for number in range(1, end)` the residue `number % ratio * step`.
+    """
+    step: gl.constexpr = step_at(i, RATES)
+    ratio: gl.constexpr = RATES[i] // step
+    # Those of the keys' own level, then, at the tile's, the tile's own residue.
+    return gl.where(i < level, ratio + gl.where(i == level - 1, 1, 0), 1), ratio, step
+
+
 @gluon.jit
 def residue_count(shown, level, RATES: gl.constexpr):
     """How many residues below R `residues_of` leads to."""
