@@ -88,13 +88,13 @@ def _produce(
                     dense, some = walk.blocks_before(key, i, low, high, RATES, BN)
                     both = walk.blocks_before(key, i, low, middle, RATES, BN)[1]
                     if part == 0:
-                        first, last = gl.to_tensor(0), dense
+                        begin, stop = gl.to_tensor(0), dense
                     elif part == 1:
                         # The tile's own residue, which is number `ratio`, has had its first.
-                        first, last = dense + gl.where(number == ratio, 1, 0), both
+                        begin, stop = dense + gl.where(number == ratio, 1, 0), both
                     else:
-                        first, last = both, some
-                    for b in range(first, last):
+                        begin, stop = both, some
+                    for b in range(begin, stop):
                         it = _fill(context, it, i, base + b * BN, key, RATES)
             if part == 0:
                 start = segment * (LENGTHS[0] // RATES[NB - 1])
