@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch._deprecated import takes_old_call  # 0.4.0: goes with _old
+from dilated_attention_pytorch.core import torch_private
 from dilated_attention_pytorch.core import validation as check
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.positions import Positions, RotaryPositions, Rotation, row_positions
@@ -273,8 +274,10 @@ class MultiheadDilatedAttention(Projections):
             check.check_row_start(row_start, x.shape[0])
             check.check_readable("row_start", row_start, x.device)
         check.check_all_or_none_fake(x, {"cu_seqlens": cu_seqlens, "row_start": row_start})
-        rows = row_positions(x.shape[-2], start=start, row_start=row_start, cu_seqlens=cu_seqlens, device=x.device)
-        return self.rotary.rotation(rows, x.dtype)
+        rotary, where = self.rotary, {"row_start": row_start, "cu_seqlens": cu_seqlens}
+        return torch_private.called_beside(
+            x, lambda: rotary.rotation(row_positions(x.shape[-2], start=start, device=x.device, **where), x.dtype)
+        )
 
     def forward(
         self,

@@ -113,6 +113,21 @@ def test_a_call_that_torch_would_refuse(changes: dict[str, Any], error: type[Exc
         multihead(positions="rotary")(**{"query": X, "key": X, "value": X, **changes})
 
 
+@pytest.mark.parametrize("positions", [None, "rotary", "xpos"])
+@pytest.mark.parametrize("rows", ["whole", "row_start", "cu_seqlens"])
+def test_fake_rows_with_fake_bounds(positions: Any, rows: str) -> None:
+    """Refused beside real weights, by name, though their positions come first; taken by a fake model, in no mode."""
+    mode = FakeTensorMode()
+    x = mode.from_tensor(X[0] if rows == "cu_seqlens" else X)
+    bounds = mode.from_tensor(torch.tensor([0, 4] if rows == "row_start" else [0, 4, 9]))
+    options = {} if rows == "whole" else {rows: bounds}
+    with pytest.raises(TypeError, match="^expected x to be a fake tensor like all others or none, got FakeTensor"):
+        LongNet(**TINY, positions=positions)(x, **options)
+    with mode:
+        model = LongNet(**TINY, positions=positions)
+    assert model(x, **options).shape == x.shape
+
+
 def test_what_brings_its_input_along_is_left_alone() -> None:
     """A hook, a wrapped forward or another class may cast or move: adapters, FSDP, offloading."""
     module = multihead()

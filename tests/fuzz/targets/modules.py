@@ -49,31 +49,30 @@ def spoil(draw: st.DrawFn, given: dict[str, Any], names: list[str]) -> None:
             given[name] = draw(st.one_of(numbers, numbers, anything))
 
 
-def in_fp64(model: nn.Module) -> nn.Module:
+def by_reference(model: nn.Module) -> nn.Module:
     """A copy that computes with the reference."""
-    exact = copy.deepcopy(model).double()
-    for module in exact.modules():
+    other = copy.deepcopy(model)
+    for module in other.modules():
         if isinstance(module, DilatedAttention):
             module.backend = "reference"
-    return exact
+    return other
 
 
 def compare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], got: tuple[Tensor | None, ...]) -> None:
     """What a model gave against its copy in fp64."""
     if not values_can_be_read(*args, *kwargs.values(), *model.parameters()):
         return
-    args, kwargs = (
-        tuple(_widened(x) for x in args),
-        {key: _widened(x) for key, x in kwargs.items()},
-    )
     with torch.no_grad():
-        want = in_fp64(model)(*args, **kwargs)
-    layers = sum(isinstance(x, DilatedAttention) for x in model.modules())  # each adds the rounding of its own sums
-    for a, b in zip(got, as_tuple(want), strict=True):
+        plain = as_tuple(by_reference(model)(*args, **kwargs))
+        args, kwargs = tuple(_widened(x) for x in args), {key: _widened(x) for key, x in kwargs.items()}
+        want = as_tuple(by_reference(model).double()(*args, **kwargs))
+    for a, b, c in zip(got, want, plain, strict=True):
         if a is None:
             continue
-        error = float((a.detach().double() - b).norm() / (b.norm() + b.numel() ** 0.5 * 1e-3)) if b.numel() else 0.0
-        assert a.shape == b.shape and error <= 64 * max(1, layers) * torch.finfo(a.dtype).eps, f"off by {error:.2e}"
+        # A layer norm of small numbers makes rounding large, for the reference in the same dtype too.
+        error, theirs = ((x.detach().double() - b).norm() / (b.norm() + b.numel() ** 0.5 * 1e-3) for x in (a, c))
+        allowed = 8 * (theirs + torch.finfo(a.dtype).eps)
+        assert a.shape == b.shape and (not b.numel() or error <= allowed), f"off by {error:.2e}, {allowed:.2e} allowed"
 
 
 def _widened(x: Any) -> Any:
