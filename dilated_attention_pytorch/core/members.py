@@ -51,7 +51,8 @@ class Members(NamedTuple):
     def rows(self, start: int, count: int, device: torch.device) -> slice | Tensor:
         """Their rows in a tensor of the positions `[start, start + count)`."""
         if self.length % self.rate == 0:  # then they are equally far apart, and a view takes them
-            return slice((self.offset - start) % self.rate, count, self.rate)
+            # torch adds the step to the end before it divides, in 64 bits.
+            return slice((self.offset - start) % self.rate, count, min(self.rate, 1 << 62))
         # Counted, not searched for: nothing here waits for the device.
         members = torch.arange(self.before(start), self.before(start + count), device=device)
         length, rate, offset = self

@@ -147,6 +147,9 @@ def test_bad_input_of_reach():
     with pytest.raises(TypeError, match="is_causal"):
         pattern.reach(1, 5, is_causal=1)
     assert pattern.reach(2, 5, segment_shift=2**62) == pattern.reach(2, 5)
+    # torch's slices add such a rate to the end, in 64 bits.
+    rarest, rare = (DilatedPattern((n,), (n,), 5, "blocked") for n in (2**63 - 1, 2**40))
+    assert rarest.reach(2, 22, segment_shift=3) == rare.reach(2, 22, segment_shift=3)
     with pytest.raises(ValueError, match="below 2"):
         DilatedPattern((2**63 - 1,), (1,), 1).reach(1, 5, segment_shift=2**63 - 5)
     assert torch.equal(reach.ends([], (0,), 3, is_causal=True)[0], torch.arange(3))

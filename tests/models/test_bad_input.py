@@ -121,7 +121,7 @@ def test_fake_rows_with_fake_bounds(positions: Any, rows: str) -> None:
     x = mode.from_tensor(X[0] if rows == "cu_seqlens" else X)
     bounds = mode.from_tensor(torch.tensor([0, 4] if rows == "row_start" else [0, 4, 9]))
     options = {} if rows == "whole" else {rows: bounds}
-    with pytest.raises(TypeError, match="^expected x to be a fake tensor like all others or none, got FakeTensor"):
+    with pytest.raises(TypeError, match=r"^expected x to be a fake tensor like all others or none, got FakeTensor"):
         LongNet(**TINY, positions=positions)(x, **options)
     with mode:
         model = LongNet(**TINY, positions=positions)
