@@ -27,6 +27,7 @@ from dilated_attention_pytorch.core.validation import (
     check_int,
     check_int_range,
     check_positive_ints,
+    listed,
 )
 from dilated_attention_pytorch.types import Offsets
 
@@ -65,7 +66,7 @@ class DilatedPattern:
         if len(lengths) != len(rates):
             raise ValueError(
                 "expected segment_lengths and dilation_rates of equal length, "
-                f"got {len(lengths)} lengths {list(lengths)} and {len(rates)} rates {list(rates)}"
+                f"got {len(lengths)} lengths [{listed(lengths)}] and {len(rates)} rates [{listed(rates)}]"
             )
         object.__setattr__(self, "segment_lengths", lengths)
         object.__setattr__(self, "dilation_rates", rates)

@@ -156,10 +156,10 @@ def curve_order(name: Curve, coords: Tensor | None = None, *, grid: Sequence[int
     if isinstance(grid, str | bytes | Tensor) or not isinstance(grid, Sequence):
         raise TypeError(f"expected grid to be (h, w) or (d, h, w), got {check.shown(grid)}")
     if len(grid) not in _MAX_BITS:
-        raise ValueError(f"expected grid of 2 or 3 sizes, got {len(grid)}: {tuple(grid)}")
+        raise ValueError(f"expected grid of 2 or 3 sizes, got {len(grid)}: {check.listed(grid)}")
     sizes = tuple(check.check_positive_int(f"grid[{i}]", n) for i, n in enumerate(grid))
     if math.prod(sizes) > _MOST_TOKENS:
-        raise ValueError(f"expected grid of at most {_MOST_TOKENS} tokens, got {sizes}")
+        raise ValueError(f"expected grid of at most {_MOST_TOKENS} tokens, got {check.listed(sizes)}")
     if torch.compiler.is_compiling():
         return CurveOrder(*torch.ops.dilated_attention_pytorch.curve_order(name, sizes))
     return _grid_order(name, sizes)

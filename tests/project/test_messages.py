@@ -1,27 +1,32 @@
 """A message shows what it was given through `core/messages.py`, which cuts it: no value is too long for one."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from dilated_attention_pytorch import LongNetConfig, RingAttentionConfig, SlideEncoder
+from dilated_attention_pytorch import DilatedPattern, LongNetConfig, RingAttentionConfig, SlideEncoder
 from dilated_attention_pytorch.cli.app import in_options
 from dilated_attention_pytorch.core.messages import line, listed, quoted, shown
+from dilated_attention_pytorch.kernels.hilbert import curve_order
 from dilated_attention_pytorch.models.slide.attention import query_rows
 from dilated_attention_pytorch.streaming import streamed_forward
 
 PACKAGE = Path(__file__).parents[2] / "dilated_attention_pytorch"
 LONG = "x" * 5000
+# Lists of the user's, not the library's own constants, nor shapes.
+LISTS = re.compile(r"(list|tuple)\((?![A-Z_]+\b|get_args|allowed\b|names\b|command\.|.*\.shape\b).*\)")
 
 
 def written_out(tree: ast.AST) -> list[str]:
-    """What a `raise` shows by `!r`, in full, but for names that Python asks a module for."""
+    """What a `raise` shows in full, by `!r` or as a list or tuple, but for names that Python asks a module for."""
     raised = [x for x in ast.walk(tree) if isinstance(x, ast.Raise) and isinstance(x.exc, ast.Call)]
     raised = [x for x in raised if ast.unparse(x.exc.func) not in ("AttributeError", "ModuleNotFoundError")]
     values = (x for one in raised for x in ast.walk(one) if isinstance(x, ast.FormattedValue))
-    return [ast.unparse(x.value) for x in values if x.conversion == ord("r") and not ast.unparse(x.value).isupper()]
+    shown = [(ast.unparse(x.value), x.conversion == ord("r")) for x in values]
+    return [text for text, by_repr in shown if LISTS.fullmatch(text) or (by_repr and not text.isupper())]
 
 
 def test_no_error_shows_a_value_in_full():
@@ -32,6 +37,8 @@ def test_no_error_shows_a_value_in_full():
     }
     assert found == {}
     assert written_out(ast.parse("raise ValueError(f'got {value!r} for {NAME!r}')")) == ["value"]
+    lists = "raise ValueError(f'got {tuple(x)}, {list(x)}, {tuple(x.shape)}, {list(_ALL)}')"
+    assert written_out(ast.parse(lists)) == ["tuple(x)", "list(x)"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,9 @@ def test_no_error_shows_a_value_in_full():
         lambda: LongNetConfig(positions=LONG),
         lambda: LongNetConfig.from_dict({LONG: 1}),
         lambda: SlideEncoder(depth=10**5000),
+        lambda: curve_order("raster", grid=[10**5000, 2, 3, 4]),
+        lambda: curve_order("raster", grid=[10**5000, 2]),
+        lambda: DilatedPattern(range(1, 9999), (1,), 1),
         lambda: streamed_forward(*[torch.ones(1, 4, 1, 4)] * 3, **{LONG: 1}),
     ],
 )

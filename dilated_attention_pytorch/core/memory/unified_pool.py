@@ -121,7 +121,7 @@ class UnifiedMemoryPool:
         place = self._runtime.place(where, pinned)
         size = math.prod(sizes) * dtype.itemsize
         if size == 0 and math.prod(max(1, n) for n in sizes) >= 1 << 63:
-            raise ValueError(f"expected shape to have strides of 64 bits, got {sizes}")
+            raise ValueError(f"expected shape to have strides of 64 bits, got ({check.listed(sizes)})")
         # An inference tensor may not be written to once inference mode is over.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if self._runtime.capturing(place):

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.shift import SegmentShift, check_segment_shift
-from dilated_attention_pytorch.core.validation import check_choice, check_index, check_instance, quoted, shown
+from dilated_attention_pytorch.core.validation import check_choice, check_index, check_instance, listed, quoted, shown
 from dilated_attention_pytorch.integrations.transformers.pattern import NAME, NEEDED, has_pattern, is_per_layer
 from dilated_attention_pytorch.integrations.transformers.reach import check_config
 from dilated_attention_pytorch.integrations.transformers.registry import register
@@ -132,13 +132,13 @@ def _owner(model: PreTrainedModel, found: list[nn.Module], layers: Sequence[int]
         raise TypeError(f"expected layers to be a sequence of ints, 'encoder', 'decoder' or None, got {shown(layers)}")
     if not all(isinstance(getattr(layer, "layer_idx", None), int) for layer in found):
         raise ValueError(
-            f"expected attention layers that know their number for layers={list(layers)}, got a {type(model).__name__} "
-            "in which some do not: give the part that is meant, such as its language model"
+            f"expected attention layers that know their number for layers=[{listed(layers)}], got a "
+            f"{type(model).__name__} in which some do not: give the part that is meant, such as its language model"
         )
     if len({id(layer.config) for layer in found}) != 1:
         raise ValueError(
-            f"expected one stack of layers for layers={list(layers)}, got a {type(model).__name__} with several: give "
-            "the part that is meant, such as its language model"
+            f"expected one stack of layers for layers=[{listed(layers)}], got a {type(model).__name__} with several: "
+            "give the part that is meant, such as its language model"
         )
     count = 1 + max(layer.layer_idx for layer in found)  # type: ignore[operator, type-var]
     for i, layer in enumerate(layers):
