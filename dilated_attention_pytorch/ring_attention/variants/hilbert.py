@@ -72,6 +72,8 @@ class HilbertMixin(_Ring):
         causal_along: CausalAlong = "original",
         mesh_dim: str | None = None,
     ) -> None:
+        # The base class takes 0.2's lengths and rates in its place too.
+        validation.check_instance("config", config, RingAttentionConfig)
         super().__init__(config, process_group, mesh_dim=mesh_dim)
         validation.check_choice("curve", curve, Curve)
         validation.check_choice("causal_along", causal_along, CausalAlong)
