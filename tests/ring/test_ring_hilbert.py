@@ -328,7 +328,7 @@ def test_bad_input_is_named() -> None:
         HilbertRingAttention(config)(x, x, x)
     with pytest.raises(ValueError, match=r"expected 42 positions on rank 0 of 1, .* got 36"):
         HilbertRingAttention(config, grid=(6, 7))(x, x, x)
-    with pytest.raises(TypeError, match="expected config to be a RingAttentionConfig, got tuple"):
+    with pytest.raises(TypeError, match="expected config to be of RingAttentionConfig, got tuple"):
         HilbertRingAttention((8,), (1,), grid=(6, 6))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected causal_along to be one of"):
         HilbertRingAttention(config, causal_along="time")  # type: ignore[arg-type]
