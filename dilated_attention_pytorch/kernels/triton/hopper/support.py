@@ -87,7 +87,7 @@ def _why_not_the_call(work: Work) -> list[str]:
         obstacles |= {
             f"it is causal and has more than {MAX_RATES} branches": len(plan.rates) > MAX_RATES,
             "it is causal and its shortest segment covers the sequence": plan.lengths[0] > n,
-            "it is causal and its tiles are long beside its shortest segment": _wasted(plan, n) > _WASTE,
+            "it is causal and its tiles are long beside its shortest segment": plan.once and _wasted(plan, n) > _WASTE,
         }
     return [reason for reason, holds in obstacles.items() if holds]
 
