@@ -326,7 +326,10 @@ def test_a_terminal_that_closes_is_129(text: Path, tmp_path: Path) -> None:
     record, (terminal, other_end) = tmp_path / "run" / "metrics.jsonl", os.openpty()
     more = ("--set=steps=100000", "--set=eval_every=5")
     arguments = ("train", "--data", text, "--out", record.parent, *TINY, *more)
-    with process(*arguments, stdin=other_end, stdout=other_end, stderr=other_end) as run:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # children of nohup would ignore it too
+    run = process(*arguments, stdin=other_end, stdout=other_end, stderr=other_end)
+    signal.signal(signal.SIGHUP, before)
+    with run:
         os.close(other_end)
         while not (record.exists() and record.stat().st_size > 1000):
             assert run.poll() is None
