@@ -33,7 +33,7 @@ def quoted(value: object) -> str:
 
 def listed(parts: Iterable[object], separator: str = ", ", most: int = 5) -> str:
     """The parts of a message that come from the user's data; of many the first few, and how many more there are."""
-    texts = [_cut(part) if isinstance(part, str) else quoted(part) for part in parts]
+    texts = [quoted(part) if isinstance(part, int) else _cut(str(part)) for part in parts]
     few = texts if len(texts) <= most + 1 else [*texts[:most], f"and {len(texts) - most:,} more"]
     return separator.join(few)
 
