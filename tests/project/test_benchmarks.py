@@ -160,11 +160,13 @@ def test_pairs_of_keys_taken_once(heads: int, causal: bool, monkeypatch: pytest.
 def test_the_gpu_chart_says_what_its_result_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = load("gpu", monkeypatch)
     kept = ROOT / "benchmarks" / "results" / "gpu_NVIDIA_H200.json"
-    figure = gpu.picture(json.loads(kept.read_text(encoding="utf-8")))
+    result = json.loads(kept.read_text(encoding="utf-8"))
+    figure = gpu.picture(result)
     title = figure.get_suptitle()
-    assert all(words in title for words in ("NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "cuDNN 9.19", "2026-11-29"))
+    versions = "torch 2.11.0", "triton 3.6.0", "cuDNN 9.19"
+    assert all(words in title for words in ("NVIDIA H200", *versions, result["date"]))
     said = [text.get_text() for text in figure.axes[0].texts]
-    rows = [r for r in json.loads(kept.read_text())["rows"] if r["case"].endswith("N=1M")]
+    rows = [r for r in result["rows"] if r["case"].endswith("N=1M")]
     ratios = {who: [f"{r['ratio']:.0%}" for r in rows if r["who"] == who] for who in ("auto", "sdpa")}
     assert said == ratios["auto"] + ratios["sdpa"] and len(said) == 16
     names = [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
