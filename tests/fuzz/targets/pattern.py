@@ -69,7 +69,8 @@ def _geometric(draw: st.DrawFn) -> Call:
 
     def check(pattern: DilatedPattern) -> None:
         lengths, rates = pattern.segment_lengths, pattern.dilation_rates
-        assert lengths[0] == operator.index(given["shortest"]) and rates[0] == 1 and lengths[-1] >= given["seq_len"]
+        shortest, seq_len = (operator.index(given[name]) for name in ("shortest", "seq_len"))
+        assert lengths[0] == shortest and rates[0] == 1 and lengths[-1] >= seq_len
         assert all(b % a == 0 for a, b in itertools.pairwise(lengths)) and len(lengths) <= 64
         assert given["max_rate"] is not None or all(w == r * lengths[0] for w, r in pattern.branches)
 
