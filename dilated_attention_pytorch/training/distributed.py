@@ -8,6 +8,7 @@ of gradients spans both dimensions. A model is built on the meta device: a rank 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -84,6 +85,32 @@ class World:
         return done[0] if done else None
 
 
+def meet(work: Callable[[], T]) -> T:
+    """What work returns, which waits for other ranks: a process that is interrupted meanwhile ends at once.
+
+    Ranks meet in C++, which looks at no signals for as long as a group's timeout (minutes) if one never comes. So that
+    is done by a thread, and this one waits for it in Python.
+    """
+    done: list[T] = []
+    failed: list[BaseException] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # each thread has one of its own
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="meet", daemon=True)  # no interrupted process waits for it
+    thread.start()
+    thread.join()
+    for error in failed:
+        raise error
+    return done[0]
+
+
 @contextmanager
 def join(device: str | None = None) -> Iterator[World]:
     """Join the world that torchrun describes in the environment, or a world of one, and leave it at the end.
@@ -109,10 +136,10 @@ def join(device: str | None = None) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     mine = not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        meet(lambda: dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo"))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
-        dist.barrier()  # no process destroys the group while another still works
+        meet(dist.barrier)  # no process destroys the group while another still works
     finally:
         if mine:
             torch_private.forget_meshes()
@@ -157,7 +184,8 @@ def arrange(world: World, context_parallel: int, *, sharded: bool = False) -> Ra
     if world.size == 1 or (context_parallel == 1 and not sharded):
         return RankLayout(world.rank, world.size)
     readers = world.size // context_parallel
-    mesh = init_device_mesh(world.device.type, (readers, context_parallel), mesh_dim_names=("data", "context"))
+    shape, names = (readers, context_parallel), ("data", "context")
+    mesh = meet(lambda: init_device_mesh(world.device.type, shape, mesh_dim_names=names))
     data_rank, context_rank = divmod(world.rank, context_parallel)
     return RankLayout(data_rank, readers, context_rank, context_parallel, mesh)
 
@@ -176,7 +204,7 @@ def shard_model(model: LongNetLM, mesh: DeviceMesh, *, half: torch.dtype | None 
     if mesh["context"].size() > 1:
         model.shard_context(mesh, mesh_dim="context")
     # One dimension over all ranks: given two, FSDP2 would shard over one and replicate over the other.
-    ranks = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",))
+    ranks = meet(lambda: init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("ranks",)))
     # Autocast alone would keep a copy of every weight in bf16, whole, until the backward.
     # On a CPU autocast would leave LayerNorms their bf16 gains beside fp32 rows, which torch does not take.
     options: dict[str, Any] = {}
