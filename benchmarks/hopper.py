@@ -45,6 +45,13 @@ OTHERS = {
     (64, True): (HopperConfig(64, 8, False), HopperConfig(64, 12, True), HopperConfig(128, 6, True)),
     (128, True): (HopperConfig(64, 6, False), HopperConfig(64, 5, True), HopperConfig(128, 3, True)),
 }
+# The same of dQ and of dK, dV: rows of a streamed block, stages.
+OTHERS_BACKWARD: dict[tuple[int, bool], tuple[tuple[tuple[int, int], ...], ...]] = {
+    (64, False): (((64, 6),), ()),
+    (128, False): (((64, 4),), ((32, 4),)),
+    (64, True): (((64, 6), (64, 4)), ((32, 6),)),
+    (128, True): (((64, 4), (64, 3)), ((32, 4),)),
+}
 
 
 def twin(work: Work) -> AttentionOutput:
@@ -61,20 +68,26 @@ def work_of(n: int, heads: int, width: int, causal: bool, device: str = "cuda") 
     return Work(x, problem, NO_MASKS)
 
 
-def passes(work: Work, saved: AttentionOutput) -> dict[str, Callable]:
-    """Both backwards, and the passes of ours."""
+def passes(work: Work, saved: AttentionOutput, others: bool) -> dict[str, Callable]:
+    """Both backwards, the passes of ours, and with `others` those of other configurations."""
     grad = OutputGradient(torch.empty_like(work.x.q).copy_(work.x.v), None)
     family = launch_branches if launch_aligned.why_not(work, "backward") else launch_aligned
     dq, dkv = launch_backward.configs_for(work)
     layouts = partial(launch_backward.terms_of, work, grad, saved, Tape())
     terms = layouts()
-    return {
+    found: dict[str, Callable] = {
         "twin, all of it": partial(family.backward, work, grad, saved, Tape(), *family.configs_for(work, "backward")),
         "all of it": partial(launch_backward.backward, work, grad, saved, Tape(), dq, dkv),
         "delta, layouts": layouts,
         "dQ": partial(launch_backward.backward_dq, work, grad, terms, Tape(), dq),
         "dK, dV": partial(launch_backward.backward_dkv, work, grad, terms, Tape(), dkv),
     }
+    more_dq, more_dkv = OTHERS_BACKWARD[work.x.q.shape[3], work.problem.is_causal] if others else ((), ())
+    for config in more_dq:
+        found[f"dQ {config}"] = partial(launch_backward.backward_dq, work, grad, terms, Tape(), config)
+    for config in more_dkv:
+        found[f"dK, dV {config}"] = partial(launch_backward.backward_dkv, work, grad, terms, Tape(), config)
+    return found
 
 
 # Products per pair; a backward counts five, however many it takes.
@@ -82,7 +95,7 @@ PRODUCTS = {"twin, all of it": 5, "all of it": 5, "delta, layouts": 0, "dQ": 3, 
 CASES = [("D=64", 12, 64, False), ("D=64", 12, 64, True), ("D=128", 6, 128, False), ("D=128", 6, 128, True)]
 
 
-def backward(shape: str, heads: int, width: int, causal: bool) -> None:
+def backward(shape: str, heads: int, width: int, causal: bool, others: bool) -> None:
     """Each pass of the gradients, after a check against the twin."""
     before = gpu.dense_rate(shape, causal, True)
     lines = []
@@ -93,15 +106,21 @@ def backward(shape: str, heads: int, width: int, causal: bool) -> None:
             print(f"{shape} causal={causal} {name}: {reasons[0]}")
             continue
         once = partial(launch.forward, work, Tape(), *launch.configs_for(work))
-        runs = passes(work, once())
-        errors = [relative_norm(a, b) for a, b in zip(runs["all of it"](), runs["twin, all of it"](), strict=True)]
+        runs = passes(work, once(), others and name == "even")
+        want = runs["twin, all of it"]()
+        errors = [relative_norm(a, b) for a, b in zip(runs["all of it"](), want, strict=True)]
+        for who, run in runs.items():
+            if who.startswith("dQ ("):
+                errors.append(relative_norm(run(), want.q))
+            elif who.startswith("dK, dV ("):
+                errors += [relative_norm(a, b) for a, b in zip(run(), want[1:], strict=True)]
         if not max(errors) < 1e-2:
             print(f"WRONG {shape} causal={causal} {name}: dq, dk, dv differ by {errors}")
             continue
         times = {who: gpu.milliseconds(run) for who, run in runs.items()}
         times["forward + backward"] = times["all of it"] + gpu.milliseconds(once)
         flops = work.problem.pattern.pairs(n, is_causal=causal) * 2 * width
-        lines += [(name, who, time_ms, PRODUCTS[who] * flops) for who, time_ms in times.items()]
+        lines += [(name, who, ms, PRODUCTS[who.split(" (")[0]] * flops) for who, ms in times.items()]
     dense = (before + gpu.dense_rate(shape, causal, True)) / 2
     show(f"{shape} {'causal' if causal else 'bidirectional'}, dense forward and backward", dense, causal, lines)
 
@@ -221,9 +240,9 @@ def compile_case(index: int, with_backward: bool, others: bool, of_branches: boo
     for n in (1 << 16, *odd):
         work = work_of(n, heads, width, causal, "cpu")
         if with_backward:
-            runs = passes(work, launch.forward(work, Tape(), *launch.configs_for(work)))
-            runs["all of it"]()
-            runs["twin, all of it"]()
+            runs = passes(work, launch.forward(work, Tape(), *launch.configs_for(work)), others and n == 1 << 16)
+            for run_pass in runs.values():
+                run_pass()
             continue
         twin(work)
         for config in (*launch.configs_for(work), *(OTHERS[width, causal] if others and n == 1 << 16 else ())):
@@ -269,7 +288,7 @@ def main() -> None:
         return None
     for case in CASES:
         if options.backward:
-            backward(*case)
+            backward(*case, options.all)
         else:
             forward(*case, options.all)
     return None
