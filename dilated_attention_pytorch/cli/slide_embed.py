@@ -76,7 +76,7 @@ def embed(
         reader = SlideReader.of(encoder.config, coords_folder=coords, **reading)
         how = EmbedOptions(dtype=kind, layers=chosen, tiles=tiles, batch_tokens=batch_tokens, ring_above=ring_above)
         results = ResultFolder(out, form, run_settings(encoder, reader, checkpoint, how))
-        ranks = Ranks(world.rank, world.size)
+        ranks = Ranks(world.rank, world.size, world.host)
         embedder = SlideEmbedder(encoder, reader, results, how, ranks)
         world.first(lambda: held.enter_context(results.held()))
         found = ranks.from_first(scan(paths, reader) if world.is_main else None)

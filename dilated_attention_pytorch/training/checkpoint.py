@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dilated_attention_pytorch.core.files import checksum, parse_json, replace_text
 from dilated_attention_pytorch.models.weights import safetensors
-from dilated_attention_pytorch.training.distributed import World, meet
+from dilated_attention_pytorch.training.distributed import World, host_group
 
 VERSION = 2  # 1 was one file, state.pt
 ABOUT = "state.json"
@@ -117,7 +117,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, world: World, *, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
-        self.world = replace(world, group=meet(lambda: dist.new_group(backend="gloo"))) if world.size > 1 else world
+        self.world = world
+        if world.size > 1:
+            group = host_group()
+            self.world = replace(world, group=group, host=group)
         self.best: tuple[float, int] | None = None  # loss and step of a state that stays, however old
         # Through page-locked memory from a GPU. torch 2.11's DefaultStager cannot copy DTensors there.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,9 @@ T = TypeVar("T")
 # Seconds between a group's last collective and its end. A gloo thread drops the tensors of that collective under
 # Python's lock; where the group ended first, it held that lock while it waited for the thread, and the rank hung.
 _SETTLE = 0.5
+# How long ranks wait for what one of them does alone: reading a corpus, embedding its last slides. NCCL's own patience,
+# 10 minutes, is for collectives that all take part in. A rank that ends is noticed at once.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class World:
     size: int  # number of processes
     device: torch.device  # where this process computes
     group: dist.ProcessGroup | None = None  # of these processes; the default one where there are several
+    host: dist.ProcessGroup | None = None  # the same, where one may wait long for another (`host_group`)
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +77,7 @@ class World:
         finally:  # the others learn of an error before it ends this process
             results: list[Any] = [(failed, result)] * self.size
             if self.size > 1:
-                dist.all_gather_object(results, (failed, result), group=self.group)
+                dist.all_gather_object(results, (failed, result), group=self.host)
         for rank, (lost, _) in enumerate(results):
             if lost:
                 raise ConnectionAbortedError(f"rank {self.rank} ends: rank {rank} failed, and says why")
@@ -111,6 +116,13 @@ def meet(work: Callable[[], T]) -> T:
     return done[0]
 
 
+def host_group() -> dist.ProcessGroup:
+    """A new group of all ranks that waits on the host, for days. Collective."""
+    group = meet(lambda: dist.new_group(backend="gloo", timeout=_PATIENCE))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 @contextmanager
 def join(device: str | None = None) -> Iterator[World]:
     """Join the world that torchrun describes in the environment, or a world of one, and leave it at the end.
@@ -138,8 +150,9 @@ def join(device: str | None = None) -> Iterator[World]:
     if mine:
         meet(lambda: dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo"))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
-        meet(dist.barrier)  # no process destroys the group while another still works
+        host = host_group()
+        yield World(dist.get_rank(), dist.get_world_size(), chosen, host=host)
+        meet(lambda: dist.barrier(host))  # no process destroys the group while another still works
     finally:
         if mine:
             torch_private.forget_meshes()

@@ -35,6 +35,30 @@ except KeyboardInterrupt:
 """
 
 
+PATIENT = """
+import time
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from dilated_attention_pytorch.models.slide.work import Ranks
+from dilated_attention_pytorch.training.distributed import join
+with join("cpu") as world:
+    _set_pg_timeout(timedelta(seconds=1))
+    ranks = Ranks(world.rank, world.size, world.host)
+    slow = lambda: time.sleep(2 if world.is_main else 0)
+    world.first(slow)
+    assert ranks.from_first(slow()) is None
+    slow()
+    assert ranks.gather(world.rank) == [0, 1]
+    slow()
+"""
+
+
+def test_ranks_wait_for_what_one_does_alone() -> None:
+    """Longer than their group waits for a collective: for a corpus, a folder's slides, a rank's last ones, its end."""
+    ranks = [subprocess.Popen([sys.executable, "-c", PATIENT], env=os.environ | variables) for variables in world(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 @pytest.mark.parametrize("alone", ["join", "new group", "leave"])
 def test_interrupt_while_waiting(alone: str, tmp_path: Path) -> None:

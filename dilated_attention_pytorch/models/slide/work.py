@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dilated_attention_pytorch.models.slide.files import SlideReader
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Batch = tuple[Path, ...]
 
@@ -18,6 +21,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    group: ProcessGroup | None = None  # the default one where there are several
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
@@ -26,7 +30,7 @@ class Ranks:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -36,7 +40,7 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
 
