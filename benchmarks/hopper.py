@@ -47,10 +47,10 @@ OTHERS = {
 }
 # The same of dQ and of dK, dV: rows of a streamed block, stages.
 OTHERS_BACKWARD: dict[tuple[int, bool], tuple[tuple[tuple[int, int], ...], ...]] = {
-    (64, False): (((64, 6),), ()),
-    (128, False): (((64, 4),), ((32, 4),)),
-    (64, True): (((64, 6), (64, 4)), ((32, 6),)),
-    (128, True): (((64, 4), (64, 3)), ((32, 4),)),
+    (64, False): (((64, 6),), ((64, 5),)),
+    (128, False): (((128, 2),), ((32, 4),)),
+    (64, True): (((128, 3),), ((64, 5),)),
+    (128, True): (((128, 2),), ((32, 4),)),
 }
 
 

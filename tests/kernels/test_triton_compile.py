@@ -99,6 +99,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             "shared": kernel.metadata.shared,
             "hgmma": len(re.findall(r"\bHGMMA", sass)),
             "hmma": len(re.findall(r"\bHMMA", sass)),
+            "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
             "copies": len(re.findall(r"\bUTMALDG", sass)),
         }
         print(json.dumps(report), flush=True)
@@ -201,6 +202,13 @@ def test_products_run_on_tensor_cores(compiled):
     assert [r for r in walking(reports) if r[unit] == 0] == []
     # Sixteen rows of queries are too few for Hopper's wide products.
     assert [r for r in reports if r["kernel"] == "decode_split" and r["hmma"] == 0] == []
+
+
+def test_products_run_beside_each_other(compiled):
+    """Where ptxas cannot follow a product in flight, it says nothing and waits for each alone, as it did when a step of
+    the backward left its last product to the next. Hopper's kernels have three products or more per wait."""
+    hoppers = [r for r in compiled[1] if r["kernel"].startswith("hopper")]
+    assert [r for r in hoppers if 3 * r["waits"] > r["hgmma"]] == []
 
 
 def test_shared_memory_fits(compiled):

@@ -23,12 +23,14 @@ from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
-# (head_dim, causal) -> rows of a streamed block and stages, of dQ and of dK, dV; the fastest of an H100's.
+# (head_dim, causal) -> rows of a streamed block and stages, of dQ and of dK, dV; the fastest that were measured
+# (`benchmarks/hopper.py --backward --all`). Short blocks waste less on the diagonal, and at 128 columns leave registers
+# for all that a step holds.
 _CONFIGS = {
     (64, False): ((128, 3), (64, 3)),
-    (64, True): ((128, 3), (64, 3)),
-    (128, False): ((128, 2), (64, 2)),
-    (128, True): ((128, 2), (64, 2)),
+    (64, True): ((64, 6), (64, 3)),
+    (128, False): ((64, 4), (64, 2)),
+    (128, True): ((64, 4), (64, 2)),
 }
 # Rows of the tiles by which terms are laid out.
 _TERMS_ROWS = 512

@@ -30,7 +30,7 @@ _FORWARD = {
     (128, True): HopperConfig(64, 5, False),
 }
 # Columns of a tile -> rows of a streamed block and stages, of dQ and of dK, dV.
-_BACKWARD = {64: ((128, 3), (64, 3)), 128: ((128, 2), (64, 2))}
+_BACKWARD = {64: ((128, 3), (64, 3)), 128: ((64, 4), (64, 2))}
 
 
 def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: bool) -> None:
