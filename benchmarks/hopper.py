@@ -31,6 +31,7 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, query_terms
 from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, support
 from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
+from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import BackwardConfig
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.testing import relative_norm
@@ -45,12 +46,15 @@ OTHERS = {
     (64, True): (HopperConfig(64, 8, False), HopperConfig(64, 12, True), HopperConfig(128, 6, True)),
     (128, True): (HopperConfig(64, 6, False), HopperConfig(64, 5, True), HopperConfig(128, 3, True)),
 }
-# The same of dQ and of dK, dV: rows of a streamed block, stages.
-OTHERS_BACKWARD: dict[tuple[int, bool], tuple[tuple[tuple[int, int], ...], ...]] = {
-    (64, False): (((64, 6),), ((64, 5),)),
-    (128, False): (((128, 2),), ((32, 4),)),
-    (64, True): (((128, 3),), ((64, 5),)),
-    (128, True): (((128, 2),), ((32, 4),)),
+# The same of dQ and of dK, dV.
+OTHERS_BACKWARD = {
+    (64, False): ((BackwardConfig(64, 6, True),), (BackwardConfig(64, 3, True), BackwardConfig(64, 6, True))),
+    (128, False): ((BackwardConfig(64, 4, True),), ()),
+    (64, True): (
+        (BackwardConfig(128, 3), BackwardConfig(64, 6, True)),
+        (BackwardConfig(64, 3, True), BackwardConfig(64, 6, True)),
+    ),
+    (128, True): ((BackwardConfig(64, 4, True),), ()),
 }
 
 
@@ -84,9 +88,9 @@ def passes(work: Work, saved: AttentionOutput, others: bool) -> dict[str, Callab
     }
     more_dq, more_dkv = OTHERS_BACKWARD[work.x.q.shape[3], work.problem.is_causal] if others else ((), ())
     for config in more_dq:
-        found[f"dQ {config}"] = partial(launch_backward.backward_dq, work, grad, terms, Tape(), config)
+        found[f"dQ {tuple(config)}"] = partial(launch_backward.backward_dq, work, grad, terms, Tape(), config)
     for config in more_dkv:
-        found[f"dK, dV {config}"] = partial(launch_backward.backward_dkv, work, grad, terms, Tape(), config)
+        found[f"dK, dV {tuple(config)}"] = partial(launch_backward.backward_dkv, work, grad, terms, Tape(), config)
     return found
 
 

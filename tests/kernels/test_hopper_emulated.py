@@ -76,6 +76,15 @@ def test_gradients(monkeypatch, case, causal):
         assert relative_norm(got, want) <= 2 * relative_norm(plain, want) + allowed, name
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_with_the_pair_in_registers(monkeypatch, causal):
+    """What is not the default on any GPU yet (`benchmarks/hopper.py --backward --all` times it)."""
+    in_registers = tuple(config._replace(registers=True) for config in launch_backward._CONFIGS[WIDTH, causal])
+    monkeypatch.setitem(launch_backward._CONFIGS, (WIDTH, causal), in_registers)
+    for case in (CASES[0], CASES[4]):
+        test_gradients(monkeypatch, case, causal)
+
+
 def test_the_emulator_sees_what_goes_wrong(monkeypatch):
     """A slot that nobody gives back is a deadlock, and without barriers nothing comes out right."""
     x, grad, problem, oracle = call(CASES[0], False)

@@ -50,8 +50,9 @@ def _tile_of(tile, sizes, DKV: gl.constexpr, RATES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, WHICH: gl.constexpr
-):
+    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, REGISTERS: gl.constexpr,
+    WHICH: gl.constexpr,
+):  # fmt: skip
     """The warp that loads."""
     views, memory, _, _, strides, sizes, _ = work
     a1, a2, b1, b2, terms_views = views
@@ -109,8 +110,9 @@ def _cut_queries(context, state, row, residue, multiplicity):
 
 @gluon.jit
 def _consume(
-    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, WHICH: gl.constexpr
-):
+    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, REGISTERS: gl.constexpr,
+    WHICH: gl.constexpr,
+):  # fmt: skip
     """A warpgroup that multiplies: one half of each tile."""
     _, memory, terms, grads, strides, sizes, scales = work
     num_tiles, num_batches, num_heads, group, _, num_rows, length = sizes
@@ -129,7 +131,7 @@ def _consume(
             terms, terms_row, row + WHICH * shared.HALF, 1, length, num_batches.to(gl.int64) * num_heads * R * length,
             memory, DKV,
         )  # fmt: skip
-        pair, acc1, acc2 = shared.start(turn, memory, WHICH)
+        pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
         for _member in range(0, group if DKV else 1):
             for j in range(0, ends[NB - 1]):
                 bias = walk.bias_at(j, ends, NB)
@@ -142,7 +144,7 @@ def _consume(
                 it, acc1, acc2 = walk.each_cut_block(visit, context, state, row, level, kv_head, whole, LENGTHS, RATES)
         shared.finish(
             acc1, acc2, batch, head, row * R + residue, R, num_rows, grads, strides[4], scale, memory, DKV, WHICH,
-            memory.a1.shape[2],
+            memory.a1.shape[2], False, REGISTERS,
         )  # fmt: skip
         turn += 1
 
@@ -154,7 +156,8 @@ def hopper_backward(
     a1, a1_longer, a2, a2_longer, b1, b1_longer, b2, b2_longer, terms_view, terms, grad1, grad2,
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length, qk_scale, scale,
-    DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
+    DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """dq into grad1; or dk into grad1 and dv into grad2.
 
@@ -174,7 +177,7 @@ def hopper_backward(
     sizes = num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length
     work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)
     gl.warp_specialize([
-        (_consume, (work, DKV, LENGTHS, RATES, EVEN, 0)),
-        (_consume, (work, DKV, LENGTHS, RATES, EVEN, 1)),
-        (_produce, (work, DKV, LENGTHS, RATES, EVEN, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 1)),
+        (_produce, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

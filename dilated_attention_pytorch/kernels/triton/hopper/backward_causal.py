@@ -77,7 +77,9 @@ def _load(context, it, row, residue, DKV: gl.constexpr):
 
 
 @gluon.jit
-def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, WHICH: gl.constexpr):
+def _produce(
+    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, WHICH: gl.constexpr
+):
     """The warp that loads."""
     views, memory, _, _, strides, sizes, _ = work
     a1, a2, b1, b2, terms_views = views
@@ -139,7 +141,9 @@ def _produce(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
 
 
 @gluon.jit
-def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, WHICH: gl.constexpr):
+def _consume(
+    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, WHICH: gl.constexpr
+):
     """One half of each tile."""
     _, memory, terms, grads, strides, sizes, scales = work
     num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
@@ -160,7 +164,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
             terms, (batch * num_heads + head).to(gl.int64) * padded + segment * LENGTHS[0], own_low, stride, LENGTHS[0],
             num_batches.to(gl.int64) * num_heads * padded, memory, DKV,
         )  # fmt: skip
-        pair, acc1, acc2 = shared.start(turn, memory, WHICH)
+        pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
         for _member in range(0, group if DKV else 1):
             for shown in range(1, level + 1):
                 begin, hop, every, at = walk.residues_of(shown, level, RATES)
@@ -205,7 +209,7 @@ def _consume(work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
                     it += 1
         shared.finish(
             acc1, acc2, batch, head, segment * LENGTHS[0] + low, stride, num_rows, grads, strides[4], scale, memory,
-            DKV, WHICH, memory.a1.shape[2],
+            DKV, WHICH, memory.a1.shape[2], False, REGISTERS,
         )  # fmt: skip
         turn += 1
 
@@ -227,7 +231,7 @@ def hopper_backward_causal(
     terms_0, terms_1, terms_2, terms_3, terms_4, terms, grad1, grad2,
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_segments, num_rows, qk_scale, scale,
-    DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr,
+    DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq into grad1; or dk into grad1 and dv into grad2.
 
@@ -250,7 +254,7 @@ def hopper_backward_causal(
     sizes = num_tiles, num_batches, num_heads, group, num_segments, num_rows
     work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)
     gl.warp_specialize([
-        (_consume, (work, DKV, LENGTHS, RATES, 0)),
-        (_consume, (work, DKV, LENGTHS, RATES, 1)),
-        (_produce, (work, DKV, LENGTHS, RATES, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, 1)),
+        (_produce, (work, DKV, LENGTHS, RATES, REGISTERS, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

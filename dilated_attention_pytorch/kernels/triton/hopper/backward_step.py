@@ -228,24 +228,38 @@ def rows_of(terms, base, first, stride, num_places, apart, memory, DKV: gl.const
 
 
 @gluon.jit
-def start(turn, memory, WHICH: gl.constexpr):
-    """Waits for the program's next tile: this half of the pair, and its accumulators."""
+def start(turn, memory, WHICH: gl.constexpr, REGISTERS: gl.constexpr = False):
+    """Waits for the program's next tile: this half of the pair, and its accumulators.
+
+    With REGISTERS the pair is in registers: the next tile is loaded meanwhile, and products over 64 columns, which else
+    read as much shared memory per cycle as there is, read half. `finish` has to know.
+    """
     D: gl.constexpr = memory.b1.shape[2]
     mbarrier.wait(memory.a_full.index(WHICH), turn & 1)
+    a1 = memory.a1.index(WHICH)
+    a2 = memory.a2.index(WHICH)
+    if REGISTERS:
+        A: gl.constexpr = gl.DotOperandLayout(0, stages.layout_of(memory.b1.shape[1]), 2)
+        a1 = a1.load(A)
+        a2 = a2.load(A)
+        # The copy engine may overwrite the rows only after these reads.
+        fence_async_shared()
+        mbarrier.arrive(memory.a_empty.index(WHICH), count=1)
     acc = gl.zeros([HALF, D], gl.float32, stages.layout_of(D))
-    return (memory.a1.index(WHICH), memory.a2.index(WHICH)), acc, acc
+    return (a1, a2), acc, acc
 
 
 @gluon.jit
 def finish(
     acc1, acc2, batch, head, first, stride, num_rows, grads, strides, scale, memory, DKV: gl.constexpr,
-    WHICH: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr = False,
+    WHICH: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr = False, REGISTERS: gl.constexpr = False,
 ):  # fmt: skip
     """Gives the tile's memory back and writes the gradients of its half: WIDTH columns of the rows first,
     first + stride, ..; with ADD, to what is there."""
     D: gl.constexpr = memory.b1.shape[2]
     A: gl.constexpr = stages.layout_of(D)
-    mbarrier.arrive(memory.a_empty.index(WHICH), count=1)
+    if not REGISTERS:
+        mbarrier.arrive(memory.a_empty.index(WHICH), count=1)
     rows = first + stride * (WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, A)))
     inside = gl.expand_dims(rows < num_rows, 1)
     at = batch.to(gl.int64) * strides.batch + head * strides.head

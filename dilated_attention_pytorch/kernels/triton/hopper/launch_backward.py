@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,14 +23,28 @@ from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
-# (head_dim, causal) -> rows of a streamed block and stages, of dQ and of dK, dV; the fastest that were measured
-# (`benchmarks/hopper.py --backward --all`). Short blocks waste less on the diagonal, and at 128 columns leave registers
-# for all that a step holds.
+
+class BackwardConfig(NamedTuple):
+    """How a pass is cut.
+
+    Attributes:
+        block: rows of the streamed pair per step.
+        stages: steps whose rows are in shared memory.
+        registers: whether the stationary pair is kept in registers.
+    """
+
+    block: int
+    stages: int
+    registers: bool = False
+
+
+# (head_dim, causal) -> dQ's and dK, dV's; the fastest that were measured (`benchmarks/hopper.py --backward --all`).
+# Short blocks waste less on the diagonal, and at 128 columns leave registers for all that a step holds.
 _CONFIGS = {
-    (64, False): ((128, 3), (64, 3)),
-    (64, True): ((64, 6), (64, 3)),
-    (128, False): ((64, 4), (64, 2)),
-    (128, True): ((64, 4), (64, 2)),
+    (64, False): (BackwardConfig(128, 3), BackwardConfig(64, 3)),
+    (64, True): (BackwardConfig(64, 6), BackwardConfig(64, 3)),
+    (128, False): (BackwardConfig(64, 4), BackwardConfig(64, 2)),
+    (128, True): (BackwardConfig(64, 4), BackwardConfig(64, 2)),
 }
 # Rows of the tiles by which terms are laid out.
 _TERMS_ROWS = 512
@@ -38,14 +52,14 @@ _TERMS_ROWS = 512
 _NEVER = 1e30
 
 
-def configs_for(work: Work) -> tuple[tuple[int, int], ...]:
-    """The configurations of both passes: rows of a streamed block, stages."""
+def configs_for(work: Work) -> tuple[BackwardConfig, BackwardConfig]:
+    """The configurations of both passes."""
     return _CONFIGS[work.x.q.shape[3], work.problem.is_causal]
 
 
 def backward(
-    work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape, dq_config: tuple[int, int],
-    dkv_config: tuple[int, int],
+    work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape, dq_config: BackwardConfig,
+    dkv_config: BackwardConfig,
 ) -> QKV:  # fmt: skip
     """dq, dk and dv by two launches, after those that lay out what they need of each query."""
     if support.misplaced("dO", grad.out, alignment(work).rate):
@@ -71,14 +85,14 @@ def terms_of(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tap
     return found
 
 
-def backward_dq(work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: tuple[int, int]) -> Tensor:
+def backward_dq(work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: BackwardConfig) -> Tensor:
     """dq."""
     q, k, v = work.x
     return _launch(work, (q, grad.out), (k, v), (q,), terms, tape, config)[0]
 
 
 def backward_dkv(
-    work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: tuple[int, int]
+    work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: BackwardConfig
 ) -> list[Tensor]:
     """dk and dv."""
     q, k, v = work.x
@@ -87,18 +101,21 @@ def backward_dkv(
 
 def _launch(
     work: Work, a: Sequence[Tensor], b: Sequence[Tensor], like: Sequence[Tensor], terms: list[Tensor], tape: Tape,
-    config: tuple[int, int],
+    config: BackwardConfig,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of `like`, given the stationary and the streamed pair."""
     q, k, _ = work.x
-    plan, problem, (block, stages) = alignment(work), work.problem, config
+    plan, problem, block = alignment(work), work.problem, config.block
     grads = [tape.empty(x, x.shape) for x in like]
     batch, n, heads, _ = q.shape
     blocks = *((x, ROWS // 2) for x in a), *((x, block) for x in b)
     padded = _padded(work)
     num_tiles = batch * a[0].shape[2] * padded // ROWS
     sizes: tuple[int, ...] = (num_tiles, batch, heads, heads // k.shape[2])
-    flags: dict[str, Any] = {"DKV": len(like) == 2, "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": stages}
+    flags: dict[str, Any] = {
+        "DKV": len(like) == 2, "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages,
+        "REGISTERS": config.registers,
+    }  # fmt: skip
     if problem.is_causal:
         kernel: Any = backward_causal.hopper_backward_causal
         views = [stride_views(x, plan.rates, rows, MAX_RATES) for x, rows in blocks]
