@@ -12,12 +12,14 @@ time beside their twins, on the lines of benchmarks/patterns.py that no single l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import gpu
 import patterns
@@ -29,7 +31,7 @@ from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, query_terms
-from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, support
+from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, launch_branch, support
 from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
 from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import BackwardConfig
 from dilated_attention_pytorch.kernels.triton.replay import Tape
@@ -56,6 +58,18 @@ OTHERS_BACKWARD = {
     ),
     (128, True): ((BackwardConfig(64, 4, True),), ()),
 }
+# The same of one branch's kernels (--branches).
+OTHERS_BRANCH: tuple[dict[tuple[int, bool], HopperConfig], dict[int, tuple[BackwardConfig, BackwardConfig]]] = (
+    {
+        (64, False): HopperConfig(128, 4, True),
+        (64, True): HopperConfig(64, 8, True),
+        (128, True): HopperConfig(64, 5, True),
+    },
+    {
+        64: (BackwardConfig(64, 6, True), BackwardConfig(64, 3, True)),
+        128: (BackwardConfig(64, 4, True), BackwardConfig(64, 3)),
+    },
+)
 
 
 def twin(work: Work) -> AttentionOutput:
@@ -197,7 +211,7 @@ def branch_passes(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def branches(line: patterns.Line) -> None:
+def branches(line: patterns.Line, others: bool) -> None:
     """Each pass of each branch by both, after a check of one against the other."""
     work, pattern = work_of_line(line), line.pattern
     for branch, (length, rate) in enumerate(zip(line.segment_lengths, line.dilation_rates, strict=True)):
@@ -205,20 +219,33 @@ def branches(line: patterns.Line) -> None:
         group = line.num_heads // pattern.num_heads
         flops = line.batch * group * alone.pairs(line.seq_len, is_causal=line.is_causal) * 2 * line.head_dim
         found, times = {}, {}
-        for who, few in (("twin", 1 << 40), ("Hopper", 128)):
-            support._FEW.update(dict.fromkeys(support._FEW, 3 * (few,)))
-            for name, run in branch_passes(work, branch).items():
-                found[name, who], times[name, who] = run(), gpu.milliseconds(run)
+        for who in WAYS[: 3 if others else 2]:
+            with way(who):
+                for name, run in branch_passes(work, branch).items():
+                    found[name, who], times[name, who] = run(), gpu.milliseconds(run)
         for name, products in (("forward", 2), ("dQ", 3), ("dK, dV", 4)):
-            error = max(relative_norm(a, b) for a, b in zip(found[name, "Hopper"], found[name, "twin"], strict=True))
-            wrong = "" if error < 1e-2 else "  WRONG"
-            twin, ours = times[name, "twin"], times[name, "Hopper"]
-            print(
-                f"{line.title:<44} w={length} r={rate} {name:<8} "
-                f"twin {twin:7.3f} ms {flops * products / twin / 1e9:4.0f}, Hopper {ours:7.3f} ms "
-                f"{flops * products / ours / 1e9:4.0f}, {twin / ours:.2f}x, {error:.0e}{wrong}",
-                flush=True,
-            )
+            said = []
+            for who in WAYS[: 3 if others else 2]:
+                time_ms, pairs = times[name, who], zip(found[name, who], found[name, "twin"], strict=True)
+                wrong = "" if max(relative_norm(a, b) for a, b in pairs) < 1e-2 else " WRONG"
+                said.append(f"{who} {time_ms:7.3f} ms {flops * products / time_ms / 1e9:4.0f}{wrong}")
+            gain = times[name, "twin"] / times[name, "Hopper"]
+            print(f"{line.title:<44} w={length} r={rate} {name:<8} {', '.join(said)}, {gain:.2f}x", flush=True)
+
+
+WAYS = "twin", "Hopper", "others"
+
+
+@contextlib.contextmanager
+def way(who: str) -> Iterator[None]:
+    """Which kernels a branch takes: the twins, or Hopper's, also in other configurations."""
+    forward, backward = OTHERS_BRANCH if who == "others" else ({}, {})
+    few = dict.fromkeys(support._FEW, 3 * (1 << 40 if who == "twin" else 128,))
+    with (
+        mock.patch.dict(support._FEW, few), mock.patch.dict(launch_branch._FORWARD, forward),
+        mock.patch.dict(launch_branch._BACKWARD, backward),
+    ):  # fmt: skip
+        yield
 
 
 def compile_case(index: int, with_backward: bool, others: bool, of_branches: bool) -> None:
@@ -234,10 +261,10 @@ def compile_case(index: int, with_backward: bool, others: bool, of_branches: boo
         support.why_not_here = lambda device: []
         support._LITTLE.update(dict.fromkeys(support._LITTLE, 0))
         work = work_of_line(general_lines()[index], "cpu")
-        for few in (1 << 40, 128):
-            support._FEW.update(dict.fromkeys(support._FEW, 3 * (few,)))
-            for branch in range(len(work.problem.pattern.dilation_rates)):
-                branch_passes(work, branch)
+        for who in WAYS[: 3 if others else 2]:
+            with way(who):
+                for branch in range(len(work.problem.pattern.dilation_rates)):
+                    branch_passes(work, branch)
         return
     _, heads, width, causal = CASES[index]
     odd = () if with_backward and (width, causal) != (64, True) else ((1 << 16) + 3,)
@@ -288,7 +315,7 @@ def main() -> None:
     if options.branches:
         support._LITTLE.update(dict.fromkeys(support._LITTLE, 0))
         for line in general_lines():
-            branches(line)
+            branches(line, options.all)
         return None
     for case in CASES:
         if options.backward:

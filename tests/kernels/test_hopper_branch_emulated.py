@@ -19,7 +19,7 @@ from dilated_attention_pytorch.core import reference
 from dilated_attention_pytorch.core.pattern import DilatedPattern
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton import launch_branches
-from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, launch, support, views
+from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, launch, launch_branch, support, views
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import prepare
 from dilated_attention_pytorch.testing import relative_norm
@@ -88,6 +88,18 @@ def test_out_lse_and_gradients(monkeypatch, case, causal):
         finite(ours), finite((out, lse, *exact)), finite((*plain, *gradients)), strict=True,
     ):  # fmt: skip
         assert relative_norm(got, want) <= 2 * relative_norm(near, want) + allowed, name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_with_the_tile_at_rest_in_registers(monkeypatch, case, causal):
+    """What no GPU has as its default yet (`benchmarks/hopper.py --branches --all` times it), where a row fills a tile's
+    columns; elsewhere it stays in shared memory."""
+    for tiles, config in launch_branch._FORWARD.items():
+        monkeypatch.setitem(launch_branch._FORWARD, tiles, config._replace(q_registers=True))
+    for columns, pair in launch_branch._BACKWARD.items():
+        monkeypatch.setitem(launch_branch._BACKWARD, columns, tuple(x._replace(registers=True) for x in pair))
+    test_out_lse_and_gradients(monkeypatch, case, causal)
 
 
 @pytest.mark.parametrize(("n", "length", "rate", "heads"), [(45_681, 32_768, 4, 16), (262_144, 5792, 2, 16)])

@@ -29,7 +29,7 @@ def _blocks_met(first, slots, BN: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.co
 @gluon.jit
 def _produce(
     work, DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    WHICH: gl.constexpr,
+    REGISTERS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads."""
     views, memory, _, _, strides, num_tiles, sizes, terms_slots, _ = work
@@ -67,7 +67,7 @@ def _produce(
 @gluon.jit
 def _consume(
     work, DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    WHICH: gl.constexpr,
+    REGISTERS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: one half of each tile."""
     _, memory, terms, grads, strides, num_tiles, sizes, terms_slots, scales = work
@@ -101,7 +101,7 @@ def _consume(
                     masked = gl.minimum((own + 1) // BN, end)
             elif not DKV:
                 masked = slots // BN
-            pair, acc1, acc2 = shared.start(turn, memory, WHICH)
+            pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
             # Keys of a group see the queries of all its heads; a query sees one head's keys.
             for _member in range(0, group if DKV else 1):
                 for _block in range(begin, masked):
@@ -138,7 +138,7 @@ def _consume(
                         it += 1
             shared.finish(
                 acc1, acc2, batch, head, base + first * rate, rate, base + slots * rate, grads, strides[4], scale,
-                memory, DKV, WHICH, WIDTH, ADD,
+                memory, DKV, WHICH, WIDTH, ADD, REGISTERS,
             )  # fmt: skip
             turn += 1
 
@@ -155,7 +155,7 @@ def hopper_branch_backward(
     num_tiles, num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows,
     terms_slots, qk_scale, scale,
     DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq into grad1; or dk into grad1 and dv into grad2; with ADD to what is there.
 
@@ -177,7 +177,7 @@ def hopper_branch_backward(
     sizes = num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows
     work = views, memory, terms, (grad1, grad2), strides, num_tiles, sizes, terms_slots, (qk_scale, scale)
     gl.warp_specialize([
-        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, 0)),
-        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, 1)),
-        (_produce, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, 0)),
+        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, 0)),
+        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, 1)),
+        (_produce, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

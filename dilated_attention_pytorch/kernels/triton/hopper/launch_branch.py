@@ -13,7 +13,7 @@ from dilated_attention_pytorch.kernels.triton.hopper import launch
 from dilated_attention_pytorch.kernels.triton.hopper.branch_backward import hopper_branch_backward
 from dilated_attention_pytorch.kernels.triton.hopper.branch_forward import hopper_branch_forward
 from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
-from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import flat
+from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import BackwardConfig, flat
 from dilated_attention_pytorch.kernels.triton.hopper.support import ROWS
 from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, unit_views
 from dilated_attention_pytorch.kernels.triton.query_terms import QueryTerms, rows_by_slot
@@ -22,15 +22,19 @@ from dilated_attention_pytorch.kernels.triton.views import Strides
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import AttentionOutput
 
-# (columns of a tile, causal); queries stay in shared memory, where products over some columns find them.
+# (columns of a tile, causal). Where rows are narrower than a tile, queries stay in shared memory: products over some
+# columns find them there.
 _FORWARD = {
     (64, False): HopperConfig(128, 4, False, True),
     (64, True): HopperConfig(64, 8, False),
     (128, False): HopperConfig(128, 3, False, True),
     (128, True): HopperConfig(64, 5, False),
 }
-# Columns of a tile -> rows of a streamed block and stages, of dQ and of dK, dV.
-_BACKWARD = {64: ((128, 3), (64, 3)), 128: ((64, 4), (64, 2))}
+# Columns of a tile -> dQ's and dK, dV's.
+_BACKWARD = {
+    64: (BackwardConfig(128, 3), BackwardConfig(64, 3)),
+    128: (BackwardConfig(64, 4), BackwardConfig(64, 2)),
+}
 
 
 def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: bool) -> None:
@@ -41,7 +45,10 @@ def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: b
     sizes = _sizes(work, branch, q)
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     args = (*views, *result, *strides, *sizes, max(work.logit_scale, 1e-30))
-    flags = _flags(work) | {"ADD": add, "STAGES": config.stages, "PINGPONG": config.pingpong}
+    flags = _flags(work) | {
+        "ADD": add, "STAGES": config.stages, "Q_REGISTERS": config.q_registers and _is_whole(work),
+        "PINGPONG": config.pingpong,
+    }  # fmt: skip
     _launch(tape, hopper_branch_forward, min(launch.programs_on(q), sizes[0]), args, flags)
 
 
@@ -65,7 +72,8 @@ def _backward(
 ) -> None:  # fmt: skip
     """The stationary and the streamed pair to the former's gradients."""
     a1, a2, b1, b2 = pairs
-    block, stages = _BACKWARD[work.block_d][len(grads) - 1]
+    config = _BACKWARD[work.block_d][len(grads) - 1]
+    block = config.block
     views, strides = _views(work, branch, ((a1, ROWS // 2), (a2, ROWS // 2), (b1, block), (b2, block)))
     length, rate = segment_length(work.problem, branch), dilation_rate(work.problem, branch)
     # Filled up to whole tiles, so that no block of terms straddles two segments.
@@ -76,7 +84,10 @@ def _backward(
         *views, flat(rows, block), rows, grads[0], grads[-1], *strides, *column_strides(grads[0]), *sizes, slots,
         work.logit_scale, work.problem.scale,
     )  # fmt: skip
-    flags = _flags(work) | {"DKV": len(grads) == 2, "ADD": add, "STAGES": stages}
+    flags = _flags(work) | {
+        "DKV": len(grads) == 2, "ADD": add, "STAGES": config.stages,
+        "REGISTERS": config.registers and _is_whole(work),
+    }  # fmt: skip
     _launch(tape, hopper_branch_backward, min(launch.programs_on(a1), sizes[0]), args, flags)
 
 
@@ -96,6 +107,11 @@ def _sizes(work: Work, branch: int, tiled: Tensor) -> tuple[int, ...]:
     num_tiles = batch * tiled.shape[2] * num_segments * tiles_each
     sizes = batch, heads, heads // k.shape[2], num_segments, tiles_each, length, dilation_rate(problem, branch), n
     return num_tiles, *sizes
+
+
+def _is_whole(work: Work) -> bool:
+    """Whether a tile has no columns beyond the rows' width."""
+    return work.block_d == work.x.q.shape[3]
 
 
 def _flags(work: Work) -> dict[str, Any]:
