@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import compiling
 import gpu
 import patterns
 import torch
-import tune
-from triton.runtime import driver, jit
 
 from dilated_attention_pytorch import dilated_attention
 from dilated_attention_pytorch.core.pattern import DilatedPattern
@@ -250,13 +246,7 @@ def way(who: str) -> Iterator[None]:
 
 def compile_case(index: int, with_backward: bool, others: bool, of_branches: bool) -> None:
     """Leaves what one case launches in the cache on disk."""
-    driver.set_active(tune.NoGPU())
-    original = jit.JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **flags: Any) -> Any:
-        return original(self, *args, grid=grid, warmup=True, **flags)
-
-    jit.JITFunction.run = run
+    compiling.without_gpu()
     if of_branches:
         support.why_not_here = lambda device: []
         support._LITTLE.update(dict.fromkeys(support._LITTLE, 0))
@@ -278,15 +268,6 @@ def compile_case(index: int, with_backward: bool, others: bool, of_branches: boo
         twin(work)
         for config in (*launch.configs_for(work), *(OTHERS[width, causal] if others and n == 1 << 16 else ())):
             launch.forward(work, Tape(), config)
-
-
-def compile_all(count: int, *options: str) -> None:
-    """Compiles the cases side by side, in processes that see no GPU."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, *options, "--compile"]
-    workers = [subprocess.Popen([*command, str(i)], env=environment) for i in range(count)]
-    if any([worker.wait() for worker in workers]):
-        sys.exit("a case does not compile")
 
 
 def show(title: str, dense: float, causal: bool, lines: list) -> None:
@@ -311,7 +292,7 @@ def main() -> None:
     if options.compile is not None:
         return compile_case(options.compile, options.backward, options.all, options.branches)
     chosen = [f"--{name}" for name in ("backward", "all", "branches") if getattr(options, name)]
-    compile_all(len(general_lines() if options.branches else CASES), *chosen)
+    compiling.side_by_side(len(general_lines() if options.branches else CASES), *chosen)
     if options.branches:
         support._LITTLE.update(dict.fromkeys(support._LITTLE, 0))
         for line in general_lines():

@@ -251,6 +251,34 @@ def show(rows: list[dict[str, Any]]) -> None:
     )
 
 
+def compile_line(line: Line) -> None:
+    """Leaves what a line and its check launch in the cache on disk."""
+    import compiling  # Triton, which a machine that redraws may lack
+
+    from dilated_attention_pytorch.core.problem import Problem
+    from dilated_attention_pytorch.kernels.triton import backend
+    from dilated_attention_pytorch.kernels.triton.hopper import support
+    from dilated_attention_pytorch.kernels.triton.replay import Tape
+    from dilated_attention_pytorch.kernels.triton.work import prepare
+    from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
+
+    compiling.without_gpu()
+    support.why_not_here = lambda device: []  # type: ignore[assignment]
+    for seq_len, batch in ((line.seq_len, line.batch), (min(line.seq_len, CHECKED), 1)):
+        heads = line.num_heads, *2 * (line.num_kv_heads or line.num_heads,)
+        x = QKV(*(torch.empty(batch, seq_len, h, line.head_dim, dtype=torch.bfloat16) for h in heads))
+        problem = Problem(
+            line.pattern, line.is_causal, line.head_dim**-0.5, 0.0, 0, 0, seq_len, "exact", "none"
+        )  # fmt: skip
+        work = prepare(x, problem, NO_MASKS)
+        forward, backward = (backend.choose(work, direction) for direction in ("forward", "backward"))
+        saved = AttentionOutput(*forward.family.forward(work, Tape(), *forward.configs))
+        # The check asks for the gradient of lse too.
+        grad_lse = None if seq_len == line.seq_len else torch.empty_like(saved.lse)
+        grad = OutputGradient(torch.empty_like(x.q), grad_lse)
+        backward.family.backward(work, grad, saved, Tape(), *backward.configs)
+
+
 def first_calls() -> list[dict[str, Any]]:
     """Seconds until the first result of a shape, and of another length of the same kind afterwards."""
     rows = []
@@ -273,16 +301,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500.0, help="start no line after so long")
     parser.add_argument("--redraw", type=Path, help="draw the chart of a result's JSON anew, without a GPU")
     parser.add_argument("--official", type=Path, help="a checkout of torchscale, to time it beside")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.redraw is not None:
         print(f"drawn: {common.redraw(arguments.redraw, 'patterns', patterns_chart.picture)}")
+        return
+    wanted = [line for line in lines() if arguments.only in line.title]
+    if arguments.compile is not None:
+        compile_line(wanted[arguments.compile])
         return
     if not torch.cuda.is_available():
         sys.exit("expected a CUDA device, found none; benchmarks/cpu.py times the CPU path")
     deadline = time.monotonic() + arguments.seconds
     common.announce()
+    import compiling
+
     rows = first_calls()
-    wanted = [line for line in lines() if arguments.only in line.title]
+    compiling.side_by_side(len(wanted), "--only", arguments.only)
     rival = others.torchscale(arguments.official) if arguments.official else None
     left_out: list[str] = []
     slower: list[str] = []

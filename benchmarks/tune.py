@@ -26,13 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import compiling
 import patterns
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaLauncher
-from triton.runtime import driver, jit
 
 from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
@@ -230,34 +228,15 @@ def small(line: patterns.Line) -> int:
     return CHECKED - line.seq_len % 2
 
 
-class NoGPU:
-    """Stands in for the driver while workers compile."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_part(wanted: list[Trial]) -> Iterator[tuple[Trial, list[Any]]]:
     """Compiles candidates for Hopper without one; yields what each comes to."""
-    torch.set_num_threads(1)
-    driver.set_active(NoGPU())
-    original, found = jit.JITFunction.run, []
+    found: list[Any] = []
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **flags: Any) -> Any:
-        kernel = original(self, *args, grid=grid, warmup=True, **flags)
-        with contextlib.suppress(Exception):  # the host's half of a launch is C code that is compiled and kept too
-            CudaLauncher(kernel.src, kernel.metadata)
-        if self.__name__.startswith(("branch", "aligned")) and all(x.hash != kernel.hash for x in found):
+    def visit(function: Any, kernel: Any) -> None:
+        if function.__name__.startswith(("branch", "aligned")) and all(x.hash != kernel.hash for x in found):
             found.append(kernel)
-        return kernel
 
-    jit.JITFunction.run = run
+    compiling.without_gpu(visit)
     for trial in wanted:
         found.clear()
         try:
