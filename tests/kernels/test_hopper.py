@@ -4,6 +4,7 @@ python -m pytest tests/kernels/test_hopper.py          # about a minute
 """
 
 import functools
+import math
 import random
 
 import pytest
@@ -125,6 +126,22 @@ def test_auto_takes_them_and_trains(causal, monkeypatch):
         results.append(torch.autograd.grad(plain, leaves, cotangent.to(dtype)))
     for name, ours, want, base in zip("qkv", got, *results, strict=True):
         assert relative_norm(ours, want) <= 2 * relative_norm(base, want), name
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("growth", [-3.0, 0.1, 3.0, 30.0])
+def test_logits_that_grow_along_the_sequence(growth, causal, width):
+    """By so many powers of two per 64 keys: a running maximum that moves never, seldom, or with every block."""
+    x, n = tensors(1, 4096, 1, 1, width), 4096
+    x.q[..., 0] = 4.0
+    x.k[..., 0] = growth * math.log(2) / 64 * torch.arange(n, device="cuda").view(1, n, 1) / (4.0 * width**-0.5)
+    work = work_of(x, (1024, 4096), (1, 2), causal)
+    got, other = hopper(work), twin(work)
+    pattern = {"segment_lengths": (1024, 4096), "dilation_rates": (1, 2), "is_causal": causal, "backend": "sdpa"}
+    want = dilated_attention_with_lse(*(y.double() for y in x), **pattern)
+    assert relative_norm(got.out, want.out) <= 2 * relative_norm(other.out, want.out)
+    assert relative_norm(got.lse, want.lse) <= 1e-6
 
 
 @pytest.mark.parametrize("cut", [1, 700, 2048, 3001, 20_001])

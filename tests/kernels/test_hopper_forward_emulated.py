@@ -1,5 +1,6 @@
 """The forward kernels for Hopper where there is none: run by `gluon_emulator`, in fp32, against the reference."""
 
+import math
 import os
 
 import pytest
@@ -35,23 +36,38 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_out_and_lse(monkeypatch, case, causal):
-    """Programs that take several tiles each."""
-    batch, n, heads, kv_heads, width, lengths, rates = case
-    pattern = DilatedPattern(lengths, rates, kv_heads)
-    problem = Problem(pattern, causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
-    q, k, v = (torch.randn(batch, n, h, width) for h in (heads, kv_heads, kv_heads))
-    want = reference.attention(q.double(), k.double(), v.double(), problem)
-    plain = reference.attention(q, k, v, problem)
+def check(monkeypatch, x, problem):
+    """Programs that take several tiles each, against fp64."""
+    want = reference.attention(*(y.double() for y in x), problem)
+    plain = reference.attention(*x, problem)
     monkeypatch.setattr(launch, "programs_on", lambda _: 3)
     monkeypatch.setitem(views._TYPES, torch.float32, gl.float32)
-    work = prepare(QKV(q, k, v), problem, NO_MASKS)
+    work = prepare(x, problem, NO_MASKS)
     with gluon_emulator.emulating():
         got = launch.forward(work, Tape(), *launch.configs_for(work))
     # Rounding a logit moves its weight by as much, relatively.
-    logit = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * width**-0.5
+    logit = float(x.q.norm(dim=-1).max() * x.k.norm(dim=-1).max()) * problem.scale
     allowed = (2 + logit) * torch.finfo(torch.float32).eps
     for ours, exact, theirs in zip(got, want, plain, strict=True):
         assert relative_norm(ours, exact) <= 2 * relative_norm(theirs, exact) + allowed
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_out_and_lse(monkeypatch, case, causal):
+    batch, n, heads, kv_heads, width, lengths, rates = case
+    pattern = DilatedPattern(lengths, rates, kv_heads)
+    problem = Problem(pattern, causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
+    check(monkeypatch, QKV(*(torch.randn(batch, n, h, width) for h in (heads, kv_heads, kv_heads))), problem)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("growth", [-3.0, 0.1, 3.0, 30.0])
+def test_logits_that_grow_along_the_sequence(monkeypatch, growth, width):
+    """By so many powers of two per 64 keys: a running maximum that moves never, seldom, or with every block."""
+    n = 1024
+    problem = Problem(DilatedPattern((512, 1024), (1, 2), 1), True, width**-0.5, 0.0, 0, 0, n, "exact", "none")
+    x = QKV(*(torch.randn(1, n, 1, width) for _ in range(3)))
+    x.q[..., 0] = 4.0
+    x.k[..., 0] = growth * math.log(2) / 64 * torch.arange(n).view(1, n, 1) / (4.0 * problem.scale)
+    check(monkeypatch, x, problem)

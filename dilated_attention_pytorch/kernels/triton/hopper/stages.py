@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dilated_attention_pytorch.kernels.triton.hopper import rescale
+
 # Below every logit that is finite; a maximum of -inf would make -inf - -inf.
 _LOWEST = gl.constexpr(-3.0e38)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -254,7 +256,8 @@ def step(
     if MASKED:
         columns = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
         s = gl.where(columns <= edge, s, -float("inf"))
-    m_new = gl.maximum(m, gl.max(s, 1) * qk_scale + bias)
+    SELDOM: gl.constexpr = rescale.is_seldom(k_smem.shape[2], BN)
+    m_new = rescale.moved(m, gl.max(s, 1) * qk_scale + bias, SELDOM)
     p = gl.exp2(s * qk_scale - gl.expand_dims(m_new - bias, 1))
     alpha = gl.exp2(m - m_new)
     l = l * alpha + gl.sum(p, 1)
@@ -265,7 +268,7 @@ def step(
     acc, p, l, alpha = warpgroup_mma_wait(0, deps=[acc, p, l, alpha])
     mbarrier.arrive(v_empty.index(last), count=1, pred=it > begun)
     # The product with this step's P starts from the rescaled sum, one step later.
-    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1)
+    acc = rescale.rescaled(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1), SELDOM)
     return it + 1, stage, acc, m_new, l, p
 
 
