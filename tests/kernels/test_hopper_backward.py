@@ -120,8 +120,8 @@ def test_equal_to_the_twin(launched, monkeypatch, causal, width):
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
-def test_with_the_pair_in_registers(launched, monkeypatch, causal, width):
-    """As with it in shared memory: the same products in the same order."""
+def test_wherever_the_pair_lies(launched, monkeypatch, causal, width):
+    """In shared memory or in registers: the same products in the same order."""
     from dilated_attention_pytorch.kernels.triton import replay
     from dilated_attention_pytorch.kernels.triton.hopper import launch_backward
 
@@ -129,14 +129,16 @@ def test_with_the_pair_in_registers(launched, monkeypatch, causal, width):
         "pattern": PAPER, "is_causal": causal, "shape": (1, 16384, 4, width), "kv_heads": 2, "dtype": torch.bfloat16,
         "scale": None, "packed": False, "seed": 3,
     }  # fmt: skip
-    want = gradients(call, "triton", lse=True)
     dq, dkv = launch_backward._CONFIGS[width, causal]
-    # At 128 columns two accumulators leave no registers for keys and values.
-    chosen = dq._replace(block=64, registers=True), dkv._replace(registers=width == 64)
-    monkeypatch.setitem(launch_backward._CONFIGS, (width, causal), chosen)
-    monkeypatch.setattr(replay, "_tapes", {})
-    ours = gradients(call, "triton", lse=True)
+    found = []
+    for registers in (False, True):
+        # At 128 columns two accumulators leave no registers for keys and values.
+        chosen = dq._replace(block=64, registers=registers), dkv._replace(registers=registers and width == 64)
+        monkeypatch.setitem(launch_backward._CONFIGS, (width, causal), chosen)
+        monkeypatch.setattr(replay, "_tapes", {})
+        found.append(gradients(call, "triton", lse=True))
     assert len(launched) == 2
+    want, ours = found
     for a, b in zip(ours, want, strict=True):
         assert relative_norm(a, b) <= 2 * torch.finfo(torch.bfloat16).eps
 

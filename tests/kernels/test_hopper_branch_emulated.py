@@ -92,14 +92,13 @@ def test_out_lse_and_gradients(monkeypatch, case, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
-def test_with_the_tile_at_rest_in_registers(monkeypatch, case, causal):
-    """What no GPU has as its default yet (`benchmarks/hopper.py --branches --all` times it), where a row fills a tile's
-    columns; elsewhere it stays in shared memory."""
-    for tiles, config in launch_branch._FORWARD.items():
-        monkeypatch.setitem(launch_branch._FORWARD, tiles, config._replace(q_registers=True))
-    for columns, pair in launch_branch._BACKWARD.items():
-        monkeypatch.setitem(launch_branch._BACKWARD, columns, tuple(x._replace(registers=True) for x in pair))
-    test_out_lse_and_gradients(monkeypatch, case, causal)
+def test_wherever_the_pair_lies(monkeypatch, case, causal):
+    """In registers in no pass or in both; where rows are narrower than a tile it stays in shared memory."""
+    for registers in (False, True):
+        for columns, pair in launch_branch._BACKWARD.items():
+            chosen = tuple(x._replace(registers=registers) for x in pair)
+            monkeypatch.setitem(launch_branch._BACKWARD, columns, chosen)
+        test_out_lse_and_gradients(monkeypatch, case, causal)
 
 
 @pytest.mark.parametrize(("n", "length", "rate", "heads"), [(45_681, 32_768, 4, 16), (262_144, 5792, 2, 16)])

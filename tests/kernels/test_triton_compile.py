@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+from sass import lost_operands
 
 if importlib.util.find_spec("triton") is None:  # not imported: the interpreter's switch is read then
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -101,6 +102,7 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             "hmma": len(re.findall(r"\bHMMA", sass)),
             "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
             "copies": len(re.findall(r"\bUTMALDG", sass)),
+            "lost": lost_operands(sass),
         }
         print(json.dumps(report), flush=True)
         reports.append(report)
@@ -209,6 +211,29 @@ def test_products_run_beside_each_other(compiled):
     the backward left its last product to the next. Hopper's kernels have three products or more per wait."""
     hoppers = [r for r in compiled[1] if r["kernel"].startswith("hopper")]
     assert [r for r in hoppers if 3 * r["waits"] > r["hgmma"]] == []
+
+
+def test_operands_at_rest_stay_in_their_registers(compiled):
+    """As those of `backward_step.start` do."""
+    assert [r for r in compiled[1] if r["lost"]] == []
+
+
+# What ptxas made of a walk in one loop, abridged; and with the operand copied first.
+LOST = """
+    /*09a0*/                   LDSM.16.M88.4 R180, [R3+UR9+0xe000] ;
+    /*18f0*/                   IMAD.U32 R196, RZ, RZ, UR15 ;
+    /*1900*/                   HGMMA.64x64x16.F32.BF16 R56, R180, gdesc[UR16], RZ, !UPT ;
+    /*21a0*/                   F2FP.BF16.F32.PACK_AB R180, R57, R56 ;
+    /*2420*/                   HGMMA.64x64x16.F32.BF16 R120, R180, gdesc[UR24].tnspB, R120 ;
+    /*2950*/              @!P3 BRA 0x18f0 ;
+"""
+KEPT = LOST.replace("IMAD.U32 R196, RZ, RZ, UR15", "MOV R176, R180").replace("R56, R180", "R56, R176")
+KEPT = KEPT.replace("AB R180", "AB R176").replace("R120, R180", "R120, R176")
+
+
+@pytest.mark.parametrize(("code", "lost"), [(LOST, ["R180 in the loop at 0x18f0"]), (KEPT, [])])
+def test_lost_operands_are_seen(code, lost):
+    assert lost_operands(code) == lost
 
 
 def test_shared_memory_fits(compiled):

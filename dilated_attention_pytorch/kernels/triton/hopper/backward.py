@@ -120,6 +120,8 @@ def _consume(
     NB: gl.constexpr = len(RATES)
     R: gl.constexpr = RATES[NB - 1]
     BN: gl.constexpr = memory.b1.shape[1]
+    # Steps after the loop (`backward_step.start`).
+    APART: gl.constexpr = 1 if REGISTERS and EVEN else 0
     whole = num_rows // (R * BN) * BN
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -133,8 +135,12 @@ def _consume(
         )  # fmt: skip
         pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
         for _member in range(0, group if DKV else 1):
-            for j in range(0, ends[NB - 1]):
+            for j in range(0, ends[NB - 1] - APART):
                 bias = walk.bias_at(j, ends, NB)
+                acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
+                it += 1
+            if APART:
+                bias = walk.bias_at(ends[NB - 1] - 1, ends, NB)
                 acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
                 it += 1
             if not EVEN:

@@ -233,6 +233,10 @@ def start(turn, memory, WHICH: gl.constexpr, REGISTERS: gl.constexpr = False):
 
     With REGISTERS the pair is in registers: the next tile is loaded meanwhile, and products over 64 columns, which else
     read as much shared memory per cycle as there is, read half. `finish` has to know.
+
+    What only one loop reads, and nothing after it, ptxas 12.8 takes to be free after its last use in a step, though the
+    next step uses it again: P and dS came to lie there, and every gradient was wrong. So a walk of one loop takes its
+    last step after it; `test_triton_compile.py` looks for the fault.
     """
     D: gl.constexpr = memory.b1.shape[2]
     mbarrier.wait(memory.a_full.index(WHICH), turn & 1)

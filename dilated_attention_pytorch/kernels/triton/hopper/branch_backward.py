@@ -75,6 +75,8 @@ def _consume(
     qk_scale, scale = scales
     BN: gl.constexpr = memory.b1.shape[1]
     ROWS: gl.constexpr = gl.SliceLayout(1, stages.layout_of(BN))
+    # Steps after the only loop (`backward_step.start`).
+    APART: gl.constexpr = 1 if REGISTERS and DKV and not CAUSAL else 0
     terms_length = num_segments * terms_slots
     apart = num_batches.to(gl.int64) * num_heads * terms_length
     it = gl.to_tensor(0)
@@ -104,7 +106,7 @@ def _consume(
             pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
             # Keys of a group see the queries of all its heads; a query sees one head's keys.
             for _member in range(0, group if DKV else 1):
-                for _block in range(begin, masked):
+                for _block in range(begin, masked - APART):
                     # Queries before a half's first key see none of its keys.
                     if DKV and CAUSAL:
                         shared.skip(it, memory)
@@ -113,21 +115,15 @@ def _consume(
                             it, acc1, acc2, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, WIDTH
                         )
                     it += 1
+                if APART:
+                    acc1, acc2 = shared.step(
+                        it, acc1, acc2, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, WIDTH
+                    )
+                    it += 1
                 if CAUSAL or not DKV:
                     for block in range(masked, masked_end):
                         acc1, acc2 = shared.step(
-                            it,
-                            acc1,
-                            acc2,
-                            pair,
-                            row_terms,
-                            0.0,
-                            edge - block * BN,
-                            qk_scale,
-                            memory,
-                            DKV,
-                            True,
-                            WIDTH,
+                            it, acc1, acc2, pair, row_terms, 0.0, edge - block * BN, qk_scale, memory, DKV, True, WIDTH
                         )
                         it += 1
                 if DKV and CAUSAL:

@@ -6,15 +6,15 @@ the branches before. Rows past a segment's end are another segment's: as keys th
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from dilated_attention_pytorch.kernels.triton.hopper import branch_tiles, stages
 
 
 @gluon.jit
 def _produce(
-    work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, Q_REGISTERS: gl.constexpr,
-    PINGPONG: gl.constexpr, HALF: gl.constexpr,
+    work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, PINGPONG: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
     """The producer: a warp."""
     views, smem, bars, _, strides, num_tiles, sizes, _ = work
@@ -51,8 +51,8 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, Q_REGISTERS: gl.constexpr,
-    PINGPONG: gl.constexpr, HALF: gl.constexpr,
+    work, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, PINGPONG: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup, for half of each tile's rows."""
     _, smem, bars, results, _, num_tiles, sizes, qk_scale = work
@@ -70,11 +70,6 @@ def _consume(
             end = branch_tiles.blocks_of(slots, BN)
             mbarrier.wait(q_full.index(HALF), turn & 1)
             q = q_smem.index(HALF)
-            if Q_REGISTERS:
-                q = q.load(gl.DotOperandLayout(0, S, 2))
-                # The copy engine may overwrite the rows only after these reads.
-                fence_async_shared()
-                mbarrier.arrive(q_empty.index(HALF), count=1)
             if CAUSAL:
                 # The last keys that the half's rows see.
                 edge = gl.expand_dims(own + gl.arange(0, HM, gl.SliceLayout(1, S)), 1)
@@ -102,8 +97,7 @@ def _consume(
                     last = slots - 1 - block * BN
                     state = stages.step(state, q, 0.0, last, -1, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
                 skipped = gl.to_tensor(0)
-            if not Q_REGISTERS:
-                mbarrier.arrive(q_empty.index(HALF), count=1)
+            mbarrier.arrive(q_empty.index(HALF), count=1)
             it, acc, row_lse = stages.finish(state, smem, bars)
             if CAUSAL:
                 it = stages.skip(it, skipped, smem, bars)
@@ -157,7 +151,7 @@ def hopper_branch_forward(
     q, q_longer, k, k_longer, v, v_longer, out, lse, q_strides, k_strides, v_strides,
     num_tiles, num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows, qk_scale,
     CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
-    Q_REGISTERS: gl.constexpr, PINGPONG: gl.constexpr,
+    PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """out and lse of one branch; with ADD, merged into what is there.
 
@@ -173,7 +167,7 @@ def hopper_branch_forward(
     sizes = num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows
     work = views, smem, bars, (out, lse), strides, num_tiles, sizes, qk_scale
     gl.warp_specialize([
-        (_consume, (work, CAUSAL, MODULO, WIDTH, ADD, Q_REGISTERS, PINGPONG, 0)),
-        (_consume, (work, CAUSAL, MODULO, WIDTH, ADD, Q_REGISTERS, PINGPONG, 1)),
-        (_produce, (work, CAUSAL, MODULO, WIDTH, ADD, Q_REGISTERS, PINGPONG, 0)),
+        (_consume, (work, CAUSAL, MODULO, WIDTH, ADD, PINGPONG, 0)),
+        (_consume, (work, CAUSAL, MODULO, WIDTH, ADD, PINGPONG, 1)),
+        (_produce, (work, CAUSAL, MODULO, WIDTH, ADD, PINGPONG, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

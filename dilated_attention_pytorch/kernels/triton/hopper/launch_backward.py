@@ -39,11 +39,10 @@ class BackwardConfig(NamedTuple):
 
 
 # (head_dim, causal) -> dQ's and dK, dV's; the fastest that were measured (`benchmarks/hopper.py --backward --all`).
-# Short blocks waste less on the diagonal, and at 128 columns leave registers for all that a step holds.
 _CONFIGS = {
-    (64, False): (BackwardConfig(128, 3), BackwardConfig(64, 3)),
-    (64, True): (BackwardConfig(64, 6), BackwardConfig(64, 3)),
-    (128, False): (BackwardConfig(64, 4), BackwardConfig(64, 2)),
+    (64, False): (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
+    (64, True): (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
+    (128, False): (BackwardConfig(128, 2), BackwardConfig(64, 2)),
     (128, True): (BackwardConfig(64, 4), BackwardConfig(64, 2)),
 }
 # Rows of the tiles by which terms are laid out.

@@ -12,7 +12,6 @@ from dilated_attention_pytorch.kernels.triton.grids import dilation_rate, segmen
 from dilated_attention_pytorch.kernels.triton.hopper import launch
 from dilated_attention_pytorch.kernels.triton.hopper.branch_backward import hopper_branch_backward
 from dilated_attention_pytorch.kernels.triton.hopper.branch_forward import hopper_branch_forward
-from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
 from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import BackwardConfig, flat
 from dilated_attention_pytorch.kernels.triton.hopper.support import ROWS
 from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, unit_views
@@ -22,33 +21,29 @@ from dilated_attention_pytorch.kernels.triton.views import Strides
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import AttentionOutput
 
-# (columns of a tile, causal). Where rows are narrower than a tile, queries stay in shared memory: products over some
-# columns find them there.
+# (columns of a tile, causal) -> rows of a block of keys, stages, whether the warpgroups issue their products in turns.
 _FORWARD = {
-    (64, False): HopperConfig(128, 4, False, True),
-    (64, True): HopperConfig(64, 8, False),
-    (128, False): HopperConfig(128, 3, False, True),
-    (128, True): HopperConfig(64, 5, False),
+    (64, False): (128, 4, True),
+    (64, True): (64, 8, False),
+    (128, False): (128, 3, True),
+    (128, True): (64, 5, False),
 }
 # Columns of a tile -> dQ's and dK, dV's.
 _BACKWARD = {
-    64: (BackwardConfig(128, 3), BackwardConfig(64, 3)),
-    128: (BackwardConfig(64, 4), BackwardConfig(64, 2)),
+    64: (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
+    128: (BackwardConfig(128, 2), BackwardConfig(64, 2)),
 }
 
 
 def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: bool) -> None:
     """A branch's out and lse, stored or merged into the result."""
     (q, k, v), problem = work.x, work.problem
-    config = _FORWARD[work.block_d, problem.is_causal]
-    views, strides = _views(work, branch, ((q, ROWS // 2), (k, config.block), (v, config.block)))
+    block, num_stages, pingpong = _FORWARD[work.block_d, problem.is_causal]
+    views, strides = _views(work, branch, ((q, ROWS // 2), (k, block), (v, block)))
     sizes = _sizes(work, branch, q)
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     args = (*views, *result, *strides, *sizes, max(work.logit_scale, 1e-30))
-    flags = _flags(work) | {
-        "ADD": add, "STAGES": config.stages, "Q_REGISTERS": config.q_registers and _is_whole(work),
-        "PINGPONG": config.pingpong,
-    }  # fmt: skip
+    flags = _flags(work) | {"ADD": add, "STAGES": num_stages, "PINGPONG": pingpong}
     _launch(tape, hopper_branch_forward, min(launch.programs_on(q), sizes[0]), args, flags)
 
 
@@ -86,7 +81,8 @@ def _backward(
     )  # fmt: skip
     flags = _flags(work) | {
         "DKV": len(grads) == 2, "ADD": add, "STAGES": config.stages,
-        "REGISTERS": config.registers and _is_whole(work),
+        # Products over some of a tile's columns find the pair in shared memory.
+        "REGISTERS": config.registers and a1.shape[3] == work.block_d,
     }  # fmt: skip
     _launch(tape, hopper_branch_backward, min(launch.programs_on(a1), sizes[0]), args, flags)
 
@@ -107,11 +103,6 @@ def _sizes(work: Work, branch: int, tiled: Tensor) -> tuple[int, ...]:
     num_tiles = batch * tiled.shape[2] * num_segments * tiles_each
     sizes = batch, heads, heads // k.shape[2], num_segments, tiles_each, length, dilation_rate(problem, branch), n
     return num_tiles, *sizes
-
-
-def _is_whole(work: Work) -> bool:
-    """Whether a tile has no columns beyond the rows' width."""
-    return work.block_d == work.x.q.shape[3]
 
 
 def _flags(work: Work) -> dict[str, Any]:
