@@ -73,21 +73,38 @@ def check() -> list[str]:
     return failures
 
 
+PARTS = "out", "lse", "dq", "dk", "dv"
+
+
+def everything(inputs: Sequence[Tensor], cotangent: Tensor, settings: Mapping[str, Any]) -> list[Tensor]:
+    """out, lse and the gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out, lse = dilated_attention_with_lse(*leaves, **settings)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+
+def errors(inputs: Sequence[Tensor], settings: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """How far each part is from fp64: as the settings' backend gives it, and as torch's flash attention does."""
+    cotangent = torch.randn_like(inputs[0])
+    want = everything([x.double() for x in inputs], cotangent, {**settings, "backend": "reference"})
+    ours, flash = (everything(inputs, cotangent, {**settings, **other}) for other in ({}, {"backend": "sdpa"}))
+    return [relative_norm(*x) for x in zip(ours, want, strict=True)], [
+        relative_norm(*x) for x in zip(flash, want, strict=True)
+    ]
+
+
+def above(title: str, found: Sequence[float], flash: Sequence[float], times: int) -> list[str]:
+    """The parts whose error is above so many times that of torch's flash attention, in words."""
+    return [
+        f"{title} {part}: error {error:.1e}, {times} times torch's flash is {times * base:.1e}"
+        for part, error, base in zip(PARTS, found, flash, strict=True)
+        if not error <= times * base
+    ]
+
+
 def disagreements(title: str, inputs: Sequence[Tensor], settings: Mapping[str, Any]) -> list[str]:
     """out, lse and gradients whose error from fp64 is above twice that of torch's flash attention, in words."""
-    cotangent = torch.randn_like(inputs[0])
-    results = []
-    for backend, dtype in (("reference", torch.float64), ("sdpa", torch.bfloat16), ("auto", torch.bfloat16)):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        out, lse = dilated_attention_with_lse(*leaves, **{**settings, "backend": backend})
-        grads = torch.autograd.grad(out, leaves, cotangent.to(dtype))
-        results.append((out.detach(), lse.detach(), *grads))
-    found = []
-    for part, want, base, got in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
-        error, allowed = relative_norm(got, want), 2 * relative_norm(base, want)
-        if not error <= allowed:
-            found.append(f"{title} {part}: error {error:.1e}, twice torch's flash is {allowed:.1e}")
-    return found
+    return above(title, *errors(inputs, settings), times=2)
 
 
 def milliseconds(run: Callable[[], object]) -> float:

@@ -32,14 +32,12 @@ import torch
 import triton
 from torch import Tensor
 
-from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.sdpa import backend as sdpa
 from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_branches, query_terms
 from dilated_attention_pytorch.kernels.triton.configs import Config
 from dilated_attention_pytorch.kernels.triton.replay import Tape
-from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.testing import relative_norm
-from dilated_attention_pytorch.types import NO_MASKS, QKV, AttentionOutput, OutputGradient
+from dilated_attention_pytorch.types import AttentionOutput, OutputGradient
 
 WORKERS = 15
 SHARED = 232_448  # bytes that a program may have on Hopper
@@ -140,18 +138,10 @@ class Case:
 
     def __init__(self, line: patterns.Line, seq_len: int, batch: int, device: str) -> None:
         self.line = line
-        if device == "cuda":
-            q, k, v = line.tensors(seq_len, batch)
-            grad = torch.randn_like(q)
-        else:
-            kv_heads = line.num_kv_heads or line.num_heads
-            q, k, v, grad = (
-                torch.empty(batch, seq_len, heads, line.head_dim, dtype=torch.bfloat16)
-                for heads in (line.num_heads, kv_heads, kv_heads, line.num_heads)
-            )
-        self.x, self.grad = QKV(q, k, v), OutputGradient(grad, None)
-        self.problem = Problem(line.pattern, line.is_causal, line.head_dim**-0.5, 0.0, 0, 0, seq_len, "exact", "none")
-        self.work = Work(self.x, self.problem, NO_MASKS)
+        self.work = line.work(seq_len, batch, device)
+        self.x, self.problem = self.work.x, self.work.problem
+        q = self.x.q
+        self.grad = OutputGradient(torch.randn_like(q), None)
         if device == "cuda":
             out, lse = sdpa.forward(self.x, self.problem)
             self.saved = AttentionOutput(out.to(q.dtype), lse.contiguous())
