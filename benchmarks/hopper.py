@@ -48,10 +48,16 @@ OTHERS = {
 }
 # The same of dQ and of dK, dV.
 OTHERS_BACKWARD = {
-    (64, False): ((BackwardConfig(64, 6, True),), (BackwardConfig(64, 3), BackwardConfig(64, 6, True))),
-    (128, False): ((BackwardConfig(64, 4),), (BackwardConfig(64, 3),)),
-    (64, True): ((BackwardConfig(128, 3), BackwardConfig(64, 6, True)), (BackwardConfig(64, 3),)),
-    (128, True): ((BackwardConfig(64, 4, True),), (BackwardConfig(64, 3),)),
+    (64, False): (
+        (BackwardConfig(64, 6, late=True), BackwardConfig(128, 3, late=True)),
+        (BackwardConfig(64, 4, late=True), BackwardConfig(64, 4, True, late=True)),
+    ),
+    (128, False): ((BackwardConfig(64, 4), BackwardConfig(64, 4, late=True)), ()),
+    (64, True): (
+        (BackwardConfig(64, 6), BackwardConfig(64, 6, late=True), BackwardConfig(128, 3, late=True)),
+        (BackwardConfig(64, 4, late=True), BackwardConfig(64, 4, True, late=True)),
+    ),
+    (128, True): ((BackwardConfig(128, 2), BackwardConfig(64, 4, late=True)), ()),
 }
 # The same of one branch's kernels (--branches).
 OTHERS_BRANCH: tuple[
@@ -59,8 +65,8 @@ OTHERS_BRANCH: tuple[
 ] = (
     {(64, False): (128, 5, True), (64, True): (64, 6, False), (128, True): (64, 4, False)},
     {
-        64: (BackwardConfig(64, 6), BackwardConfig(64, 3)),
-        128: (BackwardConfig(64, 4), BackwardConfig(64, 3)),
+        64: (BackwardConfig(64, 6, late=True), BackwardConfig(64, 4, late=True)),
+        128: (BackwardConfig(64, 4, late=True), BackwardConfig(64, 3)),
     },
 )
 

@@ -90,15 +90,15 @@ def test_out_lse_and_gradients(monkeypatch, case, causal):
         assert relative_norm(got, want) <= 2 * relative_norm(near, want) + allowed, name
 
 
+@pytest.mark.parametrize(("registers", "late"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
-def test_wherever_the_pair_lies(monkeypatch, case, causal):
-    """In registers in no pass or in both; where rows are narrower than a tile it stays in shared memory."""
-    for registers in (False, True):
-        for columns, pair in launch_branch._BACKWARD.items():
-            chosen = tuple(x._replace(registers=registers) for x in pair)
-            monkeypatch.setitem(launch_branch._BACKWARD, columns, chosen)
-        test_out_lse_and_gradients(monkeypatch, case, causal)
+def test_wherever_the_pair_lies_and_whenever_products_are_issued(monkeypatch, case, causal, registers, late):
+    """In no pass, or in both; where rows are narrower than a tile the pair stays in shared memory."""
+    for columns, pair in launch_branch._BACKWARD.items():
+        chosen = tuple(config._replace(registers=registers, late=late) for config in pair)
+        monkeypatch.setitem(launch_branch._BACKWARD, columns, chosen)
+    test_out_lse_and_gradients(monkeypatch, case, causal)
 
 
 @pytest.mark.parametrize(("n", "length", "rate", "heads"), [(45_681, 32_768, 4, 16), (262_144, 5792, 2, 16)])

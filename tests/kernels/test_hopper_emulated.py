@@ -76,11 +76,13 @@ def test_gradients(monkeypatch, case, causal):
         assert relative_norm(got, want) <= 2 * relative_norm(plain, want) + allowed, name
 
 
+@pytest.mark.parametrize(("registers", "late"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_with_the_pair_in_registers(monkeypatch, causal):
-    """What is not the default on any GPU yet (`benchmarks/hopper.py --backward --all` times it)."""
-    in_registers = tuple(config._replace(registers=True) for config in launch_backward._CONFIGS[WIDTH, causal])
-    monkeypatch.setitem(launch_backward._CONFIGS, (WIDTH, causal), in_registers)
+def test_wherever_the_pair_lies_and_whenever_products_are_issued(monkeypatch, causal, registers, late):
+    """In no pass, or in both; the defaults are the fastest (`benchmarks/hopper.py --backward --all`)."""
+    pair = launch_backward._CONFIGS[WIDTH, causal]
+    chosen = tuple(config._replace(registers=registers, late=late) for config in pair)
+    monkeypatch.setitem(launch_backward._CONFIGS, (WIDTH, causal), chosen)
     for case in (CASES[0], CASES[4]):
         test_gradients(monkeypatch, case, causal)
 

@@ -82,7 +82,7 @@ def _backward(
     flags = _flags(work) | {
         "DKV": len(grads) == 2, "ADD": add, "STAGES": config.stages,
         # Products over some of a tile's columns find the pair in shared memory.
-        "REGISTERS": config.registers and a1.shape[3] == work.block_d,
+        "REGISTERS": config.registers and a1.shape[3] == work.block_d, "LATE": config.late,
     }  # fmt: skip
     _launch(tape, hopper_branch_backward, min(launch.programs_on(a1), sizes[0]), args, flags)
 
