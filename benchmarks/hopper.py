@@ -108,7 +108,7 @@ def passes(work: Work, saved: AttentionOutput, others: bool) -> dict[str, Callab
 
 
 def in_turns(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Milliseconds of each, the median of three rounds in changing order: what ran before moves a time by up to 8%."""
+    """Milliseconds of each, the median of three rounds in changing order: what ran before moves a time by up to 9%."""
     times: dict[Any, list[float]] = {who: [] for who in runs}
     chance = random.Random(0)
     for _ in range(3):

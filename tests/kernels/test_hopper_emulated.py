@@ -79,7 +79,7 @@ def test_gradients(monkeypatch, case, causal):
 @pytest.mark.parametrize(("registers", "late"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_wherever_the_pair_lies_and_whenever_products_are_issued(monkeypatch, causal, registers, late):
-    """In no pass, or in both; the defaults are the fastest (`benchmarks/hopper.py --backward --all`)."""
+    """In no pass, or in both."""
     pair = launch_backward._CONFIGS[WIDTH, causal]
     chosen = tuple(config._replace(registers=registers, late=late) for config in pair)
     monkeypatch.setitem(launch_backward._CONFIGS, (WIDTH, causal), chosen)

@@ -40,7 +40,7 @@ class BackwardConfig(NamedTuple):
     late: bool = False
 
 
-# (head_dim, causal) -> dQ's and dK, dV's; the fastest that were measured (`benchmarks/hopper.py --backward --all`).
+# (head_dim, causal) -> dQ's and dK, dV's; those with which whole calls were fastest (docs/log.md).
 _CONFIGS = {
     (64, False): (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
     (64, True): (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
