@@ -48,25 +48,24 @@ OTHERS = {
 }
 # The same of dQ and of dK, dV.
 OTHERS_BACKWARD = {
-    (64, False): (
-        (BackwardConfig(64, 6, late=True), BackwardConfig(128, 3, late=True)),
-        (BackwardConfig(64, 4, late=True), BackwardConfig(64, 4, True, late=True)),
-    ),
-    (128, False): ((BackwardConfig(64, 4), BackwardConfig(64, 4, late=True)), ()),
-    (64, True): (
-        (BackwardConfig(64, 6), BackwardConfig(64, 6, late=True), BackwardConfig(128, 3, late=True)),
-        (BackwardConfig(64, 4, late=True), BackwardConfig(64, 4, True, late=True)),
-    ),
-    (128, True): ((BackwardConfig(128, 2), BackwardConfig(64, 4, late=True)), ()),
+    (64, False): ((BackwardConfig(64, 6, True),), (BackwardConfig(64, 3), BackwardConfig(64, 6, True))),
+    (128, False): ((BackwardConfig(64, 4),), (BackwardConfig(64, 3),)),
+    (64, True): ((BackwardConfig(128, 3), BackwardConfig(64, 6, True)), (BackwardConfig(64, 3),)),
+    (128, True): ((BackwardConfig(64, 4, True),), (BackwardConfig(64, 3),)),
 }
 # The same of one branch's kernels (--branches).
-OTHERS_BRANCH: tuple[
-    dict[tuple[int, bool], tuple[int, int, bool]], dict[int, tuple[BackwardConfig, BackwardConfig]]
-] = (
-    {(64, False): (128, 5, True), (64, True): (64, 6, False), (128, True): (64, 4, False)},
+OTHERS_BRANCH: tuple[dict[tuple[int, bool], tuple[int, int, bool]], dict[int, tuple[BackwardConfig, ...]]] = (
     {
-        64: (BackwardConfig(64, 6, late=True), BackwardConfig(64, 4, late=True)),
-        128: (BackwardConfig(64, 4, late=True), BackwardConfig(64, 3)),
+        (64, False): (128, 5, True),
+        (64, True): (64, 6, False),
+        (128, True): (64, 4, False),
+        (256, False): (64, 2, True),
+        (256, True): (32, 5, False),
+    },
+    {
+        64: (BackwardConfig(64, 6), BackwardConfig(64, 3)),
+        128: (BackwardConfig(64, 4), BackwardConfig(64, 3)),
+        256: (BackwardConfig(32, 3),),
     },
 )
 
@@ -181,8 +180,8 @@ GENERAL = "README", "slide", "r=1,3,9", "paper's rates"
 
 
 def general_lines() -> list[patterns.Line]:
-    """Lines that no launch for all branches takes, at widths that Hopper's tiles have."""
-    return [line for line in patterns.lines() if line.name in GENERAL or line.head_dim in (80, 96)]
+    """Lines that no launch for all branches takes."""
+    return [line for line in patterns.lines() if line.name in GENERAL or line.head_dim in (80, 96, 256)]
 
 
 def branch_passes(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
@@ -237,7 +236,7 @@ WAYS = "twin", "Hopper", "others"
 def way(who: str) -> Iterator[None]:
     """Which kernels a branch takes: the twins, or Hopper's, also in other configurations."""
     forward, backward = OTHERS_BRANCH if who == "others" else ({}, {})
-    few = dict.fromkeys(support._FEW, 3 * (1 << 40 if who == "twin" else 128,))
+    few = dict.fromkeys(support._FEW, 4 * (1 << 40 if who == "twin" else 128,))
     with (
         mock.patch.dict(support._FEW, few), mock.patch.dict(launch_branch._FORWARD, forward),
         mock.patch.dict(launch_branch._BACKWARD, backward),

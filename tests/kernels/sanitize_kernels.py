@@ -31,12 +31,14 @@ CASES = {
 
 
 def main() -> None:
-    for width in (64, 48):
+    for width in (64, 48, 256):
         for name, (n, options) in CASES.items():
+            if width == 256 and "one branch" not in name:  # wider tiles are of one branch
+                continue
             of_hopper = name.startswith("Hopper")
             support._SHORT = {} if of_hopper else SHORT
             support._WASTE = 1.0 if of_hopper else WASTE
-            support._FEW = dict.fromkeys(FEW, 3 * (64,)) if of_hopper else FEW
+            support._FEW = dict.fromkeys(FEW, 4 * (64,)) if of_hopper else FEW
             support._LITTLE = dict.fromkeys(LITTLE, 0) if of_hopper else LITTLE
             options = dict(options)
             lengths = n, *[options.pop("num_keys", n)] * 2

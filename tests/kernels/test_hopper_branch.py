@@ -29,6 +29,10 @@ VARIANTS = [
     (112, False, torch.float16, "blocked", 1),
     (128, False, torch.bfloat16, "modulo", 1),
     (128, True, torch.bfloat16, "blocked", 1),
+    (160, False, torch.bfloat16, "modulo", 1),
+    (192, True, torch.float16, "blocked", 1),
+    (256, False, torch.bfloat16, "blocked", 1),
+    (256, True, torch.bfloat16, "modulo", 2),
 ]
 
 
@@ -66,7 +70,7 @@ def launched(monkeypatch):
     from dilated_attention_pytorch.kernels.triton import launch_aligned, replay
     from dilated_attention_pytorch.kernels.triton.hopper import launch_branch, support
 
-    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 3 * (64,)))
+    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 4 * (64,)))
     monkeypatch.setattr(support, "_LITTLE", dict.fromkeys(support._LITTLE, 0))
     monkeypatch.setattr(support, "why_not", lambda _: ["a test wants a launch per branch"])
     monkeypatch.setattr(launch_aligned, "why_not", lambda *_: "a test wants a launch per branch")
@@ -91,7 +95,7 @@ def test_drawn_calls(launched, variant, data):
     launched.clear()
     replay._tapes.clear()  # a call like an earlier one is not to be replayed
     ours, again = results(call, "triton"), results(call, "triton")
-    assert {"forward", "backward_dq", "backward_dkv"} == set(launched)
+    assert {"forward", "backward_dq"} | ({"backward_dkv"} if variant[0] <= 128 else set()) == set(launched)
     # In fp64 sdpa is the reference to 1e-10 (test_gpu.py), tile by tile.
     want, base = results(call, "sdpa", torch.float64), results(call, "sdpa")
     check(("out", "lse", "dq", "dk", "dv"), ours, again, want, base)

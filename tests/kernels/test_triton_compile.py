@@ -23,9 +23,9 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448,
 REGISTERS = 255
 OF_THE_TABLES = "branch", "aligned", "decode", "hopper"  # what their kernels' names begin with
 HALF, SINGLE = "bfloat16", "float32"
-# (D, heads, dtype) that CI compiles: D = 256 and fp32 need the most shared memory, checked where there is the least.
-USUAL = [(64, 12, HALF), (128, 6, HALF)]
-CASES = {80: USUAL, 86: [(128, 6, HALF), (256, 3, HALF), (128, 6, SINGLE), (256, 3, SINGLE)], 90: USUAL}
+# (D, heads, dtype) that CI compiles: fp32 needs the most shared memory, checked where there is the least.
+USUAL, WIDE = [(64, 12, HALF), (128, 6, HALF)], (256, 3, HALF)
+CASES = {80: USUAL, 86: [(128, 6, HALF), WIDE, (128, 6, SINGLE), (256, 3, SINGLE)], 90: [*USUAL, WIDE]}
 EVERY = [(d, 768 // d, dtype) for dtype in (HALF, SINGLE) for d in (64, 128, 256)]
 
 
@@ -129,10 +129,11 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
             launch_branches.forward(work, tape, config("forward"), branches=(1,))
             launch_branches.backward_dq(work, terms, tape, config("dq"), branches=(1,))
             launch_branches.backward_dkv(work, terms, tape, config("dkv"), branches=(1,))
-            if capability == 90 and dtype != SINGLE and work.block_d in (64, 128):
+            if capability == 90 and dtype != SINGLE:
                 hopper_branch.forward(work, tape, 1, AttentionOutput(q, lse), True)
                 hopper_branch.backward_dq(work, terms, tape, 1, q, True)
-                hopper_branch.backward_dkv(work, terms, tape, 1, (q, q), True)
+                if work.block_d < 256:
+                    hopper_branch.backward_dkv(work, terms, tape, 1, (q, q), True)
             if not configs.candidates("aligned_forward", q, is_causal):
                 continue
             saved, grad = launch_aligned.forward(work, tape, config("aligned_forward")), OutputGradient(q, None)
@@ -243,13 +244,14 @@ def test_shared_memory_fits(compiled):
 
 def test_nothing_spills(compiled):
     """But for what a producer warp of Hopper's, with its 24 registers, keeps from tile to tile, more in the backward
-    (two pairs of tensors, and residues that differ in length), and for the backward at D = 128: two accumulators, P and
-    dS fill all registers. golden.json has each figure."""
+    (two pairs of tensors, and residues that differ in length); for the backward at D = 128: two accumulators, P and
+    dS fill all registers; and for the tiles at D = 256 that were the fastest on Hopper (docs/log.md, 2026-11-28).
+    golden.json has each figure."""
 
     def allowed(report):
-        return report["kernel"].startswith("hopper") and report["spills"] <= (
-            500 if "backward" in report["kernel"] else 12
-        )
+        if report["kernel"].startswith("hopper"):
+            return report["spills"] <= (500 if "backward" in report["kernel"] else 15)
+        return compiled[0] == 90 and report["d"] == 256 and report["spills"] <= 60
 
     assert [r for r in spilling(compiled[1]) if not allowed(r)] == []
 

@@ -51,7 +51,7 @@ def _tile_of(tile, sizes, DKV: gl.constexpr, RATES: gl.constexpr):
 @gluon.jit
 def _produce(
     work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, REGISTERS: gl.constexpr,
-    LATE: gl.constexpr, WHICH: gl.constexpr,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads."""
     views, memory, _, _, strides, sizes, _ = work
@@ -88,43 +88,30 @@ def _produce(
 
 
 @gluon.jit
-def _cut(context, state, row, residue, multiplicity, DKV: gl.constexpr, LATE: gl.constexpr):
-    """A step whose last keys do not exist; queries that do not have an lse that no logit reaches."""
-    it, inner = state
+def _cut_keys(context, state, row, residue, multiplicity):
+    """A step of dQ whose last keys do not exist."""
+    it, acc1, acc2 = state
     pair, row_terms, num_rows, R, qk_scale, memory = context
     last = (num_rows - 1 - residue) // R - row
     bias = gl.log2(multiplicity.to(gl.float32))
-    inner = shared.step(it, inner, pair, row_terms, bias, last, qk_scale, memory, DKV, not DKV, LATE)
-    return it + 1, inner
-
-
-# A walk's visitor takes no constants beside.
-
-
-@gluon.jit
-def _cut_keys(context, state, row, residue, multiplicity):
-    return _cut(context, state, row, residue, multiplicity, False, False)
-
-
-@gluon.jit
-def _cut_keys_late(context, state, row, residue, multiplicity):
-    return _cut(context, state, row, residue, multiplicity, False, True)
+    acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, last, qk_scale, memory, False, True)
+    return it + 1, acc1, acc2
 
 
 @gluon.jit
 def _cut_queries(context, state, row, residue, multiplicity):
-    return _cut(context, state, row, residue, multiplicity, True, False)
-
-
-@gluon.jit
-def _cut_queries_late(context, state, row, residue, multiplicity):
-    return _cut(context, state, row, residue, multiplicity, True, True)
+    """A step of dK, dV whose last queries do not exist."""
+    it, acc1, acc2 = state
+    pair, row_terms, _, _, qk_scale, memory = context
+    bias = gl.log2(multiplicity.to(gl.float32))
+    acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, True, False)
+    return it + 1, acc1, acc2
 
 
 @gluon.jit
 def _consume(
     work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, REGISTERS: gl.constexpr,
-    LATE: gl.constexpr, WHICH: gl.constexpr,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: one half of each tile."""
     _, memory, terms, grads, strides, sizes, scales = work
@@ -146,27 +133,23 @@ def _consume(
             terms, terms_row, row + WHICH * shared.HALF, 1, length, num_batches.to(gl.int64) * num_heads * R * length,
             memory, DKV,
         )  # fmt: skip
-        pair, state = shared.start(it, turn, memory, WHICH, REGISTERS)
+        pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
         for _member in range(0, group if DKV else 1):
             for j in range(0, ends[NB - 1] - APART):
                 bias = walk.bias_at(j, ends, NB)
-                state = shared.step(it, state, pair, row_terms, bias, 0, qk_scale, memory, DKV, False, LATE)
+                acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
                 it += 1
             if APART:
                 bias = walk.bias_at(ends[NB - 1] - 1, ends, NB)
-                state = shared.step(it, state, pair, row_terms, bias, 0, qk_scale, memory, DKV, False, LATE)
+                acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
                 it += 1
             if not EVEN:
-                if DKV:
-                    visit: gl.constexpr = _cut_queries_late if LATE else _cut_queries
-                else:
-                    visit: gl.constexpr = _cut_keys_late if LATE else _cut_keys
+                visit: gl.constexpr = _cut_queries if DKV else _cut_keys
                 context = (pair, row_terms, num_rows, R, qk_scale, memory)
-                state = (it, state)
-                it, state = walk.each_cut_block(visit, context, state, row, level, kv_head, whole, LENGTHS, RATES)
-        state = shared.release(it, state, memory, DKV, LATE)
+                state = (it, acc1, acc2)
+                it, acc1, acc2 = walk.each_cut_block(visit, context, state, row, level, kv_head, whole, LENGTHS, RATES)
         shared.finish(
-            state, batch, head, row * R + residue, R, num_rows, grads, strides[4], scale, memory, DKV, WHICH,
+            acc1, acc2, batch, head, row * R + residue, R, num_rows, grads, strides[4], scale, memory, DKV, WHICH,
             memory.a1.shape[2], False, REGISTERS,
         )  # fmt: skip
         turn += 1
@@ -180,7 +163,7 @@ def hopper_backward(
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length, qk_scale, scale,
     DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    LATE: gl.constexpr, EVEN: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """dq into grad1; or dk into grad1 and dv into grad2.
 
@@ -200,7 +183,7 @@ def hopper_backward(
     sizes = num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length
     work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)
     gl.warp_specialize([
-        (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, LATE, 0)),
-        (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, LATE, 1)),
-        (_produce, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, LATE, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 1)),
+        (_produce, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -78,9 +78,8 @@ def _load(context, it, row, residue, DKV: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, LATE: gl.constexpr,
-    WHICH: gl.constexpr,
-):  # fmt: skip
+    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, WHICH: gl.constexpr
+):
     """The warp that loads."""
     views, memory, _, _, strides, sizes, _ = work
     a1, a2, b1, b2, terms_views = views
@@ -143,9 +142,8 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, LATE: gl.constexpr,
-    WHICH: gl.constexpr,
-):  # fmt: skip
+    work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, WHICH: gl.constexpr
+):
     """One half of each tile."""
     _, memory, terms, grads, strides, sizes, scales = work
     num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
@@ -166,7 +164,7 @@ def _consume(
             terms, (batch * num_heads + head).to(gl.int64) * padded + segment * LENGTHS[0], own_low, stride, LENGTHS[0],
             num_batches.to(gl.int64) * num_heads * padded, memory, DKV,
         )  # fmt: skip
-        pair, state = shared.start(it, turn, memory, WHICH, REGISTERS)
+        pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
         for _member in range(0, group if DKV else 1):
             for shown in range(1, level + 1):
                 begin, hop, every, at = walk.residues_of(shown, level, RATES)
@@ -183,43 +181,45 @@ def _consume(
                     edge = gl.expand_dims(edge, 1)
                     # In the order in which they come. Those that only the other half meets are let pass.
                     if DKV:
-                        it, state = _pass(it, masked - first, state, memory, DKV, LATE)
+                        it = _pass(it, masked - first, memory)
                     else:
                         for _block in range(first, masked):
-                            state = shared.step(it, state, pair, row_terms, bias, 0, qk_scale, memory, DKV, False, LATE)
+                            acc1, acc2 = shared.step(
+                                it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False
+                            )
                             it += 1
                     for block in range(masked, masked_end):
-                        last = edge - block * BN
-                        state = shared.step(it, state, pair, row_terms, bias, last, qk_scale, memory, DKV, True, LATE)
+                        acc1, acc2 = shared.step(
+                            it, acc1, acc2, pair, row_terms, bias, edge - block * BN, qk_scale, memory, DKV, True
+                        )
                         it += 1
                     if DKV:
                         for _block in range(masked_end, end):
-                            state = shared.step(it, state, pair, row_terms, bias, 0, qk_scale, memory, DKV, False, LATE)
+                            acc1, acc2 = shared.step(
+                                it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False
+                            )
                             it += 1
                     else:
-                        it, state = _pass(it, end - masked_end, state, memory, DKV, LATE)
+                        it = _pass(it, end - masked_end, memory)
             row = segment * (LENGTHS[0] // R)
             for multiplicity in range(1, level):
                 bias = walk.bias_of(multiplicity, NB)
                 for _block in range(0, walk.side_steps(multiplicity, row, level, padded // R, DKV, LENGTHS, RATES, BN)):
-                    state = shared.step(it, state, pair, row_terms, bias, 0, qk_scale, memory, DKV, False, LATE)
+                    acc1, acc2 = shared.step(it, acc1, acc2, pair, row_terms, bias, 0, qk_scale, memory, DKV, False)
                     it += 1
-        state = shared.release(it, state, memory, DKV, LATE)
         shared.finish(
-            state, batch, head, segment * LENGTHS[0] + low, stride, num_rows, grads, strides[4], scale, memory,
+            acc1, acc2, batch, head, segment * LENGTHS[0] + low, stride, num_rows, grads, strides[4], scale, memory,
             DKV, WHICH, memory.a1.shape[2], False, REGISTERS,
         )  # fmt: skip
         turn += 1
 
 
 @gluon.jit
-def _pass(it, number, state, memory, DKV: gl.constexpr, LATE: gl.constexpr):
+def _pass(it, number, memory):
     """Gives back blocks that only the other half meets."""
-    if number > 0:
-        state = shared.release(it + number, state, memory, DKV, LATE)
-        for i in range(0, number):
-            shared.skip(it + i, memory)
-    return it + number, state
+    for i in range(0, number):
+        shared.skip(it + i, memory)
+    return it + number
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "num_batches", "num_heads", "group", "num_segments", "num_rows"])
@@ -232,7 +232,6 @@ def hopper_backward_causal(
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_segments, num_rows, qk_scale, scale,
     DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    LATE: gl.constexpr,
 ):  # fmt: skip
     """dq into grad1; or dk into grad1 and dv into grad2.
 
@@ -255,7 +254,7 @@ def hopper_backward_causal(
     sizes = num_tiles, num_batches, num_heads, group, num_segments, num_rows
     work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)
     gl.warp_specialize([
-        (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, LATE, 0)),
-        (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, LATE, 1)),
-        (_produce, (work, DKV, LENGTHS, RATES, REGISTERS, LATE, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, 0)),
+        (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, 1)),
+        (_produce, (work, DKV, LENGTHS, RATES, REGISTERS, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

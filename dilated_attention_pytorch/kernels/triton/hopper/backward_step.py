@@ -130,43 +130,26 @@ def _copy(views, number, is_longer, place, row, full, to, STRIDES: gl.constexpr)
 # The warpgroups that multiply.
 
 
-# Products with P and dS are issued in the step that finds them, or, if LATE, beside the first products of the next one,
-# whose exponentials then run beside them. What they need until then is *held*: the slot of their rows, P and dS.
-
-
-@gluon.jit
-def nothing(it, memory):
-    """Held before a step that comes first: zeros, for the rows of that step."""
-    BN: gl.constexpr = memory.b1.shape[1]
-    P: gl.constexpr = gl.DotOperandLayout(0, stages.layout_of(memory.b1.shape[2]), 2)
-    zero = gl.zeros([HALF, BN], memory.b1.dtype, P)
-    return gl.to_tensor(0), it % memory.b1.shape[0], zero, zero
-
-
 @gluon.jit
 def step(
-    it, state, pair, row_terms, bias, edge, qk_scale, memory, DKV: gl.constexpr, MASKED: gl.constexpr,
-    LATE: gl.constexpr, WIDTH: gl.constexpr = 1 << 20,
+    it, acc1, acc2, pair, row_terms, bias, edge, qk_scale, memory, DKV: gl.constexpr, MASKED: gl.constexpr,
+    WIDTH: gl.constexpr = 1 << 20,
 ):  # fmt: skip
-    """Takes one streamed tile into the state.
+    """Takes one streamed tile into the accumulators.
 
     Args:
-        state: accumulators `[64, D]`, of dq or of dk and dv, and what is held.
+        acc1, acc2: `[64, D]`: of dq; or of dk and dv.
         pair: half of the stationary tile, from `start`.
         row_terms: lse (log2) and delta of its rows, for dQ.
         edge: for MASKED, the last column that counts, for dK, dV the first: a number, or one for each row `[64, 1]`.
     """
     a1, a2 = pair
-    acc1, acc2, held = state
     STAGES: gl.constexpr = memory.b1.shape[0]
     BN: gl.constexpr = memory.b1.shape[1]
     D: gl.constexpr = memory.b1.shape[2]
     S: gl.constexpr = stages.layout_of(BN)
     P: gl.constexpr = gl.DotOperandLayout(0, stages.layout_of(D), 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S)
-    # Products in flight: of y, and late ones.
-    Y: gl.constexpr = 2 if stages.rest_of(WIDTH, D) else 1
-    HELD: gl.constexpr = (1 + DKV) if LATE else 0
     slot = it % STAGES
     phase = (it // STAGES) & 1
     b1 = memory.b1.index(slot)
@@ -177,87 +160,39 @@ def step(
     x = stages.contract(a1, b1, WIDTH, zero)
     mbarrier.wait(memory.b2_full.index(slot), phase)
     y = stages.contract(a2, b2, WIDTH, zero)
-    if LATE:
-        acc1, acc2 = _add(acc1, acc2, held, memory, DKV)
     if DKV:
         shift = gl.expand_dims(memory.terms.index(slot * 2).load(COLUMNS) - bias, 0)
         delta = gl.expand_dims(memory.terms.index(slot * 2 + 1).load(COLUMNS), 0)
     else:
         shift = gl.expand_dims(row_terms[0] - bias, 1)
         delta = gl.expand_dims(row_terms[1], 1)
-    # The exponentials run beside the other products. The lse is of all keys: no weight exceeds 1.
-    x = warpgroup_mma_wait(Y + HELD, deps=[x])
+    # The exponentials run beside the second product. The lse is of all keys: no weight exceeds 1.
+    x = warpgroup_mma_wait(2 if stages.rest_of(WIDTH, D) else 1, deps=[x])
     p = gl.exp2(x * qk_scale - shift)
     if MASKED:
         columns = gl.expand_dims(gl.arange(0, BN, COLUMNS), 0)
         met = columns >= edge if DKV else columns <= edge
         p = gl.where(met, p, 0.0)
     # ptxas moves the exponentials below the next wait unless a basic block ends between them: a wait that is over.
-    weights = gl.convert_layout(p.to(memory.b2.dtype), P) if DKV else held[2]
-    mbarrier.wait(memory.b2_full.index(slot), phase)
     if DKV:
-        y, weights, p = warpgroup_mma_wait(HELD, deps=[y, weights, p])
-    else:
-        y, p = warpgroup_mma_wait(HELD, deps=[y, p])
-    if LATE:
-        ds = gl.convert_layout((p * (y - delta)).to(memory.b1.dtype), P)
+        weights = gl.convert_layout(p.to(memory.b2.dtype), P)
         mbarrier.wait(memory.b2_full.index(slot), phase)
-        if DKV:
-            acc1, acc2, weights, ds = warpgroup_mma_wait(0, deps=[acc1, acc2, weights, ds])
-        else:
-            acc1, ds = warpgroup_mma_wait(0, deps=[acc1, ds])
-        _give_back(held, memory)
-        held = (gl.to_tensor(1), slot, weights, ds)
+        y, weights, p = warpgroup_mma_wait(0, deps=[y, weights, p])
+        # dV += P' dO: [64, BN] x [BN, D] -> [64, D].
+        acc2 = warpgroup_mma(weights, b2, acc2, is_async=True)
     else:
-        if DKV:
-            # dV += P' dO: [64, BN] x [BN, D] -> [64, D].
-            acc2 = warpgroup_mma(weights, b2, acc2, is_async=True)
-        else:
-            mbarrier.arrive(memory.b2_empty.index(slot), count=1)
-        # dQ += dS K, or dK += dS' Q; scaled once, at the end.
-        ds = gl.convert_layout((p * (y - delta)).to(memory.b1.dtype), P)
-        acc1 = warpgroup_mma(ds, b1, acc1, is_async=True)
-        if DKV:
-            acc2 = warpgroup_mma_wait(1, deps=[acc2])
-            mbarrier.arrive(memory.b2_empty.index(slot), count=1)
-        acc1 = warpgroup_mma_wait(0, deps=[acc1])
-        mbarrier.arrive(memory.b1_empty.index(slot), count=1)
-    return acc1, acc2, held
-
-
-@gluon.jit
-def _add(acc1, acc2, held, memory, DKV: gl.constexpr):
-    """dV += P' dO, [64, BN] x [BN, D] -> [64, D]; dQ += dS K, or dK += dS' Q; in flight. Scaled once, at the end."""
-    _, slot, weights, ds = held
+        mbarrier.wait(memory.b2_full.index(slot), phase)
+        y, p = warpgroup_mma_wait(0, deps=[y, p])
+        mbarrier.arrive(memory.b2_empty.index(slot), count=1)
+    # dQ += dS K, or dK += dS' Q; scaled once, at the end.
+    ds = gl.convert_layout((p * (y - delta)).to(memory.b1.dtype), P)
+    acc1 = warpgroup_mma(ds, b1, acc1, is_async=True)
     if DKV:
-        acc2 = warpgroup_mma(weights, memory.b2.index(slot), acc2, is_async=True)
-    acc1 = warpgroup_mma(ds, memory.b1.index(slot), acc1, is_async=True)
+        acc2 = warpgroup_mma_wait(1, deps=[acc2])
+        mbarrier.arrive(memory.b2_empty.index(slot), count=1)
+    acc1 = warpgroup_mma_wait(0, deps=[acc1])
+    mbarrier.arrive(memory.b1_empty.index(slot), count=1)
     return acc1, acc2
-
-
-@gluon.jit
-def _give_back(held, memory):
-    """The rows of what has been added; those of `nothing` are the next step's."""
-    is_held, slot, _, _ = held
-    mbarrier.arrive(memory.b2_empty.index(slot), count=1, pred=is_held > 0)
-    mbarrier.arrive(memory.b1_empty.index(slot), count=1, pred=is_held > 0)
-
-
-@gluon.jit
-def release(it, state, memory, DKV: gl.constexpr, LATE: gl.constexpr):
-    """The state after what was held is added: at a tile's end, and before rows that only the other half takes, since
-    those may be more than there are slots."""
-    if LATE:
-        acc1, acc2, held = state
-        if held[0] > 0:
-            acc1, acc2 = _add(acc1, acc2, held, memory, DKV)
-            if DKV:
-                acc1, acc2 = warpgroup_mma_wait(0, deps=[acc1, acc2])
-            else:
-                acc1 = warpgroup_mma_wait(0, deps=[acc1])
-            _give_back(held, memory)
-        state = acc1, acc2, nothing(it, memory)
-    return state
 
 
 @gluon.jit
@@ -293,8 +228,8 @@ def rows_of(terms, base, first, stride, num_places, apart, memory, DKV: gl.const
 
 
 @gluon.jit
-def start(it, turn, memory, WHICH: gl.constexpr, REGISTERS: gl.constexpr = False):
-    """Waits for the program's next tile: this half of the pair, and the state before its first step, `it`.
+def start(turn, memory, WHICH: gl.constexpr, REGISTERS: gl.constexpr = False):
+    """Waits for the program's next tile: this half of the pair, and its accumulators.
 
     With REGISTERS the pair is in registers: the next tile is loaded meanwhile, and products over 64 columns, which else
     read as much shared memory per cycle as there is, read half. `finish` has to know.
@@ -315,17 +250,16 @@ def start(it, turn, memory, WHICH: gl.constexpr, REGISTERS: gl.constexpr = False
         fence_async_shared()
         mbarrier.arrive(memory.a_empty.index(WHICH), count=1)
     acc = gl.zeros([HALF, D], gl.float32, stages.layout_of(D))
-    return (a1, a2), (acc, acc, nothing(it, memory))
+    return (a1, a2), acc, acc
 
 
 @gluon.jit
 def finish(
-    state, batch, head, first, stride, num_rows, grads, strides, scale, memory, DKV: gl.constexpr,
+    acc1, acc2, batch, head, first, stride, num_rows, grads, strides, scale, memory, DKV: gl.constexpr,
     WHICH: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr = False, REGISTERS: gl.constexpr = False,
 ):  # fmt: skip
     """Gives the tile's memory back and writes the gradients of its half: WIDTH columns of the rows first,
     first + stride, ..; with ADD, to what is there."""
-    acc1, acc2, _ = state
     D: gl.constexpr = memory.b1.shape[2]
     A: gl.constexpr = stages.layout_of(D)
     if not REGISTERS:

@@ -29,7 +29,7 @@ def _blocks_met(first, slots, BN: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.co
 @gluon.jit
 def _produce(
     work, DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    REGISTERS: gl.constexpr, LATE: gl.constexpr, WHICH: gl.constexpr,
+    REGISTERS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads."""
     views, memory, _, _, strides, num_tiles, sizes, terms_slots, _ = work
@@ -67,7 +67,7 @@ def _produce(
 @gluon.jit
 def _consume(
     work, DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    REGISTERS: gl.constexpr, LATE: gl.constexpr, WHICH: gl.constexpr,
+    REGISTERS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: one half of each tile."""
     _, memory, terms, grads, strides, num_tiles, sizes, terms_slots, scales = work
@@ -103,39 +103,37 @@ def _consume(
                     masked = gl.minimum((own + 1) // BN, end)
             elif not DKV:
                 masked = slots // BN
-            pair, state = shared.start(it, turn, memory, WHICH, REGISTERS)
+            pair, acc1, acc2 = shared.start(turn, memory, WHICH, REGISTERS)
             # Keys of a group see the queries of all its heads; a query sees one head's keys.
             for _member in range(0, group if DKV else 1):
-                if DKV and CAUSAL:
-                    # Queries before a half's first key see none of its keys.
-                    state = shared.release(it + masked - begin, state, memory, DKV, LATE)
                 for _block in range(begin, masked - APART):
+                    # Queries before a half's first key see none of its keys.
                     if DKV and CAUSAL:
                         shared.skip(it, memory)
                     else:
-                        state = shared.step(
-                            it, state, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, LATE, WIDTH
+                        acc1, acc2 = shared.step(
+                            it, acc1, acc2, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, WIDTH
                         )
                     it += 1
                 if APART:
-                    state = shared.step(it, state, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, LATE, WIDTH)
+                    acc1, acc2 = shared.step(
+                        it, acc1, acc2, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, WIDTH
+                    )
                     it += 1
                 if CAUSAL or not DKV:
                     for block in range(masked, masked_end):
-                        last = edge - block * BN
-                        state = shared.step(
-                            it, state, pair, row_terms, 0.0, last, qk_scale, memory, DKV, True, LATE, WIDTH
+                        acc1, acc2 = shared.step(
+                            it, acc1, acc2, pair, row_terms, 0.0, edge - block * BN, qk_scale, memory, DKV, True, WIDTH
                         )
                         it += 1
                 if DKV and CAUSAL:
                     for _block in range(masked_end, end):
-                        state = shared.step(
-                            it, state, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, LATE, WIDTH
+                        acc1, acc2 = shared.step(
+                            it, acc1, acc2, pair, row_terms, 0.0, 0, qk_scale, memory, DKV, False, WIDTH
                         )
                         it += 1
-            state = shared.release(it, state, memory, DKV, LATE)
             shared.finish(
-                state, batch, head, base + first * rate, rate, base + slots * rate, grads, strides[4], scale,
+                acc1, acc2, batch, head, base + first * rate, rate, base + slots * rate, grads, strides[4], scale,
                 memory, DKV, WHICH, WIDTH, ADD, REGISTERS,
             )  # fmt: skip
             turn += 1
@@ -153,7 +151,7 @@ def hopper_branch_backward(
     num_tiles, num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows,
     terms_slots, qk_scale, scale,
     DKV: gl.constexpr, CAUSAL: gl.constexpr, MODULO: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, LATE: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq into grad1; or dk into grad1 and dv into grad2; with ADD to what is there.
 
@@ -175,7 +173,7 @@ def hopper_branch_backward(
     sizes = num_batches, num_heads, group, num_segments, tiles_each, length, rate, num_rows
     work = views, memory, terms, (grad1, grad2), strides, num_tiles, sizes, terms_slots, (qk_scale, scale)
     gl.warp_specialize([
-        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, LATE, 0)),
-        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, LATE, 1)),
-        (_produce, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, LATE, 0)),
+        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, 0)),
+        (_consume, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, 1)),
+        (_produce, (work, DKV, CAUSAL, MODULO, WIDTH, ADD, REGISTERS, 0)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -31,13 +31,11 @@ class BackwardConfig(NamedTuple):
         block: rows of the streamed pair per step.
         stages: steps whose rows are in shared memory.
         registers: whether the stationary pair is kept in registers.
-        late: whether products with P and dS are issued beside the next step's first ones.
     """
 
     block: int
     stages: int
     registers: bool = False
-    late: bool = False
 
 
 # (head_dim, causal) -> dQ's and dK, dV's; those with which whole calls were fastest (docs/log.md).
@@ -115,7 +113,7 @@ def _launch(
     sizes: tuple[int, ...] = (num_tiles, batch, heads, heads // k.shape[2])
     flags: dict[str, Any] = {
         "DKV": len(like) == 2, "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages,
-        "REGISTERS": config.registers, "LATE": config.late,
+        "REGISTERS": config.registers,
     }  # fmt: skip
     if problem.is_causal:
         kernel: Any = backward_causal.hopper_backward_causal

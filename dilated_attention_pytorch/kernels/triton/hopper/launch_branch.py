@@ -27,11 +27,14 @@ _FORWARD = {
     (64, True): (64, 8, False),
     (128, False): (128, 3, True),
     (128, True): (64, 5, False),
+    (256, False): (64, 2, False),
+    (256, True): (64, 2, False),
 }
-# Columns of a tile -> dQ's and dK, dV's.
-_BACKWARD = {
+# Columns of a tile -> dQ's and dK, dV's; the latter has none at 256, where two accumulators fill all registers.
+_BACKWARD: dict[int, tuple[BackwardConfig, ...]] = {
     64: (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
     128: (BackwardConfig(128, 2), BackwardConfig(64, 2)),
+    256: (BackwardConfig(32, 2),),
 }
 
 
@@ -82,7 +85,7 @@ def _backward(
     flags = _flags(work) | {
         "DKV": len(grads) == 2, "ADD": add, "STAGES": config.stages,
         # Products over some of a tile's columns find the pair in shared memory.
-        "REGISTERS": config.registers and a1.shape[3] == work.block_d, "LATE": config.late,
+        "REGISTERS": config.registers and a1.shape[3] == work.block_d,
     }  # fmt: skip
     _launch(tape, hopper_branch_backward, min(launch.programs_on(a1), sizes[0]), args, flags)
 

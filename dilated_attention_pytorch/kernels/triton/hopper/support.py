@@ -32,10 +32,12 @@ _SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13
 # 0.67.
 _WASTE = 0.2
 
+# Columns that a tile of one branch may have: two accumulators of 256 fill all registers.
+_COLUMNS = {"forward": (64, 128, 256), "dq": (64, 128, 256), "dkv": (64, 128)}
 # The kernels for one branch outrun their twins from so many rows of a segment on: where the width fills no tile, where
-# it does, and there under a causal mask; and from so many multiplications, since describing their views takes the host
-# 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
-_FEW = {"forward": (1024, 2048, 4096), "dq": (2048, 2048, 2048), "dkv": (1024, 1024, 1024)}
+# it does, there under a causal mask, and in tiles of 256 columns; and from so many multiplications, since describing
+# their views takes the host 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
+_FEW = {"forward": (1024, 2048, 4096, 2048), "dq": (2048, 2048, 2048, 2048), "dkv": (1024, 1024, 1024, 1024)}
 _LITTLE = {"forward": 1e10, "dq": 1e10, "dkv": 4e9}
 
 
@@ -117,7 +119,7 @@ def why_not_branch(work: Work, grad: Tensor | None, branch: int, kernel: str) ->
     (q, k, v), problem = work.x, work.problem
     batch, n, heads, width = q.shape
     rate, slots, whole = dilation_rate(problem, branch), slots_of(problem, branch), width == work.block_d
-    few = _FEW[kernel][whole + (whole and problem.is_causal)]
+    few = _FEW[kernel][3 if work.block_d == 256 else whole + (whole and problem.is_causal)]
     pairs = batch * heads * (n // rate) * slots * (0.5 if problem.is_causal else 1.0)
     obstacles = {
         "it has masks or packing": work.is_masked or problem.padding != "none",
@@ -125,7 +127,7 @@ def why_not_branch(work: Work, grad: Tensor | None, branch: int, kernel: str) ->
         "its scale is negative": kernel == "forward" and problem.scale < 0,
         "it is a part of a sequence": problem.q_start != 0 or not n == k.shape[1] == problem.seq_len,
         f"it has no {str(q.dtype).removeprefix('torch.')}": q.dtype not in _DTYPES,
-        f"head_dim {width} fills no tile": work.block_d not in _WIDTHS or width % 8 != 0,
+        f"head_dim {width} fills no tile": work.block_d not in _COLUMNS[kernel] or width % 8 != 0,
         "a segment has few rows": slots < few,
         "it is short": pairs * width < _LITTLE[kernel],
         # The rows' terms, up to twice as many as rows, are counted in 32 bits.
