@@ -65,7 +65,7 @@ OTHERS_BRANCH: tuple[dict[tuple[int, bool], tuple[int, int, bool]], dict[int, tu
     {
         64: (BackwardConfig(64, 6), BackwardConfig(64, 3)),
         128: (BackwardConfig(64, 4), BackwardConfig(64, 3)),
-        256: (BackwardConfig(32, 3),),
+        256: (BackwardConfig(32, 2),),
     },
 )
 

@@ -34,7 +34,7 @@ _FORWARD = {
 _BACKWARD: dict[int, tuple[BackwardConfig, ...]] = {
     64: (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
     128: (BackwardConfig(128, 2), BackwardConfig(64, 2)),
-    256: (BackwardConfig(32, 2),),
+    256: (BackwardConfig(32, 3),),
 }
 
 

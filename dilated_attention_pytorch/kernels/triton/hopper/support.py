@@ -37,7 +37,7 @@ _COLUMNS = {"forward": (64, 128, 256), "dq": (64, 128, 256), "dkv": (64, 128)}
 # The kernels for one branch outrun their twins from so many rows of a segment on: where the width fills no tile, where
 # it does, there under a causal mask, and in tiles of 256 columns; and from so many multiplications, since describing
 # their views takes the host 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
-_FEW = {"forward": (1024, 2048, 4096, 2048), "dq": (2048, 2048, 2048, 2048), "dkv": (1024, 1024, 1024, 1024)}
+_FEW = {"forward": (1024, 2048, 4096, 1024), "dq": (2048, 2048, 2048, 1024), "dkv": (1024, 1024, 1024, 1024)}
 _LITTLE = {"forward": 1e10, "dq": 1e10, "dkv": 4e9}
 
 
