@@ -117,7 +117,10 @@ def in_turns(runs: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
 
 
 # Products per pair; a backward counts five, however many it takes.
-PRODUCTS = {"twin, all of it": 5, "all of it": 5, "delta, layouts": 0, "dQ": 3, "dK, dV": 4, "forward + backward": 7}
+PRODUCTS = {
+    "forward": 2, "twin, all of it": 5, "all of it": 5, "delta, layouts": 0, "dQ": 3, "dK, dV": 4,
+    "forward + backward": 7,
+}  # fmt: skip
 CASES = [("D=64", 12, 64, False), ("D=64", 12, 64, True), ("D=128", 6, 128, False), ("D=128", 6, 128, True)]
 
 
@@ -200,11 +203,13 @@ def branch_passes(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
         tape.keep((found,) if isinstance(found, torch.Tensor) else found)
         return partial(tape.play, inputs)
 
-    return {
+    found = {
         "forward": recorded("forward", launch_branches.forward, forward_config),
         "dQ": recorded("dQ", launch_branches.backward_dq, terms, dq),
-        "dK, dV": recorded("dK, dV", launch_branches.backward_dkv, terms, dkv),
     }
+    if work.block_d <= 128:  # wider, the twin alone has them
+        found["dK, dV"] = recorded("dK, dV", launch_branches.backward_dkv, terms, dkv)
+    return found
 
 
 def branches(line: patterns.Line, others: bool) -> None:
@@ -219,12 +224,12 @@ def branches(line: patterns.Line, others: bool) -> None:
             with way(who):
                 runs |= {(name, who): run for name, run in branch_passes(work, branch).items()}
         found, times = {key: run() for key, run in runs.items()}, in_turns(runs)
-        for name, products in (("forward", 2), ("dQ", 3), ("dK, dV", 4)):
+        for name in dict.fromkeys(name for name, _ in runs):
             said = []
             for who in WAYS[: 3 if others else 2]:
                 time_ms, pairs = times[name, who], zip(found[name, who], found[name, "twin"], strict=True)
                 wrong = "" if max(relative_norm(a, b) for a, b in pairs) < 1e-2 else " WRONG"
-                said.append(f"{who} {time_ms:7.3f} ms {flops * products / time_ms / 1e9:4.0f}{wrong}")
+                said.append(f"{who} {time_ms:7.3f} ms {flops * PRODUCTS[name] / time_ms / 1e9:4.0f}{wrong}")
             gain = times[name, "twin"] / times[name, "Hopper"]
             print(f"{line.title:<44} w={length} r={rate} {name:<8} {', '.join(said)}, {gain:.2f}x", flush=True)
 

@@ -30,7 +30,7 @@ _FORWARD = {
     (256, False): (64, 2, False),
     (256, True): (64, 2, False),
 }
-# Columns of a tile -> dQ's and dK, dV's; the latter has none at 256, where two accumulators fill all registers.
+# Columns of a tile -> dQ's and, where `support.why_not_branch` lets it be, dK, dV's.
 _BACKWARD: dict[int, tuple[BackwardConfig, ...]] = {
     64: (BackwardConfig(128, 3), BackwardConfig(64, 3, True)),
     128: (BackwardConfig(128, 2), BackwardConfig(64, 2)),

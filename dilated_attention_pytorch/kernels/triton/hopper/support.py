@@ -32,7 +32,7 @@ _SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13
 # 0.67.
 _WASTE = 0.2
 
-# Columns that a tile of one branch may have: two accumulators of 256 fill all registers.
+# Columns that a tile of one branch may have: dK and dV, two accumulators, would fill all registers at 256.
 _COLUMNS = {"forward": (64, 128, 256), "dq": (64, 128, 256), "dkv": (64, 128)}
 # The kernels for one branch outrun their twins from so many rows of a segment on: where the width fills no tile, where
 # it does, there under a causal mask, and in tiles of 256 columns; and from so many multiplications, since describing
