@@ -58,7 +58,7 @@ OTHERS_BRANCH: tuple[dict[tuple[int, bool], tuple[int, int, bool]], dict[int, tu
     {
         (64, False): (128, 5, True),
         (64, True): (64, 6, False),
-        (128, True): (64, 4, False),
+        (128, True): (64, 5, False),
         (256, False): (64, 2, True),
         (256, True): (32, 5, False),
     },

@@ -19,6 +19,7 @@ import torch
 from triton.experimental.gluon import language as real_gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper as real_hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy as real_async_copy
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 DEADLOCK = 20.0  # seconds without an arrival
@@ -53,6 +54,9 @@ class Shared:
     def load(self, layout):
         return self.data.clone()
 
+    def store(self, value):
+        self.data.copy_(value)
+
 
 class Barrier:
     def __init__(self):
@@ -74,6 +78,7 @@ class Token:
 
 
 _here = threading.local()
+_atomics = threading.Lock()
 
 
 class Number(int):
@@ -248,10 +253,19 @@ def _store(pointer, value, mask=None):
     data[at] = value
 
 
+def _atomic_add(pointer, value, sem=None):
+    data, at = pointer.places()
+    with _atomics:
+        before = int(data[at])
+        data[at] = before + value
+    return Number(before)
+
+
 def _allocate(dtype, shape, layout):
     if isinstance(layout, str):  # of barriers
         return Shared([[Barrier()] for _ in range(shape[0])])
-    return Shared(torch.full(tuple(int(n) for n in shape), torch.nan, dtype=dtype))
+    unset = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+    return Shared(torch.full(tuple(int(n) for n in shape), unset, dtype=dtype))
 
 
 def _specialize(partitions, warps, registers):
@@ -292,6 +306,11 @@ def _pick(condition, a, b):
     return torch.where(torch.as_tensor(condition), a, b)
 
 
+def _max(x, axis):
+    found = x.amax(axis)
+    return found if found.ndim or found.is_floating_point() else Number(int(found))
+
+
 def _loop(*bounds):
     return map(Number, range(*(int(x) for x in bounds)))
 
@@ -306,22 +325,26 @@ _LANGUAGE = types.SimpleNamespace(
     program_id=lambda axis: Number(_here.block.pid), num_programs=lambda axis: Number(_here.block.programs),
     where=_pick, minimum=_elementwise(torch.minimum, min), maximum=_elementwise(torch.maximum, max),
     exp2=_elementwise(torch.exp2), log2=_elementwise(torch.log2), cdiv=lambda a, b: (a + b - 1) // b,
-    max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), expand_dims=torch.unsqueeze,
+    max=_max, sum=lambda x, axis: x.sum(axis), expand_dims=torch.unsqueeze,
     arange=lambda a, b, layout=None: torch.arange(a, b, dtype=torch.int32), full=_filled,
     zeros=lambda shape, dtype, layout=None: _filled(shape, 0, dtype), convert_layout=lambda x, layout: x,
     # All that is written in assembly, in `rescale.py`, is a product.
     inline_asm_elementwise=lambda _asm, _constraints, args, *_, **__: args[0] * args[1],
     broadcast=torch.broadcast_tensors,
-    load=_load, store=_store, allocate_shared_memory=_allocate, warp_specialize=_specialize,
+    load=_load, store=_store, atomic_add=_atomic_add, allocate_shared_memory=_allocate, warp_specialize=_specialize,
     NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda *_: None), NVMMADistributedLayout=lambda **_: None,
-    DotOperandLayout=lambda *_, **__: None, SliceLayout=lambda *_: None,
+    DotOperandLayout=lambda *_, **__: None, SliceLayout=lambda *_: None, BlockedLayout=lambda *_: None,
+    SwizzledSharedLayout=lambda *_: None,
 )  # fmt: skip
 _BARRIERS = types.SimpleNamespace(
     init=_init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: "barrier"
 )
 _COPIES = types.SimpleNamespace(async_copy_global_to_shared=_copy)
+# A copy's arrival, of each thread of a warpgroup; there are no copies.
+_ARRIVALS = types.SimpleNamespace(mbarrier_arrive=lambda bar, increment_count: _arrive(bar, count=128))
 _STAND_INS = {
     id(real_gl): _LANGUAGE, id(real_hopper.mbarrier): _BARRIERS, id(real_hopper.tma): _COPIES,
+    id(real_async_copy): _ARRIVALS,
     id(real_hopper.fence_async_shared): lambda: None, id(real_hopper.warpgroup_mma): _mma,
     id(real_hopper.warpgroup_mma_wait): _mma_wait, id(real_hopper.warpgroup_mma_init): lambda x: x,
 }  # fmt: skip

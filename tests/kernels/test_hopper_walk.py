@@ -1,5 +1,6 @@
 """The walks of the Hopper kernels, run as plain Python, against the definition: every key of every tile, counted."""
 
+import heapq
 import importlib.util
 import math
 import sys
@@ -128,7 +129,9 @@ def test_tiles_of_one_level(walk, pattern, after):
     padded = segments * span
     rows = Counter()
     for tile in range(heads * segments * per):
-        batch, head, segment, level, distance, first = walk.level_tile_at(tile, segments, heads, bm, lengths, rates)
+        batch, head, segment, level, distance, first = walk.level_tile_at(
+            tile, heads * segments * per, segments, heads, bm, lengths, rates
+        )
         assert batch == 0
         stride = rates[walk.stride_index(level, len(rates))]
         low = (head + distance) % stride + first * stride
@@ -181,6 +184,40 @@ def test_tiles_of_one_level(walk, pattern, after):
     assert len(rows) == heads * padded and set(rows.values()) == {1}
 
 
+@pytest.mark.parametrize("programs", [132, 114])
+def test_tiles_that_are_drawn_make_like_shares(walk, programs):
+    """A program draws its next tile when it is done; were every 132nd its share, the fullest would have 14% more work
+    than the mean, or on 114 multiprocessors 38%."""
+    lengths, rates, heads, b = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), 6, 64
+    segments, per = 32, 2048 // 128
+
+    def steps(tile):
+        _, head, segment, level, distance, first = walk.level_tile_at(
+            tile, heads * segments * per, segments, heads, 128, lengths, rates
+        )
+        stride = rates[walk.stride_index(level, len(rates))]
+        low = (head + distance) % stride + first * stride
+        count = sum(
+            walk.side_steps(multiplicity, segment * 128, level, 0, False, lengths, rates, b)
+            for multiplicity in range(1, level)
+        )
+        for shown in range(1, level + 1):
+            begin, hop, step, index = walk.residues_of(shown, level, rates)
+            for z in range(begin, hop, step):
+                residue = walk.modulo(head + z, index, rates)
+                count += walk.blocks_before(residue, index, low, low + stride * 127, rates, b)[1]
+        return count
+
+    costs = [steps(tile) for tile in range(heads * segments * per)]
+    drawn, fixed = [0] * programs, [0] * programs
+    for tile, cost in enumerate(costs):
+        heapq.heapreplace(drawn, drawn[0] + cost)
+        fixed[tile % programs] += cost
+    mean = sum(costs) / programs
+    assert max(drawn) < 1.05 * mean
+    assert max(fixed) > 1.1 * mean
+
+
 @pytest.mark.parametrize("lengths, rates", [((1024, 2048, 4096), (1, 2, 4)), ((2048, 8192), (1, 8)), ((512,), (1,))])
 def test_what_a_causal_walk_wastes(walk, lengths, rates):
     """Keys up to the end of each half of a tile, of which the rows see those up to themselves."""
@@ -189,7 +226,7 @@ def test_what_a_causal_walk_wastes(walk, lengths, rates):
     pairs = sum(len({m for m in keys_of(p, 0, lengths, rates, n) if m <= p}) for p in range(0, n, 7)) * 7
     wasted = 0
     for tile in range(n // 128):
-        *_, level, distance, first = walk.level_tile_at(tile, n // lengths[0], 1, 128, lengths, rates)
+        *_, level, distance, first = walk.level_tile_at(tile, n // 128, n // lengths[0], 1, 128, lengths, rates)
         stride = rates[walk.stride_index(level, len(rates))]
         for begin in (first, first + half):
             places = [distance % stride + (begin + t) * stride for t in range(half)]

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dilated_attention_pytorch.kernels.triton.hopper import backward_step as shared
-from dilated_attention_pytorch.kernels.triton.hopper import walk
+from dilated_attention_pytorch.kernels.triton.hopper import tickets, walk
 
 _TILE = gl.constexpr(2 * shared.HALF)
 
@@ -54,7 +54,7 @@ def _produce(
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads."""
-    views, memory, _, _, strides, sizes, _ = work
+    views, memory, _, _, strides, sizes, _, queue = work
     a1, a2, b1, b2, terms_views = views
     a1_strides, a2_strides, b1_strides, b2_strides, _ = strides
     num_tiles, num_batches, num_heads, group, _, num_rows, length = sizes
@@ -66,7 +66,8 @@ def _produce(
     visit: gl.constexpr = _load_queries if DKV else _load_keys
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, kv_head, residue, row, level = _tile_of(tile, sizes, DKV, RATES)
         shared.load_tile(
             turn, 0, residue < remainder, row,
@@ -84,6 +85,7 @@ def _produce(
             it = walk.each_block(visit, context, it, row, level, kv_head, whole, LENGTHS, RATES, BN)
             if not EVEN:
                 it = walk.each_cut_block(visit, context, it, row, level, kv_head, whole, LENGTHS, RATES)
+        tile = tickets.draw(turn, queue)
         turn += 1
 
 
@@ -114,7 +116,7 @@ def _consume(
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: one half of each tile."""
-    _, memory, terms, grads, strides, sizes, scales = work
+    _, memory, terms, grads, strides, sizes, scales, queue = work
     num_tiles, num_batches, num_heads, group, _, num_rows, length = sizes
     qk_scale, scale = scales
     NB: gl.constexpr = len(RATES)
@@ -125,7 +127,8 @@ def _consume(
     whole = num_rows // (R * BN) * BN
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, kv_head, residue, row, level = _tile_of(tile, sizes, DKV, RATES)
         ends = walk.steps_up_to(row, level, whole, LENGTHS, RATES, BN)
         terms_row = ((batch * num_heads + head) * R + residue).to(gl.int64) * length
@@ -152,6 +155,7 @@ def _consume(
             acc1, acc2, batch, head, row * R + residue, R, num_rows, grads, strides[4], scale, memory, DKV, WHICH,
             memory.a1.shape[2], False, REGISTERS,
         )  # fmt: skip
+        tile = tickets.take(turn, queue)
         turn += 1
 
 
@@ -159,7 +163,7 @@ def _consume(
     do_not_specialize=["num_tiles", "num_batches", "num_heads", "group", "num_blocks", "num_rows", "length"],
 )
 def hopper_backward(
-    a1, a1_longer, a2, a2_longer, b1, b1_longer, b2, b2_longer, terms_view, terms, grad1, grad2,
+    a1, a1_longer, a2, a2_longer, b1, b1_longer, b2, b2_longer, terms_view, terms, grad1, grad2, counter,
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length, qk_scale, scale,
     DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -170,6 +174,7 @@ def hopper_backward(
     Args:
         a1, a1_longer, ..: views by residue (`views.stride_views`) of the pairs, in halves of tiles and in blocks.
         terms: `[2, B, H, R, length]`, lse (log2) and delta of each query; terms_view is the same, flat.
+        counter: of tiles that are handed out, 0 (`tickets.py`).
         group: query heads per key head.
         num_blocks: tiles per residue.
         EVEN: whether the sequence is a whole number of tiles.
@@ -181,7 +186,7 @@ def hopper_backward(
     )  # fmt: skip
     strides = a1_strides, a2_strides, b1_strides, b2_strides, grad_strides
     sizes = num_tiles, num_batches, num_heads, group, num_blocks, num_rows, length
-    work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)
+    work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale), tickets.allocate(counter)
     gl.warp_specialize([
         (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 0)),
         (_consume, (work, DKV, LENGTHS, RATES, EVEN, REGISTERS, 1)),

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dilated_attention_pytorch.kernels.triton.hopper import backward_step as shared
-from dilated_attention_pytorch.kernels.triton.hopper import walk
+from dilated_attention_pytorch.kernels.triton.hopper import tickets, walk
 
 _TILE = gl.constexpr(2 * shared.HALF)
 
@@ -18,9 +18,11 @@ _TILE = gl.constexpr(2 * shared.HALF)
 def _tile_of(tile, sizes, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr):
     """(batch, head, key head, segment, level, index of its stride, first place) of a tile; heads are key heads for
     dK, dV."""
-    _, _, num_heads, group, num_segments, _ = sizes
+    num_tiles, _, num_heads, group, num_segments, _ = sizes
     heads = num_heads // group if DKV else num_heads
-    batch, head, segment, level, distance, first = walk.level_tile_at(tile, num_segments, heads, _TILE, LENGTHS, RATES)
+    batch, head, segment, level, distance, first = walk.level_tile_at(
+        tile, num_tiles, num_segments, heads, _TILE, LENGTHS, RATES
+    )
     kv_head = head if DKV else head // group
     index = walk.stride_index(level, len(RATES))
     low = walk.modulo(kv_head + distance, index, RATES) + first * walk.pick(RATES, index)
@@ -81,7 +83,7 @@ def _produce(
     work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, WHICH: gl.constexpr
 ):
     """The warp that loads."""
-    views, memory, _, _, strides, sizes, _ = work
+    views, memory, _, _, strides, sizes, _, queue = work
     a1, a2, b1, b2, terms_views = views
     a1_strides, a2_strides, b1_strides, b2_strides, _ = strides
     num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
@@ -93,7 +95,8 @@ def _produce(
     apart = num_batches * num_heads * padded
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, kv_head, segment, level, index, low = _tile_of(tile, sizes, DKV, LENGTHS, RATES)
         residue = walk.modulo(low, index, RATES)
         shared.load_tile(
@@ -134,6 +137,7 @@ def _produce(
             it = walk.each_side_block(
                 visit, context, it, segment * (LENGTHS[0] // R), level, kv_head, padded // R, DKV, LENGTHS, RATES, BN
             )
+        tile = tickets.draw(turn, queue)
         turn += 1
 
 
@@ -145,7 +149,7 @@ def _consume(
     work, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, REGISTERS: gl.constexpr, WHICH: gl.constexpr
 ):
     """One half of each tile."""
-    _, memory, terms, grads, strides, sizes, scales = work
+    _, memory, terms, grads, strides, sizes, scales, queue = work
     num_tiles, num_batches, num_heads, group, num_segments, num_rows = sizes
     qk_scale, scale = scales
     NB: gl.constexpr = len(RATES)
@@ -154,7 +158,8 @@ def _consume(
     padded = num_segments * LENGTHS[0]
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, kv_head, segment, level, index, low = _tile_of(tile, sizes, DKV, LENGTHS, RATES)
         stride = walk.pick(RATES, index)
         high = low + stride * (_TILE - 1)
@@ -211,6 +216,7 @@ def _consume(
             acc1, acc2, batch, head, segment * LENGTHS[0] + low, stride, num_rows, grads, strides[4], scale, memory,
             DKV, WHICH, memory.a1.shape[2], False, REGISTERS,
         )  # fmt: skip
+        tile = tickets.take(turn, queue)
         turn += 1
 
 
@@ -228,7 +234,7 @@ def hopper_backward_causal(
     a2_0, a2_1, a2_2, a2_3, a2_4, a2_longer_0, a2_longer_1, a2_longer_2, a2_longer_3, a2_longer_4,
     b1_0, b1_1, b1_2, b1_3, b1_4, b1_longer_0, b1_longer_1, b1_longer_2, b1_longer_3, b1_longer_4,
     b2_0, b2_1, b2_2, b2_3, b2_4, b2_longer_0, b2_longer_1, b2_longer_2, b2_longer_3, b2_longer_4,
-    terms_0, terms_1, terms_2, terms_3, terms_4, terms, grad1, grad2,
+    terms_0, terms_1, terms_2, terms_3, terms_4, terms, grad1, grad2, counter,
     a1_strides, a2_strides, b1_strides, b2_strides, grad_strides,
     num_tiles, num_batches, num_heads, group, num_segments, num_rows, qk_scale, scale,
     DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -240,6 +246,7 @@ def hopper_backward_causal(
             in blocks; None beyond the last rate.
         terms_0, ..: flat, `[2, B, H, r, length]` for each rate r, in whole segments: lse (log2) and delta.
         terms: the same at rate 1.
+        counter: of tiles that are handed out, 0 (`tickets.py`).
         group: query heads per key head.
         num_segments: segments of the shortest branch.
     """
@@ -252,7 +259,7 @@ def hopper_backward_causal(
     views = a1, a2, b1, b2, terms_views
     strides = a1_strides, a2_strides, b1_strides, b2_strides, grad_strides
     sizes = num_tiles, num_batches, num_heads, group, num_segments, num_rows
-    work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale)
+    work = views, memory, terms, (grad1, grad2), strides, sizes, (qk_scale, scale), tickets.allocate(counter)
     gl.warp_specialize([
         (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, 0)),
         (_consume, (work, DKV, LENGTHS, RATES, REGISTERS, 1)),

@@ -37,7 +37,8 @@ class Memory(NamedTuple):
         a1: `[2, 64, D]`, the halves of the stationary tile. So is a2.
         b1: `[stages, BN, D]`, a ring of slots for the streamed tiles. So is b2.
         terms: `[2 * stages, BN]` fp32, lse and delta of the streamed queries.
-        a_full, a_empty: per half. The other four barriers are per slot.
+        a_full, a_empty: per half. The other barriers are per slot, but for
+        passed: which nobody waits for, since it counts as passed from the start.
     """
 
     a1: gl.shared_memory_descriptor
@@ -51,6 +52,7 @@ class Memory(NamedTuple):
     b1_empty: gl.shared_memory_descriptor
     b2_full: gl.shared_memory_descriptor
     b2_empty: gl.shared_memory_descriptor
+    passed: gl.shared_memory_descriptor
 
 
 @gluon.jit
@@ -68,9 +70,10 @@ def allocate(a_view, b_view, terms_view, STAGES: gl.constexpr):
     b2 = gl.allocate_shared_memory(b_view.dtype, [STAGES, BN, D], B)
     terms = gl.allocate_shared_memory(gl.float32, [2 * STAGES, BN], terms_view.layout)
     a_full, b1_full, b2_full = stages.barriers(2, 1), stages.barriers(STAGES, 1), stages.barriers(STAGES, 1)
-    a_empty, b1_empty, b2_empty = stages.barriers(2, 1), stages.barriers(STAGES, 2), stages.barriers(STAGES, 2)
+    a_empty, passed = stages.barriers(2, 1), stages.barriers(1, 1)
+    b1_empty, b2_empty = stages.barriers(STAGES, 2 * stages.GROUP), stages.barriers(STAGES, 2 * stages.GROUP)
     fence_async_shared()
-    return Memory(a1, a2, b1, b2, terms, a_full, a_empty, b1_full, b1_empty, b2_full, b2_empty)
+    return Memory(a1, a2, b1, b2, terms, a_full, a_empty, b1_full, b1_empty, b2_full, b2_empty, passed)
 
 
 # The warp that loads.
@@ -176,22 +179,22 @@ def step(
     # ptxas moves the exponentials below the next wait unless a basic block ends between them: a wait that is over.
     if DKV:
         weights = gl.convert_layout(p.to(memory.b2.dtype), P)
-        mbarrier.wait(memory.b2_full.index(slot), phase)
+        mbarrier.wait(memory.passed.index(0), 1)
         y, weights, p = warpgroup_mma_wait(0, deps=[y, weights, p])
         # dV += P' dO: [64, BN] x [BN, D] -> [64, D].
         acc2 = warpgroup_mma(weights, b2, acc2, is_async=True)
     else:
-        mbarrier.wait(memory.b2_full.index(slot), phase)
+        mbarrier.wait(memory.passed.index(0), 1)
         y, p = warpgroup_mma_wait(0, deps=[y, p])
-        mbarrier.arrive(memory.b2_empty.index(slot), count=1)
+        stages.arrive(memory.b2_empty.index(slot))
     # dQ += dS K, or dK += dS' Q; scaled once, at the end.
     ds = gl.convert_layout((p * (y - delta)).to(memory.b1.dtype), P)
     acc1 = warpgroup_mma(ds, b1, acc1, is_async=True)
     if DKV:
         acc2 = warpgroup_mma_wait(1, deps=[acc2])
-        mbarrier.arrive(memory.b2_empty.index(slot), count=1)
+        stages.arrive(memory.b2_empty.index(slot))
     acc1 = warpgroup_mma_wait(0, deps=[acc1])
-    mbarrier.arrive(memory.b1_empty.index(slot), count=1)
+    stages.arrive(memory.b1_empty.index(slot))
     return acc1, acc2
 
 
@@ -202,9 +205,9 @@ def skip(it, memory):
     slot = it % STAGES
     phase = (it // STAGES) & 1
     mbarrier.wait(memory.b1_full.index(slot), phase)
-    mbarrier.arrive(memory.b1_empty.index(slot), count=1)
+    stages.arrive(memory.b1_empty.index(slot))
     mbarrier.wait(memory.b2_full.index(slot), phase)
-    mbarrier.arrive(memory.b2_empty.index(slot), count=1)
+    stages.arrive(memory.b2_empty.index(slot))
 
 
 # The ends of a tile.

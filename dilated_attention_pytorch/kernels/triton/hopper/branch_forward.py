@@ -1,7 +1,7 @@
 """The forward of one branch: `attention.branch_forward`'s twin for Hopper, where a call has no masks.
 
-A tile of 128 slots of one segment walks the segment's keys, and its softmax is merged at the end into the (out, lse) of
-the branches before. Rows past a segment's end are another segment's: as keys they are masked, as queries not written.
+A tile of 128 slots of one segment walks the segment's keys, from the (out, lse) of the branches before
+on. Rows past a segment's end are another segment's: as keys they are masked, as queries not written.
 """
 
 from triton.experimental import gluon
@@ -60,6 +60,7 @@ def _consume(
     q_full, q_empty, _, _, _, _, _ = bars
     HM: gl.constexpr = q_smem.shape[1]
     BN: gl.constexpr = k_smem.shape[1]
+    D: gl.constexpr = k_smem.shape[2]
     S: gl.constexpr = stages.layout_of(BN)
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -70,12 +71,20 @@ def _consume(
             end = branch_tiles.blocks_of(slots, BN)
             mbarrier.wait(q_full.index(HALF), turn & 1)
             q = q_smem.index(HALF)
+            # Of the branches before.
+            before = None
+            if ADD:
+                lse_at, lse_inside, out_at, inside = _places(
+                    results, batch, head, base, own, slots, sizes, HM, D, S, WIDTH
+                )
+                lse_before = gl.load(lse_at, mask=lse_inside, other=0.0) * stages.LOG2E
+                before = lse_before, gl.load(out_at, mask=inside, other=0.0)
             if CAUSAL:
                 # The last keys that the half's rows see.
                 edge = gl.expand_dims(own + gl.arange(0, HM, gl.SliceLayout(1, S)), 1)
                 begun = first // BN
                 last = edge - begun * BN
-                state = stages.first_step(it, q, 0.0, last, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
+                state = stages.first_step(it, q, 0.0, last, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH, before)
                 for _block in range(0, begun):
                     state = stages.step(state, q, 0.0, 0, -1, qk_scale, smem, bars, False, HALF, PINGPONG, WIDTH)
                 end = gl.minimum(end, begun + 2 * HM // BN)
@@ -89,7 +98,7 @@ def _consume(
             else:
                 # The only block of a short segment is cut; masking whole blocks of longer ones costs one select each.
                 last = slots - 1
-                state = stages.first_step(it, q, 0.0, last, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH)
+                state = stages.first_step(it, q, 0.0, last, qk_scale, smem, bars, True, HALF, PINGPONG, WIDTH, before)
                 whole = gl.maximum(slots // BN, 1)
                 for _block in range(1, whole):
                     state = stages.step(state, q, 0.0, 0, -1, qk_scale, smem, bars, False, HALF, PINGPONG, WIDTH)
@@ -102,19 +111,19 @@ def _consume(
             if CAUSAL:
                 it = stages.skip(it, skipped, smem, bars)
             turn += 1
-            _merge(results, acc, row_lse, batch, head, base, own, slots, sizes, S, WIDTH, ADD)
+            lse_at, lse_inside, out_at, inside = _places(results, batch, head, base, own, slots, sizes, HM, D, S, WIDTH)
+            gl.store(lse_at, row_lse, mask=lse_inside)
+            gl.store(out_at, acc.to(q_smem.dtype), mask=inside)
 
 
 @gluon.jit
-def _merge(
-    results, value, value_lse, batch, head, base, own, slots, sizes, S: gl.constexpr, WIDTH: gl.constexpr,
-    ADD: gl.constexpr,
+def _places(
+    results, batch, head, base, own, slots, sizes, HM: gl.constexpr, D: gl.constexpr, S: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Stores a half's rows to out (B, N, H, D) and lse (B, H, N), both contiguous; with ADD, beside what is there."""
+    """Where a half's rows are in lse (B, H, N) and out (B, N, H, D), both contiguous, and which of them are."""
     out, lse = results
     _, num_heads, _, _, _, _, rate, num_rows = sizes
-    HM: gl.constexpr = value.shape[0]
-    D: gl.constexpr = value.shape[1]
     A: gl.constexpr = stages.layout_of(D)
     batch64 = batch.to(gl.int64)
     # lse lies as the logits' rows do, out as the accumulator's.
@@ -127,19 +136,7 @@ def _merge(
     inside = gl.expand_dims(out_slots < slots, 1)
     if WIDTH < D:
         inside = inside & (columns < WIDTH)
-    if ADD:
-        before = gl.load(lse_at, mask=lse_slots < slots, other=0.0)
-        # The larger of the two is finite: every row sees a key.
-        top = gl.maximum(before, value_lse)
-        old = gl.exp2((before - top) * stages.LOG2E)
-        new = gl.exp2((value_lse - top) * stages.LOG2E)
-        both = old + new
-        value_lse = top + gl.log2(both) * stages.LN2
-        value = value * gl.expand_dims(gl.convert_layout(new / both, gl.SliceLayout(1, A)), 1)
-        kept = gl.load(out_at, mask=inside, other=0.0).to(gl.float32)
-        value += kept * gl.expand_dims(gl.convert_layout(old / both, gl.SliceLayout(1, A)), 1)
-    gl.store(lse_at, value_lse, mask=lse_slots < slots)
-    gl.store(out_at, value.to(out.dtype.element_ty), mask=inside)
+    return lse_at, lse_slots < slots, out_at, inside
 
 
 @gluon.jit(

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
+from dilated_attention_pytorch.kernels.triton.hopper import stages, tickets, walk
 
 
 @gluon.jit
@@ -40,7 +40,7 @@ def _produce(
     work, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr, HALF: gl.constexpr
 ):
     """The producer: a warp."""
-    views, smem, bars, _, strides, sizes, _ = work
+    views, smem, bars, _, strides, sizes, _, queue = work
     q_views, k_views, v_views = views
     q_strides, k_strides, v_strides = strides
     num_keys, num_heads, group, num_segments, num_tiles = sizes
@@ -50,9 +50,10 @@ def _produce(
     BN: gl.constexpr = k_smem.shape[1]
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, segment, level, distance, first = walk.level_tile_at(
-            tile, num_segments, num_heads, 2 * HM, LENGTHS, RATES
+            tile, num_tiles, num_segments, num_heads, 2 * HM, LENGTHS, RATES
         )
         kv_head = head // group
         index = walk.stride_index(level, NB)
@@ -103,6 +104,7 @@ def _produce(
                 remainder = num_keys % RATES[NB - 1]
                 side = (k_last, v_last, k_column, v_column, k_strides.row, v_strides.row, remainder, smem, bars)
                 it = walk.each_side_block(_fill_side, side, it, start, level, kv_head, 0, False, LENGTHS, RATES, BN)
+        tile = tickets.draw(turn, queue)
         turn += 1
 
 
@@ -111,7 +113,7 @@ def _consume(
     work, LENGTHS: gl.constexpr, RATES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr, HALF: gl.constexpr
 ):
     """A warpgroup, for half of each tile's rows."""
-    _, smem, bars, results, _, sizes, qk_scale = work
+    _, smem, bars, results, _, sizes, qk_scale, queue = work
     num_keys, num_heads, group, num_segments, num_tiles = sizes
     q_smem, k_smem, _ = smem
     q_full, q_empty, _, _, _, _, _ = bars
@@ -121,9 +123,10 @@ def _consume(
     S: gl.constexpr = stages.layout_of(BN)
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, segment, level, distance, first = walk.level_tile_at(
-            tile, num_segments, num_heads, 2 * HM, LENGTHS, RATES
+            tile, num_tiles, num_segments, num_heads, 2 * HM, LENGTHS, RATES
         )
         kv_head = head // group
         index = walk.stride_index(level, NB)
@@ -197,10 +200,11 @@ def _consume(
         # Stages count arrivals of both halves, so the first lets go of what it does not take.
         if HALF == 0:
             it = stages.skip(it, skipped, smem, bars)
-        turn += 1
         stages.write(
             results, acc, row_lse, batch, head, segment * LENGTHS[0] + own_low, stride, num_keys, num_heads, S, EVEN
         )
+        tile = tickets.take(turn, queue)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=["num_keys", "num_heads", "group", "num_segments", "num_tiles"])
@@ -208,7 +212,7 @@ def hopper_forward_causal(
     q0, q1, q2, q3, q4, q0_longer, q1_longer, q2_longer, q3_longer, q4_longer,
     k0, k1, k2, k3, k4, k0_longer, k1_longer, k2_longer, k3_longer, k4_longer,
     v0, v1, v2, v3, v4, v0_longer, v1_longer, v2_longer, v3_longer, v4_longer,
-    out, lse, q_strides, k_strides, v_strides,
+    out, lse, counter, q_strides, k_strides, v_strides,
     num_keys, num_heads, group, num_segments, num_tiles, qk_scale,
     LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -216,6 +220,7 @@ def hopper_forward_causal(
 
     Args:
         q0, q0_longer, ..: views by residue of each rate (`views.residue_views`); None beyond the last rate.
+        counter: of tiles that are handed out, 0 (`tickets.py`).
         group: query heads per key head.
         num_segments: segments of the shortest branch.
     """
@@ -225,7 +230,7 @@ def hopper_forward_causal(
     v = (v0, v1, v2, v3, v4), (v0_longer, v1_longer, v2_longer, v3_longer, v4_longer)
     strides = q_strides, k_strides, v_strides
     sizes = num_keys, num_heads, group, num_segments, num_tiles
-    work = (q, k, v), smem, bars, (out, lse), strides, sizes, qk_scale
+    work = (q, k, v), smem, bars, (out, lse), strides, sizes, qk_scale, tickets.allocate(counter)
     gl.warp_specialize([
         (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 0)),
         (_consume, (work, LENGTHS, RATES, EVEN, Q_REGISTERS, 1)),

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from dilated_attention_pytorch.kernels.triton.hopper import stages, walk
+from dilated_attention_pytorch.kernels.triton.hopper import stages, tickets, walk
 
 
 @gluon.jit
@@ -27,7 +27,7 @@ def _produce(
     PINGPONG: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """The producer: a warp."""
-    views, smem, bars, _, strides, sizes, _ = work
+    views, smem, bars, _, strides, sizes, _, queue = work
     q_views, k_views, v_views = views
     q_strides, k_strides, v_strides = strides
     num_keys, num_heads, group, num_blocks, num_tiles = sizes
@@ -39,7 +39,8 @@ def _produce(
     whole = num_keys // (R * BN) * BN
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, residue, block = walk.tile_at(tile, num_blocks, num_heads, R)
         kv_head = head // group
         row = block * 2 * HM
@@ -54,6 +55,7 @@ def _produce(
         it = walk.each_block(_load, context, it, row, level, kv_head, whole, LENGTHS, RATES, BN)
         if not EVEN:
             it = walk.each_cut_block(_load, context, it, row, level, kv_head, whole, LENGTHS, RATES)
+        tile = tickets.draw(turn, queue)
         turn += 1
 
 
@@ -73,7 +75,7 @@ def _consume(
     PINGPONG: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup, for half of each tile's rows."""
-    _, smem, bars, results, _, sizes, qk_scale = work
+    _, smem, bars, results, _, sizes, qk_scale, queue = work
     num_keys, num_heads, group, num_blocks, num_tiles = sizes
     q_smem, k_smem, _ = smem
     q_full, q_empty, _, _, _, _, _ = bars
@@ -85,7 +87,8 @@ def _consume(
     whole = num_keys // (R * BN) * BN
     it = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         batch, head, residue, block = walk.tile_at(tile, num_blocks, num_heads, R)
         kv_head = head // group
         row = block * 2 * HM
@@ -120,17 +123,17 @@ def _consume(
         if not Q_REGISTERS:
             mbarrier.arrive(q_empty.index(HALF), count=1)
         it, acc, row_lse = stages.finish(state, smem, bars)
-        turn += 1
-
         stages.write(
             results, acc, row_lse, batch, head, (row + HALF * HM) * R + residue, R,
             num_keys, num_heads, S, EVEN,
         )  # fmt: skip
+        tile = tickets.take(turn, queue)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=["num_keys", "num_heads", "group", "num_blocks", "num_tiles"])
 def hopper_forward(
-    q, q_longer, k, k_longer, v, v_longer, out, lse, q_strides, k_strides, v_strides,
+    q, q_longer, k, k_longer, v, v_longer, out, lse, counter, q_strides, k_strides, v_strides,
     num_keys, num_heads, group, num_blocks, num_tiles, qk_scale,
     LENGTHS: gl.constexpr, RATES: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, Q_REGISTERS: gl.constexpr,
     PINGPONG: gl.constexpr,
@@ -139,6 +142,7 @@ def hopper_forward(
 
     Args:
         q, q_longer, ..: views by residue (`launch.residue_views`).
+        counter: of tiles that are handed out, 0 (`tickets.py`).
         group: query heads per key head.
         num_blocks: tiles per residue.
     """
@@ -146,7 +150,7 @@ def hopper_forward(
     views = (q, q_longer), (k, k_longer), (v, v_longer)
     strides = q_strides, k_strides, v_strides
     sizes = num_keys, num_heads, group, num_blocks, num_tiles
-    work = views, smem, bars, (out, lse), strides, sizes, qk_scale
+    work = views, smem, bars, (out, lse), strides, sizes, qk_scale, tickets.allocate(counter)
     # Two warpgroups, of which the first is the kernel's own warps, and one warp that loads; the registers of the latter
     # two, of 504 that three times 168 make.
     gl.warp_specialize([

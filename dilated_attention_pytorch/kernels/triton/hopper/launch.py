@@ -74,7 +74,8 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
         flags = {"PINGPONG": config.pingpong}
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     scale = max(work.logit_scale, 1e-30)
-    args = (*views, out, lse, *column_strides(q, k, v), n, heads, heads // k.shape[2], count, num_tiles, scale)
+    sizes = n, heads, heads // k.shape[2], count, num_tiles
+    args = (*views, out, lse, counter_of(q, tape), *column_strides(q, k, v), *sizes, scale)
     flags |= {
         "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages, "EVEN": even,
         "Q_REGISTERS": config.q_registers, **OPTIONS,
@@ -89,6 +90,11 @@ def _blocks(work: Work, config: HopperConfig) -> list[tuple[Tensor, int]]:
     """q, k and v, and how many rows of each are loaded at once."""
     q, k, v = work.x
     return [(q, ROWS // 2), (k, config.block), (v, config.block)]
+
+
+def counter_of(x: Tensor, tape: Tape) -> Tensor:
+    """What `tickets.py` counts with, one for each launch."""
+    return tape.empty(x, (1,), torch.int32, fill=0)
 
 
 def programs_on(x: Tensor) -> int:

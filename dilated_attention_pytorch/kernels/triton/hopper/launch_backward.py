@@ -128,8 +128,8 @@ def _launch(
         sizes += (length // ROWS, n, length)
         flags["EVEN"] = padded == n
     args = (
-        *itertools.chain(*views), terms[0], grads[0], grads[-1], *column_strides(*a, *b, grads[0]), *sizes,
-        work.logit_scale, problem.scale,
+        *itertools.chain(*views), terms[0], grads[0], grads[-1], launch.counter_of(q, tape),
+        *column_strides(*a, *b, grads[0]), *sizes, work.logit_scale, problem.scale,
     )  # fmt: skip
     flags |= launch.OPTIONS
     grid = (min(launch.programs_on(q), num_tiles),)

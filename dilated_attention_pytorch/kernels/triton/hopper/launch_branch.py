@@ -26,7 +26,7 @@ _FORWARD = {
     (64, False): (128, 4, True),
     (64, True): (64, 8, False),
     (128, False): (128, 3, True),
-    (128, True): (64, 5, False),
+    (128, True): (128, 3, False),
     (256, False): (64, 2, False),
     (256, True): (64, 2, False),
 }

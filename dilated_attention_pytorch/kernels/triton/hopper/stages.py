@@ -10,6 +10,7 @@ P V of the last step's, and `state` carries what the next one needs.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -24,6 +25,15 @@ from dilated_attention_pytorch.kernels.triton.hopper import rescale
 _LOWEST = gl.constexpr(-3.0e38)
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
+# Threads of a warpgroup.
+GROUP = gl.constexpr(128)
+
+
+@gluon.jit
+def arrive(bar):
+    """GROUP arrivals of a warpgroup. Before Gluon's own arrival, which is one thread's, all of them meet (`bar.sync`);
+    here no thread waits for another. It is that of a thread's copies to shared memory, of which there are none."""
+    async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
 @gluon.constexpr_function
@@ -184,9 +194,12 @@ def begin(it, smem, bars):
 @gluon.jit
 def first_step(
     it, q, bias, edge, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr,
-    WIDTH: gl.constexpr = 1 << 20,
+    WIDTH: gl.constexpr = 1 << 20, before=None,
 ):  # fmt: skip
-    """`begin` and the first step in one, a product fewer; arguments as those of `step`."""
+    """`begin` and the first step in one, a product fewer; arguments as those of `step`.
+
+    With `before`, lse (log2) [HM] and out [HM, D] of other keys, the softmax goes on from there.
+    """
     q_smem, k_smem, _ = smem
     _, _, k_full, k_empty, v_full, _, turn = bars
     HM: gl.constexpr = q_smem.shape[1]
@@ -209,11 +222,20 @@ def first_step(
         s = gl.where(columns <= edge, s, -float("inf"))
     # A row of the second half may see none of these keys yet.
     m = gl.maximum(gl.max(s, 1) * qk_scale + bias, _LOWEST)
+    if before is not None:
+        m = gl.maximum(m, before[0])
     p = gl.exp2(s * qk_scale - gl.expand_dims(m - bias, 1))
     l = gl.sum(p, 1)
     p = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, A, 2))
     mbarrier.wait(v_full.index(stage), phase)
-    return it + 1, stage, gl.zeros([HM, D], gl.float32, A), m, l, p
+    if before is None:
+        acc = gl.zeros([HM, D], gl.float32, A)
+    else:
+        # As of one key, whose value is that out.
+        weight = gl.exp2(before[0] - m)
+        l += weight
+        acc = before[1].to(gl.float32) * gl.expand_dims(gl.convert_layout(weight, gl.SliceLayout(1, A)), 1)
+    return it + 1, stage, acc, m, l, p
 
 
 @gluon.jit

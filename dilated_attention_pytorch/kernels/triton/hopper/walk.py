@@ -248,16 +248,24 @@ def each_cut_block(
 
 
 @gluon.jit
-def level_tile_at(tile, num_segments, num_heads, B: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr):
+def level_tile_at(
+    tile, num_tiles, num_segments, num_heads, B: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
+):
     """(batch, head, segment, level, distance, first) of a tile.
 
     Its rows are the places `(head + distance) % stride + (first + t) * stride` of the segment, t < B; the stride is
-    RATES[stride_index(level)]. Tiles of most branches come first; turned from segment to segment, as in `tile_at`.
+    RATES[stride_index(level)]. Tiles of several branches come first, and those of one, which are the shortest, last.
     """
     NB: gl.constexpr = len(RATES)
     PER: gl.constexpr = LENGTHS[0] // B
-    turn = tile // PER
-    u = PER - 1 - (tile + turn) % PER
+    LONG: gl.constexpr = PER // RATES[min(1, NB - 1)]
+    SHORT: gl.constexpr = max(PER - LONG, 1)
+    number_long = num_tiles // PER * LONG
+    is_short = tile >= number_long
+    number = tile - gl.where(is_short, number_long, 0)
+    turn = gl.where(is_short, number // SHORT, number // LONG)
+    # Turned from segment to segment, as in `tile_at`.
+    u = gl.where(is_short, (number + turn) % SHORT, PER - 1 - (number + turn) % LONG)
     head = turn // num_segments
     # Places of a segment's tiles: 1 - 1 / r_1 of them for level 1, 1 / r_1 - 1 / r_2 for level 2, and so on.
     level = gl.to_tensor(1)
