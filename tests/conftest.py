@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from hypothesis import HealthCheck, Phase, settings
 # Without a GPU the Triton kernels run in Triton's interpreter; the switch is read when Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        interpreter.hasten()
 
 # Under xdist the workers share the cores; more threads than cores makes every one of them slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
