@@ -207,7 +207,7 @@ def branch_passes(work: Work, branch: int) -> dict[str, Callable[[], Any]]:
         "forward": recorded("forward", launch_branches.forward, forward_config),
         "dQ": recorded("dQ", launch_branches.backward_dq, terms, dq),
     }
-    if work.block_d <= 128:  # wider, the twin alone has them
+    if work.block_d in support._COLUMNS["dkv"]:  # else the twin alone has them
         found["dK, dV"] = recorded("dK, dV", launch_branches.backward_dkv, terms, dkv)
     return found
 

@@ -111,6 +111,7 @@ def _consume(
             if CAUSAL:
                 it = stages.skip(it, skipped, smem, bars)
             turn += 1
+            # For a first branch not above the steps, where it would spill; for the others the compiler has it there.
             lse_at, lse_inside, out_at, inside = _places(results, batch, head, base, own, slots, sizes, HM, D, S, WIDTH)
             gl.store(lse_at, row_lse, mask=lse_inside)
             gl.store(out_at, acc.to(q_smem.dtype), mask=inside)

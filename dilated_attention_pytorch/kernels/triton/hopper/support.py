@@ -23,8 +23,9 @@ _WIDTHS = (64, 128)
 _DTYPES = (torch.bfloat16, torch.float16)
 # (head_dim, causal) -> on a q of at most so many elements the twins are faster: there are too few tiles for one program
 # per multiprocessor to have like shares of them, and describing the causal kernels' views takes the host longer than
-# the device computes. Forward on an H200 beside the twins, us: D=64 747 against 719 at N=32768 (12 heads), 1452 against
-# 1641 at 65536; causal 533 against 324 at 16384, 572 against 705 at 32768; D=128 (6 heads) 286 against 347 at 16384.
+# the device computes. Forward on an H200 beside the twins, before tiles were drawn, us: D=64 747 against 719 at N=32768
+# (12 heads), 1452 against 1641 at 65536; causal 533 against 324 at 16384, 572 against 705 at 32768; D=128 (6 heads) 286
+# against 347 at 16384.
 _SHORT = {(64, False): 768 << 15, (64, True): 768 << 14, (128, False): 768 << 13, (128, True): 768 << 14}
 
 # The share of a causal call's pairs that may be computed beyond its diagonals (`_wasted`). At 0.24 (w=4096,65536,

@@ -1,5 +1,5 @@
 """Tiles are handed out: a program that is done draws the next from a counter, since tiles differ in cost. With fixed
-shares some programs would have up to 17% more work than the mean, and the others would wait for them.
+shares one program can have a third more work than the mean, and all others wait for it (`test_hopper_walk.py`).
 
 The warp that loads draws, a tile ahead, and tells the warpgroups through two places in shared memory. Which program
 takes a tile changes no bit of it.
