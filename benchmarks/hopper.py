@@ -32,6 +32,7 @@ from dilated_attention_pytorch.kernels.triton import launch_aligned, launch_bran
 from dilated_attention_pytorch.kernels.triton.hopper import launch, launch_backward, launch_branch, support
 from dilated_attention_pytorch.kernels.triton.hopper.launch import HopperConfig
 from dilated_attention_pytorch.kernels.triton.hopper.launch_backward import BackwardConfig
+from dilated_attention_pytorch.kernels.triton.hopper.launch_branch import BranchConfig
 from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.testing import relative_norm
@@ -41,7 +42,7 @@ LENGTHS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16)
 LENGTHS_OF = {"even": 1 << 20, "odd": 1_000_003, "64k": 1 << 16, "32k": 1 << 15, "16k": 1 << 14}
 DISTINCT = {False: 3008 / 3968, True: 1504.5 / 1985}
 OTHERS = {
-    (64, False): (HopperConfig(128, 4, False), HopperConfig(128, 5, False, True), HopperConfig(128, 4, True, True)),
+    (64, False): (HopperConfig(128, 4, False, True), HopperConfig(64, 8, False, groups=3)),
     (128, False): (HopperConfig(128, 3, True), HopperConfig(128, 3, False, True)),
     (64, True): (HopperConfig(64, 8, False), HopperConfig(64, 12, True), HopperConfig(128, 6, True)),
     (128, True): (HopperConfig(64, 6, False), HopperConfig(64, 5, True), HopperConfig(128, 3, True)),
@@ -54,13 +55,13 @@ OTHERS_BACKWARD = {
     (128, True): ((BackwardConfig(64, 4, True),), (BackwardConfig(64, 3),)),
 }
 # The same of one branch's kernels (--branches).
-OTHERS_BRANCH: tuple[dict[tuple[int, bool], tuple[int, int, bool]], dict[int, tuple[BackwardConfig, ...]]] = (
+OTHERS_BRANCH: tuple[dict[tuple[int, bool], tuple[BranchConfig, ...]], dict[int, tuple[BackwardConfig, ...]]] = (
     {
-        (64, False): (128, 5, True),
-        (64, True): (64, 6, False),
-        (128, True): (64, 5, False),
-        (256, False): (64, 2, True),
-        (256, True): (32, 5, False),
+        (64, False): (BranchConfig(128, 4, pingpong=True),),
+        (64, True): (BranchConfig(64, 8),),
+        (128, True): (BranchConfig(64, 5),),
+        (256, False): (BranchConfig(64, 2, pingpong=True),),
+        (256, True): (BranchConfig(32, 5),),
     },
     {
         64: (BackwardConfig(64, 6), BackwardConfig(64, 3)),
@@ -241,7 +242,7 @@ WAYS = "twin", "Hopper", "others"
 def way(who: str) -> Iterator[None]:
     """Which kernels a branch takes: the twins, or Hopper's, also in other configurations."""
     forward, backward = OTHERS_BRANCH if who == "others" else ({}, {})
-    few = dict.fromkeys(support._FEW, 4 * (1 << 40 if who == "twin" else 128,))
+    few = dict.fromkeys(support._FEW, 5 * (1 << 40 if who == "twin" else 128,))
     with (
         mock.patch.dict(support._FEW, few), mock.patch.dict(launch_branch._FORWARD, forward),
         mock.patch.dict(launch_branch._BACKWARD, backward),

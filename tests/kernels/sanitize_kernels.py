@@ -38,7 +38,7 @@ def main() -> None:
             of_hopper = name.startswith("Hopper")
             support._SHORT = {} if of_hopper else SHORT
             support._WASTE = 1.0 if of_hopper else WASTE
-            support._FEW = dict.fromkeys(FEW, 4 * (64,)) if of_hopper else FEW
+            support._FEW = dict.fromkeys(FEW, 5 * (64,)) if of_hopper else FEW
             support._LITTLE = dict.fromkeys(LITTLE, 0) if of_hopper else LITTLE
             options = dict(options)
             lengths = n, *[options.pop("num_keys", n)] * 2

@@ -70,7 +70,7 @@ def launched(monkeypatch):
     from dilated_attention_pytorch.kernels.triton import launch_aligned, replay
     from dilated_attention_pytorch.kernels.triton.hopper import launch_branch, support
 
-    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 4 * (64,)))
+    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 5 * (64,)))
     monkeypatch.setattr(support, "_LITTLE", dict.fromkeys(support._LITTLE, 0))
     monkeypatch.setattr(support, "why_not", lambda _: ["a test wants a launch per branch"])
     monkeypatch.setattr(launch_aligned, "why_not", lambda *_: "a test wants a launch per branch")

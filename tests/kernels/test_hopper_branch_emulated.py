@@ -42,7 +42,7 @@ def run(monkeypatch, x, grad, saved, problem):
     monkeypatch.setattr(launch, "programs_on", lambda _: 3)
     monkeypatch.setattr(support, "why_not_here", lambda device: [])
     monkeypatch.setattr(support, "_DTYPES", (torch.float32,))
-    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 4 * (64,)))
+    monkeypatch.setattr(support, "_FEW", dict.fromkeys(support._FEW, 5 * (64,)))
     monkeypatch.setattr(support, "_LITTLE", dict.fromkeys(support._LITTLE, 0))
     monkeypatch.setitem(views._TYPES, torch.float32, gl.float32)
     work = prepare(x, problem, NO_MASKS)
@@ -100,6 +100,21 @@ def test_wherever_the_pair_lies(monkeypatch, case, causal):
             chosen = tuple(x._replace(registers=registers) for x in pair)
             monkeypatch.setitem(launch_branch._BACKWARD, columns, chosen)
         test_out_lse_and_gradients(monkeypatch, case, causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("config", [*launch_branch._FORWARD[64, False], *launch_branch._FORWARD[64, True]], ids=str)
+def test_tiles_of_two_and_three_groups(monkeypatch, config, causal):
+    monkeypatch.setitem(launch_branch._FORWARD, (64, causal), (config,))
+    test_out_lse_and_gradients(monkeypatch, CASES[3], causal)
+
+
+def test_a_tile_has_the_groups_that_a_segment_fills():
+    """Of 1,024 slots three groups leave 128 of 1,152 rows empty."""
+    for slots, groups in ((1024, 2), (2048, 3), (2896, 3), (192, 3), (128, 2)):
+        problem = Problem(DilatedPattern((slots,), (1,), 1), False, 0.125, 0.0, 0, 0, slots, "exact", "none")
+        x = torch.zeros(1, slots, 1, 64)
+        assert launch_branch.config_of(prepare(QKV(x, x, x), problem, NO_MASKS), 0).groups == groups, slots
 
 
 @pytest.mark.parametrize(("n", "length", "rate", "heads"), [(45_681, 32_768, 4, 16), (262_144, 5792, 2, 16)])

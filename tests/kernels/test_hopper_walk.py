@@ -17,13 +17,22 @@ from dilated_attention_pytorch.core.problem import Problem
 from dilated_attention_pytorch.kernels.triton.hopper import support
 from dilated_attention_pytorch.types import NO_MASKS, QKV
 
-WALK = Path(dilated_attention_pytorch.__file__).parent / "kernels/triton/hopper/walk.py"
+HOPPER = Path(dilated_attention_pytorch.__file__).parent / "kernels/triton/hopper"
 WHOLE = 1 << 30
 
 
 @pytest.fixture(scope="module")
 def walk():
-    """The module, with Python in place of Gluon."""
+    return as_python("walk")
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    return as_python("tiles")
+
+
+def as_python(name):
+    """A module, with Python in place of Gluon."""
     language = types.SimpleNamespace(
         where=lambda condition, a, b: a if condition else b, minimum=min, maximum=max, static_range=range,
         to_tensor=lambda x: x, constexpr=object,
@@ -34,7 +43,7 @@ def walk():
     fakes["triton.experimental.gluon"].jit = lambda function: function
     fakes["triton.experimental.gluon"].constexpr_function = lambda function: function
     fakes["triton.experimental.gluon"].language = language
-    spec = importlib.util.spec_from_file_location("hopper_walk_as_python", WALK)
+    spec = importlib.util.spec_from_file_location(f"hopper_{name}_as_python", HOPPER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         for name, fake in fakes.items():
@@ -80,14 +89,14 @@ def collect(context, state, row, residue, multiplicity):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_tiles_without_a_mask(walk, pattern):
+def test_tiles_without_a_mask(walk, tiles, pattern):
     lengths, rates, n, heads, bm, b = pattern
     rate = rates[-1]
     blocks = -(-n // (rate * bm))
     whole = n // (rate * b) * b
     seen = Counter()
     for tile in range(2 * heads * rate * blocks):
-        batch, head, residue, block = walk.tile_at(tile, blocks, heads, rate)
+        batch, head, residue, block = tiles.tile_at(tile, blocks, heads, rate)
         row = block * bm
         seen[batch, head, residue, block] += 1
         level = walk.level_of((residue + rate - head % rate) % rate, rates)
@@ -114,12 +123,63 @@ def test_tiles_without_a_mask(walk, pattern):
     assert len(seen) == 2 * heads * rate * blocks
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_tiles_of_groups_of_rows(walk, tiles, pattern, groups):
+    """Every row is in one group, and sees the tile's first blocks, as far as its own level goes."""
+    lengths, rates, n, heads, bm, b = pattern
+    if lengths[0] % (rates[-1] * bm):
+        bm = lengths[0] // rates[-1]
+    rate, segments = rates[-1], -(-n // lengths[0])
+    whole = n // (rate * b) * b
+    per, _ = tiles.group_tiles(groups, bm, lengths, rates)
+    rows, number_of_tiles = Counter(), 2 * heads * segments * per
+    for tile in range(number_of_tiles):
+        batch, head, segment, number = tiles.group_tile_at(
+            tile, number_of_tiles, segments, heads, groups, bm, lengths, rates
+        )
+        found = [tiles.group_at(number + w, head, segment, n, bm, lengths, rates) for w in range(groups)]
+        assert tiles.has_rows(number, head, segment, n, groups, bm, lengths, rates) == any(there for *_, there in found)
+        level, start = found[0][0], segment * (lengths[0] // rate)
+        visits = walk.each_block(collect, None, [], start, level, head, whole, lengths, rates, b, True)
+        assert len(visits) == sum(
+            walk.ring_steps(start, i, whole, lengths, rates, b) * (rate // rates[i]) for i in range(level)
+        )
+        cut, ring = [], level
+        if n % (rate * b):
+            cut = walk.each_cut_block(collect, None, [], start, level, head, whole, lengths, rates)
+            ring = walk.cut_ring(start, level, whole, lengths, rates)
+        for own, residue, row, is_there in found:
+            if not is_there:
+                continue
+            taken = []  # the warpgroup's loops
+            for i in range(own):
+                for shown in range(i + 1, own + 1):
+                    steps = walk.ring_steps(start, i, whole, lengths, rates, b)
+                    taken += steps * walk.residue_count(shown, own, rates) * [shown - i]
+            assert not taken or taken[0] == walk.first_shown(own, rates)
+            met = [(*visit[:2], m) for visit, m in zip(visits, taken, strict=False)]
+            assert len(met) == len(taken)
+            if ring < own:
+                met += [(at, place, min(m, own - ring)) for at, place, m in cut]
+            keys = Counter()
+            for at, place, m in met:
+                for position in range(at * rate + place, (at + b) * rate, rate):
+                    if position < n:
+                        keys[position] += m
+            for position in range(row * rate + residue, n, rate)[:bm]:
+                rows[batch, head, position] += 1
+                assert len(branches_of(position, head, lengths, rates)) == own
+                assert keys == keys_of(position, head, lengths, rates, n)
+    assert rows == Counter({(i, h, p): 1 for i in range(2) for h in range(heads) for p in range(n)})
+
+
 CAUSAL = [pattern for pattern in PATTERNS if pattern[0][0] < pattern[2]]
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("pattern", CAUSAL, ids=str)
-def test_tiles_of_one_level(walk, pattern, after):
+def test_tiles_of_one_level(walk, tiles, pattern, after):
     """Keys before the rows of a tile, or queries after them: dense blocks, blocks on the diagonal, other rings."""
     lengths, rates, n, heads, bm, b = pattern
     if lengths[0] % (rates[-1] * max(bm, b)):
@@ -129,7 +189,7 @@ def test_tiles_of_one_level(walk, pattern, after):
     padded = segments * span
     rows = Counter()
     for tile in range(heads * segments * per):
-        batch, head, segment, level, distance, first = walk.level_tile_at(
+        batch, head, segment, level, distance, first = tiles.level_tile_at(
             tile, heads * segments * per, segments, heads, bm, lengths, rates
         )
         assert batch == 0
@@ -185,14 +245,14 @@ def test_tiles_of_one_level(walk, pattern, after):
 
 
 @pytest.mark.parametrize("programs", [132, 114])
-def test_tiles_that_are_drawn_make_like_shares(walk, programs):
+def test_tiles_that_are_drawn_make_like_shares(walk, tiles, programs):
     """A program draws its next tile when it is done; were every 132nd its share, the fullest would have 14% more work
     than the mean, or on 114 multiprocessors 38%."""
     lengths, rates, heads, b = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), 6, 64
     segments, per = 32, 2048 // 128
 
     def steps(tile):
-        _, head, segment, level, distance, first = walk.level_tile_at(
+        _, head, segment, level, distance, first = tiles.level_tile_at(
             tile, heads * segments * per, segments, heads, 128, lengths, rates
         )
         stride = rates[walk.stride_index(level, len(rates))]
@@ -219,14 +279,14 @@ def test_tiles_that_are_drawn_make_like_shares(walk, programs):
 
 
 @pytest.mark.parametrize("lengths, rates", [((1024, 2048, 4096), (1, 2, 4)), ((2048, 8192), (1, 8)), ((512,), (1,))])
-def test_what_a_causal_walk_wastes(walk, lengths, rates):
+def test_what_a_causal_walk_wastes(walk, tiles, lengths, rates):
     """Keys up to the end of each half of a tile, of which the rows see those up to themselves."""
     plan = types.SimpleNamespace(lengths=lengths, rates=rates)
     n, half = lengths[-1], 64
     pairs = sum(len({m for m in keys_of(p, 0, lengths, rates, n) if m <= p}) for p in range(0, n, 7)) * 7
     wasted = 0
     for tile in range(n // 128):
-        *_, level, distance, first = walk.level_tile_at(tile, n // 128, n // lengths[0], 1, 128, lengths, rates)
+        *_, level, distance, first = tiles.level_tile_at(tile, n // 128, n // lengths[0], 1, 128, lengths, rates)
         stride = rates[walk.stride_index(level, len(rates))]
         for begin in (first, first + half):
             places = [distance % stride + (begin + t) * stride for t in range(half)]

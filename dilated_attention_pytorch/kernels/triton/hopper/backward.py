@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dilated_attention_pytorch.kernels.triton.hopper import backward_step as shared
-from dilated_attention_pytorch.kernels.triton.hopper import tickets, walk
+from dilated_attention_pytorch.kernels.triton.hopper import tickets, tiles, walk
 
 _TILE = gl.constexpr(2 * shared.HALF)
 
@@ -43,7 +43,7 @@ def _tile_of(tile, sizes, DKV: gl.constexpr, RATES: gl.constexpr):
     _, _, num_heads, group, num_blocks, _, _ = sizes
     R: gl.constexpr = RATES[len(RATES) - 1]
     heads = num_heads // group if DKV else num_heads
-    batch, head, residue, block = walk.tile_at(tile, num_blocks, heads, R)
+    batch, head, residue, block = tiles.tile_at(tile, num_blocks, heads, R)
     kv_head = head if DKV else head // group
     return batch, head, kv_head, residue, block * _TILE, walk.level_of((residue + R - kv_head % R) % R, RATES)
 

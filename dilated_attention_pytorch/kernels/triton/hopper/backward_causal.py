@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dilated_attention_pytorch.kernels.triton.hopper import backward_step as shared
-from dilated_attention_pytorch.kernels.triton.hopper import tickets, walk
+from dilated_attention_pytorch.kernels.triton.hopper import tickets, tiles, walk
 
 _TILE = gl.constexpr(2 * shared.HALF)
 
@@ -20,7 +20,7 @@ def _tile_of(tile, sizes, DKV: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.co
     dK, dV."""
     num_tiles, _, num_heads, group, num_segments, _ = sizes
     heads = num_heads // group if DKV else num_heads
-    batch, head, segment, level, distance, first = walk.level_tile_at(
+    batch, head, segment, level, distance, first = tiles.level_tile_at(
         tile, num_tiles, num_segments, heads, _TILE, LENGTHS, RATES
     )
     kv_head = head if DKV else head // group

@@ -1,4 +1,4 @@
-"""Tiles of one branch: 128 slots of a segment. Slot j of a segment is position `base + j * rate`."""
+"""Tiles of one branch: 128 slots of a segment, forward also 192. Slot j of a segment is position `base + j * rate`."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,7 +7,7 @@ TILE = gl.constexpr(128)
 
 
 @gluon.jit
-def tile_of(tile, sizes, BY_KEYS: gl.constexpr, MODULO: gl.constexpr):
+def tile_of(tile, sizes, BY_KEYS: gl.constexpr, MODULO: gl.constexpr, ROWS: gl.constexpr = TILE):
     """(batch, head, key head, segment, base, slots of the segment, first slot) of a tile; its heads are key heads if
     BY_KEYS.
 
@@ -20,7 +20,7 @@ def tile_of(tile, sizes, BY_KEYS: gl.constexpr, MODULO: gl.constexpr):
     turn = tile // tiles_each
     # Tiles differ in cost under a causal mask, and a program that takes every 132nd would see the same few: so they
     # turn from segment to segment. The segment that the sequence's end cuts is the cheapest, and comes last.
-    first = (tile + turn) % tiles_each * TILE
+    first = (tile + turn) % tiles_each * ROWS
     head = turn % heads
     around = turn // heads
     segment = around // num_batches
@@ -51,3 +51,9 @@ def place_of(strides, batch, residue, head):
 def blocks_of(slots, B: gl.constexpr):
     """Blocks of B that hold a segment's slots."""
     return (slots + B - 1) // B
+
+
+@gluon.jit
+def blocks_up_to(first, ROWS: gl.constexpr, B: gl.constexpr):
+    """Blocks up to a tile's last row; so written that a compiler sees where a tile meets one block on its diagonal."""
+    return first // B + ROWS // B if ROWS % B == 0 else (first + ROWS - 1) // B + 1

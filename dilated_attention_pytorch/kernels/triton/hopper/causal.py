@@ -1,4 +1,4 @@
-"""The causal forward for Hopper, over tiles of one level (`walk.level_tile_at`): only keys of a row's shortest segment
+"""The causal forward for Hopper, over tiles of one level (`tiles.level_tile_at`): only keys of a row's shortest segment
 meet a diagonal, all others are seen by the whole tile. One launch, keys once.
 
 A tile takes blocks in this order, so that runs of one multiplicity are loops: the first of its own residue that meets
@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from dilated_attention_pytorch.kernels.triton.hopper import stages, tickets, walk
+from dilated_attention_pytorch.kernels.triton.hopper import stages, tickets, tiles, walk
 
 
 @gluon.jit
@@ -52,7 +52,7 @@ def _produce(
     turn = gl.to_tensor(0)
     tile = gl.program_id(0)
     while tile < num_tiles:
-        batch, head, segment, level, distance, first = walk.level_tile_at(
+        batch, head, segment, level, distance, first = tiles.level_tile_at(
             tile, num_tiles, num_segments, num_heads, 2 * HM, LENGTHS, RATES
         )
         kv_head = head // group
@@ -65,7 +65,8 @@ def _produce(
         for i in gl.static_range(1 if NB > 1 else 0, NB):
             if index == i:
                 q = q_views[0][i], q_views[1][i]
-                stages.fill_queries(turn, q, residue < num_keys % RATES[i], column, row, smem, bars)
+                for w in gl.static_range(2):
+                    stages.fill_queries(w, turn, q, residue < num_keys % RATES[i], column, row + w * HM, smem, bars)
         # Places in the segment of the tile's first row, of the first half's last and of the last.
         low = residue + first * stride
         middle = low + (HM - 1) * stride
@@ -125,7 +126,7 @@ def _consume(
     turn = gl.to_tensor(0)
     tile = gl.program_id(0)
     while tile < num_tiles:
-        batch, head, segment, level, distance, first = walk.level_tile_at(
+        batch, head, segment, level, distance, first = tiles.level_tile_at(
             tile, num_tiles, num_segments, num_heads, 2 * HM, LENGTHS, RATES
         )
         kv_head = head // group

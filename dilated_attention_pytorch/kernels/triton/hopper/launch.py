@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dilated_attention_pytorch.kernels.triton.hopper import causal
+from dilated_attention_pytorch.kernels.triton.hopper import causal, tiles
 from dilated_attention_pytorch.kernels.triton.hopper import forward as full
 from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, ROWS
 from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, residue_views, stride_views
@@ -17,8 +17,7 @@ from dilated_attention_pytorch.kernels.triton.replay import Tape
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import AttentionOutput
 
-# Two warpgroups with 240 registers a thread and a producer with 24 start with as many each.
-OPTIONS = {"num_warps": 4, "maxnreg": 168}
+GROUP = 64  # rows of a warpgroup
 
 
 class HopperConfig(NamedTuple):
@@ -28,18 +27,21 @@ class HopperConfig(NamedTuple):
         block: rows of keys per step.
         stages: steps whose keys are in shared memory.
         q_registers: whether the queries' rows are kept in registers.
-        pingpong: whether the warpgroups issue their products in turns.
+        pingpong: whether two warpgroups issue their products in turns (without a causal mask).
+        groups: warpgroups of a tile (3 only without one). Three hide each other's waits, and leave 160 registers a
+            thread in place of 240.
     """
 
     block: int
     stages: int
     q_registers: bool
     pingpong: bool = False
+    groups: int = 2
 
 
-# (head_dim, causal); the fastest of those that were measured on an H100 (shared memory holds no more stages).
+# (head_dim, causal); the fastest of those that were measured on an H100 or H200 (shared memory holds no more stages).
 _CONFIGS = {
-    (64, False): HopperConfig(128, 4, False, True),
+    (64, False): HopperConfig(128, 5, False, groups=3),
     (128, False): HopperConfig(128, 3, True, True),
     (64, True): HopperConfig(64, 8, True),
     (128, True): HopperConfig(64, 6, True),
@@ -57,28 +59,29 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     batch, n, heads, _ = q.shape
     out = tape.empty(q, q.shape)
     lse = tape.empty(q, (batch, heads, n), torch.float32)
+    rates, lengths = plan.rates, plan.lengths
+    rows = [(q, GROUP), (k, config.block), (v, config.block)]
     if work.problem.is_causal:
         kernel: Any = causal.hopper_forward_causal
-        views = [v for x, rows in _blocks(work, config) for v in stride_views(x, plan.rates, rows, MAX_RATES)]
-        # Segments of the shortest branch, the last as long as the others: what lies past the end is not written.
-        count = triton.cdiv(n, plan.lengths[0])
-        num_tiles = batch * heads * count * (plan.lengths[0] // ROWS)
-        even = n % plan.lengths[0] == 0
+        views = [view for x, number in rows for view in stride_views(x, rates, number, MAX_RATES)]
+        per = lengths[0] // ROWS
         flags: dict[str, Any] = {}
     else:
         kernel = full.hopper_forward
-        views = [view for x, rows in _blocks(work, config) for view in residue_views(x, plan.rate, rows)]
-        count = triton.cdiv(triton.cdiv(n, plan.rate), ROWS)
-        num_tiles = batch * heads * count * plan.rate
-        even = n % (plan.rate * ROWS) == 0
-        flags = {"PINGPONG": config.pingpong}
+        views = [view for x, number in rows for view in residue_views(x, plan.rate, number)]
+        lengths = _covering(lengths, n, plan.rate)
+        per, _ = tiles.group_tiles(config.groups, GROUP, lengths, rates)
+        flags = {"PINGPONG": config.pingpong, "GROUPS": config.groups}
+    # Segments of the shortest branch, the last as long as the others: what lies past the end is not written.
+    count = triton.cdiv(n, lengths[0])
+    num_tiles, even = batch * heads * count * per, n % lengths[0] == 0
     # A scale of 0 becomes a tiny one: 0 times a logit of -inf is NaN.
     scale = max(work.logit_scale, 1e-30)
     sizes = n, heads, heads // k.shape[2], count, num_tiles
     args = (*views, out, lse, counter_of(q, tape), *column_strides(q, k, v), *sizes, scale)
     flags |= {
-        "LENGTHS": plan.lengths, "RATES": plan.rates, "STAGES": config.stages, "EVEN": even,
-        "Q_REGISTERS": config.q_registers, **OPTIONS,
+        "LENGTHS": lengths, "RATES": rates, "STAGES": config.stages, "EVEN": even,
+        "Q_REGISTERS": config.q_registers, **options(config.groups),
     }  # fmt: skip
     # A short call has fewer tiles than there are multiprocessors.
     grid = (min(programs_on(q), num_tiles),)
@@ -86,10 +89,18 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     return AttentionOutput(out, lse)
 
 
-def _blocks(work: Work, config: HopperConfig) -> list[tuple[Tensor, int]]:
-    """q, k and v, and how many rows of each are loaded at once."""
-    q, k, v = work.x
-    return [(q, ROWS // 2), (k, config.block), (v, config.block)]
+def options(groups: int = 2) -> dict[str, int]:
+    """The first warpgroup's warps, and the registers that each thread starts with: two warpgroups with 240 and a
+    producer with 24 share three times 168, three with 160 and one with 32 four times 128."""
+    return {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[groups]}
+
+
+def _covering(lengths: tuple[int, ...], n: int, rate: int) -> tuple[int, ...]:
+    """Lengths, of which those beyond the sequence's are cut to one that covers it, and that few sequences differ in."""
+    cover = rate * ROWS
+    while cover < n:
+        cover *= 2
+    return tuple(min(length, cover) if length > n else length for length in lengths)
 
 
 def counter_of(x: Tensor, tape: Tape) -> Tensor:

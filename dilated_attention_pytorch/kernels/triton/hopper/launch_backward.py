@@ -131,7 +131,7 @@ def _launch(
         *itertools.chain(*views), terms[0], grads[0], grads[-1], launch.counter_of(q, tape),
         *column_strides(*a, *b, grads[0]), *sizes, work.logit_scale, problem.scale,
     )  # fmt: skip
-    flags |= launch.OPTIONS
+    flags |= launch.options()
     grid = (min(launch.programs_on(q), num_tiles),)
     tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
     return grads

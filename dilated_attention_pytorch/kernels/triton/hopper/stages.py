@@ -1,5 +1,5 @@
 """What the programs of the forward kernels are made of: a producer warp fills stages with K and V through the copy
-engine (TMA), and two warpgroups compute half a tile's rows each from them.
+engine (TMA), and two or three warpgroups compute 64 of a tile's rows each from them.
 
 A *stage* is room in shared memory for one block of K and one of V, [BN, D] each. Step number `it` of a program uses
 stage it % STAGES for the (it // STAGES)-th time. Barriers say when a stage is full, and when it is empty again.
@@ -52,7 +52,7 @@ def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def allocate(q_view, k_view, STAGES: gl.constexpr):
+def allocate(q_view, k_view, STAGES: gl.constexpr, GROUPS: gl.constexpr = 2):
     """Shared memory q, k, v and its barriers: q, k and v full and empty, and whose turn it is (`take_turn`)."""
     # A view's blocks are [rows, D], or [1, rows, D].
     RANK: gl.constexpr = len(k_view.block_shape)
@@ -61,11 +61,11 @@ def allocate(q_view, k_view, STAGES: gl.constexpr):
     D: gl.constexpr = k_view.block_shape[RANK - 1]
     Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HM, D], q_view.dtype)
     K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], k_view.dtype)
-    q = gl.allocate_shared_memory(q_view.dtype, [2, HM, D], Q)
+    q = gl.allocate_shared_memory(q_view.dtype, [GROUPS, HM, D], Q)
     k = gl.allocate_shared_memory(k_view.dtype, [STAGES, BN, D], K)
     v = gl.allocate_shared_memory(k_view.dtype, [STAGES, BN, D], K)
-    q_full, k_full, v_full = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    q_empty, k_empty, v_empty = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
+    q_full, k_full, v_full = barriers(GROUPS, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    q_empty, k_empty, v_empty = barriers(GROUPS, 1), barriers(STAGES, GROUPS), barriers(STAGES, GROUPS)
     turn = barriers(2, 1)
     fence_async_shared()
     return (q, k, v), (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
@@ -120,15 +120,13 @@ def fill(it, k_views, v_views, is_longer, k_place, v_place, row, smem, bars):
 
 
 @gluon.jit
-def fill_queries(turn, views, is_longer, place, row, smem, bars):
-    """Loads a tile's rows half by half: each half is let go by the warpgroup that reads it."""
+def fill_queries(which: gl.constexpr, turn, views, is_longer, place, row, smem, bars):
+    """Loads a group of a tile's rows, which the warpgroup that reads it lets go."""
     q_smem, _, _ = smem
     q_full, q_empty, _, _, _, _, _ = bars
-    HM: gl.constexpr = q_smem.shape[1]
-    for w in gl.static_range(2):
-        mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(w), views[0].block_type.nbytes)
-        copy_rows(views, is_longer, place, row + w * HM, q_full.index(w), q_smem.index(w))
+    mbarrier.wait(q_empty.index(which), (turn & 1) ^ 1)
+    mbarrier.expect(q_full.index(which), views[0].block_type.nbytes)
+    copy_rows(views, is_longer, place, row, q_full.index(which), q_smem.index(which))
 
 
 # A warpgroup.
@@ -158,17 +156,17 @@ def contract(a, b, WIDTH: gl.constexpr, zero):
 
 
 @gluon.jit
-def take_turn(turn, it, HALF: gl.constexpr, PINGPONG: gl.constexpr):
+def take_turn(turn, it, WHICH: gl.constexpr, PINGPONG: gl.constexpr):
     """Where it pays, the warpgroups issue their products in turns, so that one's softmax meets the other's products."""
     if PINGPONG:
-        mbarrier.wait(turn.index(HALF), (it & 1) ^ (1 - HALF))
+        mbarrier.wait(turn.index(WHICH), (it & 1) ^ (1 - WHICH))
 
 
 @gluon.jit
-def give_turn(turn, HALF: gl.constexpr, PINGPONG: gl.constexpr):
+def give_turn(turn, WHICH: gl.constexpr, PINGPONG: gl.constexpr):
     """The turn is the other warpgroup's."""
     if PINGPONG:
-        mbarrier.arrive(turn.index(1 - HALF), count=1)
+        mbarrier.arrive(turn.index(1 - WHICH), count=1)
 
 
 @gluon.jit
@@ -193,8 +191,8 @@ def begin(it, smem, bars):
 
 @gluon.jit
 def first_step(
-    it, q, bias, edge, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr,
-    WIDTH: gl.constexpr = 1 << 20, before=None,
+    it, q, bias, edge, qk_scale, smem, bars, MASKED: gl.constexpr, WHICH: gl.constexpr,
+    PINGPONG: gl.constexpr, WIDTH: gl.constexpr = 1 << 20, before=None,
 ):  # fmt: skip
     """`begin` and the first step in one, a product fewer; arguments as those of `step`.
 
@@ -211,10 +209,10 @@ def first_step(
     stage = it % STAGES
     phase = (it // STAGES) & 1
     mbarrier.wait(k_full.index(stage), phase)
-    take_turn(turn, it, HALF, PINGPONG)
+    take_turn(turn, it, WHICH, PINGPONG)
     zero = gl.zeros([HM, BN], gl.float32, S)
     s = contract(q, k_smem.index(stage), WIDTH, zero)
-    give_turn(turn, HALF, PINGPONG)
+    give_turn(turn, WHICH, PINGPONG)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASKED:
@@ -240,8 +238,8 @@ def first_step(
 
 @gluon.jit
 def step(
-    state, q, bias, edge, begun, qk_scale, smem, bars, MASKED: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr,
-    WIDTH: gl.constexpr = 1 << 20,
+    state, q, bias, edge, begun, qk_scale, smem, bars, MASKED: gl.constexpr, WHICH: gl.constexpr,
+    PINGPONG: gl.constexpr, WIDTH: gl.constexpr = 1 << 20,
 ):  # fmt: skip
     """Takes one block of keys into a tile's state.
 
@@ -265,12 +263,12 @@ def step(
 
     # Logits of this step's keys, [HM, D] x [D, BN]; P V of the last step's, [HM, BN] x [BN, D], goes on beside them.
     mbarrier.wait(k_full.index(stage), phase)
-    take_turn(turn, it, HALF, PINGPONG)
+    take_turn(turn, it, WHICH, PINGPONG)
     # What a product starts from has to be given, though it is not read.
     zero = gl.zeros([HM, BN], gl.float32, S)
     s = contract(q, k_smem.index(stage), WIDTH, zero)
     acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
-    give_turn(turn, HALF, PINGPONG)
+    give_turn(turn, WHICH, PINGPONG)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
 
@@ -283,11 +281,16 @@ def step(
     p = gl.exp2(s * qk_scale - gl.expand_dims(m_new - bias, 1))
     alpha = gl.exp2(m - m_new)
     l = l * alpha + gl.sum(p, 1)
-    p = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, A, 2))
+    # Three warpgroups have registers for one P: it is made in those of the last step's, once its product is done.
+    LATE: gl.constexpr = q_smem.shape[0] == 3
+    if not LATE:
+        p = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, A, 2))
 
     # A wait for a barrier ends a basic block: without it ptxas moves the softmax below the wait for the product.
     mbarrier.wait(v_full.index(stage), phase)
     acc, p, l, alpha = warpgroup_mma_wait(0, deps=[acc, p, l, alpha])
+    if LATE:
+        p = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, A, 2))
     mbarrier.arrive(v_empty.index(last), count=1, pred=it > begun)
     # The product with this step's P starts from the rescaled sum, one step later.
     acc = rescale.rescaled(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, A)), 1), SELDOM)
@@ -334,15 +337,17 @@ def write(
 
 
 @gluon.jit
-def skip(it, number, smem, bars):
-    """Lets steps pass that only the other half of the tile takes."""
+def skip(it, number, smem, bars, WHICH: gl.constexpr = 0, PINGPONG: gl.constexpr = False):
+    """Lets steps pass that only other warpgroups take."""
     _, k_smem, _ = smem
-    _, _, k_full, k_empty, v_full, v_empty, _ = bars
+    _, _, k_full, k_empty, v_full, v_empty, turn = bars
     STAGES: gl.constexpr = k_smem.shape[0]
     for _i in range(0, number):
         stage = it % STAGES
         phase = (it // STAGES) & 1
         mbarrier.wait(k_full.index(stage), phase)
+        take_turn(turn, it, WHICH, PINGPONG)
+        give_turn(turn, WHICH, PINGPONG)
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.wait(v_full.index(stage), phase)
         mbarrier.arrive(v_empty.index(stage), count=1)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.kernels.triton.launch_aligned import Alignment
     from dilated_attention_pytorch.kernels.triton.work import Work
 
-ROWS = 128  # of a tile: two warpgroups of 64
+ROWS = 128  # of a tile of two warpgroups
 MAX_RATES = 5  # strides that a causal kernel has views for
 _TRITON = "3.6."  # the versions that were measured; Gluon has no stable API yet
 _WIDTHS = (64, 128)
@@ -36,9 +36,14 @@ _WASTE = 0.2
 # Columns that a tile of one branch may have: dK and dV, two accumulators, would fill all registers at 256.
 _COLUMNS = {"forward": (64, 128, 256), "dq": (64, 128, 256), "dkv": (64, 128)}
 # The kernels for one branch outrun their twins from so many rows of a segment on: where the width fills no tile, where
-# it does, there under a causal mask, and in tiles of 256 columns; and from so many multiplications, since describing
-# their views takes the host 0.1 ms. `benchmarks/hopper.py --branches` times both, branch by branch.
-_FEW = {"forward": (1024, 2048, 4096, 1024), "dq": (2048, 2048, 2048, 1024), "dkv": (1024, 1024, 1024, 1024)}
+# it does, there under a causal mask in tiles of 64 columns and of 128, and in tiles of 256 columns; and from so many
+# multiplications, since describing their views takes the host 0.1 ms. `benchmarks/hopper.py --branches` times both,
+# branch by branch.
+_FEW = {
+    "forward": (1024, 2048, 2048, 4096, 1024),
+    "dq": (2048, 2048, 2048, 2048, 1024),
+    "dkv": (1024, 1024, 1024, 1024, 1024),
+}
 _LITTLE = {"forward": 1e10, "dq": 1e10, "dkv": 4e9}
 
 
@@ -120,7 +125,8 @@ def why_not_branch(work: Work, grad: Tensor | None, branch: int, kernel: str) ->
     (q, k, v), problem = work.x, work.problem
     batch, n, heads, width = q.shape
     rate, slots, whole = dilation_rate(problem, branch), slots_of(problem, branch), width == work.block_d
-    few = _FEW[kernel][3 if work.block_d == 256 else whole + (whole and problem.is_causal)]
+    kind = 4 if work.block_d == 256 else whole + (whole and problem.is_causal) * (work.block_d // 64)
+    few = _FEW[kernel][kind]
     pairs = batch * heads * (n // rate) * slots * (0.5 if problem.is_causal else 1.0)
     obstacles = {
         "it has masks or packing": work.is_masked or problem.padding != "none",

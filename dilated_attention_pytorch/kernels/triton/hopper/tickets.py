@@ -30,11 +30,11 @@ class Tickets(NamedTuple):
 
 
 @gluon.jit
-def allocate(counter):
-    """A program's. Its first tile needs no ticket: it is the program's own number."""
+def allocate(counter, GROUPS: gl.constexpr = 2):
+    """A program's, which has so many warpgroups. Its first tile needs no ticket: it is the program's own number."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     places = gl.allocate_shared_memory(gl.int32, [2, 1], LAYOUT)
-    return Tickets(counter, places, stages.barriers(2, 1), stages.barriers(2, 2 * stages.GROUP))
+    return Tickets(counter, places, stages.barriers(2, 1), stages.barriers(2, GROUPS * stages.GROUP))
 
 
 @gluon.jit

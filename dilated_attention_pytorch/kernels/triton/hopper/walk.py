@@ -1,10 +1,10 @@
-"""The tiles that a program takes, and the blocks of keys (or of queries) that a tile meets.
+"""The blocks of keys (or of queries) that a tile meets.
 
 Branches are in the order of their lengths: segments nest, each rate divides the next, the first is 1, and head h keeps
 the residue h mod r. So a row belongs to the first k branches and to no other: k is its *level*. Ring i around a tile is
 branch i's segment without branch i - 1's. A row of level k meets, in ring i, the keys of level l > i through
-min(k, l) - i branches: their *multiplicity*. Blocks of one multiplicity follow one another, so that a loop over steps
-has it as a constant.
+min(k, l) - i branches: their *multiplicity*. Blocks of one multiplicity follow one another, or those of one ring, so
+that a loop over steps has it as a constant.
 
 A *row* counts positions of one residue at stride R, the largest rate: position = row * R + residue. A block is B rows
 of a residue, and every length is a multiple of B * R.
@@ -124,21 +124,6 @@ def residue_count(shown, level, RATES: gl.constexpr):
     return divide(R, shown - 1, RATES, 1) - gl.where(shown < level, divide(R, shown, RATES, 1), 0)
 
 
-# Without a causal mask: a tile is rows of one residue.
-
-
-@gluon.jit
-def tile_at(tile, num_blocks, num_heads, R: gl.constexpr):
-    """(batch, head, residue, block) of a tile.
-
-    Levels differ in cost, and a program that takes every 132nd tile would see the same few only: so residues turn from
-    block to block, and count from the head.
-    """
-    turn = tile // R
-    head = turn // num_blocks
-    return head // num_heads, head % num_heads, (head + tile + turn) % R, turn % num_blocks
-
-
 @gluon.constexpr_function
 def rows_of(lengths, rate):
     """Segment lengths in rows of a residue."""
@@ -166,9 +151,29 @@ def ring_of(row, i, whole, LENGTHS: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
+def each_of_ring(
+    visit: gl.constexpr, context, state, row, i, shown, level, head, whole, LENGTHS: gl.constexpr,
+    RATES: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """As `each_block`, for the keys of level `shown` in ring i."""
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    first, stride, step, _ = residues_of(shown, level, RATES)
+    start, hole, jump, rows = ring_of(row, i, whole, LENGTHS, R)
+    for z in range(first, stride, step):
+        for distance in range(z, R, stride):
+            residue = (head + distance) % R
+            # Rows before the hole, then rows behind it.
+            for b in range(0, rows, B):
+                here = start + b
+                here += gl.where(here >= hole, jump, 0)
+                state = visit(context, state, here, residue, shown - i)
+    return state
+
+
+@gluon.jit
 def each_block(
     visit: gl.constexpr, context, state, row, level, head, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr,
-    B: gl.constexpr,
+    B: gl.constexpr, BY_RINGS: gl.constexpr = False,
 ):  # fmt: skip
     """state = visit(context, state, row, residue, multiplicity) for each block that a tile meets before `whole`.
 
@@ -176,20 +181,17 @@ def each_block(
         row, level: of the tile.
         head: the key/value head.
         whole: rows of whole blocks that every residue has.
+        BY_RINGS: ring by ring, so that rows of a lower level see what comes first; else by multiplicities.
     """
-    R: gl.constexpr = RATES[len(RATES) - 1]
-    for multiplicity in range(1, level + 1):
-        for i in range(0, level - multiplicity + 1):
-            first, stride, step, _ = residues_of(multiplicity + i, level, RATES)
-            start, hole, jump, rows = ring_of(row, i, whole, LENGTHS, R)
-            for z in range(first, stride, step):
-                for distance in range(z, R, stride):
-                    residue = (head + distance) % R
-                    # Rows before the hole, then rows behind it.
-                    for b in range(0, rows, B):
-                        here = start + b
-                        here += gl.where(here >= hole, jump, 0)
-                        state = visit(context, state, here, residue, multiplicity)
+    if BY_RINGS:
+        for i in range(0, level):
+            for shown in range(i + 1, level + 1):
+                state = each_of_ring(visit, context, state, row, i, shown, level, head, whole, LENGTHS, RATES, B)
+    else:
+        for multiplicity in range(1, level + 1):
+            for i in range(0, level - multiplicity + 1):
+                shown = multiplicity + i
+                state = each_of_ring(visit, context, state, row, i, shown, level, head, whole, LENGTHS, RATES, B)
     return state
 
 
@@ -225,16 +227,26 @@ def bias_at(step, ends, NB: gl.constexpr):
 
 
 @gluon.jit
-def each_cut_block(
-    visit: gl.constexpr, context, state, row, level, head, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr
-):
-    """As `each_block`, for the blocks at `whole`, which the sequence's end cuts: one ring has them, if any."""
+def cut_ring(row, level, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr):
+    """The ring with the blocks that the sequence's end cuts, at `whole`; `level` if none has any.
+
+    The shortest segment that reaches past `whole` has them; to longer ones they lie in the hole.
+    """
     R: gl.constexpr = RATES[len(RATES) - 1]
     ring = gl.to_tensor(0)
     for i in gl.static_range(len(LENGTHS)):
         start, rows = segment_of(row, i, LENGTHS, R)
         ring += gl.where((i < level) & (start + rows <= whole), 1, 0)
-    # The shortest segment that reaches past `whole` has the cut blocks; to longer ones they lie in the hole.
+    return ring
+
+
+@gluon.jit
+def each_cut_block(
+    visit: gl.constexpr, context, state, row, level, head, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr
+):
+    """As `each_block`, for the blocks of `cut_ring`."""
+    R: gl.constexpr = RATES[len(RATES) - 1]
+    ring = cut_ring(row, level, whole, LENGTHS, RATES)
     for shown in range(ring + 1, level + 1):
         first, stride, step, _ = residues_of(shown, level, RATES)
         for z in range(first, stride, step):
@@ -243,46 +255,24 @@ def each_cut_block(
     return state
 
 
-# With a causal mask: a tile is rows of one level, in one segment of the shortest branch. Only keys of that segment meet
-# a diagonal; of every other ring, what lies before the segment is seen by all rows and the rest by none.
+@gluon.jit
+def ring_steps(row, i, whole, LENGTHS: gl.constexpr, RATES: gl.constexpr, B: gl.constexpr):
+    """Blocks that a residue has in ring i."""
+    return ring_of(row, i, whole, LENGTHS, RATES[len(RATES) - 1])[3] // B
 
 
 @gluon.jit
-def level_tile_at(
-    tile, num_tiles, num_segments, num_heads, B: gl.constexpr, LENGTHS: gl.constexpr, RATES: gl.constexpr
-):
-    """(batch, head, segment, level, distance, first) of a tile.
-
-    Its rows are the places `(head + distance) % stride + (first + t) * stride` of the segment, t < B; the stride is
-    RATES[stride_index(level)]. Tiles of several branches come first, and those of one, which are the shortest, last.
-    """
+def first_shown(level, RATES: gl.constexpr):
+    """The lowest level whose keys a row of a level sees."""
     NB: gl.constexpr = len(RATES)
-    PER: gl.constexpr = LENGTHS[0] // B
-    LONG: gl.constexpr = PER // RATES[min(1, NB - 1)]
-    SHORT: gl.constexpr = max(PER - LONG, 1)
-    number_long = num_tiles // PER * LONG
-    is_short = tile >= number_long
-    number = tile - gl.where(is_short, number_long, 0)
-    turn = gl.where(is_short, number // SHORT, number // LONG)
-    # Turned from segment to segment, as in `tile_at`.
-    u = gl.where(is_short, (number + turn) % SHORT, PER - 1 - (number + turn) % LONG)
-    head = turn // num_segments
-    # Places of a segment's tiles: 1 - 1 / r_1 of them for level 1, 1 / r_1 - 1 / r_2 for level 2, and so on.
-    level = gl.to_tensor(1)
-    distance = gl.to_tensor(0)
-    first = gl.to_tensor(0)
-    for l in gl.static_range(1, NB):
-        # Levels below the last: r_l / r_(l-1) - 1 residues at stride r_l.
-        local = u - (PER - PER // RATES[l - 1])
-        here = local >= 0
-        level = gl.where(here, l, level)
-        distance = gl.where(here, (1 + local // (PER // RATES[l])) * RATES[l - 1], distance)
-        first = gl.where(here, local % (PER // RATES[l]) * B, first)
-    local = u - (PER - PER // RATES[NB - 1])
-    level = gl.where(local >= 0, NB, level)
-    distance = gl.where(local >= 0, 0, distance)
-    first = gl.where(local >= 0, local * B, first)
-    return head // num_heads, head % num_heads, turn % num_segments, level, distance, first
+    found = level
+    for i in gl.static_range(1, NB):
+        found = gl.where((NB - i < level) & (residue_count(NB - i, level, RATES) > 0), NB - i, found)
+    return found
+
+
+# With a causal mask: a tile is rows of one level, in one segment of the shortest branch. Only keys of that segment meet
+# a diagonal; of every other ring, what lies before the segment is seen by all rows and the rest by none.
 
 
 @gluon.jit
