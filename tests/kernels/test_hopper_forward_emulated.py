@@ -33,6 +33,8 @@ CASES = [
     (2, 1153, 1, 1, 64, (384, 1152), (1, 3)),
     (2, 301, 2, 1, 128, (128,), (1,)),
     (1, 513, 1, 1, 64, (256, 512), (1, 2)),
+    (1, 301, 2, 1, 64, (128,), (1,)),
+    (1, 1000, 1, 1, 64, (384, 768), (1, 1)),
     (1, 1702, 2, 1, 64, (512, 1024, 1 << 20), (1, 2, 4)),
     (1, 2501, 1, 1, 64, (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16)),
 ]
@@ -61,6 +63,12 @@ def test_out_and_lse(monkeypatch, case, causal):
     pattern = DilatedPattern(lengths, rates, kv_heads)
     problem = Problem(pattern, causal, width**-0.5, 0.0, 0, 0, n, "exact", "none")
     check(monkeypatch, QKV(*(torch.randn(batch, n, h, width) for h in (heads, kv_heads, kv_heads))), problem)
+
+
+@pytest.mark.parametrize("lengths, rates", [((768, 1536), (1, 2)), ((1 << 20,), (1,))])
+def test_segments_longer_than_the_sequence(monkeypatch, lengths, rates):
+    problem = Problem(DilatedPattern(lengths, rates, 1), False, 0.125, 0.0, 0, 0, 600, "exact", "none")
+    check(monkeypatch, QKV(*(torch.randn(1, 600, 1, 64) for _ in range(3))), problem)
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -148,6 +148,12 @@ def compile_all(capability: int, cases: list[tuple[int, int, str]]) -> list[dict
                 hopper.forward(cut, tape, *hopper.configs_for(cut))
                 grad_cut, saved_cut = OutputGradient(short.q, None), AttentionOutput(short.q, lse[:, :, :-1])
                 hopper_backward.backward(cut, grad_cut, saved_cut, tape, *hopper_backward.configs_for(cut))
+                if width == 64:
+                    # Segments of two groups of rows, which three would not fill.
+                    few = work._replace(problem=replace(problem, pattern=DilatedPattern((128,), (1,), heads)))
+                    hopper_branch.forward(few, tape, 0, AttentionOutput(q, lse), True)
+                    if not is_causal:
+                        hopper.forward(few, tape, *hopper.configs_for(few))
         # A decoding step, with key heads that share rows and rotary positions.
         pattern = DilatedPattern(lengths, rates, max(1, heads // 3))
         q, kv = (torch.empty(1, 1, h, width, dtype=getattr(torch, dtype)) for h in (heads, pattern.num_heads))

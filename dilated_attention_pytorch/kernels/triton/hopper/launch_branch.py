@@ -32,7 +32,7 @@ class BranchConfig(NamedTuple):
     groups: int = 2
 
 
-# (columns of a tile, causal) -> configurations, of which `config_of` chooses.
+# (columns of a tile, causal) -> configurations, of which `launch.fitting` chooses.
 _FORWARD: dict[tuple[int, bool], tuple[BranchConfig, ...]] = {
     (64, False): (BranchConfig(128, 4, pingpong=True), BranchConfig(128, 5, groups=3)),
     (64, True): (BranchConfig(64, 8), BranchConfig(64, 8, groups=3)),
@@ -63,17 +63,8 @@ def forward(work: Work, tape: Tape, branch: int, result: AttentionOutput, add: b
 
 
 def config_of(work: Work, branch: int) -> BranchConfig:
-    """The configuration of a branch's forward: three groups take 7% less time for a row, but more rows of a segment's
-    last tile may lie past its end."""
-    slots = slots_of(work.problem, branch)
-    configs = _FORWARD[work.block_d, work.problem.is_causal]
-    return min(configs, key=lambda config: _padded(slots, config.groups) * (0.93 if config.groups == 3 else 1.0))
-
-
-def _padded(slots: int, groups: int) -> int:
-    """A segment's slots in whole tiles."""
-    rows = groups * launch.GROUP
-    return triton.cdiv(slots, rows) * rows
+    """The configuration of a branch's forward."""
+    return launch.fitting(_FORWARD[work.block_d, work.problem.is_causal], slots_of(work.problem, branch))
 
 
 def backward_dq(work: Work, terms: QueryTerms, tape: Tape, branch: int, dq: Tensor, add: bool) -> None:
