@@ -132,7 +132,7 @@ hf-sweep: $(STAMP) ## try every class of the installed transformers (a minute an
 docs-test: $(STAMP) ## run every code block of README and docs, every example and every notebook
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/project/test_docs.py tests/project/test_doors.py tests/project/test_examples.py tests/project/test_notebooks.py $(PYTEST_ARGS)
 
-bench-test: $(STAMP) ## that bench-compare finds a planted slowdown and no other; needs a quiet machine
+bench-test: $(STAMP) ## the tests that judge a time; needs a quiet machine
 	$(ONE_THREAD) $(BIN)/python -m pytest -m timing $(PYTEST_ARGS)
 
 bench-compare: $(STAMP) ## this tree against BASE=<revision>, interleaved; fails on a regression over 5%

@@ -559,9 +559,11 @@ class TestCheckpoints:
         places = [x.data_ptr() for model in twins for x in model.parameters()] + [x.data_ptr() for x in state.values()]
         assert len(set(places)) == 3 * len(state)
 
-    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
-    def test_building_and_loading_the_full_size(self, tmp_path: Path) -> None:
-        """Under 1.5 GiB and 5 s, the import left out of the time; the official code needs 16 GB and a minute."""
+    @pytest.fixture
+    def full_size(self, tmp_path: Path) -> dict[str, tuple[int, float]]:
+        """KiB and seconds, the import left out of the time, that building and loading take."""
+        if not Path("/proc/self/status").exists():
+            pytest.skip("reads Linux's account of memory")
         script = textwrap.dedent(
             """
             import sys, time, torch
@@ -579,14 +581,24 @@ class TestCheckpoints:
             print(next(line.split()[1] for line in status if line.startswith("VmHWM")), seconds)
             """
         )
+        found = {}
         for step in ("build", "load"):
             command = [sys.executable, "-c", script, step, str(tmp_path / "slide.pth")]
             printed = subprocess.run(
                 command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
             )
             kib, seconds = printed.stdout.split()
-            assert int(kib) < 1.5 * 2**20, step
-            assert float(seconds) < 5, step
+            found[step] = int(kib), float(seconds)
+        return found
+
+    def test_the_full_size_takes_under_one_and_a_half_gib(self, full_size: dict[str, tuple[int, float]]) -> None:
+        """The official code needs 16 GB."""
+        assert max(kib for kib, _ in full_size.values()) < 1.5 * 2**20, full_size
+
+    @pytest.mark.timing
+    def test_the_full_size_takes_under_five_seconds(self, full_size: dict[str, tuple[int, float]]) -> None:
+        """The official code needs a minute."""
+        assert max(seconds for _, seconds in full_size.values()) < 5, full_size
 
 
 def test_numpy_is_not_needed(tmp_path: Path) -> None:
