@@ -79,6 +79,7 @@ def forward(work: Work, tape: Tape, config: HopperConfig) -> AttentionOutput:
     rates, lengths = plan.rates, plan.lengths
     rows = [(q, GROUP), (k, config.block), (v, config.block)]
     if work.problem.is_causal:
+        assert config.groups == 2, config
         kernel: Any = causal.hopper_forward_causal
         views = [view for x, number in rows for view in stride_views(x, rates, number, MAX_RATES)]
         per = lengths[0] // ROWS
