@@ -143,10 +143,10 @@ def test_a_folder_without_the_package_is_refused(tool: ModuleType, tmp_path: Pat
 def test_the_package_keeps_its_limits(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """All but the lines: 17,500 were wanted, the house came to 19,262. What was built since brought the rest: export,
     packing, reach and shift, slides from files, decoding steps, reasons for old names, Hopper's kernels, those for one
-    branch, a sum that is rescaled seldom, tiles that are handed out, tiles of three warpgroups last. It may not grow by
-    itself."""
+    branch, a sum that is rescaled seldom, tiles that are handed out, tiles of three warpgroups, delta in all its
+    layouts by one launch last. It may not grow by itself."""
     tool.main([])
     printed = capsys.readouterr().out
     assert printed.strip().splitlines()[-1] in ("missed: nothing", "missed: lines"), printed
     lines = next(line.split("|")[2] for line in printed.splitlines() if line.startswith("| lines |"))
-    assert int(lines.replace(",", "")) <= 32_012
+    assert int(lines.replace(",", "")) <= 32_034

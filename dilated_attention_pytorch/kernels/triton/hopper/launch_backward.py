@@ -18,8 +18,8 @@ from dilated_attention_pytorch.kernels.triton.hopper.support import MAX_RATES, R
 from dilated_attention_pytorch.kernels.triton.hopper.terms import residue_terms_kernel
 from dilated_attention_pytorch.kernels.triton.hopper.views import column_strides, stride_views
 from dilated_attention_pytorch.kernels.triton.launch_aligned import alignment
-from dilated_attention_pytorch.kernels.triton.query_terms import compute_delta
 from dilated_attention_pytorch.kernels.triton.replay import Tape
+from dilated_attention_pytorch.kernels.triton.views import strides_of
 from dilated_attention_pytorch.kernels.triton.work import Work
 from dilated_attention_pytorch.types import QKV, AttentionOutput, OutputGradient
 
@@ -45,8 +45,8 @@ _CONFIGS = {
     (128, False): (BackwardConfig(128, 2), BackwardConfig(64, 2)),
     (128, True): (BackwardConfig(64, 4), BackwardConfig(64, 2)),
 }
-# Rows of the tiles by which terms are laid out.
-_TERMS_ROWS = 512
+# Rows of the tiles by which terms are laid out: at a stride of 16, eight of each residue.
+_TERMS_ROWS = 128
 # lse and delta of rows that do not exist: an exponential of less vanishes, and a product with it is no NaN.
 _NEVER = 1e30
 
@@ -69,19 +69,18 @@ def backward(
 
 def terms_of(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape) -> list[Tensor]:
     """lse in units of log2 and delta of each query, `[2, B, H, r, length]` for each stride r that tiles have."""
-    delta = compute_delta(work, grad, saved, tape)
-    batch, n, heads, _ = work.x.q.shape
-    found = []
-    for stride in _strides(work):
-        length = _padded(work) // stride
-        whole = length * stride == n
-        terms = tape.empty(work.x.q, (2, batch, heads, stride, length), torch.float32, fill=None if whole else _NEVER)
-        args = (saved.lse, delta, terms, n, stride, length, batch * heads)
-        flags = {"BM": _TERMS_ROWS}
-        kernel, grid = residue_terms_kernel, (triton.cdiv(n, _TERMS_ROWS) * batch * heads,)
-        tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
-        found.append(terms)
-    return found
+    (batch, n, heads, width), padded, strides = work.x.q.shape, _padded(work), _strides(work)
+    shapes = [(2, batch, heads, stride, padded // stride) for stride in strides]
+    fill = None if padded == n else _NEVER
+    terms = [tape.empty(work.x.q, shape, torch.float32, fill=fill) for shape in shapes]
+    args = (
+        saved.out, grad.out, saved.lse, grad.lse, *terms, *[None] * (MAX_RATES - len(terms)),
+        *strides_of(saved.out, grad.out), n, heads, batch * heads, padded,
+    )  # fmt: skip
+    flags = {"STRIDES": strides, "D": width, "BM": _TERMS_ROWS}
+    kernel, grid = residue_terms_kernel, (triton.cdiv(n, _TERMS_ROWS) * batch * heads,)
+    tape.note(kernel, grid, args, flags, kernel[grid](*args, **flags))
+    return terms
 
 
 def backward_dq(work: Work, grad: OutputGradient, terms: list[Tensor], tape: Tape, config: BackwardConfig) -> Tensor:
