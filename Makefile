@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@# hatchling comes first so that the build needs no isolated environment, whose contents nothing would pin. Of what is
-	@# installed most is never imported, so modules are compiled as they are.
+	@# installed most is never imported, so each is compiled when it is.
 	@TIMEFORMAT='== venv: %1R s'; time { \
 	    $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt hatchling; \
 	    $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation \

@@ -15,6 +15,17 @@ _POINTERS = tl.constexpr(views.POINTERS)
 _RAGGED = tl.constexpr(views.RAGGED)
 
 
+@triton.jit
+def rowsum(out, grad_out, out_strides, grad_strides, batch, head, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`rowsum(out * dO)` of a head's rows `[BM]`, fp32."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :]
+    # out and dO: [BM, D].
+    o = geometry.load_rows(out, out_strides, batch, head, rows, d, mask)
+    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows, d, mask)
+    return tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def delta_kernel(
     out, grad_out, grad_lse, delta, out_strides, grad_strides, lse_batch, lse_head, num_queries, num_heads,
@@ -25,16 +36,12 @@ def delta_kernel(
     tile, pid = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     head, batch = pid % num_heads, (pid // num_heads).to(tl.int64)
     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    mask = (rows < num_queries)[:, None] & (d < D)[None, :]
-    # out and dO: [BM, D].
-    o = geometry.load_rows(out, out_strides, batch, head, rows, d, mask)
-    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows, d, mask)
-    total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    inside = rows < num_queries
+    total = rowsum(out, grad_out, out_strides, grad_strides, batch, head, rows, inside, D, BLOCK_D)
     at = batch * lse_batch + head * lse_head + rows
     if grad_lse is not None:
-        total -= tl.load(grad_lse + at, rows < num_queries, 0.0)
-    tl.store(delta + at, total, rows < num_queries)
+        total -= tl.load(grad_lse + at, inside, 0.0)
+    tl.store(delta + at, total, inside)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "terms_length", "num_rows"])

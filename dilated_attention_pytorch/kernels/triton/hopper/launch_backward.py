@@ -70,9 +70,8 @@ def backward(
 def terms_of(work: Work, grad: OutputGradient, saved: AttentionOutput, tape: Tape) -> list[Tensor]:
     """lse in units of log2 and delta of each query, `[2, B, H, r, length]` for each stride r that tiles have."""
     (batch, n, heads, width), padded, strides = work.x.q.shape, _padded(work), _strides(work)
-    shapes = [(2, batch, heads, stride, padded // stride) for stride in strides]
     fill = None if padded == n else _NEVER
-    terms = [tape.empty(work.x.q, shape, torch.float32, fill=fill) for shape in shapes]
+    terms = [tape.empty(work.x.q, (2, batch, heads, r, padded // r), torch.float32, fill=fill) for r in strides]
     args = (
         saved.out, grad.out, saved.lse, grad.lse, *terms, *[None] * (MAX_RATES - len(terms)),
         *strides_of(saved.out, grad.out), n, heads, batch * heads, padded,

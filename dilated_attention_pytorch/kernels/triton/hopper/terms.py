@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dilated_attention_pytorch.kernels.triton import geometry, softmax
+from dilated_attention_pytorch.kernels.triton import attention_backward, softmax
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_sequences", "padded"])
@@ -25,11 +25,8 @@ def residue_terms_kernel(
     batch, tile = (tile // num_tiles).to(tl.int64), tile % num_tiles
     rows = tile * BM + tl.arange(0, BM)
     inside = rows < num_queries
-    # out and dO: [BM, D].
-    columns, mask, rows64 = tl.arange(0, D), inside[:, None], rows.to(tl.int64)
-    o = geometry.load_rows(out, out_strides, batch, head, rows64, columns, mask)
-    g = geometry.load_rows(grad_out, grad_strides, batch, head, rows64, columns, mask)
-    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    rows64 = rows.to(tl.int64)
+    delta = attention_backward.rowsum(out, grad_out, out_strides, grad_strides, batch, head, rows64, inside, D, D)
     sequence = batch * num_heads + head
     at = sequence * num_queries + rows
     row_lse = softmax.load_lse(lse + at, inside)
@@ -38,7 +35,6 @@ def residue_terms_kernel(
     terms = (terms_0, terms_1, terms_2, terms_3, terms_4)
     apart = num_sequences.to(tl.int64) * padded
     for i in tl.static_range(len(STRIDES)):
-        residue_at = (sequence * STRIDES[i] + rows % STRIDES[i]) * (padded // STRIDES[i])
-        to = terms[i] + residue_at + rows // STRIDES[i]
+        to = terms[i] + (sequence * STRIDES[i] + rows % STRIDES[i]) * (padded // STRIDES[i]) + rows // STRIDES[i]
         tl.store(to, row_lse, mask=inside)
         tl.store(to + apart, delta, mask=inside)
