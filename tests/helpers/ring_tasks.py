@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -425,6 +426,13 @@ def fail_at(groups: Groups, culprit: int, how: str, where: str, check: str) -> t
     except communication.RingError as error:
         return str(error), time.monotonic() - start
     return "no error", time.monotonic() - start
+
+
+def crash(groups: Groups, culprit: int | None) -> str:
+    """What a fault in native code does to one rank."""
+    if dist.get_rank() == culprit:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return "no error"
 
 
 def left_alone(groups: Groups, seconds: float) -> tuple[str, float]:

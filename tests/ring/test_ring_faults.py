@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ring_pool import Pool
+from ring_pool import Died, Pool
 
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention
 
@@ -46,6 +46,17 @@ def test_disagreement_all_see_is_found_at_first_sight(pool: Pool) -> None:
     changes = {rank: {"segment_lengths": [30 + rank % 2]} for rank in range(3)}
     errors = pool.run("disagree", 3, changes, "first")
     assert len(set(errors)) == 1 and "segment_lengths: [30] on ranks [0, 2], [31] on ranks [1]" in errors[0]
+
+
+def test_a_worker_that_crashes_is_named_and_the_next_run_has_new_ones() -> None:
+    """Once it was a broken pipe, in this test and in all that shared the pool."""
+    pool = Pool(2, [2], "ring_tasks")
+    try:
+        with pytest.raises(Died, match="worker 1 ended with SIGSEGV"):
+            pool.run("crash", 1)
+        assert pool.run("crash", None) == ["no error"] * 2
+    finally:
+        pool.close()
 
 
 @pytest.mark.slow
