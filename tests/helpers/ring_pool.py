@@ -2,8 +2,8 @@
 
 The parent hosts the store, as torchrun's agent does, so a rank may die without taking the store with it. Worker i is
 rank i of every group; a group of w ranks is made of the first w workers. Workers are forks of one server that has the
-library loaded and has computed nothing, so a pool is there at once. A worker that dies unasked fails the test that it
-dies in, by name and signal, and no other: the next run has new workers.
+library loaded and has computed nothing, so a pool is there at once. Where a worker dies unasked or hangs, one test
+fails, with its name and signal, and the next has new workers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Failure(Exception):
     """A task raised; the text is the worker's traceback."""
 
 
-class Died(AssertionError):
-    """A worker ended in the middle of a task. Where it stood is on stderr."""
+class Lost(AssertionError):
+    """A worker ended or gave no answer. Where one that crashed stood is on stderr."""
 
 
 class Pool:
@@ -58,8 +58,11 @@ class Pool:
             self.processes.append(process)
 
     def start(self, function: str, *arguments: Any) -> None:
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                pipe.send((function, arguments))
+            except OSError as error:
+                raise self._lost(rank, "takes no task") from error
 
     def results(self, limit: float = LIMIT, dead: Sequence[int] = ()) -> list[Any]:
         """What each worker returned, or the exception's text as a `Failure`; None for a worker meant to die."""
@@ -69,18 +72,15 @@ class Pool:
                 found.append(None)
                 continue
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                raise AssertionError(f"worker {rank} gave no answer within {limit} s: a hang")
+                raise self._lost(rank, f"gave no answer within {limit} s: a hang")
             try:
                 found.append(pipe.recv())
-            except EOFError:
-                raise Died(f"worker {rank} ended with {self._ending(rank)}; before it: {found}") from None
+            except (EOFError, OSError) as error:
+                self.processes[rank].join(10)
+                raise self._lost(rank, "gave no answer") from error
         return found
 
     def run(self, function: str, *arguments: Any) -> list[Any]:
-        if not all(process.is_alive() for process in self.processes):
-            self.close()
-            self.open()
         self.start(function, *arguments)
         found = self.results()
         for rank, result in enumerate(found):
@@ -88,16 +88,22 @@ class Pool:
                 raise AssertionError(f"worker {rank}:\n{result}")
         return found
 
-    def _ending(self, rank: int) -> str:
-        process = self.processes[rank]
-        process.join(10)
-        code = process.exitcode
-        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+    def _lost(self, rank: int, what: str) -> Lost:
+        """What to raise, with every worker that ended; new ones take the place of all."""
+        codes = {rank: process.exitcode for rank, process in enumerate(self.processes) if not process.is_alive()}
+        ended = [f"worker {rank} ended with {_ending(code)}" for rank, code in codes.items()]
+        self.close()
+        self.open()
+        return Lost("; ".join([f"worker {rank} {what}", *ended]))
 
     def close(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def _ending(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 def work(

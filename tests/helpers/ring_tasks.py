@@ -428,10 +428,11 @@ def fail_at(groups: Groups, culprit: int, how: str, where: str, check: str) -> t
     return "no error", time.monotonic() - start
 
 
-def crash(groups: Groups, culprit: int | None) -> str:
-    """What a fault in native code does to one rank."""
+def crash(groups: Groups, culprit: int | None, seconds: float = 0.0) -> str:
+    """What a fault in native code does to one rank; the others take so many seconds."""
     if dist.get_rank() == culprit:
         os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(seconds)
     return "no error"
 
 

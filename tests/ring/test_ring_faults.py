@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ring_pool import Died, Pool
+from ring_pool import Lost, Pool
 
 from dilated_attention_pytorch.ring_attention import RingAttentionConfig, RingDilatedAttention
 
@@ -48,12 +50,20 @@ def test_disagreement_all_see_is_found_at_first_sight(pool: Pool) -> None:
     assert len(set(errors)) == 1 and "segment_lengths: [30] on ranks [0, 2], [31] on ranks [1]" in errors[0]
 
 
-def test_a_worker_that_crashes_is_named_and_the_next_run_has_new_ones() -> None:
-    """Once it was a broken pipe, in this test and in all that shared the pool."""
+@pytest.mark.parametrize("when", ["in a task", "between tasks", "while another waits"])
+def test_a_worker_that_dies_is_named_and_the_next_run_has_new_ones(when: str) -> None:
+    """It was a broken pipe, in this test and in all that shared the pool."""
     pool = Pool(2, [2], "ring_tasks")
     try:
-        with pytest.raises(Died, match="worker 1 ended with SIGSEGV"):
-            pool.run("crash", 1)
+        if when == "between tasks":
+            pool.run("crash", None)
+            os.kill(pool.processes[1].pid, signal.SIGSEGV)
+            pool.processes[1].join(10)
+        with pytest.raises(Lost, match="worker 1 ended with SIGSEGV"):
+            if when == "while another waits":
+                pool.start("crash", 1, 60.0)
+                pool.results(limit=2)
+            pool.run("crash", 1 if when == "in a task" else None)
         assert pool.run("crash", None) == ["no error"] * 2
     finally:
         pool.close()
